@@ -1,0 +1,128 @@
+"""Who serves what: settles `impl` before an op is called, and hands out the implementation by name."""
+
+import importlib
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from capsops.impl import reference
+
+IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+
+
+class Service(NamedTuple):
+    """One line of the table: does this implementation serve tensors of this device here, and if not, why."""
+
+    impl: str
+    device: str
+    available: bool
+    reason: str
+
+
+def _build_failure() -> str:
+    """What the build recorded when it could not make an extension."""
+    record = Path(__file__).with_name("_build.json")
+    if not record.exists():
+        return "the extension was not built (no build record); run: pip install -e ."
+    failure = json.loads(record.read_text()).get("cpu", {}).get("reason")
+    return failure or "the extension is missing although its build succeeded; run: pip install -e ."
+
+
+def _load_cpu() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("capsops.impl.cpu"), ""
+    except ImportError as error:
+        return None, f"capsops._cpu cannot be imported ({error}): {_build_failure()}"
+
+
+_cpu, _cpu_missing = _load_cpu()
+
+_MODULES: dict[str, ModuleType] = {"reference": reference}
+if _cpu is not None:
+    _MODULES["cpu"] = _cpu
+
+_MISSING = {
+    "cpu": _cpu_missing,
+    "triton": "this version of capsops has no Triton kernels",
+    "cuda": "this version of capsops has no CUDA kernels",
+}
+
+# "auto" takes the first that is available; a kernel stands before the reference on a CUDA device only where
+# a row of benchmarks/results/GPU_LEDGER.md shows it right and faster on real hardware.
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+
+_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+
+
+def _checked(impl: str, origin: str) -> str:
+    if impl not in IMPLS:
+        raise ValueError(f"{origin}: got {impl!r}, takes one of {', '.join(map(repr, IMPLS))}")
+    return impl
+
+
+# One element: torch.compile guards on it, which it cannot do for a context variable.
+_default = [_checked(os.environ.get("CAPSOPS_IMPL", "auto"), "environment variable CAPSOPS_IMPL")]
+
+
+class use_impl:
+    """Context manager: the implementation that calls with impl="auto" take, in the whole process.
+
+    Args:
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: `impl` is none of these.
+    """
+
+    def __init__(self, impl: str) -> None:
+        self.impl = _checked(impl, "impl")
+
+    def __enter__(self) -> None:
+        self.before = _default[0]
+        _default[0] = self.impl
+
+    def __exit__(self, *error: object) -> None:
+        _default[0] = self.before
+
+
+def resolve(impl: str, device: str) -> str:
+    """The implementation that serves a call: `impl` itself, or what "auto" stands for on that device type.
+
+    Raises:
+        ValueError: `impl` is unknown, or does not serve the device.
+        RuntimeError: `impl` is not available here; the message says why.
+    """
+    if impl == "auto":
+        impl = _default[0]
+    if impl == "auto":
+        for name in _PREFERENCE.get(device, ("reference",)):
+            if name in _MODULES:
+                return name
+    if impl not in _MODULES:
+        _checked(impl, "impl")
+        raise RuntimeError(f"impl={impl!r} is not available: {_MISSING[impl]}")
+    devices = _DEVICES.get(impl)
+    if devices is not None and device not in devices:
+        raise ValueError(f"impl={impl!r} serves tensors on {', '.join(devices)}, got tensors on {device}")
+    return impl
+
+
+def module(impl: str) -> ModuleType:
+    """The implementation's functions, as listed in capsops.impl."""
+    return _MODULES[impl]
+
+
+def describe() -> list[Service]:
+    """The table of implementations and devices, with the reason where one is not available."""
+    rows = []
+    for device in ("cpu", "cuda"):
+        no_device = "torch sees no CUDA device" if device == "cuda" and not torch.cuda.is_available() else ""
+        for impl in IMPLS[1:]:
+            if device in _DEVICES.get(impl, ("cpu", "cuda")):
+                reason = no_device if impl in _MODULES else _MISSING[impl]
+                rows.append(Service(impl, device, not reason, reason))
+    return rows

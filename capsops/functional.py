@@ -1,0 +1,232 @@
+"""The public functions: each checks its arguments, settles the implementation, and calls the op."""
+
+import torch
+from torch import Tensor
+
+from capsops import dispatch
+from capsops import library as _library  # noqa: F401  registers torch.ops.capsops
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_tensors(**tensors: Tensor | None) -> None:
+    """All are tensors of one device, and of one dtype unless autocast will give them one."""
+    first_name = first = None
+    for name, x in tensors.items():
+        if x is None and name == "bias":
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"{name}: got dtype {x.dtype}, takes float32, bfloat16, float16 or float64")
+        if first is None:
+            first_name, first = name, x
+            continue
+        if x.device != first.device:
+            raise ValueError(
+                f"{name}: got device {x.device}, takes that of {first_name}, which is {first.device}"
+            )
+        if x.dtype != first.dtype and (
+            torch.float64 in (x.dtype, first.dtype) or not torch.is_autocast_enabled(x.device.type)
+        ):
+            raise TypeError(
+                f"{name}: got dtype {x.dtype}, takes that of {first_name}, which is {first.dtype}"
+            )
+
+
+def _check_shape(name: str, x: Tensor, axes: str, sizes: tuple[int | None, ...]) -> None:
+    """`sizes` holds None where any size will do."""
+    if x.dim() != len(sizes) or any(n is not None and n != m for n, m in zip(sizes, x.shape, strict=True)):
+        fixed = ", ".join(
+            f"{axis} = {n}" for axis, n in zip(axes.split(), sizes, strict=True) if n is not None
+        )
+        wanted = f"[{', '.join(axes.split())}]" + (f" with {fixed}" if fixed else "")
+        raise ValueError(f"{name}: got shape {list(x.shape)}, takes {wanted}")
+
+
+def _check_iterations(iterations: int) -> None:
+    if isinstance(iterations, bool) or not isinstance(iterations, int):
+        raise TypeError(f"iterations: got {type(iterations).__name__}, takes an int")
+    if iterations < 0:
+        raise ValueError(f"iterations: got {iterations}, takes 0 (no routing) or more")
+
+
+def _effective_iterations(iterations: int, out_capsules: int, leaky: bool) -> int:
+    """With one output capsule the softmax is 1, whatever the logits, unless an orphan class takes part."""
+    return 0 if out_capsules == 1 and not leaky else iterations
+
+
+def squash(s: Tensor, dim: int = -1, *, impl: str = "auto") -> Tensor:
+    """Shrinks vectors to a length below 1: s · ‖s‖ / (1 + ‖s‖²), the norm taken along `dim`.
+
+    Value and Jacobian are 0 at s = 0 and finite for every finite s (Sabour, Frosst, Hinton 2017, equation 1).
+
+    Args:
+        s: vectors, of any shape with at least one dimension.
+        dim: the dimension along which a vector lies.
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        A tensor of the shape and dtype of `s`.
+
+    Raises:
+        TypeError: `s` is not a tensor.
+        ValueError: `dim` is out of range, the dtype is not a floating one, or `impl` does not serve the device.
+        RuntimeError: `impl` is not available here.
+    """
+    _check_tensors(s=s)
+    if s.dim() == 0:
+        raise ValueError("s: got a scalar, takes a tensor with at least one dimension")
+    if not -s.dim() <= dim < s.dim():
+        raise ValueError(
+            f"dim: got {dim}, takes {-s.dim()} to {s.dim() - 1} for a tensor of shape {list(s.shape)}"
+        )
+    return torch.ops.capsops.squash(s, dim % s.dim(), dispatch.resolve(impl, s.device.type))
+
+
+def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
+    """Predictions of every input capsule for every output capsule: û_ij = W_ij u_i.
+
+    (Sabour, Frosst, Hinton 2017, equation 2.) The result is the largest tensor of a capsule layer;
+    `capsule_routing` does without it.
+
+    Args:
+        u: input capsules [B, I, K].
+        weight: one D × K matrix per pair of capsules [I, J, D, K].
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        û [B, I, J, D].
+
+    Raises:
+        TypeError: an argument is not a tensor, or dtypes differ.
+        ValueError: shapes, dtypes or devices do not fit, or `impl` does not serve the device.
+        RuntimeError: `impl` is not available here.
+    """
+    _check_tensors(u=u, weight=weight)
+    _check_shape("u", u, "B I K", (None, None, None))
+    _check_shape("weight", weight, "I J D K", (u.shape[1], None, None, u.shape[2]))
+    return torch.ops.capsops.predictions(u, weight, dispatch.resolve(impl, u.device.type))
+
+
+def dynamic_routing(
+    u_hat: Tensor,
+    bias: Tensor | None = None,
+    *,
+    iterations: int = 3,
+    leaky: bool = False,
+    detach: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Routing by agreement on given predictions (Sabour, Frosst, Hinton 2017, procedure 1).
+
+    V⁰ = 0; for t = 1…T: c_ij = softmax_j(û_ij · Vᵗ⁻¹_j), s_j = Σ_i c_ij û_ij + β_j, Vᵗ = Vᵗ⁻¹ + squash(s);
+    the result is the last squash(s).
+
+    Args:
+        u_hat: predictions [B, I, J, D].
+        bias: β [J, D], added to s.
+        iterations: T, the number of softmax passes; 0 means no routing, every coupling is 1.
+        leaky: one more logit, fixed at 0, takes part in the softmax and is dropped: an orphan class.
+        detach: the couplings carry no gradient; it flows through û in the last weighted sum only.
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        v [B, J, D], output capsules of length below 1.
+
+    Raises:
+        TypeError: an argument is not a tensor, or dtypes differ, or `iterations` is not an int.
+        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device.
+        RuntimeError: `impl` is not available here.
+    """
+    _check_tensors(u_hat=u_hat, bias=bias)
+    _check_shape("u_hat", u_hat, "B I J D", (None, None, None, None))
+    if bias is not None:
+        _check_shape("bias", bias, "J D", tuple(u_hat.shape[2:]))
+    _check_iterations(iterations)
+    iterations = _effective_iterations(iterations, u_hat.shape[2], leaky)
+    impl = dispatch.resolve(impl, u_hat.device.type)
+    return torch.ops.capsops.dynamic_routing(u_hat, bias, iterations, leaky, detach, impl)[0]
+
+
+def _check_layer(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int) -> None:
+    _check_tensors(u=u, weight=weight, bias=bias)
+    _check_shape("u", u, "B I K", (None, None, None))
+    _check_shape("weight", weight, "I J D K", (u.shape[1], None, None, u.shape[2]))
+    if bias is not None:
+        _check_shape("bias", bias, "J D", tuple(weight.shape[1:3]))
+    _check_iterations(iterations)
+
+
+def capsule_routing(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    iterations: int = 3,
+    leaky: bool = False,
+    detach: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """A whole capsule layer: dynamic_routing(predictions(u, weight), bias), without storing û.
+
+    The predictions û_ij = W_ij u_i are recomputed in every pass, forward and backward; nothing of the size
+    B × I × J or larger is allocated (impl="reference" excepted). Formula: see `dynamic_routing`.
+
+    Args:
+        u: input capsules [B, I, K].
+        weight: one D × K matrix per pair of capsules [I, J, D, K].
+        bias: β [J, D], added to s.
+        iterations: T, the number of softmax passes; 0 means no routing, every coupling is 1.
+        leaky: one more logit, fixed at 0, takes part in the softmax and is dropped: an orphan class.
+        detach: the couplings carry no gradient; it flows through û in the last weighted sum only.
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        v [B, J, D], output capsules of length below 1.
+
+    Raises:
+        TypeError: an argument is not a tensor, or dtypes differ, or `iterations` is not an int.
+        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device.
+        RuntimeError: `impl` is not available here.
+    """
+    _check_layer(u, weight, bias, iterations)
+    iterations = _effective_iterations(iterations, weight.shape[1], leaky)
+    impl = dispatch.resolve(impl, u.device.type)
+    return torch.ops.capsops.capsule_routing(u, weight, bias, iterations, leaky, detach, impl)[0]
+
+
+def couplings(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    iterations: int = 3,
+    leaky: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Coupling coefficients of the last pass of `capsule_routing`: how much of capsule i goes to capsule j.
+
+    c_ij = softmax_j(û_ij · Vᵀ⁻¹_j); they sum to 1 over j (below 1 with `leaky`). No gradient.
+
+    Args:
+        u: input capsules [B, I, K].
+        weight: one D × K matrix per pair of capsules [I, J, D, K].
+        bias: β [J, D], added to s.
+        iterations: T, the number of softmax passes; 0 gives ones.
+        leaky: one more logit, fixed at 0, takes part in the softmax and is dropped.
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        c [B, I, J].
+
+    Raises:
+        TypeError: an argument is not a tensor, or dtypes differ, or `iterations` is not an int.
+        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device.
+        RuntimeError: `impl` is not available here.
+    """
+    _check_layer(u, weight, bias, iterations)
+    iterations = _effective_iterations(iterations, weight.shape[1], leaky)
+    impl = dispatch.resolve(impl, u.device.type)
+    with torch.no_grad():
+        return torch.ops.capsops.couplings(u, weight, bias, iterations, leaky, impl)

@@ -1,0 +1,407 @@
+"""Each op once: schema, kernel, fake, autograd and autocast, registered with torch.library as capsops::<op>.
+
+The kernels here pay what every implementation would otherwise pay by itself: contiguity and empty tensors. The
+backward ops have gradients of their own, by autograd through the reference formula, at any order.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capsops import dispatch, reference
+from capsops.impl.reference import accumulation_dtype
+
+_library = torch.library.Library("capsops", "DEF")
+
+_SCHEMAS = {
+    "squash": "(Tensor s, int dim, str impl) -> Tensor",
+    "squash_backward": "(Tensor grad, Tensor s, int dim, str impl) -> Tensor",
+    "predictions": "(Tensor u, Tensor weight, str impl) -> Tensor",
+    "predictions_backward": (
+        "(Tensor grad, Tensor u, Tensor weight, bool needs_u, bool needs_weight, str impl) -> (Tensor, Tensor)"
+    ),
+    "dynamic_routing": (
+        "(Tensor u_hat, Tensor? bias, int iterations, bool leaky, bool detach, str impl) -> (Tensor, Tensor)"
+    ),
+    "dynamic_routing_backward": (
+        "(Tensor grad, Tensor u_hat, Tensor? bias, Tensor s, int iterations, bool leaky, bool detach, str impl)"
+        " -> (Tensor, Tensor)"
+    ),
+    "capsule_routing": (
+        "(Tensor u, Tensor weight, Tensor? bias, int iterations, bool leaky, bool detach, str impl)"
+        " -> (Tensor, Tensor)"
+    ),
+    "capsule_routing_backward": (
+        "(Tensor grad, Tensor u, Tensor weight, Tensor? bias, Tensor s, int iterations, bool leaky, bool detach,"
+        " bool needs_u, bool needs_weight, str impl) -> (Tensor, Tensor, Tensor)"
+    ),
+    "couplings": "(Tensor u, Tensor weight, Tensor? bias, int iterations, bool leaky, str impl) -> Tensor",
+}
+
+
+def _implementation(impl: str, *tensors: Tensor) -> Any:
+    """The module that serves the call; what has no elements is the reference's."""
+    return dispatch.module("reference" if any(x.numel() == 0 for x in tensors) else impl)
+
+
+def _squash(s: Tensor, dim: int, impl: str) -> Tensor:
+    return _implementation(impl, s).squash(s.contiguous(), dim)
+
+
+def _squash_backward(grad: Tensor, s: Tensor, dim: int, impl: str) -> Tensor:
+    if s.numel() == 0:
+        return torch.zeros_like(s, memory_format=torch.contiguous_format)
+    return dispatch.module(impl).squash_backward(grad.contiguous(), s.contiguous(), dim)
+
+
+def _predictions(u: Tensor, weight: Tensor, impl: str) -> Tensor:
+    return _implementation(impl, u, weight).predictions(u.contiguous(), weight.contiguous())
+
+
+def _predictions_backward(
+    grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    serve = _implementation(impl, u, weight)
+    return serve.predictions_backward(
+        grad.contiguous(), u.contiguous(), weight.contiguous(), needs_u, needs_weight
+    )
+
+
+def _dynamic_routing(
+    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool, detach: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    bias = bias if bias is None else bias.contiguous()
+    return _implementation(impl, u_hat).dynamic_routing(u_hat.contiguous(), bias, iterations, leaky)
+
+
+def _dynamic_routing_backward(
+    grad: Tensor,
+    u_hat: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    serve = _implementation(impl, u_hat)
+    return serve.dynamic_routing_backward(grad.contiguous(), u_hat.contiguous(), s, iterations, leaky, detach)
+
+
+def _capsule_routing(
+    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool, detach: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    bias = bias if bias is None else bias.contiguous()
+    serve = _implementation(impl, u, weight)
+    return serve.capsule_routing(u.contiguous(), weight.contiguous(), bias, iterations, leaky)
+
+
+def _capsule_routing_backward(
+    grad: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    needs_u: bool,
+    needs_weight: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    serve = _implementation(impl, u, weight)
+    return serve.capsule_routing_backward(
+        grad.contiguous(),
+        u.contiguous(),
+        weight.contiguous(),
+        s,
+        iterations,
+        leaky,
+        detach,
+        needs_u,
+        needs_weight,
+    )
+
+
+def _couplings(
+    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool, impl: str
+) -> Tensor:
+    bias = bias if bias is None else bias.contiguous()
+    return _implementation(impl, u, weight).couplings(
+        u.contiguous(), weight.contiguous(), bias, iterations, leaky
+    )
+
+
+def _routing_fakes(
+    like: Tensor, batch: int, capsules: int, dim: int, iterations: int
+) -> tuple[Tensor, Tensor]:
+    v = like.new_empty(batch, capsules, dim)
+    return v, v.new_empty(max(iterations, 1), batch, capsules, dim, dtype=accumulation_dtype(like.dtype))
+
+
+def _like(x: Tensor, needed: bool = True) -> Tensor:
+    return x.new_empty(x.shape if needed else 0)
+
+
+_FAKES: dict[str, Callable] = {
+    "squash": lambda s, dim, impl: _like(s),
+    "squash_backward": lambda grad, s, dim, impl: _like(s),
+    "predictions": lambda u, weight, impl: u.new_empty(u.shape[0], *weight.shape[:3]),
+    "predictions_backward": lambda grad, u, weight, needs_u, needs_weight, impl: (
+        _like(u, needs_u),
+        _like(weight, needs_weight),
+    ),
+    "dynamic_routing": lambda u_hat, bias, iterations, leaky, detach, impl: _routing_fakes(
+        u_hat, u_hat.shape[0], *u_hat.shape[2:], iterations
+    ),
+    "dynamic_routing_backward": lambda grad, u_hat, bias, s, iterations, leaky, detach, impl: (
+        _like(u_hat),
+        u_hat.new_empty(u_hat.shape[2:]),
+    ),
+    "capsule_routing": lambda u, weight, bias, iterations, leaky, detach, impl: _routing_fakes(
+        u, u.shape[0], *weight.shape[1:3], iterations
+    ),
+    "capsule_routing_backward": lambda grad, u, weight, bias, s, iterations, leaky, detach, needs_u, needs_w, impl: (
+        _like(u, needs_u),
+        _like(weight, needs_w),
+        u.new_empty(weight.shape[1:3]),
+    ),
+    "couplings": lambda u, weight, bias, iterations, leaky, impl: u.new_empty(u.shape[0], *weight.shape[:2]),
+}
+
+
+def _alias(x: Tensor) -> Tensor:
+    """A node of its own for x, so that differentiating with respect to it does not run on into x's history."""
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def _second_order(
+    formula: Callable[..., Tensor],
+    inputs: tuple[Tensor | None, ...],
+    grad: Tensor,
+    grad_grads: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The vector-Jacobian product of (grad, *inputs) ↦ vjp of `formula`, for upstream `grad_grads`.
+
+    `grad_grads` belong to the gradients of `inputs`, None where there is none. Returns the gradient of `grad`
+    and of each input (None for an input that is None).
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [None if x is None else _alias(x) for x in inputs]
+        grad = _alias(grad)
+        pairs = [(x, g) for x, g in zip(aliases, grad_grads, strict=True) if x is not None and g is not None]
+        if not pairs:
+            return (None,) * (1 + len(inputs))
+        firsts = torch.autograd.grad(
+            formula(*aliases), [x for x, _ in pairs], grad, create_graph=True, materialize_grads=True
+        )
+        product = sum((first * g).sum() for first, (_, g) in zip(firsts, pairs, strict=True))
+        present = [grad, *(x for x in aliases if x is not None)]
+        found = iter(torch.autograd.grad(product, present, create_graph=create_graph, materialize_grads=True))
+        return (next(found), *(None if x is None else next(found) for x in aliases))
+
+
+def _squash_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    s, ctx.dim, ctx.impl = inputs
+    ctx.save_for_backward(s)
+
+
+def _squash_vjp(ctx: Any, grad: Tensor) -> tuple:
+    (s,) = ctx.saved_tensors
+    return torch.ops.capsops.squash_backward(grad, s, ctx.dim, ctx.impl), None, None
+
+
+def _squash_backward_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    grad, s, ctx.dim, _ = inputs
+    ctx.save_for_backward(grad, s)
+
+
+def _squash_backward_vjp(ctx: Any, grad_grad: Tensor) -> tuple:
+    grad, s = ctx.saved_tensors
+    found = _second_order(lambda x: reference.squash(x, ctx.dim), (s,), grad, (grad_grad,))
+    return *found, None, None
+
+
+def _predictions_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    u, weight, ctx.impl = inputs
+    ctx.save_for_backward(u, weight)
+
+
+def _predictions_vjp(ctx: Any, grad: Tensor) -> tuple:
+    u, weight = ctx.saved_tensors
+    needs_u, needs_weight, _ = ctx.needs_input_grad
+    grad_u, grad_weight = torch.ops.capsops.predictions_backward(
+        grad, u, weight, needs_u, needs_weight, ctx.impl
+    )
+    return grad_u if needs_u else None, grad_weight if needs_weight else None, None
+
+
+def _predictions_backward_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    grad, u, weight, ctx.needs_u, ctx.needs_weight, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad, u, weight)
+
+
+def _predictions_backward_vjp(ctx: Any, grad_grad_u: Tensor | None, grad_grad_weight: Tensor | None) -> tuple:
+    grad, u, weight = ctx.saved_tensors
+    grad_grads = (grad_grad_u if ctx.needs_u else None, grad_grad_weight if ctx.needs_weight else None)
+    found = _second_order(reference.predictions, (u, weight), grad, grad_grads)
+    return *found, None, None, None
+
+
+def _dynamic_routing_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    u_hat, bias, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(u_hat, bias, output[1])
+
+
+def _dynamic_routing_vjp(ctx: Any, grad: Tensor | None, _: None) -> tuple:
+    if grad is None:
+        return (None,) * 6
+    u_hat, bias, s = ctx.saved_tensors
+    grad_u_hat, grad_bias = torch.ops.capsops.dynamic_routing_backward(grad, u_hat, bias, s, *ctx.options)
+    return grad_u_hat, None if bias is None else grad_bias, None, None, None, None
+
+
+def _dynamic_routing_backward_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    grad, u_hat, bias, _, iterations, leaky, detach, _ = inputs
+    ctx.options = {"iterations": iterations, "leaky": leaky, "detach": detach}
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad, u_hat, bias)
+
+
+def _dynamic_routing_backward_vjp(
+    ctx: Any, grad_grad_u_hat: Tensor | None, grad_grad_bias: Tensor | None
+) -> tuple:
+    grad, u_hat, bias = ctx.saved_tensors
+    found = _second_order(
+        lambda x, b: reference.dynamic_routing(x, b, **ctx.options),
+        (u_hat, bias),
+        grad,
+        (grad_grad_u_hat, grad_grad_bias),
+    )
+    return *found, None, None, None, None, None
+
+
+def _capsule_routing_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    u, weight, bias, ctx.iterations, ctx.leaky, ctx.detach, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(u, weight, bias, output[1])
+
+
+def _capsule_routing_vjp(ctx: Any, grad: Tensor | None, _: None) -> tuple:
+    if grad is None:
+        return (None,) * 7
+    u, weight, bias, s = ctx.saved_tensors
+    needs_u, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    grad_u, grad_weight, grad_bias = torch.ops.capsops.capsule_routing_backward(
+        grad,
+        u,
+        weight,
+        bias,
+        s,
+        ctx.iterations,
+        ctx.leaky,
+        ctx.detach,
+        needs_u,
+        needs_weight,
+        ctx.impl,
+    )
+    found = (
+        grad_u if needs_u else None,
+        grad_weight if needs_weight else None,
+        grad_bias if needs_bias else None,
+    )
+    return *found, None, None, None, None
+
+
+def _capsule_routing_backward_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    grad, u, weight, bias, _, iterations, leaky, detach, ctx.needs_u, ctx.needs_weight, _ = inputs
+    ctx.options = {"iterations": iterations, "leaky": leaky, "detach": detach}
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad, u, weight, bias)
+
+
+def _capsule_routing_backward_vjp(
+    ctx: Any, grad_grad_u: Tensor | None, grad_grad_weight: Tensor | None, grad_grad_bias: Tensor | None
+) -> tuple:
+    grad, u, weight, bias = ctx.saved_tensors
+    found = _second_order(
+        lambda x, w, b: reference.capsule_routing(x, w, b, **ctx.options),
+        (u, weight, bias),
+        grad,
+        (
+            grad_grad_u if ctx.needs_u else None,
+            grad_grad_weight if ctx.needs_weight else None,
+            grad_grad_bias,
+        ),
+    )
+    return *found, None, None, None, None, None, None, None
+
+
+_GRADIENTS = {
+    "squash": (_squash_vjp, _squash_setup),
+    "squash_backward": (_squash_backward_vjp, _squash_backward_setup),
+    "predictions": (_predictions_vjp, _predictions_setup),
+    "predictions_backward": (_predictions_backward_vjp, _predictions_backward_setup),
+    "dynamic_routing": (_dynamic_routing_vjp, _dynamic_routing_setup),
+    "dynamic_routing_backward": (_dynamic_routing_backward_vjp, _dynamic_routing_backward_setup),
+    "capsule_routing": (_capsule_routing_vjp, _capsule_routing_setup),
+    "capsule_routing_backward": (_capsule_routing_backward_vjp, _capsule_routing_backward_setup),
+}
+
+_KERNELS: dict[str, Callable] = {
+    "squash": _squash,
+    "squash_backward": _squash_backward,
+    "predictions": _predictions,
+    "predictions_backward": _predictions_backward,
+    "dynamic_routing": _dynamic_routing,
+    "dynamic_routing_backward": _dynamic_routing_backward,
+    "capsule_routing": _capsule_routing,
+    "capsule_routing_backward": _capsule_routing_backward,
+    "couplings": _couplings,
+}
+
+
+def _kernel(function: Callable) -> Callable:
+    """The kernel as registered: its results are contiguous, as the fakes say."""
+
+    def call(*args: Any) -> Any:
+        results = function(*args)
+        if isinstance(results, Tensor):
+            return results.contiguous()
+        return tuple(x.contiguous() for x in results)
+
+    return call
+
+
+def _autocast(op: Callable, device: str) -> Callable:
+    """What torch does for matrix products: every tensor but float64 in autocast's dtype, then as without it."""
+
+    def cast(x: Any) -> Any:
+        wanted = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(torch.get_autocast_dtype(device)) if wanted else x
+
+    def call(*args: Any) -> Any:
+        args = tuple(cast(x) for x in args)
+        with torch.autocast(device, enabled=False):
+            return op(*args)
+
+    return call
+
+
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _kernel(_KERNELS[_name]), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"capsops::{_name}", _FAKES[_name], lib=_library)
+    if _name in _GRADIENTS:
+        _vjp, _setup = _GRADIENTS[_name]
+        torch.library.register_autograd(f"capsops::{_name}", _vjp, setup_context=_setup, lib=_library)
+for _name in ("squash", "predictions", "dynamic_routing", "capsule_routing", "couplings"):
+    for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl(_name, _autocast(getattr(torch.ops.capsops, _name), _device), _key)
