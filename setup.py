@@ -331,6 +331,7 @@ class BuildExtensions(build_ext):
     """Runs ninja in build/, puts what it made into the package and notes there what was not made."""
 
     def run(self) -> None:
+        must_have_cuda = cuda_choice(os.environ) == "1"
         self.written: list[str] = []
         record: dict[str, dict[str, object]] = {}
         package = ROOT / "capsops" if self.inplace else Path(self.build_lib, "capsops")
@@ -342,7 +343,7 @@ class BuildExtensions(build_ext):
             try:
                 library, facts = make(build / name)
             except NotBuiltError as error:
-                if name == "cuda" and cuda_choice(os.environ) == "1":
+                if name == "cuda" and must_have_cuda:
                     raise SystemExit(
                         f"CAPSOPS_BUILD_CUDA=1: {error.reason}\nTo mend it: {error.mend}"
                     ) from error
