@@ -1,0 +1,91 @@
+"""`python -m capsops`: what is installed, what serves which device, and why something is not available."""
+
+import importlib
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+import capsops
+from capsops import dispatch
+
+RECORD = Path(__file__).with_name("_build.json")
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def table(rows: Iterable[tuple[str, ...]]) -> str:
+    rows = list(rows)
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def openmp_runtimes(maps: str) -> list[str]:
+    """The OpenMP libraries among the files that a process has mapped, from /proc/<pid>/maps."""
+    paths = (line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split(maxsplit=5)) == 6)
+    return sorted({path for path in paths if re.match(r"lib(gomp|i?omp5?)[-.]", Path(path).name)})
+
+
+def openmp() -> str:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return "unknown: this system has no /proc/self/maps"
+    runtimes = openmp_runtimes(maps.read_text())
+    if len(runtimes) == 1:
+        return f"{runtimes[0]}, shared with torch"
+    return f"{len(runtimes)} runtimes in one process, whose threads may compete: {', '.join(runtimes)}"
+
+
+def extension(name: str, record: dict[str, dict[str, str]]) -> list[tuple[str, str]]:
+    """What the build recorded of capsops._<name>, and what it says of itself once loaded."""
+    title = f"capsops._{name}"
+    built = record.get(name, {"built": False, "reason": "never built here", "mend": "pip install -e ."})
+    if not built["built"]:
+        lines = [*f"not built: {built['reason']}".splitlines(), f"to mend it: {built['mend']}"]
+        return [(title, lines[0]), *(("", line) for line in lines[1:])]
+    rows = [(title, f"built by {built['compiler']}")]
+    try:
+        module = importlib.import_module(title)
+    except ImportError as error:
+        return [*rows, ("", f"cannot be loaded: {error}"), ("", "to mend it: install capsops again")]
+    if name == "cpu":
+        rows.append(("", f"instruction set: {module.isa()}, of {', '.join(built['isas'])}"))
+        rows.append(("", f"threads: {torch.get_num_threads()}"))
+        rows.append(("", f"OpenMP: {openmp()}"))
+    else:
+        rows.append(("", f"architectures: {built['archs']}"))
+    return rows
+
+
+def main() -> None:
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    print(f"capsops {capsops.__version__}\n")
+    print(
+        table(
+            [("python", platform.python_version()), *((p, version(p)) for p in ("torch", "triton", "numpy"))]
+        )
+    )
+    print("\nextensions")
+    print(table(row for name in ("cpu", "cuda") for row in extension(name, record)))
+    print("\nimplementations")
+    services = (
+        (s.impl, s.device, "available" if s.available else s.reason.splitlines()[0])
+        for s in dispatch.describe()
+    )
+    print(table([("impl", "tensors on", ""), *services]))
+    print('\nimpl="auto" takes')
+    print(table((device, dispatch.resolve("auto", device)) for device in ("cpu", "cuda")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""setup.py: what it plans, that ninja does it, and that a build that fails leaves a working package."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no c++ on the path")
+
+
+def _load_setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("capsops_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+plan = _load_setup()
+
+
+@pytest.mark.parametrize(
+    ("machine", "isas"),
+    [
+        ("x86_64", ["baseline", "avx2", "avx512"]),
+        ("AMD64", ["baseline", "avx2", "avx512"]),
+        ("aarch64", ["baseline"]),
+        ("arm64", ["baseline"]),
+    ],
+)
+def test_instruction_sets_by_machine(machine: str, isas: list[str]) -> None:
+    assert list(plan.cpu_isas(machine)) == isas
+
+
+@pytest.mark.parametrize(
+    ("archs", "flags"),
+    [
+        ("80", ["-gencode=arch=compute_80,code=sm_80"]),
+        ("90a", ["-gencode=arch=compute_90a,code=sm_90a"]),
+        (
+            "80; 90+PTX",
+            [
+                "-gencode=arch=compute_80,code=sm_80",
+                "-gencode=arch=compute_90,code=sm_90",
+                "-gencode=arch=compute_90,code=compute_90",
+            ],
+        ),
+    ],
+)
+def test_cuda_architectures(archs: str, flags: list[str]) -> None:
+    assert plan.cuda_arch_flags(archs) == flags
+
+
+@pytest.mark.parametrize("archs", ["8.0", "sm_80", "80;native", "", ";"])
+def test_cuda_architectures_that_are_none(archs: str) -> None:
+    with pytest.raises(ValueError, match="CAPSOPS_CUDA_ARCHS"):
+        plan.cuda_arch_flags(archs)
+
+
+def test_cuda_choice() -> None:
+    assert plan.cuda_choice({}) == "auto"
+    assert plan.cuda_choice({"CAPSOPS_BUILD_CUDA": "1"}) == "1"
+    with pytest.raises(ValueError, match="CAPSOPS_BUILD_CUDA takes 0, 1 or auto, got 'yes'"):
+        plan.cuda_choice({"CAPSOPS_BUILD_CUDA": "yes"})
+
+
+def test_jobs() -> None:
+    assert plan.job_flags({}) == []
+    assert plan.job_flags({"MAX_JOBS": "3"}) == ["-j", "3"]
+    for jobs in ("0", "-1", "many"):
+        with pytest.raises(ValueError, match="MAX_JOBS"):
+            plan.job_flags({"MAX_JOBS": jobs})
+
+
+def test_every_kernel_is_compiled_for_every_instruction_set() -> None:
+    *compilations, link = plan.cpu_steps(["c++"], ["/include"], "x86_64", {"CXXFLAGS": "-g"})
+    assert len(compilations) == 1 + 3 * len(plan.CPU_KERNELS)
+    assert len({step.output for step in compilations}) == len(compilations)
+    assert link.inputs == tuple(step.output for step in compilations)
+    for step in compilations:
+        assert "-fopenmp" in step.command
+        assert "-g" in step.command
+        assert "-ffast-math" not in step.command  # breaks the range reduction of exp
+    for step in compilations[1:]:
+        isa = step.output.split(".")[1]
+        assert f"-DCAPSOPS_ISA={isa}" in step.command
+        assert ("-mavx512f" in step.command) == (isa == "avx512")
+        assert "/include" not in step.command  # so that a new pip environment recompiles the bindings alone
+
+
+def test_every_source_is_listed() -> None:
+    listed = {plan.CPU_BINDINGS, *plan.CPU_KERNELS}
+    assert listed == {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc/cpu").glob("*.cpp")}
+
+
+def test_cuda_steps() -> None:
+    sources = [Path("/s/bindings.cpp"), Path("/s/squash.cu")]
+    *compilations, link = plan.cuda_steps("nvcc", sources, ["/include"], {"CAPSOPS_CUDA_ARCHS": "90"})
+    assert [step.output for step in compilations] == ["bindings.cpp.o", "squash.cu.o"]
+    assert all("-gencode=arch=compute_90,code=sm_90" in step.command for step in compilations)
+    assert link.command == ("nvcc", "-shared", "-cudart", "static")
+
+
+def test_first_error_is_what_the_compiler_said() -> None:
+    output = textwrap.dedent("""\
+        [1/3] compiling a.o
+        FAILED: [code=1] a.o
+        c++ -c a.cpp -o a.o
+        a.cpp:1:1: error: 'x' does not name a type
+            1 | x
+        [2/3] compiling b.o
+        ninja: build stopped: subcommand failed.
+        """)
+    assert plan.first_error(output) == "a.cpp:1:1: error: 'x' does not name a type\n    1 | x"
+    assert plan.first_error("ninja: error: 'a.cpp' missing\n") == "ninja: error: 'a.cpp' missing"
+
+
+@needs_compiler
+def test_ninja_compiles_what_changed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a folder: with $igns"
+    folder.mkdir()
+    header, one, two = (folder / name for name in ("value.h", "one.cpp", "two.cpp"))
+    header.write_text("#define VALUE 1\n")
+    one.write_text('#include "value.h"\nint one() { return VALUE; }\n')
+    two.write_text("int two() { return 2; }\n")
+    steps = [
+        plan.Step((str(one),), "one.o", ("c++", "-fPIC", "-DTEXT=\"a $b 'c'\"")),
+        plan.Step((str(two),), "two.o", ("c++", "-fPIC")),
+        plan.Step(("one.o", "two.o"), "both.so", ("c++", "-shared"), compiles=False),
+    ]
+
+    def compiled() -> set[str]:
+        assert plan.run_ninja(steps, folder / "build").exists()
+        return set(re.findall(r"\] \w+ (\S+)", capfd.readouterr().out))
+
+    assert compiled() == {"one.o", "two.o", "both.so"}
+    assert compiled() == set()
+    header.write_text("#define VALUE 3\n")
+    assert compiled() == {"one.o", "both.so"}
+
+    two.write_text("this is no C++\n")
+    with pytest.raises(plan.NotBuiltError, match=r"compilation failed: .*two\.cpp:1:1: error"):
+        plan.run_ninja(steps, folder / "build")
+
+
+def test_compiler_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(plan.NotBuiltError, match=r"cannot compile one line.*No such file") as caught:
+        plan.check_compiler([str(tmp_path / "c++")], plan.sysconfig.get_path("include"))
+    assert "install g++" in caught.value.mend
+
+
+def test_compiler_that_says_nothing() -> None:
+    with pytest.raises(plan.NotBuiltError, match="it printed nothing and ended with status 1"):
+        plan.check_compiler(["/bin/false"], plan.sysconfig.get_path("include"))
+
+
+@needs_compiler
+def test_compiler_without_openmp(tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *-fopenmp*) echo "unsupported option -fopenmp" >&2; exit 1;; esac\n'
+        'exec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    with pytest.raises(plan.NotBuiltError, match="has no OpenMP: unsupported option -fopenmp") as caught:
+        plan.check_compiler([str(compiler)], plan.sysconfig.get_path("include"))
+    assert "libomp" in caught.value.mend
+
+
+@needs_compiler
+def test_compiler_without_python_headers(tmp_path: Path) -> None:
+    with pytest.raises(plan.NotBuiltError, match=r"does not find Python's headers.*Python\.h"):
+        plan.check_compiler(["c++"], str(tmp_path))
+
+
+def _environment(**variables: str) -> dict[str, str]:
+    unset = ("CXX", "CAPSOPS_IMPL", "CAPSOPS_CPU_ISA", "CAPSOPS_BUILD_CUDA", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    return {**kept, "CAPSOPS_BUILD_CUDA": "0", **variables}
+
+
+def _run(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, env=_environment(**variables), capture_output=True, text=True)
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    """A copy of what an installation needs, without anything built."""
+    copy = tmp_path / "copy"
+    ignore = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    for folder in ("capsops", "csrc", "infocapsgan"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / file, copy)
+    return copy
+
+
+USE = "import capsops, torch; print(capsops.squash(torch.tensor([3.0, 4.0])).norm().item())"
+
+
+def _assert_reference_serves(folder: Path) -> None:
+    """The package found in the folder computes, and says what is missing."""
+    used = _run(sys.executable, "-c", USE, cwd=folder)
+    assert used.returncode == 0, used.stderr
+    assert float(used.stdout) == pytest.approx(25 / 26)
+    said = _run(sys.executable, "-m", "capsops", cwd=folder)
+    assert said.returncode == 0, said.stderr
+    assert "not built: the compiler /bin/false cannot compile" in said.stdout
+    assert "to mend it: install g++" in said.stdout
+    assert re.search(r"^ +reference +cpu +available$", said.stdout, re.MULTILINE)
+
+
+def test_build_without_a_compiler_succeeds_and_says_why(scratch: Path) -> None:
+    stale = scratch / "capsops" / f"_cpu{plan.sysconfig.get_config_var('EXT_SUFFIX')}"
+    stale.write_text("of an earlier build")
+    # torch is hidden: building must do without it.
+    (scratch / "torch.py").write_text("raise ImportError('the build imports torch')\n")
+    build = _run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=scratch, CXX="/bin/false")
+    assert build.returncode == 0, build.stderr
+    assert "capsops._cpu IS NOT BUILT" in build.stderr
+    assert "CAPSOPS_BUILD_CUDA was 0" not in build.stderr
+    assert not stale.exists()
+    record = json.loads((scratch / "capsops/_build.json").read_text())
+    assert record["cpu"]["built"] is False
+    assert record["cuda"]["reason"] == "CAPSOPS_BUILD_CUDA was 0"
+    (scratch / "torch.py").unlink()
+    _assert_reference_serves(scratch)
+
+
+def test_cuda_that_must_be_built_and_cannot(scratch: Path) -> None:
+    (scratch / "csrc/cuda").mkdir(exist_ok=True)
+    (scratch / "csrc/cuda/empty.cu").touch()
+    path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not Path(p, "nvcc").exists())
+    build = _run(
+        *(sys.executable, "setup.py", "build_ext", "--inplace"),
+        cwd=scratch,
+        CXX="/bin/false",
+        CAPSOPS_BUILD_CUDA="1",
+        CUDA_HOME="",
+        PATH=path,
+    )
+    assert build.returncode != 0
+    assert "CAPSOPS_BUILD_CUDA=1: there is no nvcc" in build.stderr
+
+
+@pytest.mark.slow
+def test_wheel_without_a_compiler(scratch: Path, tmp_path: Path) -> None:
+    target = tmp_path / "installed"
+    pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation")
+    install = _run(*pip, "--target", str(target), str(scratch), cwd=tmp_path, CXX="/bin/false")
+    assert install.returncode == 0, install.stdout + install.stderr
+    _assert_reference_serves(target)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_wheel_from_an_sdist(scratch: Path, tmp_path: Path) -> None:
+    sdist = _run(sys.executable, "setup.py", "sdist", "--dist-dir", str(tmp_path / "dist"), cwd=scratch)
+    assert sdist.returncode == 0, sdist.stderr
+    (archive,) = (tmp_path / "dist").iterdir()
+    target = tmp_path / "installed"
+    pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation")
+    install = _run(*pip, "--target", str(target), str(archive), cwd=tmp_path)
+    assert install.returncode == 0, install.stdout + install.stderr
+    said = _run(sys.executable, "-m", "capsops", cwd=target)
+    assert re.search(r"^ +cpu +cpu +available$", said.stdout, re.MULTILINE), said.stdout + said.stderr
+
+
+def _symbols(item: Path, kinds: str) -> set[str]:
+    listed = subprocess.run(["nm", "--defined-only", item], capture_output=True, text=True, check=True).stdout
+    rows = (line.split() for line in listed.splitlines())
+    return {name for *_, kind, name in rows if kind in kinds}
+
+
+def test_no_instruction_set_leaks_into_shared_functions() -> None:
+    """An inline function that several objects hold must come from the baseline, which runs everywhere."""
+    suffix = plan.sysconfig.get_config_var("EXT_SUFFIX")
+    objects = sorted((ROOT / "build" / f"native{Path(suffix).stem}" / "cpu").glob("*.o"))
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("needs the object files of an editable installation, and nm")
+    everywhere = set().union(*(_symbols(o, "TWVu") for o in objects if not re.search("avx", o.name)))
+    for item in objects:
+        isa = re.search("avx[0-9]+", item.name)
+        if isa:
+            leaks = {name for name in _symbols(item, "WVu") - everywhere if isa.group() not in name}
+            assert not leaks, f"{item.name}: {sorted(leaks)}"
