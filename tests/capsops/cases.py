@@ -1,0 +1,165 @@
+"""Shapes, options, inputs and memory layouts that the tests of several ops share."""
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Shape(NamedTuple):
+    B: int
+    I: int  # noqa: E741
+    J: int
+    D: int
+    K: int
+
+    def __str__(self) -> str:
+        return "B{}-I{}-J{}-D{}-K{}".format(*self)
+
+
+class Options(NamedTuple):
+    iterations: int
+    leaky: bool = False
+    detach: bool = False
+    bias: bool = False
+
+    def __str__(self) -> str:
+        flags = [name for name in ("leaky", "detach", "bias") if getattr(self, name)]
+        return "-".join([f"T{self.iterations}", *flags])
+
+    def keywords(self) -> dict[str, int | bool]:
+        return {"iterations": self.iterations, "leaky": self.leaky, "detach": self.detach}
+
+
+# Sizes that fill no vector, no tile and no thread evenly, and the round ones that kernels are written for.
+SHAPES = [
+    Shape(*sizes)
+    for sizes in (
+        (1, 1, 1, 1, 1),
+        (1, 33, 11, 17, 3),
+        (1, 100, 10, 16, 8),
+        (2, 3, 40, 32, 4),
+        (2, 7, 2, 3, 5),
+        (2, 100, 11, 32, 17),
+        (3, 5, 200, 16, 8),
+        (5, 7, 2, 17, 32),
+        (5, 33, 10, 16, 8),
+        (8, 257, 3, 4, 8),
+        (15, 1, 2, 1, 1),
+        (15, 7, 11, 4, 4),
+        (16, 1, 10, 16, 8),
+        (16, 33, 10, 16, 8),
+        (17, 100, 2, 8, 16),
+        (33, 7, 10, 5, 3),
+        (33, 33, 1, 16, 16),
+        (63, 7, 2, 32, 5),
+        (63, 33, 11, 8, 4),
+        (64, 2, 5, 8, 8),
+        (130, 9, 10, 16, 8),
+    )
+]
+
+ALL_OPTIONS = [Options(*option) for option in product(range(5), *[(False, True)] * 3)]
+
+# Every shape meets these, two shapes meet all.
+FEW_OPTIONS = [
+    Options(0, bias=True),
+    Options(1, leaky=True),
+    Options(2, leaky=True, detach=True, bias=True),
+    Options(3, bias=True),
+    Options(4, detach=True),
+]
+
+GRID = [
+    *product(SHAPES, FEW_OPTIONS),
+    *product([Shape(5, 9, 3, 4, 2), Shape(17, 6, 10, 16, 8)], ALL_OPTIONS),
+]
+
+
+def layer_inputs(
+    shape: Shape, bias: bool = False, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """u, weight and bias of a layer whose predictions and logits are of order 1."""
+    u = torch.randn(shape.B, shape.I, shape.K, dtype=torch.float64)
+    weight = torch.randn(shape.I, shape.J, shape.D, shape.K, dtype=torch.float64) / shape.K**0.5
+    beta = torch.randn(shape.J, shape.D, dtype=torch.float64) / 3 if bias else None
+    return u.to(dtype), weight.to(dtype), None if beta is None else beta.to(dtype)
+
+
+def routing_inputs(
+    shape: Shape, bias: bool = False, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor | None]:
+    """û and bias, of order 1."""
+    u_hat = torch.randn(shape.B, shape.I, shape.J, shape.D, dtype=torch.float64)
+    beta = torch.randn(shape.J, shape.D, dtype=torch.float64) / 3 if bias else None
+    return u_hat.to(dtype), None if beta is None else beta.to(dtype)
+
+
+def value_and_gradients(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    upstream: Tensor | Callable[[Tensor], Tensor] | None = None,
+    needs: Sequence[bool] | None = None,
+) -> dict[str, Tensor]:
+    """{"value": …, "gradient 0": …, …}: the result of `function(*inputs)` and the gradient of each input.
+
+    The inputs keep their strides. `upstream` is the gradient of the result, or makes it from the result; by
+    default it is random, the same for every call on results of one shape. `needs` picks the inputs that
+    require a gradient; the rest, and inputs that are None, have none in the result.
+    """
+    needs = [x is not None for x in inputs] if needs is None else needs
+    leaves = [
+        x.detach().requires_grad_(need) if x is not None else None
+        for x, need in zip(inputs, needs, strict=True)
+    ]
+    value = function(*leaves)
+    if upstream is None:
+        draw = torch.Generator().manual_seed(1)
+        upstream = torch.randn(value.shape, generator=draw, dtype=torch.float64).to(value.dtype)
+    elif not isinstance(upstream, Tensor):
+        upstream = upstream(value.detach())
+    named = {f"gradient {n}": x for n, x in enumerate(leaves) if x is not None and x.requires_grad}
+    found = torch.autograd.grad(value, list(named.values()), upstream) if named else ()
+    return {"value": value.detach(), **dict(zip(named, found, strict=True))}
+
+
+def _sliced(x: Tensor) -> Tensor:
+    """Every second element of the last axis, all but the ends of the first, NaN between and around."""
+    wide = torch.full((x.shape[0] + 2, *x.shape[1:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype)
+    view = wide[1:-1, ..., ::2]
+    view.copy_(x)
+    return view
+
+
+def _offset(x: Tensor) -> Tensor:
+    """Contiguous, but one element off any alignment, NaN on both sides."""
+    line = torch.full((x.numel() + 2,), float("nan"), dtype=x.dtype)
+    view = line[1:-1].view(x.shape)
+    view.copy_(x)
+    return view
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _expanded(x: Tensor) -> Tensor:
+    """The first along the first axis, repeated with stride 0."""
+    return x[:1].expand_as(x)
+
+
+def _constant(x: Tensor) -> Tensor:
+    """One number for all, stride 0 everywhere: the gradient of a sum."""
+    return x.flatten()[0].expand_as(x)
+
+
+# Each takes a tensor and returns one in another memory layout, with the same values but for the last two.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sliced": _sliced,
+    "offset": _offset,
+    "transposed": _transposed,
+    "expanded": _expanded,
+    "constant": _constant,
+}

@@ -1,0 +1,56 @@
+"""Comparison with the reference: a failure says which tensor, its error, and what was allowed."""
+
+import torch
+from torch import Tensor
+
+
+def largest(x: Tensor) -> float:
+    """The largest magnitude in x, 0 where it has no elements."""
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def assert_like(got: Tensor, want: Tensor, name: str = "result") -> None:
+    """Shape and dtype are the same."""
+    assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, not {list(want.shape)}"
+    assert got.dtype == want.dtype, f"{name}: dtype {got.dtype}, not {want.dtype}"
+
+
+def assert_close(
+    got: Tensor, want: Tensor, name: str = "result", tolerance: float = 1e-12, floor: float = 1e-3
+) -> None:
+    """The error is at most `tolerance` of the largest element of `want`, but at least of `floor`.
+
+    `floor` is there for sums that cancel to nothing: their rounding error follows the terms, not the sum.
+    """
+    assert_like(got, want, name)
+    assert want.isfinite().all(), f"{name}: the reference is not finite, compare with assert_same_finiteness"
+    assert got.isfinite().all(), f"{name}: {(~got.isfinite()).sum()} of {got.numel()} elements are not finite"
+    error, allowed = largest(got - want), tolerance * max(largest(want), floor)
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_low_precision(
+    got: Tensor, low: Tensor, exact: Tensor, factor: float, name: str = "result"
+) -> None:
+    """The error of `got` is at most `factor` times that of `low`, the same computation in plain torch.
+
+    `exact` is the float64 result for the same inputs. A result has to be rounded to its dtype whatever the
+    computation, so the error of `low` counts as half a unit in the last place of the largest element at
+    least.
+    """
+    assert_like(got, low, name)
+    assert got.isfinite().all(), f"{name}: {(~got.isfinite()).sum()} of {got.numel()} elements are not finite"
+    assert exact.dtype == torch.float64, f"{name}: the exact result is {exact.dtype}"
+    rounding = torch.finfo(got.dtype).eps / 2 * largest(exact)
+    error = largest(got.double() - exact)
+    allowed = factor * max(largest(low.double() - exact), rounding)
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} ({factor} times plain torch)"
+
+
+def assert_same_finiteness(got: Tensor, want: Tensor, name: str = "result") -> None:
+    """Vectors (last axis) that are not finite in `want` are not finite in `got`; the others agree."""
+    assert_like(got, want, name)
+    broken = ~want.isfinite().all(-1)
+    hidden = broken & got.isfinite().all(-1)
+    assert not hidden.any(), f"{name}: {hidden.sum()} of {broken.sum()} non-finite vectors became finite"
+    assert_close(got[~broken], want[~broken], name + ", unaffected vectors")
