@@ -1,0 +1,122 @@
+"""Where the files of a data set lie, and how they come there."""
+
+import gzip
+import hashlib
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+
+class DataError(RuntimeError):
+    """A data file is damaged, or missing and not to be had."""
+
+
+class File(NamedTuple):
+    """A file and the SHA-256 of its content (of what is inside, for a name that ends in .gz)."""
+
+    name: str
+    sha256: str
+
+
+class Source(NamedTuple):
+    """The files of a data set, the folder that holds them, and the address they come from."""
+
+    folder: str
+    url: str
+    files: tuple[File, ...]
+
+
+def folders(data_dir: str | Path | None) -> list[Path]:
+    """Where to look, first to last: `data_dir`, $INFOCAPSGAN_DATA, the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infocapsgan"
+    named = [data_dir, os.environ.get("INFOCAPSGAN_DATA")]
+    return [Path(folder).expanduser() for folder in named if folder] + [cache]
+
+
+def find(source: Source, data_dir: str | Path | None = None) -> list[Path]:
+    """The paths of the files of `source`, each with its checksum verified; missing ones are downloaded.
+
+    They are downloaded into `data_dir` where one is given, else into the user's cache folder.
+
+    Raises:
+        DataError: a file does not have its checksum, or is missing and could not be downloaded.
+    """
+    places = [folder / source.folder for folder in folders(data_dir)]
+    for place in places:
+        paths = [place / file.name for file in source.files]
+        if all(path.is_file() for path in paths):
+            for path, file in zip(paths, source.files, strict=True):
+                verify(path, file)
+            return paths
+    target = places[0] if data_dir else places[-1]
+    try:
+        return [download(source.url + file.name, target / file.name, file) for file in source.files]
+    except (urllib.error.URLError, OSError) as error:
+        raise DataError(
+            f"the data set {source.folder} is in none of {', '.join(map(str, places))} "
+            f"and could not be downloaded from {source.url} ({error}). Put these files into {target}: "
+            + ", ".join(file.name for file in source.files)
+        ) from error
+
+
+def download(url: str, path: Path, file: File, *, open_url: Callable = urllib.request.urlopen) -> Path:
+    """Gets one file. What an earlier, broken download left is continued; `path` appears when it is whole."""
+    if path.is_file():
+        verify(path, file)
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    try:
+        response = open_url(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: nothing is left to send, the part is whole already
+            raise
+    else:
+        with response:
+            _receive(response, part, done if response.status == 206 else 0)
+    try:
+        verify(part, file)
+    except DataError:
+        part.unlink()
+        raise
+    os.replace(part, path)
+    return path
+
+
+def _receive(response, part: Path, done: int) -> None:
+    length = response.headers.get("Content-Length")
+    total = done + int(length) if length else None
+    bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=part.stem, file=sys.stderr)
+    with bar, part.open("ab" if done else "wb") as out:
+        while chunk := response.read(1 << 16):
+            out.write(chunk)
+            bar.update(len(chunk))
+    if total is not None and part.stat().st_size != total:
+        raise OSError(
+            f"{part.stem} broke off at {part.stat().st_size} of {total} bytes; try again to continue it"
+        )
+
+
+def verify(path: Path, file: File) -> None:
+    """Raises DataError where the content of `path` does not have the checksum of `file`."""
+    digest = hashlib.sha256()
+    opened = gzip.open if file.name.endswith(".gz") and not file.name.endswith(".tar.gz") else open
+    try:
+        with opened(path, "rb") as content:
+            while chunk := content.read(1 << 20):
+                digest.update(chunk)
+    except (EOFError, OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove it and get it again") from error
+    if digest.hexdigest() != file.sha256:
+        raise DataError(
+            f"{path} does not have the expected content: its SHA-256 is {digest.hexdigest()}, "
+            f"{file.sha256} was expected; remove it and get it again"
+        )

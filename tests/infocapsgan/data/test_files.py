@@ -1,0 +1,107 @@
+import functools
+import gzip
+import hashlib
+import http.server
+import threading
+
+import pytest
+
+from infocapsgan.data.files import DataError, File, Source, download, find, folders, verify
+
+CONTENT = bytes(range(256)) * 1000
+GOOD = File("values.bin", hashlib.sha256(CONTENT).hexdigest())
+NOWHERE = "http://127.0.0.1:9/"  # the discard port, where nothing listens
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENT, from the byte that is asked for."""
+
+    asked: list[str | None]
+
+    def do_GET(self):
+        wanted = self.headers.get("Range")
+        self.asked.append(wanted)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        if start >= len(CONTENT):
+            self.send_error(416)
+            return
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.end_headers()
+        self.wfile.write(CONTENT[start:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    Server.asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as served:
+        threading.Thread(target=functools.partial(served.serve_forever, 0.01), daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_address[1]}/values.bin"
+        served.shutdown()
+
+
+def test_download(tmp_path, server):
+    path = download(server, tmp_path / "new" / "values.bin", GOOD)
+    assert path.read_bytes() == CONTENT
+    assert [file.name for file in path.parent.iterdir()] == ["values.bin"]
+    assert Server.asked == [None]
+
+
+def test_a_broken_download_is_continued(tmp_path, server):
+    (tmp_path / "values.bin.part").write_bytes(CONTENT[:1000])
+    assert download(server, tmp_path / "values.bin", GOOD).read_bytes() == CONTENT
+    assert Server.asked == ["bytes=1000-"]
+
+
+def test_a_whole_part_needs_no_more(tmp_path, server):
+    (tmp_path / "values.bin.part").write_bytes(CONTENT)
+    assert download(server, tmp_path / "values.bin", GOOD).read_bytes() == CONTENT
+
+
+def test_a_download_with_a_wrong_checksum_leaves_nothing(tmp_path, server):
+    with pytest.raises(DataError, match="does not have the expected content"):
+        download(server, tmp_path / "values.bin", GOOD._replace(sha256="0" * 64))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_network_the_error_says_what_to_put_where(tmp_path, monkeypatch):
+    monkeypatch.delenv("INFOCAPSGAN_DATA", raising=False)
+    with pytest.raises(DataError) as caught:
+        find(Source("small", NOWHERE, (GOOD, GOOD._replace(name="labels.bin"))), tmp_path)
+    assert f"Put these files into {tmp_path / 'small'}: values.bin, labels.bin" in str(caught.value)
+
+
+def test_files_are_looked_for_in_order(tmp_path, monkeypatch):
+    monkeypatch.setenv("INFOCAPSGAN_DATA", str(tmp_path / "second"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "third"))
+    assert folders(tmp_path / "first") == [
+        tmp_path / "first",
+        tmp_path / "second",
+        tmp_path / "third" / "infocapsgan",
+    ]
+    for place in ("third/infocapsgan", "second"):
+        path = tmp_path / place / "small" / "values.bin"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(CONTENT)
+        assert find(Source("small", NOWHERE, (GOOD,))) == [path]
+
+
+def test_a_wrong_file_of_the_user_is_named(tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "values.bin").write_bytes(b"something else")
+    with pytest.raises(DataError, match=r"small/values\.bin does not have the expected content"):
+        find(Source("small", NOWHERE, (GOOD,)), tmp_path)
+
+
+def test_a_gz_file_is_known_by_what_is_inside(tmp_path):
+    path = tmp_path / "values.gz"
+    file = GOOD._replace(name="values.gz")
+    for level in (1, 9):
+        path.write_bytes(gzip.compress(CONTENT, level))
+        verify(path, file)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match="is damaged"):
+        verify(path, file)

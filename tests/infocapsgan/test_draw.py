@@ -1,0 +1,11 @@
+import torch
+
+from infocapsgan.draw import Draw
+
+
+def test_processes_share_one_batch():
+    whole, parts = Draw(3), [Draw(3, rank=rank, world=2) for rank in range(2)]
+    for method, arguments in (("normal", (5,)), ("uniform", ()), ("integers", ())):
+        before = (10,) if method == "integers" else ()
+        together = torch.cat([getattr(part, method)(*before, 4, *arguments) for part in parts])
+        assert torch.equal(together, getattr(whole, method)(*before, 8, *arguments))
