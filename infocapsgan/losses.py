@@ -1,0 +1,88 @@
+"""Losses, each a function of what its formula names."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infocapsgan.draw import Draw
+
+
+def margin_loss(
+    lengths: Tensor, target: Tensor, *, upper: float = 0.9, lower: float = 0.1, absent: float = 0.5
+) -> Tensor:
+    """Margin loss of each sample, summed over the classes: [B].
+
+    L_j = T_j · max(0, upper − ‖v_j‖)² + absent · (1 − T_j) · max(0, ‖v_j‖ − lower)²
+    (Sabour, Frosst, Hinton 2017, equation 4).
+
+    Args:
+        lengths: ‖v_j‖ of the class capsules [B, J].
+        target: T, one-hot or with several ones [B, J].
+        upper, lower: what the length of a present class should exceed, of an absent one stay below.
+        absent: weight of the absent classes.
+    """
+    present = target * F.relu(upper - lengths).square()
+    return (present + absent * (1 - target) * F.relu(lengths - lower).square()).sum(dim=1)
+
+
+def discriminator_loss(real: Tensor, generated: Tensor) -> Tensor:
+    """−mean[log D(x) + log(1 − D(G))] of logits [B], D = sigmoid(logit) (Goodfellow et al. 2014)."""
+    return F.softplus(-real).mean() + F.softplus(generated).mean()
+
+
+def generator_loss(generated: Tensor) -> Tensor:
+    """−mean log D(G) of logits [B]: the non-saturating form (Goodfellow et al. 2014)."""
+    return F.softplus(-generated).mean()
+
+
+def entropy(p: Tensor) -> Tensor:
+    """−Σ p log p over the last axis, in nats; 0 log 0 is 0."""
+    return torch.special.entr(p).sum(dim=-1)
+
+
+def divergence(p: Tensor, log_q: Tensor) -> Tensor:
+    """Kullback–Leibler divergence KL(p ‖ q) over the last axis, averaged over the batch, in nats."""
+    return (torch.special.xlogy(p, p) - p * log_q).sum(dim=-1).mean()
+
+
+def mutual_information(p: Tensor, *, balance: float = 1.0) -> Tensor:
+    """balance · H(Y) − H(Y|X) of predictions p [B, J], in nats; with balance 1 it is I(X; Y).
+
+    H(Y) is the entropy of the mean prediction: large where the classes are used evenly. H(Y|X) is the mean
+    entropy of a prediction: small where each is certain (Hu et al. 2017, IMSAT, equation 7).
+    """
+    return balance * entropy(p.mean(dim=0)) - entropy(p).mean()
+
+
+def adversarial_smoothness(
+    log_prediction: Callable[[Tensor], Tensor],
+    images: Tensor,
+    p: Tensor,
+    draw: Draw,
+    *,
+    radius: float,
+    probe: float = 1.0,
+) -> Tensor:
+    """How far predictions change under the worst small change of the image: virtual adversarial training.
+
+    KL(p ‖ q(x + r)) with r of length `radius` along the gradient of KL(p ‖ q(x + d)) at a random d of length
+    `probe` (Miyato et al. 2018, one power iteration).
+
+    Args:
+        log_prediction: images → log-probabilities [B, J].
+        images: [B, C, H, W].
+        p: predictions for the images themselves [B, J], taken as constant.
+        draw: where d comes from.
+        radius: length of the change, in units of pixel values.
+        probe: length of the random change at which the gradient is taken.
+    """
+    direction = _unit(draw.normal(*images.shape)).mul_(probe).requires_grad_()
+    change = divergence(p.detach(), log_prediction(images + direction))
+    (gradient,) = torch.autograd.grad(change, direction)
+    return divergence(p.detach(), log_prediction(images + radius * _unit(gradient)))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x.flatten(1), dim=1).view_as(x)

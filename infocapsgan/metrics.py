@@ -1,0 +1,62 @@
+"""How well clusters found without labels agree with the labels."""
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from torch import Tensor
+
+
+def match_clusters(clusters: Tensor, labels: Tensor, classes: int) -> np.ndarray:
+    """The one-to-one map from clusters to labels under which most images are right (Hungarian method).
+
+    Args:
+        clusters: predicted cluster of each image [N], 0 … classes − 1.
+        labels: label of each image [N], 0 … classes − 1.
+        classes: how many there are of each.
+
+    Returns:
+        label of each cluster [classes].
+    """
+    count = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(count, (_numbers(clusters), _numbers(labels)), 1)
+    return linear_sum_assignment(count, maximize=True)[1]
+
+
+def clustering_metrics(
+    train_clusters: Tensor, train_labels: Tensor, test_clusters: Tensor, test_labels: Tensor, classes: int
+) -> dict[str, float]:
+    """Unsupervised accuracy, normalised mutual information and adjusted Rand index on the test split.
+
+    The map from clusters to labels is fitted on the training split and applied to the test split.
+    """
+    labels = match_clusters(train_clusters, train_labels, classes)
+    test_clusters, test_labels = _numbers(test_clusters), _numbers(test_labels)
+    return {
+        "unsupervised_accuracy": float(np.mean(labels[test_clusters] == test_labels)),
+        "nmi": float(normalized_mutual_info_score(test_labels, test_clusters)),
+        "ari": float(adjusted_rand_score(test_labels, test_clusters)),
+    }
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """The share of predictions [N] that equal their label [N]."""
+    return float((predictions == labels).double().mean())
+
+
+def _numbers(values: Tensor) -> np.ndarray:
+    return values.cpu().numpy()
+
+
+def kmeans_accuracy(
+    train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor, classes: int
+) -> float:
+    """Unsupervised accuracy of k-means on the pixels: what a class code must beat to be worth its network.
+
+    The best of ten starts by inertia, seed 0, fitted on at most the first 10,000 training images.
+    """
+    pixels = [images.flatten(1).float().cpu().numpy() / 255 for images in (train_images, test_images)]
+    kmeans = KMeans(classes, n_init=10, random_state=0).fit(pixels[0][:10_000])
+    labels = match_clusters(torch.from_numpy(kmeans.predict(pixels[0])), train_labels, classes)
+    return float(np.mean(labels[kmeans.predict(pixels[1])] == _numbers(test_labels)))

@@ -1,0 +1,57 @@
+import math
+
+import pytest
+import torch
+
+from infocapsgan import losses
+from infocapsgan.draw import Draw
+
+
+def test_margin_loss_by_hand():
+    lengths = torch.tensor([[0.9, 0.1], [0.5, 0.5], [1.0, 0.0]])
+    target = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
+    expected = torch.tensor([0, 0.4**2 + 0.5 * 0.4**2, 0.9**2 + 0.5 * 0.9**2])
+    torch.testing.assert_close(losses.margin_loss(lengths, target), expected)
+
+
+def test_margin_loss_of_two_present_classes():
+    lengths, target = torch.tensor([[0.9, 0.7, 0.3]]), torch.tensor([[1.0, 1, 0]])
+    torch.testing.assert_close(losses.margin_loss(lengths, target), torch.tensor([0.2**2 + 0.5 * 0.2**2]))
+
+
+def test_adversarial_losses_by_hand():
+    zero, large = torch.zeros(3), torch.full((3,), 100.0)
+    assert losses.discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2))
+    assert losses.discriminator_loss(large, -large).item() == pytest.approx(0)
+    assert losses.discriminator_loss(-large, large).item() == 200
+    assert losses.generator_loss(zero).item() == pytest.approx(math.log(2))
+    assert losses.generator_loss(-large).item() == 100
+
+
+def test_mutual_information_of_certain_and_even_predictions_is_log_of_the_classes():
+    assert losses.mutual_information(torch.eye(4)).item() == pytest.approx(math.log(4))
+    assert losses.mutual_information(torch.full((5, 4), 0.25)).item() == pytest.approx(0, abs=1e-6)
+    one_class = torch.eye(4)[[0, 0, 0]]
+    assert losses.mutual_information(one_class).item() == 0
+    assert losses.mutual_information(torch.eye(4), balance=3).item() == pytest.approx(3 * math.log(4))
+
+
+def test_divergence_by_hand():
+    p, q = torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    first = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    assert losses.divergence(p, q.log()).item() == pytest.approx((first + math.log(2)) / 2)
+    assert losses.divergence(q, q.log()).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_the_adversarial_direction_is_the_one_that_matters():
+    # Only pixel 0 decides, so the worst change of length r changes that pixel by r.
+    def log_prediction(images):
+        return torch.log_softmax(torch.stack([images[:, 0, 0, 0], -images[:, 0, 0, 0]], dim=1), dim=1)
+
+    images = torch.full((2, 1, 1, 3), 0.1)
+    p = log_prediction(images).exp()
+    found = losses.adversarial_smoothness(log_prediction, images, p, Draw(0), radius=0.5)
+    changed = [
+        losses.divergence(p, log_prediction(images + sign * torch.tensor([0.5, 0, 0]))) for sign in (1, -1)
+    ]
+    assert min(changed) <= found <= max(changed)

@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+import torch
+
+from infocapsgan.metrics import accuracy, clustering_metrics, kmeans_accuracy, match_clusters
+
+
+def test_the_map_is_one_to_one_even_where_a_cluster_has_no_image():
+    clusters = torch.tensor([2, 2, 2, 0, 0, 2])
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    assert match_clusters(clusters, labels, 3).tolist() == [1, 2, 0]
+
+
+def test_two_clusters_of_one_label_count_once():
+    # The larger part of label 0 keeps it: 3 of its 5 images are right, and the one image of label 1 is not.
+    clusters = torch.tensor([0, 0, 0, 1, 1, 0])
+    labels = torch.tensor([0, 0, 0, 0, 0, 1])
+    found = match_clusters(clusters, labels, 2)
+    assert np.mean(found[clusters] == labels.numpy()) == 0.5
+
+
+def test_the_map_of_the_training_split_is_applied_to_the_test_split():
+    train = torch.tensor([1, 1, 0, 0]), torch.tensor([0, 0, 1, 1])
+    test = torch.tensor([1, 0, 0, 0]), torch.tensor([0, 1, 1, 0])
+    assert clustering_metrics(*train, *test, 2)["unsupervised_accuracy"] == 0.75
+    swapped = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1])
+    assert clustering_metrics(*swapped, *test, 2)["unsupervised_accuracy"] == 0.25
+
+
+def test_perfect_clusters():
+    labels = torch.arange(10).repeat(3)
+    metrics = clustering_metrics((labels + 3) % 10, labels, (labels + 3) % 10, labels, 10)
+    assert metrics == {"unsupervised_accuracy": 1.0, "nmi": pytest.approx(1), "ari": pytest.approx(1)}
+
+
+def test_clusters_that_say_nothing():
+    labels = torch.tensor([0, 1, 0, 1])
+    metrics = clustering_metrics(torch.zeros(4, dtype=int), labels, torch.zeros(4, dtype=int), labels, 2)
+    assert metrics == {"unsupervised_accuracy": 0.5, "nmi": 0.0, "ari": 0.0}
+
+
+def test_accuracy():
+    assert accuracy(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 0])) == 0.75
+
+
+def test_kmeans_tells_black_from_white():
+    images = torch.tensor([0, 255, 0, 255], dtype=torch.uint8)[:, None, None, None].expand(4, 1, 2, 2)
+    labels = torch.tensor([1, 0, 1, 0])
+    assert kmeans_accuracy(images, labels, images, labels, 2) == 1
