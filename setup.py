@@ -32,9 +32,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
-# Compiled once per instruction set; bindings.cpp, which chooses among them, only once.
+# Compiled once per instruction set, the slowest to compile first; bindings.cpp chooses among them.
+CPU_KERNELS = ("csrc/cpu/routing.cpp", "csrc/cpu/predictions.cpp", "csrc/cpu/squash.cpp")
 CPU_BINDINGS = "csrc/cpu/bindings.cpp"
-CPU_KERNELS = ("csrc/cpu/squash.cpp", "csrc/cpu/predictions.cpp", "csrc/cpu/routing.cpp")
 CUDA_SOURCES = "csrc/cuda"
 
 HOST_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra")
@@ -126,17 +126,24 @@ def cpu_steps(
     """How capsops._cpu is compiled and linked."""
     flags = (*CPU_FLAGS, *shlex.split(environ.get("CXXFLAGS", "")), "-I", str(ROOT / "csrc"))
     bindings = (*compiler, *flags, *(part for path in includes for part in ("-isystem", path)))
-    steps = [Step((str(ROOT / CPU_BINDINGS),), "bindings.o", bindings)]
+    isas = cpu_isas(machine)
+    steps = [
+        Step(
+            (str(ROOT / source),),
+            f"{Path(source).stem}.{isa}.o",
+            (*compiler, *flags, f"-DCAPSOPS_ISA={isa}", *isa_flags),
+        )
+        for source in CPU_KERNELS
+        for isa, isa_flags in isas.items()
+    ]
+    steps.append(Step((str(ROOT / CPU_BINDINGS),), "bindings.o", bindings))
     # Where an inline function that was not inlined stands in several objects, the linker keeps the first
-    # copy: the order of the instruction sets makes that the one that runs on every processor.
-    for isa, isa_flags in cpu_isas(machine).items():
-        command = (*compiler, *flags, f"-DCAPSOPS_ISA={isa}", *isa_flags)
-        for source in CPU_KERNELS:
-            steps.append(Step((str(ROOT / source),), f"{Path(source).stem}.{isa}.o", command))
+    # copy: this order makes it the one that runs on every processor.
+    objects = ["bindings.o", *(f"{Path(source).stem}.{isa}.o" for isa in isas for source in CPU_KERNELS)]
     link = (*compiler, "-shared", "-fopenmp", *shlex.split(environ.get("LDFLAGS", "")))
     if system == "darwin":
         link += ("-undefined", "dynamic_lookup")
-    return [*steps, Step(tuple(step.output for step in steps), "_cpu.so", link, compiles=False)]
+    return [*steps, Step(tuple(objects), "_cpu.so", link, compiles=False)]
 
 
 def cuda_steps(

@@ -57,7 +57,11 @@ def extension(name: str, record: dict[str, dict[str, str]]) -> list[tuple[str, s
     try:
         module = importlib.import_module(title)
     except ImportError as error:
-        return [*rows, ("", f"cannot be loaded: {error}"), ("", "to mend it: install capsops again")]
+        return [
+            *rows,
+            ("", f"cannot be loaded: {error}"),
+            ("", "to mend it: install capsops again, unless that says otherwise"),
+        ]
     if name == "cpu":
         rows.append(("", f"instruction set: {module.isa()}, of {', '.join(built['isas'])}"))
         rows.append(("", f"threads: {torch.get_num_threads()}"))

@@ -86,12 +86,15 @@ def test_every_kernel_is_compiled_for_every_instruction_set() -> None:
     *compilations, link = plan.cpu_steps(["c++"], ["/include"], "x86_64", {"CXXFLAGS": "-g"})
     assert len(compilations) == 1 + 3 * len(plan.CPU_KERNELS)
     assert len({step.output for step in compilations}) == len(compilations)
-    assert link.inputs == tuple(step.output for step in compilations)
+    assert sorted(link.inputs) == sorted(step.output for step in compilations)
+    order = ["o", "baseline", "avx2", "avx512"]  # the linker keeps the first copy of an inline function
+    levels = [order.index(name.split(".")[1]) for name in link.inputs]
+    assert levels == sorted(levels)
     for step in compilations:
         assert "-fopenmp" in step.command
         assert "-g" in step.command
         assert "-ffast-math" not in step.command  # breaks the range reduction of exp
-    for step in compilations[1:]:
+    for step in compilations[:-1]:
         isa = step.output.split(".")[1]
         assert f"-DCAPSOPS_ISA={isa}" in step.command
         assert ("-mavx512f" in step.command) == (isa == "avx512")
