@@ -267,6 +267,7 @@ def test_wheel_without_a_compiler(scratch: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @needs_compiler
 def test_wheel_from_an_sdist(scratch: Path, tmp_path: Path) -> None:
     sdist = _run(sys.executable, "setup.py", "sdist", "--dist-dir", str(tmp_path / "dist"), cwd=scratch)
