@@ -163,3 +163,5 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded": _expanded,
     "constant": _constant,
 }
+
+LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]

@@ -54,3 +54,19 @@ def assert_same_finiteness(got: Tensor, want: Tensor, name: str = "result") -> N
     hidden = broken & got.isfinite().all(-1)
     assert not hidden.any(), f"{name}: {hidden.sum()} of {broken.sum()} non-finite vectors became finite"
     assert_close(got[~broken], want[~broken], name + ", unaffected vectors")
+
+
+def assert_all_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    """assert_close of every tensor of what value_and_gradients returns."""
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert_close(got[name], tensor, name, tolerance)
+
+
+def assert_all_low_precision(
+    got: dict[str, Tensor], low: dict[str, Tensor], exact: dict[str, Tensor]
+) -> None:
+    """assert_low_precision of every tensor: twice the error of plain torch, gradients three times."""
+    assert got.keys() == low.keys() == exact.keys()
+    for name, tensor in exact.items():
+        assert_low_precision(got[name], low[name], tensor, 2 if name == "value" else 3, name)
