@@ -1,0 +1,171 @@
+"""capsops.dispatch: who serves what, `use_impl`, the environment variable, and what is not available."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import capsops
+from capsops import dispatch
+
+
+def served(device: str) -> list[str]:
+    return [row.impl for row in dispatch.describe() if row.device == device and row.available]
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_the_reference_serves_every_device() -> None:
+    for device in ("cpu", "cuda", "meta", "xpu"):
+        assert dispatch.resolve("reference", device) == "reference"
+    assert "reference" in served("cpu")
+
+
+def test_auto_prefers_the_kernels_on_the_cpu() -> None:
+    assert dispatch.resolve("auto", "cpu") == ("cpu" if "cpu" in served("cpu") else "reference")
+
+
+def test_auto_falls_back_on_devices_nobody_knows() -> None:
+    assert dispatch.resolve("auto", "meta") == "reference"
+
+
+def test_table_gives_a_reason_for_all_that_is_not_available() -> None:
+    rows = dispatch.describe()
+    assert {(row.impl, row.device) for row in rows} >= {
+        ("reference", "cpu"),
+        ("cpu", "cpu"),
+        ("reference", "cuda"),
+        ("triton", "cuda"),
+        ("cuda", "cuda"),
+    }
+    for row in rows:
+        assert row.available == (row.reason == ""), row
+
+
+def test_table_says_what_resolve_does() -> None:
+    for row in dispatch.describe():
+        if row.device == "cuda" and not torch.cuda.is_available():
+            assert not row.available
+        elif row.available:
+            assert dispatch.resolve(row.impl, row.device) == row.impl
+        else:
+            with pytest.raises(RuntimeError) as error:
+                dispatch.resolve(row.impl, row.device)
+            assert str(error.value) == f"impl={row.impl!r} is not available: {row.reason}"
+
+
+def test_unknown_name() -> None:
+    message = r"^impl: got 'CPU', takes one of 'auto', 'reference', 'cpu', 'triton', 'cuda'$"
+    with pytest.raises(ValueError, match=message):
+        dispatch.resolve("CPU", "cpu")
+    with pytest.raises(ValueError, match=message):
+        capsops.use_impl("CPU")
+    with pytest.raises(ValueError, match=r"^impl: got None"):
+        dispatch.resolve(None, "cpu")
+
+
+def test_a_device_that_is_not_served() -> None:
+    if "cpu" not in served("cpu"):
+        pytest.skip("impl='cpu' is not available")
+    with pytest.raises(ValueError, match=r"^impl='cpu' serves tensors on cpu, got tensors on meta$"):
+        capsops.squash(torch.zeros(3, device="meta"), impl="cpu")
+
+
+def test_what_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(dispatch._MODULES, "cpu", raising=False)
+    monkeypatch.setitem(dispatch._MISSING, "cpu", "it was a test")
+    with pytest.raises(RuntimeError, match=r"^impl='cpu' is not available: it was a test$"):
+        capsops.squash(torch.zeros(3), impl="cpu")
+    assert dispatch.resolve("auto", "cpu") == "reference"
+    row = next(row for row in dispatch.describe() if row.impl == "cpu")
+    assert row == ("cpu", "cpu", False, "it was a test")
+
+
+def test_use_impl_rules_auto_and_only_auto(impl: str) -> None:
+    before = dispatch.resolve("auto", "cpu")
+    with capsops.use_impl(impl):
+        assert dispatch.resolve("auto", "cpu") == impl
+        assert dispatch.resolve("reference", "cpu") == "reference"
+    assert dispatch.resolve("auto", "cpu") == before
+
+
+def test_use_impl_reaches_the_op(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    module = dispatch.module(impl)
+    original = module.squash
+    monkeypatch.setattr(module, "squash", lambda s, dim: calls.append(impl) or original(s, dim))
+    with capsops.use_impl(impl):
+        capsops.squash(torch.ones(3))
+    assert calls == [impl]
+
+
+def test_use_impl_nests_and_restores() -> None:
+    outside = dispatch.resolve("auto", "cpu")
+    with capsops.use_impl("reference"):
+        with capsops.use_impl("auto"):
+            assert dispatch.resolve("auto", "cpu") == ("cpu" if "cpu" in served("cpu") else "reference")
+        assert dispatch.resolve("auto", "cpu") == "reference"
+    assert dispatch.resolve("auto", "cpu") == outside
+
+
+def test_use_impl_restores_after_an_error() -> None:
+    before = dispatch._default[0]
+    with pytest.raises(KeyError), capsops.use_impl("triton" if before != "triton" else "reference"):
+        raise KeyError
+    assert dispatch._default[0] == before
+
+
+def test_one_use_impl_can_be_entered_twice() -> None:
+    before, other = dispatch._default[0], capsops.use_impl("reference")
+    with capsops.use_impl("auto"):
+        with other, other:
+            pass
+        assert dispatch._default[0] == "auto"
+    assert dispatch._default[0] == before
+
+
+def test_use_impl_that_is_missing_raises_on_the_call() -> None:
+    with capsops.use_impl("cuda"), pytest.raises((RuntimeError, ValueError), match="impl='cuda'"):
+        capsops.squash(torch.zeros(3))
+
+
+def test_empty_tensors_keep_the_promise_of_the_name() -> None:
+    """A named implementation that is not there is an error even where there is nothing to compute."""
+    with pytest.raises((RuntimeError, ValueError), match="impl='cuda'"):
+        capsops.squash(torch.zeros(0, 3), impl="cuda")
+
+
+def test_environment_variable() -> None:
+    code = "from capsops import dispatch; print(dispatch.resolve('auto', 'cpu'))"
+    done = run(code, CAPSOPS_IMPL="reference")
+    assert (done.returncode, done.stdout.strip()) == (0, "reference"), done.stderr
+    done = run(code, CAPSOPS_IMPL="auto")
+    assert (done.returncode, done.stdout.strip()) == (0, dispatch.resolve("auto", "cpu")), done.stderr
+
+
+def test_environment_variable_that_is_no_name() -> None:
+    done = run("import capsops", CAPSOPS_IMPL="fast")
+    assert done.returncode != 0
+    assert (
+        "ValueError: environment variable CAPSOPS_IMPL: got 'fast', takes one of"
+        " 'auto', 'reference', 'cpu', 'triton', 'cuda'"
+    ) in done.stderr
+
+
+def test_environment_variable_that_names_what_is_missing() -> None:
+    """It is no reason to fail on import: the call says what is wrong."""
+    done = run("import capsops, torch; print('imported'); capsops.squash(torch.ones(3))", CAPSOPS_IMPL="cuda")
+    assert done.stdout.strip() == "imported"
+    assert done.returncode != 0
+    assert "impl='cuda'" in done.stderr

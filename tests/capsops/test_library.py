@@ -1,0 +1,273 @@
+"""The ops as registered with torch.library: opcheck, second derivatives, the ways autograd calls them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+import capsops
+from capsops import reference
+from tests.capsops.cases import Options, Shape, layer_inputs, routing_inputs
+from tests.capsops.compare import assert_close
+
+OPS = torch.ops.capsops
+SHAPE = Shape(3, 5, 4, 3, 2)
+
+
+def leaf(*sizes: int) -> Tensor:
+    return torch.randn(sizes, requires_grad=True)
+
+
+def sums(iterations: int) -> Tensor:
+    """What a forward op saves: s of every pass."""
+    return torch.randn(max(iterations, 1), 3, 4, 3)
+
+
+def op_calls() -> dict[str, tuple[Any, ...]]:
+    """Every op at least once, with each option; `impl` comes last."""
+    B, I, J, D, K = SHAPE  # noqa: E741
+    u, weight, bias = leaf(B, I, K), leaf(I, J, D, K), leaf(J, D)
+    u_hat, grad_u_hat, grad = leaf(B, I, J, D), leaf(B, I, J, D), leaf(B, J, D)
+    s, grad_s = leaf(B, J, D), leaf(B, J, D)
+    return {
+        "squash": (OPS.squash, s, 2),
+        "squash of a middle dim": (OPS.squash, s, 1),
+        "squash_backward": (OPS.squash_backward, grad_s, s, 2),
+        "predictions": (OPS.predictions, u, weight),
+        "predictions of a fixed weight": (OPS.predictions, u, weight.detach()),
+        "predictions_backward": (OPS.predictions_backward, grad_u_hat, u, weight, True, True),
+        "predictions_backward for u": (OPS.predictions_backward, grad_u_hat, u, weight, True, False),
+        "predictions_backward for weight": (OPS.predictions_backward, grad_u_hat, u, weight, False, True),
+        "dynamic_routing": (OPS.dynamic_routing, u_hat, bias, 3, False, False),
+        "dynamic_routing without bias, leaky": (OPS.dynamic_routing, u_hat, None, 2, True, False),
+        "dynamic_routing, detached": (OPS.dynamic_routing, u_hat, bias, 2, False, True),
+        "dynamic_routing_backward": (
+            OPS.dynamic_routing_backward, grad, u_hat, bias, sums(3), 3, False, False,
+        ),
+        "dynamic_routing_backward without bias, leaky": (
+            OPS.dynamic_routing_backward, grad, u_hat, None, sums(2), 2, True, False,
+        ),
+        "dynamic_routing_backward, no routing": (
+            OPS.dynamic_routing_backward, grad, u_hat, bias, sums(0), 0, False, False,
+        ),
+        "capsule_routing": (OPS.capsule_routing, u, weight, bias, 3, False, False),
+        "capsule_routing without bias, leaky": (OPS.capsule_routing, u, weight, None, 2, True, False),
+        "capsule_routing, no routing": (OPS.capsule_routing, u, weight, bias, 0, False, False),
+        "capsule_routing of fixed input, detached": (
+            OPS.capsule_routing, u.detach(), weight, bias, 2, False, True,
+        ),
+        "capsule_routing_backward": (
+            OPS.capsule_routing_backward, grad, u, weight, bias, sums(3), 3, False, False, True, True,
+        ),
+        "capsule_routing_backward for u, leaky": (
+            OPS.capsule_routing_backward, grad, u, weight, None, sums(2), 2, True, False, True, False,
+        ),
+        "capsule_routing_backward for weight, detached": (
+            OPS.capsule_routing_backward, grad, u, weight, bias, sums(2), 2, False, True, False, True,
+        ),
+        "couplings": (OPS.couplings, u.detach(), weight.detach(), bias.detach(), 3, False),
+        "couplings, no routing": (OPS.couplings, u.detach(), weight.detach(), None, 0, False),
+    }  # fmt: skip
+
+
+CALLS = list(op_calls())
+
+
+def test_every_op_is_checked() -> None:
+    names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "capsops::" in name}
+    assert names == {call.split()[0].rstrip(",") for call in CALLS}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(impl: str, name: str) -> None:
+    op, *args = op_calls()[name]
+    torch.library.opcheck(op.default, (*args, impl))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", CALLS)
+def test_fakes_know_shapes_dtypes_and_strides(impl: str, name: str, dtype: torch.dtype) -> None:
+    """What torch.compile assumes of a result is so, whatever the memory layout of the inputs."""
+    op, *args = op_calls()[name]
+
+    def cast(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        # s of the passes is saved in the accumulation dtype
+        saved = x.dim() == 4 and not x.requires_grad and "routing_backward" in name
+        x = x.detach().to(dtype if dtype == torch.float64 or not saved else torch.float32)
+        return x if saved else x.transpose(0, -1).contiguous().transpose(0, -1)
+
+    args = [cast(x) for x in args]
+    real = op(*args, impl)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = op(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args), impl)
+    for r, f in zip(*((x,) if isinstance(x, Tensor) else x for x in (real, fake)), strict=True):
+        assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
+
+
+def penalty_gradients(function: Callable[..., Tensor], inputs: list[Tensor], target: int) -> list[Tensor]:
+    """Gradients of value + (‖∂value/∂input‖ − 1)², as in a critic with a gradient penalty."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    value = function(*leaves).square().sum()
+    (first,) = torch.autograd.grad(value, leaves[target], create_graph=True)
+    assert first.requires_grad
+    return list(torch.autograd.grad(value + (first.norm() - 1) ** 2, leaves, allow_unused=True))
+
+
+def assert_same_gradients(got: list[Tensor], want: list[Tensor]) -> None:
+    for n, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert_close(g, w, f"gradient {n}", tolerance=1e-11)
+
+
+@pytest.mark.parametrize(
+    "options", [Options(T, T == 2, detach, T != 1) for T in range(4) for detach in (False, True)], ids=str
+)
+@pytest.mark.parametrize("target", [0, 1])
+def test_gradient_penalty_of_a_layer(impl: str, target: int, options: Options) -> None:
+    inputs = [x for x in layer_inputs(SHAPE, options.bias) if x is not None]
+    keywords = options.keywords()
+    assert_same_gradients(
+        penalty_gradients(lambda *x: capsops.capsule_routing(*x, impl=impl, **keywords), inputs, target),
+        penalty_gradients(lambda *x: reference.capsule_routing(*x, **keywords), inputs, target),
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [Options(T, T == 2, detach, T != 1) for T in range(4) for detach in (False, True)], ids=str
+)
+def test_gradient_penalty_of_routing(impl: str, options: Options) -> None:
+    inputs = [x for x in routing_inputs(SHAPE, options.bias) if x is not None]
+    keywords = options.keywords()
+    assert_same_gradients(
+        penalty_gradients(lambda *x: capsops.dynamic_routing(*x, impl=impl, **keywords), inputs, 0),
+        penalty_gradients(lambda *x: reference.dynamic_routing(*x, **keywords), inputs, 0),
+    )
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_gradient_penalty_of_predictions(impl: str, target: int) -> None:
+    inputs = list(layer_inputs(SHAPE)[:2])
+    assert_same_gradients(
+        penalty_gradients(lambda *x: capsops.predictions(*x, impl=impl), inputs, target),
+        penalty_gradients(reference.predictions, inputs, target),
+    )
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+@pytest.mark.parametrize("where", ["u", "weight", "both"])
+def test_gradient_penalty_at_zero(impl: str, where: str, iterations: int) -> None:
+    """Dead capsules and zero weights: no NaN from the norm at s = 0."""
+    u, weight, bias = layer_inputs(SHAPE, bias=True)
+    bias[0] = 0
+    if where in ("u", "both"):
+        u[0] = 0
+    if where in ("weight", "both"):
+        weight[:, 0] = 0
+    assert_same_gradients(
+        penalty_gradients(
+            lambda *x: capsops.capsule_routing(*x, iterations=iterations, impl=impl), [u, weight, bias], 0
+        ),
+        penalty_gradients(
+            lambda *x: reference.capsule_routing(*x, iterations=iterations), [u, weight, bias], 0
+        ),
+    )
+
+
+def test_penalty_through_a_stack(impl: str) -> None:
+    """Two layers and a squash between them: second derivatives pass through each op's backward."""
+
+    def network(routing: Callable, squash: Callable) -> Callable[..., Tensor]:
+        return lambda u, first, second: routing(squash(routing(u, first)), second)
+
+    inputs = [
+        torch.randn(2, 5, 3, dtype=torch.float64),
+        torch.randn(5, 4, 3, 3, dtype=torch.float64),
+        torch.randn(4, 2, 5, 3, dtype=torch.float64),
+    ]
+    with capsops.use_impl(impl):
+        got = penalty_gradients(network(capsops.capsule_routing, capsops.squash), inputs, 0)
+    assert_same_gradients(
+        got, penalty_gradients(network(reference.capsule_routing, reference.squash), inputs, 0)
+    )
+
+
+@pytest.mark.parametrize("op", ["squash", "predictions", "dynamic_routing", "capsule_routing"])
+def test_third_derivatives(impl: str, op: str) -> None:
+    inputs = {
+        "squash": [torch.randn(3, 4, dtype=torch.float64)],
+        "predictions": list(layer_inputs(SHAPE)[:2]),
+        "dynamic_routing": list(routing_inputs(SHAPE, bias=True)),
+        "capsule_routing": list(layer_inputs(SHAPE, bias=True)),
+    }[op]
+
+    def third(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        value = function(*leaves).pow(3).sum()
+        for _ in range(2):
+            value = sum(x.square().sum() for x in torch.autograd.grad(value, leaves, create_graph=True))
+        return list(torch.autograd.grad(value, leaves))
+
+    with capsops.use_impl(impl):
+        got = third(getattr(capsops, op))
+    assert_same_gradients(got, third(getattr(reference, op)))
+
+
+def test_saved_sums_carry_no_gradient(impl: str) -> None:
+    u, weight, _ = layer_inputs(SHAPE)
+    v, s = OPS.capsule_routing(u.requires_grad_(), weight, None, 3, False, False, impl)
+    assert v.requires_grad
+    assert not s.requires_grad
+    assert s.shape == (3, 3, 4, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_saved_sums_are_wide(impl: str, dtype: torch.dtype) -> None:
+    inputs = layer_inputs(SHAPE, bias=True, dtype=dtype)
+    v, s = OPS.capsule_routing(*inputs, 2, False, False, impl)
+    assert v.dtype == dtype
+    assert s.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(reference.squash(s[-1].double()), v.double(), tolerance=2 * torch.finfo(dtype).eps)
+
+
+def test_inference_mode_and_no_grad(impl: str) -> None:
+    inputs = [x.requires_grad_() for x in layer_inputs(SHAPE, bias=True)]
+    want = capsops.capsule_routing(*inputs, impl=impl)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            v = capsops.capsule_routing(*inputs, impl=impl)
+        assert not v.requires_grad
+        assert torch.equal(v, want)
+
+
+def test_backward_twice_through_a_kept_graph(impl: str) -> None:
+    inputs = [x.requires_grad_() for x in layer_inputs(SHAPE, bias=True)]
+    loss = capsops.capsule_routing(*inputs, impl=impl).sum()
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, inputs)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_saved_tensor_changed_in_place_is_an_error(impl: str) -> None:
+    u, weight, _ = layer_inputs(SHAPE)
+    weight.requires_grad_()
+    v = capsops.capsule_routing(u, weight, impl=impl)
+    u.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        v.sum().backward()
+
+
+def test_activation_checkpointing(impl: str) -> None:
+    inputs = [x.requires_grad_() for x in layer_inputs(SHAPE, bias=True)]
+
+    def loss(*inputs: Tensor) -> Tensor:
+        return capsops.capsule_routing(*inputs, impl=impl).square().sum()
+
+    want = torch.autograd.grad(loss(*inputs), inputs)
+    got = torch.autograd.grad(torch.utils.checkpoint.checkpoint(loss, *inputs, use_reentrant=False), inputs)
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
