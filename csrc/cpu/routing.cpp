@@ -1,0 +1,306 @@
+// Routing by agreement and its full gradient, without û in memory (DESIGN.md, section 3).
+//
+// The passes over û are an engine's (lanes.h, rows.h); what lies between them, on numbers of the size B·J·D, is
+// here. Between passes every thread waits for the others.
+#include "lanes.h"
+#include "rows.h"
+#include "squash.h"
+
+namespace capsops {
+namespace CAPSOPS_ISA {
+namespace {
+
+// Coupling of the first pass, whose logits are all 0; without routing it is 1.
+template <typename T>
+T uniform_coupling(const RoutingCall& call) {
+    return call.iterations == 0 ? T(1) : T(1) / T(call.J + call.leaky);
+}
+
+int64_t passes(const RoutingCall& call) { return larger(call.iterations, 1); }
+
+// The passes whose softmax needs a gradient pass over û.
+int64_t routed_terms(const RoutingCall& call) {
+    if (call.detach) return smaller(passes(call) - 1, 1);
+    return passes(call) - 1;
+}
+
+// Runs an engine's passes for the samples of one call. All of a team's threads call the same functions.
+template <typename T, typename Engine>
+struct Routing {
+    const RoutingCall& call;
+    const int64_t R, size;  // J·D, B·J·D
+    const int64_t s_stride;  // from the s of one pass to that of the next
+    Engine engine;
+    T* partial;         // [splits, B, R]
+    T* total_v;         // forward: V; backward: V of every routed pass [passes − 1, B, R]
+    T* grad_s;          // backward: ∂s of every pass [passes, B, R]
+    T* grad_v;          // backward: ∂V [B, R]
+    T* row;             // of every thread [R]
+    T* bias;            // [R]
+
+    Routing(const RoutingCall& c, int64_t slots, int threads, int64_t stride)
+        : call(c), R(c.J * c.D), size(c.B * R), s_stride(stride), engine(c, slots, threads), partial(nullptr),
+          total_v(nullptr), grad_s(nullptr), grad_v(nullptr), row(nullptr), bias(nullptr) {}
+
+    void plan(Pieces& pieces, int threads, bool backward) {
+        engine.plan(pieces, threads, backward);
+        partial = pieces.take<T>(engine.splits * size);
+        total_v = pieces.take<T>(larger(backward ? passes(call) - 1 : 1, 1) * size);
+        grad_s = pieces.take<T>(backward ? passes(call) * size : 0);
+        grad_v = pieces.take<T>(backward ? size : 0);
+        row = pieces.take<T>(rounded_up(R, 64) * threads);
+        bias = pieces.take<T>(R);
+    }
+
+    T summed(int64_t at) const {
+        T total = partial[at];
+        for (int64_t split = 1; split < engine.splits; ++split) total += partial[split * size + at];
+        return total;
+    }
+
+    // `count` passes, each sᵗ to s and each squash(sᵗ) but the last into V; the last to v, where that is wanted.
+    void forward(const Team& team, T* s, int64_t count, void* v) {
+        const int64_t J = call.J, D = call.D, rows = call.B * J;
+        T* v_row = row + rounded_up(R, 64) * team.rank;
+        if (call.bias && team.rank == 0) read_row(call.bias, call.storage, 0, R, bias);
+        for (int64_t t = 0; t < count; ++t) {
+            if (t == 0) {
+                engine.sum_uniform(team, partial);
+            } else {
+                engine.prepare(team, 0, total_v);
+                team.barrier();
+                engine.sum_routed(team, 0, partial);
+            }
+            team.barrier();
+            const T scale = t == 0 ? uniform_coupling<T>(call) : T(1);
+            for (int64_t n = team.begin(rows); n < team.end(rows); ++n) {
+                T* s_row = s + t * s_stride + n * D;
+                for (int64_t d = 0; d < D; ++d) {
+                    s_row[d] = scale * summed(n * D + d);
+                    if (call.bias) s_row[d] += bias[n % J * D + d];
+                }
+                squash_row(s_row, D, v_row);
+                if (v && t + 1 == count) {
+                    write_row(v, call.storage, n * D, D, v_row);
+                } else {
+                    T* total = total_v + n * D;
+                    for (int64_t d = 0; d < D; ++d) total[d] = t == 0 ? v_row[d] : total[d] + v_row[d];
+                }
+            }
+            team.barrier();
+        }
+    }
+
+    // ∂u and ∂W, and this call's share of ∂β added to grad_bias.
+    void backward(const Team& team, const T* s, T* grad_bias) {
+        const int64_t D = call.D, rows = call.B * call.J, last = passes(call) - 1;
+        const int64_t terms = routed_terms(call);
+        const int64_t begin = team.begin(rows), end = team.end(rows);
+        T* scratch = row + rounded_up(R, 64) * team.rank;
+        for (int64_t n = begin; n < end; ++n) {
+            for (int64_t t = 0; t < last; ++t) {
+                T* total = total_v + t * size + n * D;
+                squash_row(s + t * s_stride + n * D, D, total);
+                for (int64_t d = 0; t > 0 && d < D; ++d) total[d] += total[d - size];
+            }
+            for (int64_t d = 0; d < D; ++d) grad_v[n * D + d] = 0;
+        }
+        for (int64_t t = last; t >= 0; --t) {
+            for (int64_t n = begin; n < end; ++n) {
+                const T* g = grad_v + n * D;
+                if (t == last) {
+                    read_row(call.grad, call.storage, n * D, D, scratch);
+                    g = scratch;
+                }
+                squash_vjp_row(s + t * s_stride + n * D, g, D, grad_s + t * size + n * D);
+            }
+            team.barrier();
+            if (t > 0 && t > last - terms) {
+                const int64_t term = t - (last - terms) - 1;
+                engine.prepare(team, term, total_v + (t - 1) * size);
+                engine.prepare(team, terms + term, grad_s + t * size);
+                team.barrier();
+            }
+            if (t == 0 || call.detach) break;
+            engine.sum_agreement(team, t - 1, terms + t - 1, partial);
+            team.barrier();
+            for (int64_t at = begin * D; at < end * D; ++at) grad_v[at] += summed(at);
+        }
+        const int64_t first = call.detach ? last : 0;  // the first pass that has a gradient
+        const bool uniform = first == 0;
+        if (uniform) {
+            // ∂β needs ∂s as it is: the scaled copy goes where ∂V was.
+            const T scale = uniform_coupling<T>(call);
+            for (int64_t at = begin * D; at < end * D; ++at) grad_v[at] = scale * grad_s[at];
+            team.barrier();
+            engine.prepare(team, 2 * terms, grad_v);
+        }
+        for (int64_t r = team.begin(R); r < team.end(R); ++r) {
+            for (int64_t t = first; t <= last; ++t) {
+                for (int64_t b = 0; b < call.B; ++b) grad_bias[r] += grad_s[t * size + b * R + r];
+            }
+        }
+        team.barrier();
+        engine.gradient(team, terms, uniform, !call.detach);
+    }
+};
+
+enum class Op { forward, backward, couplings };
+
+int64_t slots_of(const RoutingCall& call, Op op) {
+    return op == Op::backward ? 2 * routed_terms(call) + 1 : 1;
+}
+
+// Every thread works on all samples.
+template <typename T, typename Engine>
+bool together(const RoutingCall& call, Op op, int threads) {
+    const int64_t R = call.J * call.D, size = call.B * R;
+    Routing<T, Engine> routing(call, slots_of(call, op), threads, size);
+    T *bias_total = nullptr, *s = nullptr;
+    auto plan = [&](Pieces& pieces) {
+        routing.plan(pieces, threads, op == Op::backward);
+        bias_total = pieces.take<T>(R);
+        s = op == Op::couplings ? pieces.take<T>(passes(call) * size) : static_cast<T*>(call.s);
+    };
+    Pieces bytes;
+    plan(bytes);
+    Buffer buffer(bytes.used);
+    if (!buffer.base) return false;
+    Pieces pieces{buffer.base};
+    plan(pieces);
+    std::memset(bias_total, 0, R * sizeof(T));
+    std::memset(routing.total_v, 0, size * sizeof(T));  // V⁰, all that the couplings of a first pass need
+    run_team(threads, [&](const Team& team) {
+        if (op == Op::forward) {
+            routing.forward(team, s, passes(call), call.v);
+        } else if (op == Op::backward) {
+            routing.backward(team, s, bias_total);
+        } else {
+            routing.forward(team, s, call.iterations - 1, nullptr);
+            routing.engine.prepare(team, 0, routing.total_v);
+            team.barrier();
+            routing.engine.couplings(team, 0);
+        }
+    });
+    if (op == Op::backward) write_row(call.grad_bias, call.storage, 0, R, bias_total);
+    return true;
+}
+
+// Every thread routes samples of its own: given predictions of one sample stay in its cache from pass to pass.
+template <typename T, typename Engine>
+bool apart(const RoutingCall& call, Op op, int threads) {
+    const int64_t R = call.J * call.D, predictions = call.I * R;
+    T *bias_totals = nullptr, *bias_total = nullptr;
+    char* pool = nullptr;
+    RoutingCall one = call;
+    one.B = 1;
+    Routing<T, Engine> sample(one, slots_of(call, op), 1, call.B * R);
+    Pieces bytes_of_one;
+    sample.plan(bytes_of_one, 1, op == Op::backward);
+    auto plan = [&](Pieces& pieces) {
+        bias_totals = pieces.take<T>(rounded_up(R, 64) * threads);
+        bias_total = pieces.take<T>(R);
+        pool = pieces.take<char>(bytes_of_one.used * threads);
+    };
+    Pieces bytes;
+    plan(bytes);
+    Buffer buffer(bytes.used);
+    if (!buffer.base) return false;
+    Pieces pieces{buffer.base};
+    plan(pieces);
+    std::memset(bias_totals, 0, rounded_up(R, 64) * threads * sizeof(T));
+    run_team(threads, [&](const Team& team) {
+        const Team alone{0, 1};
+        for (int64_t b = team.begin(call.B); b < team.end(call.B); ++b) {
+            RoutingCall mine = one;
+            mine.u = element(call.u, call.storage, b * predictions);
+            Pieces own{pool + bytes_of_one.used * team.rank};
+            if (op == Op::forward) mine.v = element(call.v, call.storage, b * R);
+            if (op == Op::backward) {
+                mine.grad = element(call.grad, call.storage, b * R);
+                mine.grad_u = element(call.grad_u, call.storage, b * predictions);
+            }
+            Routing<T, Engine> routing(mine, slots_of(call, op), 1, call.B * R);
+            routing.plan(own, 1, op == Op::backward);
+            T* s = static_cast<T*>(call.s) + b * R;
+            if (op == Op::forward) {
+                routing.forward(alone, s, passes(call), mine.v);
+            } else {
+                routing.backward(alone, s, bias_totals + rounded_up(R, 64) * team.rank);
+            }
+        }
+    });
+    if (op == Op::backward) {
+        for (int64_t r = 0; r < R; ++r) {
+            bias_total[r] = 0;
+            for (int rank = 0; rank < threads; ++rank) bias_total[r] += bias_totals[rounded_up(R, 64) * rank + r];
+        }
+        write_row(call.grad_bias, call.storage, 0, R, bias_total);
+    }
+    return true;
+}
+
+template <typename T, int N>
+bool by_rows(const RoutingCall& call, Op op, int threads) {
+    if (call.weight) return together<T, RowsEngine<T, N, false>>(call, op, threads);
+    if (call.B >= threads) return apart<T, RowsEngine<T, N, true>>(call, op, threads);
+    return together<T, RowsEngine<T, N, true>>(call, op, threads);
+}
+
+template <typename T>
+bool route(const RoutingCall& call, Op op) {
+    constexpr int width = vec_width<T>;
+    const int64_t work = call.B * call.I * call.J * call.D * (call.weight ? call.K : 1) * passes(call);
+    const int threads = work < 131072 ? 1 : call.threads;
+    if (LanesEngine<T>::suits(call)) return together<T, LanesEngine<T>>(call, op, threads);
+    // The widest register that the numbers of a pair fill.
+    const int64_t numbers = call.D * (call.weight ? call.K : 1);
+    if constexpr (sizeof(T) == 4) {
+        if (numbers % width != 0 && numbers % (width / 2) == 0) return by_rows<T, width / 2>(call, op, threads);
+    }
+    return by_rows<T, width>(call, op, threads);
+}
+
+bool routed(const RoutingCall& call, Op op) {
+    return call.storage == Storage::float64 ? route<double>(call, op) : route<float>(call, op);
+}
+
+}  // namespace
+
+bool routing(const RoutingCall& call) { return routed(call, Op::forward); }
+
+bool routing_backward(const RoutingCall& call) { return routed(call, Op::backward); }
+
+bool couplings(const RoutingCall& call) { return routed(call, Op::couplings); }
+
+double fma_rate(double seconds, int threads) {
+    constexpr int chains = register_bytes == 64 ? 24 : 12;
+    constexpr int64_t steps = 20000;
+    double total = 0;
+    run_team(threads, [&](const Team& team) {
+        Vec<float> x[chains];
+        for (int n = 0; n < chains; ++n) x[n] = Vec<float>{} + float(n + team.rank);
+        const Vec<float> a = Vec<float>{} + 0.999f, b = Vec<float>{} + 0.001f;
+        const double start = omp_get_wtime();
+        double elapsed = 0;
+        int64_t rounds = 0;
+        for (; elapsed < seconds; ++rounds) {
+            for (int64_t step = 0; step < steps; ++step) {
+#pragma GCC unroll 24
+                for (int n = 0; n < chains; ++n) x[n] = x[n] * a + b;
+            }
+            elapsed = omp_get_wtime() - start;
+        }
+        Vec<float> seen = x[0];
+        for (int n = 1; n < chains; ++n) seen += x[n];
+        const volatile float kept = sum<float>(seen);  // the loop's results are used
+        (void)kept;
+        const double rate = double(rounds) * steps * chains * vec_width<float> * 2 / elapsed;
+#pragma omp critical
+        total += rate;
+    });
+    return total;
+}
+
+}  // namespace CAPSOPS_ISA
+}  // namespace capsops

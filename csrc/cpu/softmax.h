@@ -1,0 +1,55 @@
+// Couplings from logits, and their backward, with a number type V that may be lanes of samples.
+#pragma once
+
+#include "team.h"
+
+namespace capsops {
+namespace CAPSOPS_ISA {
+
+// c = softmax over j of the J logits in place; `leaky`: one more logit, fixed at 0, takes part.
+template <typename T>
+CAPSOPS_INLINE void softmax(Lanes<T>* c, int64_t J, bool leaky) {
+    Lanes<T> top = leaky ? Lanes<T>::filled(0) : c[0];
+    for (int64_t j = 0; j < J; ++j) top = maximum(top, c[j]);
+    Lanes<T> total = leaky ? exp_nonpositive(Lanes<T>::filled(0) - top) : Lanes<T>::filled(0);
+    for (int64_t j = 0; j < J; ++j) {
+        c[j] = exp_nonpositive(c[j] - top);
+        total += c[j];
+    }
+    const Lanes<T> scale = Lanes<T>::filled(1) / total;
+    for (int64_t j = 0; j < J; ++j) c[j] = c[j] * scale;
+}
+
+// a becomes ∂b = c (a − Σ_j c a).
+template <typename T>
+CAPSOPS_INLINE void softmax_vjp(const Lanes<T>* c, Lanes<T>* a, int64_t J) {
+    Lanes<T> mean = Lanes<T>::filled(0);
+    for (int64_t j = 0; j < J; ++j) add_product(mean, c[j], a[j]);
+    for (int64_t j = 0; j < J; ++j) a[j] = c[j] * (a[j] - mean);
+}
+
+// The same over J numbers of one sample, padded with room to whole registers of N.
+template <typename T, int N>
+CAPSOPS_INLINE void softmax(T* c, int64_t J, bool leaky) {
+    T top = leaky ? T(0) : c[0];
+    for (int64_t j = 0; j < J; ++j) top = c[j] > top ? c[j] : top;
+    for (int64_t j = J; j < rounded_up(J, N); ++j) c[j] = top;
+    T total = 0;
+    for (int64_t j = 0; j < J; j += N) {
+        const Vec<T, N> e = exp_nonpositive<N>(load<T, N>(c + j) - top, T());
+        store<T, N>(c + j, e);
+    }
+    for (int64_t j = 0; j < J; ++j) total += c[j];
+    if (leaky) total += exp_nonpositive<N>(Vec<T, N>{} - top, T())[0];
+    for (int64_t j = 0; j < J; ++j) c[j] /= total;
+}
+
+template <typename T>
+CAPSOPS_INLINE void softmax_vjp(const T* c, T* a, int64_t J) {
+    T mean = 0;
+    for (int64_t j = 0; j < J; ++j) mean += c[j] * a[j];
+    for (int64_t j = 0; j < J; ++j) a[j] = c[j] * (a[j] - mean);
+}
+
+}  // namespace CAPSOPS_ISA
+}  // namespace capsops

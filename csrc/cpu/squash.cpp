@@ -1,0 +1,115 @@
+// squash over any dimension of a tensor: vectors of n numbers `inner` apart in [outer, n, inner].
+#include "squash.h"
+
+#include "storage.h"
+
+namespace capsops {
+namespace CAPSOPS_ISA {
+namespace {
+
+// Vectors that lie side by side when inner > 1, taken together.
+constexpr int block = 16;
+
+// Rows of n contiguous numbers; N is n where it is a usual size, else 0.
+template <typename T, bool Backward, int N>
+void rows(const SquashCall& call, int64_t begin, int64_t end, T* s_row, T* g_row, T* out_row) {
+    const int64_t n = N ? N : call.n;
+    if (in_place<T>(call.storage)) {
+        const T* s = static_cast<const T*>(call.s);
+        const T* g = static_cast<const T*>(call.grad);
+        T* out = static_cast<T*>(call.out);
+        for (int64_t row = begin; row < end; ++row) {
+            if (Backward) {
+                squash_vjp_row(s + row * n, g + row * n, n, out + row * n);
+            } else {
+                squash_row(s + row * n, n, out + row * n);
+            }
+        }
+        return;
+    }
+    for (int64_t row = begin; row < end; ++row) {
+        read_row(call.s, call.storage, row * n, n, s_row);
+        if (Backward) {
+            read_row(call.grad, call.storage, row * n, n, g_row);
+            squash_vjp_row(s_row, g_row, n, out_row);
+        } else {
+            squash_row(s_row, n, out_row);
+        }
+        write_row(call.out, call.storage, row * n, n, out_row);
+    }
+}
+
+// `width` vectors whose numbers are `inner` apart, beginning at `at`. s, g, out: [n, block] in the workspace.
+template <typename T, bool Backward>
+void columns(const SquashCall& call, int64_t at, int64_t width, T* s, T* g, T* out) {
+    const int64_t n = call.n;
+    T square[block] = {}, along[block] = {}, f[block], h[block], divisor[block];
+    for (int64_t d = 0; d < n; ++d) {
+        read_row(call.s, call.storage, at + d * call.inner, width, s + d * block);
+        if (Backward) read_row(call.grad, call.storage, at + d * call.inner, width, g + d * block);
+        for (int64_t w = 0; w < width; ++w) square[w] += s[d * block + w] * s[d * block + w];
+    }
+    for (int64_t w = 0; w < width; ++w) {
+        const T r = length_from(s + w, n, block, square[w]);
+        f[w] = squash_factor(r);
+        h[w] = squash_slope(r);
+        divisor[w] = r == 0 ? T(1) : r;
+    }
+    if (Backward) {
+        for (int64_t d = 0; d < n; ++d) {
+            const T *s_d = s + d * block, *g_d = g + d * block;
+            for (int64_t w = 0; w < width; ++w) along[w] += s_d[w] / divisor[w] * g_d[w];
+        }
+    }
+    for (int64_t d = 0; d < n; ++d) {
+        const T *s_d = s + d * block, *g_d = g + d * block;
+        T* out_d = out + d * block;
+        for (int64_t w = 0; w < width; ++w) {
+            out_d[w] = Backward ? f[w] * g_d[w] + h[w] * along[w] * (s_d[w] / divisor[w]) : f[w] * s_d[w];
+        }
+        write_row(call.out, call.storage, at + d * call.inner, width, out_d);
+    }
+}
+
+template <typename T, bool Backward>
+bool squash_of(const SquashCall& call) {
+    const int threads = call.outer * call.n * call.inner < 32768 ? 1 : call.threads;
+    const int64_t scratch = call.n * (call.inner == 1 ? 1 : block);
+    Buffer buffer(scratch * 3 * threads * sizeof(T));
+    if (!buffer.base) return false;
+    T* pool = reinterpret_cast<T*>(buffer.base);
+    run_team(threads, [&](const Team& team) {
+        T* s = pool + scratch * 3 * team.rank;
+        T *g = s + scratch, *out = g + scratch;
+        if (call.inner == 1) {
+            const int64_t begin = team.begin(call.outer), end = team.end(call.outer);
+            switch (call.n) {
+                case 4: return rows<T, Backward, 4>(call, begin, end, s, g, out);
+                case 8: return rows<T, Backward, 8>(call, begin, end, s, g, out);
+                case 16: return rows<T, Backward, 16>(call, begin, end, s, g, out);
+                case 32: return rows<T, Backward, 32>(call, begin, end, s, g, out);
+                default: return rows<T, Backward, 0>(call, begin, end, s, g, out);
+            }
+        }
+        const int64_t blocks = (call.inner + block - 1) / block;
+        for (int64_t item = team.begin(call.outer * blocks); item < team.end(call.outer * blocks); ++item) {
+            const int64_t first = item % blocks * block;
+            const int64_t at = item / blocks * call.n * call.inner + first;
+            columns<T, Backward>(call, at, smaller(block, call.inner - first), s, g, out);
+        }
+    });
+    return true;
+}
+
+}  // namespace
+
+bool squash(const SquashCall& call) {
+    return call.storage == Storage::float64 ? squash_of<double, false>(call) : squash_of<float, false>(call);
+}
+
+bool squash_backward(const SquashCall& call) {
+    return call.storage == Storage::float64 ? squash_of<double, true>(call) : squash_of<float, true>(call);
+}
+
+}  // namespace CAPSOPS_ISA
+}  // namespace capsops

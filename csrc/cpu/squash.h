@@ -1,0 +1,61 @@
+// squash and its vector-Jacobian product on one vector of n numbers.
+#pragma once
+
+#include <cmath>
+
+#include "../capsule_math.h"
+#include "team.h"
+
+namespace capsops {
+namespace CAPSOPS_ISA {
+
+// Where a sum of squares lies between these it has neither over- nor underflowed noticeably.
+template <typename T>
+constexpr T smallest_square = sizeof(T) == 4 ? T(1e-30) : T(1e-280);
+template <typename T>
+constexpr T largest_square = T(1) / smallest_square<T>;
+
+// |s| from numbers `stride` apart whose sum of squares is out of that range.
+template <typename T>
+__attribute__((noinline)) inline T scaled_length(const T* s, int64_t n, int64_t stride, T square) {
+    if (square != square) return square;
+    T scale = 0;
+    for (int64_t d = 0; d < n; ++d) scale = std::fabs(s[d * stride]) > scale ? std::fabs(s[d * stride]) : scale;
+    if (scale == 0) return 0;
+    T total = 0;
+    for (int64_t d = 0; d < n; ++d) total += (s[d * stride] / scale) * (s[d * stride] / scale);
+    return scale * std::sqrt(total);
+}
+
+template <typename T>
+CAPSOPS_INLINE T length_from(const T* s, int64_t n, int64_t stride, T square) {
+    const bool plain = square > smallest_square<T> && square < largest_square<T>;
+    return plain ? std::sqrt(square) : scaled_length(s, n, stride, square);
+}
+
+template <typename T>
+CAPSOPS_INLINE T length(const T* s, int64_t n) {
+    T square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t d = 0; d < n; ++d) square += s[d] * s[d];
+    return length_from(s, n, 1, square);
+}
+
+template <typename T>
+CAPSOPS_INLINE void squash_row(const T* s, int64_t n, T* v) {
+    const T f = squash_factor(length(s, n));
+    for (int64_t d = 0; d < n; ++d) v[d] = f * s[d];
+}
+
+template <typename T>
+CAPSOPS_INLINE void squash_vjp_row(const T* s, const T* g, int64_t n, T* grad_s) {
+    const T r = length(s, n), f = squash_factor(r), h = squash_slope(r);
+    const T divisor = r == 0 ? T(1) : r;
+    T along = 0;
+#pragma omp simd reduction(+ : along)
+    for (int64_t d = 0; d < n; ++d) along += s[d] / divisor * g[d];
+    for (int64_t d = 0; d < n; ++d) grad_s[d] = f * g[d] + h * along * (s[d] / divisor);
+}
+
+}  // namespace CAPSOPS_ISA
+}  // namespace capsops
