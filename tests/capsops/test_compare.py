@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from tests.capsops.compare import assert_close, assert_low_precision, assert_same_finiteness, largest
+from tests.capsops.compare import (
+    assert_close,
+    assert_low_precision,
+    assert_same_finiteness,
+    largest,
+    root_mean_square,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -40,19 +46,33 @@ def test_close_rejects(got: torch.Tensor, want: torch.Tensor, message: str) -> N
         assert_close(got, want, "û")
 
 
+def test_root_mean_square() -> None:
+    assert root_mean_square(vector(3, -4, 0, 0)) == 2.5
+    assert root_mean_square(vector()) == 0
+
+
 def test_low_precision_allows_a_multiple_of_the_error_of_plain_torch() -> None:
     exact = vector(1, 2)
-    low = vector(1, 2.5, dtype=torch.float32)
-    assert_low_precision(vector(1.75, 2, dtype=torch.float32), low, exact, 2)
-    with pytest.raises(AssertionError, match=r"error 1.25, allowed 1 \(2 times plain torch\)"):
+    low = vector(1.5, 2.5, dtype=torch.float32)
+    assert_low_precision(vector(2, 1, dtype=torch.float32), low, exact, 2)
+    with pytest.raises(AssertionError, match=r"typical error 1.01, allowed 1 \(2 times plain torch\)"):
+        assert_low_precision(vector(2.01, 0.99, dtype=torch.float32), low, exact, 2)
+    with pytest.raises(AssertionError, match=r"largest error 1.25, allowed 1 \(2 times plain torch\)"):
         assert_low_precision(vector(2.25, 2, dtype=torch.float32), low, exact, 2)
 
 
 def test_low_precision_allows_the_rounding_of_the_result_when_plain_torch_is_exact() -> None:
-    exact, low = vector(1, 2), vector(1, 2, dtype=torch.bfloat16)
-    assert_low_precision(vector(1 + 2**-7, 2, dtype=torch.bfloat16), low, exact, 2)
-    with pytest.raises(AssertionError, match="error"):
-        assert_low_precision(vector(1 + 2**-5, 2, dtype=torch.bfloat16), low, exact, 2)
+    exact, low = vector(1, 1), vector(1, 1, dtype=torch.bfloat16)
+    assert_low_precision(vector(1 + 2**-7, 1 - 2**-7, dtype=torch.bfloat16), low, exact, 2)
+    with pytest.raises(AssertionError, match=r"typical error 0.0156, allowed 0.00781"):
+        assert_low_precision(vector(1 + 2**-6, 1 - 2**-6, dtype=torch.bfloat16), low, exact, 2)
+    wide_exact, wide_low = torch.ones(1000, dtype=torch.float64), torch.ones(1000, dtype=torch.bfloat16)
+    got = wide_low.clone()
+    got[0] += 2**-6
+    assert_low_precision(got, wide_low, wide_exact, 2)
+    got[0] += 2**-6
+    with pytest.raises(AssertionError, match=r"largest error 0.0312, allowed 0.0156"):
+        assert_low_precision(got, wide_low, wide_exact, 2)
 
 
 def test_low_precision_rejects_what_is_not_finite_or_not_exact() -> None:
