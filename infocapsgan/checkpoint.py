@@ -1,0 +1,107 @@
+"""The whole state of a training, in memory and on disk."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from infocapsgan.atomic import atomic_folder
+from infocapsgan.systems.system import System
+from infocapsgan.training import Training
+
+WEIGHTS, TRAINING, NUMBERS = "weights.safetensors", "training.safetensors", "state.json"
+
+
+@dataclass
+class State:
+    """Everything that the next steps depend on, copied.
+
+    Attributes:
+        weights: parameters and buffers of the system.
+        training: tensors of the optimisers, states of the generators of random numbers.
+        numbers: the step, and the optimisers' and gradient scalers' plain numbers.
+    """
+
+    weights: dict[str, Tensor]
+    training: dict[str, Tensor]
+    numbers: dict[str, Any]
+
+
+def capture(system: System, training: Training) -> State:
+    """A copy of the state as it is now."""
+    tensors = {
+        "generator.draw": training.draw.generator.get_state(),
+        "generator.torch": torch.get_rng_state(),
+    }
+    groups = {}
+    for name, optimizer in training.optimizers.items():
+        state = optimizer.state_dict()
+        groups[name] = state["param_groups"]
+        for index, values in state["state"].items():
+            tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in values.items()}
+    numbers = {
+        "step": training.step,
+        "optimizers": groups,
+        "scalers": {name: scaler.state_dict() for name, scaler in training.scalers.items()},
+    }
+    return State(_copied(system.state_dict()), _copied(tensors), json.loads(json.dumps(numbers)))
+
+
+def restore(state: State, system: System, training: Training) -> None:
+    """Puts a captured state back."""
+    system.load_state_dict(state.weights)
+    training.step = state.numbers["step"]
+    for name, optimizer in training.optimizers.items():
+        values: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.training.items():
+            if key.startswith(f"optimizer.{name}."):
+                index, _, field = key.removeprefix(f"optimizer.{name}.").partition(".")
+                values.setdefault(int(index), {})[field] = value.clone()
+        optimizer.load_state_dict({"state": values, "param_groups": state.numbers["optimizers"][name]})
+    for name, scaler in training.scalers.items():
+        scaler.load_state_dict(state.numbers["scalers"][name])
+    training.draw.generator.set_state(state.training["generator.draw"])
+    torch.set_rng_state(state.training["generator.torch"])
+
+
+def save(folder: Path, state: State, **numbers: float) -> Path:
+    """Writes a state to `folder`/step-…, whole or not at all, and keeps the last two there.
+
+    Args:
+        folder: of all checkpoints of a run.
+        state: what capture() gave.
+        numbers: what else is to be found there again, beside the state.
+    """
+    path = folder / f"step-{state.numbers['step']:08d}"
+    with atomic_folder(path) as temporary:
+        save_file(state.weights, temporary / WEIGHTS)
+        save_file(state.training, temporary / TRAINING)
+        (temporary / NUMBERS).write_text(json.dumps(state.numbers | numbers, indent=1))
+    for old in checkpoints(folder)[:-2]:
+        shutil.rmtree(old)
+    return path
+
+
+def load(path: Path) -> State:
+    """Reads what save() wrote; nothing is unpickled."""
+    numbers = json.loads((path / NUMBERS).read_text())
+    return State(load_file(path / WEIGHTS), load_file(path / TRAINING), numbers)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }

@@ -1,0 +1,75 @@
+"""From an image to class capsules."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from capsops.nn import PrimaryCapsules, RoutingCapsules
+
+PRIMARY_DIM = 8  # K: numbers in a primary capsule
+
+
+class Capsules(NamedTuple):
+    """The two layers of capsules that encoder and capsule generator have in common."""
+
+    primary: Tensor  # [B, I, 8]
+    classes: Tensor  # [B, J, D]
+
+
+class CapsuleEncoder(nn.Module):
+    """Image → Conv, ReLU → primary capsules of 8 → routing → class capsules (Sabour et al. 2017, figure 1).
+
+    Args:
+        channels: of the image.
+        size: height and width of the image in pixels.
+        classes: J, number of class capsules.
+        width: channels of both convolutions; width / 8 types of primary capsules.
+        class_dim: D, numbers in a class capsule.
+        kernel_size: of both convolutions, the second with stride 2.
+        iterations: of the routing.
+        batch_norm: whether to normalise between the first convolution and its ReLU.
+        bias: whether the class capsules have a learned β.
+        leaky: whether the routing has an orphan class.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        classes: int,
+        *,
+        width: int = 256,
+        class_dim: int = 16,
+        kernel_size: int = 9,
+        iterations: int = 3,
+        batch_norm: bool = False,
+        bias: bool = True,
+        leaky: bool = False,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, width, kernel_size)
+        self.norm = nn.BatchNorm2d(width) if batch_norm else nn.Identity()
+        self.primary = PrimaryCapsules(width, width // PRIMARY_DIM, PRIMARY_DIM, kernel_size, stride=2)
+        self.classes = RoutingCapsules(
+            width // PRIMARY_DIM * primary_grid(size, kernel_size) ** 2,
+            classes,
+            PRIMARY_DIM,
+            class_dim,
+            iterations=iterations,
+            bias=bias,
+            leaky=leaky,
+        )
+
+    def forward(self, images: Tensor) -> Capsules:
+        primary = self.primary(self.norm(self.conv(images)).relu())
+        return Capsules(primary, self.classes(primary))
+
+
+def primary_grid(size: int, kernel_size: int) -> int:
+    """Height and width of the grid of primary capsules for images of `size` pixels."""
+    return (size - 2 * (kernel_size - 1) - 1) // 2 + 1
+
+
+def lengths(capsules: Tensor) -> Tensor:
+    """‖v‖ of capsules [..., D] → [...]; its gradient at 0 is 0."""
+    return capsules.norm(dim=-1)

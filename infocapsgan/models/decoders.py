@@ -1,0 +1,73 @@
+"""From the capsule of a class back to its image."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FullyConnectedDecoder(nn.Module):
+    """J · D → 512 → 1024 → pixels in [0, 1] (Sabour, Frosst, Hinton 2017, figure 2).
+
+    Args:
+        capsules: J · D, numbers in all class capsules together.
+        channels, size: of the image.
+        batch_norm: whether to normalise before each ReLU.
+    """
+
+    def __init__(self, capsules: int, channels: int, size: int, *, batch_norm: bool = False) -> None:
+        super().__init__()
+        layers, before = [], capsules
+        for width in (512, 1024):
+            layers += [nn.Linear(before, width)]
+            layers += [nn.BatchNorm1d(width)] if batch_norm else []
+            layers += [nn.ReLU()]
+            before = width
+        self.layers = nn.Sequential(
+            *layers,
+            nn.Linear(before, channels * size**2),
+            nn.Sigmoid(),
+            nn.Unflatten(1, (channels, size, size)),
+        )
+
+    def forward(self, capsules: Tensor) -> Tensor:
+        return self.layers(capsules.flatten(1))
+
+
+class DeconvolutionalDecoder(nn.Module):
+    """J · D → J maps → ConvT(32, k9, s2) → ConvT(64, k9) → ConvT(k2) → pixels in [0, 1].
+
+    The maps are 6 × 6 for images of 28 × 28; larger images have one more ConvT(128, k9), and start from
+    4 × 4 for 32 × 32. It has a fifth of the fully connected decoder's weights (public CapsNet studies).
+
+    Args:
+        capsules: J · D, numbers in all class capsules together.
+        classes: J.
+        channels, size: of the image; an even size of at least 18.
+        batch_norm: whether to normalise before each ReLU.
+    """
+
+    def __init__(
+        self, capsules: int, classes: int, channels: int, size: int, *, batch_norm: bool = False
+    ) -> None:
+        super().__init__()
+        if size % 2 or size < 18:
+            raise ValueError(f"size: got {size}, takes an even number of pixels, at least 18")
+        widths = (32, 64) if size <= 28 else (32, 64, 128)
+        grid = size // 2 - 4 * len(widths)  # what the kernels of 9 and 2 and the stride add up from
+        layers = [nn.Linear(capsules, classes * grid**2)]
+        layers += [nn.BatchNorm1d(classes * grid**2)] if batch_norm else []
+        layers += [nn.ReLU(), nn.Unflatten(1, (classes, grid, grid))]
+        before = classes
+        for width in widths:
+            layers += [nn.ConvTranspose2d(before, width, 9, stride=2 if width == 32 else 1)]
+            layers += [nn.BatchNorm2d(width)] if batch_norm else []
+            layers += [nn.ReLU()]
+            before = width
+        self.layers = nn.Sequential(*layers, nn.ConvTranspose2d(before, channels, 2), nn.Sigmoid())
+
+    def forward(self, capsules: Tensor) -> Tensor:
+        return self.layers(capsules.flatten(1))
+
+
+def masked(capsules: Tensor, classes: Tensor) -> Tensor:
+    """Class capsules [B, J, D] with all but those of `classes` [B] set to 0."""
+    return capsules * F.one_hot(classes, capsules.shape[1]).unsqueeze(-1)

@@ -1,0 +1,134 @@
+"""The directory that holds all that a run leaves behind."""
+
+import json
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+import capsops
+from infocapsgan import pictures
+from infocapsgan.atomic import atomic_file
+from infocapsgan.settings import Settings
+
+
+class RunError(RuntimeError):
+    """A run directory cannot be made, or does not hold what it should."""
+
+
+class Run:
+    """config.json, metrics.jsonl, TensorBoard events, checkpoints/, samples/, curves.png, summary.json.
+
+    Args:
+        path: the directory, which create() made.
+        resume_step: where training goes on; what was logged after it is dropped.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self.path = path
+        self.rows = [row for row in read_metrics(path) if row["step"] <= resume_step]
+        with atomic_file(path / "metrics.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        self._metrics = (path / "metrics.jsonl").open("a")
+        self._board = SummaryWriter(str(path), purge_step=resume_step + 1)
+
+    @classmethod
+    def create(cls, system: str, settings: Settings) -> "Run":
+        """Makes the directory of a new run and writes its config.json.
+
+        Raises:
+            RunError: --out names a directory that is not empty.
+        """
+        path = settings.out or _numbered(Path("runs"), f"{system}-{settings.dataset}")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(
+                f"--out: {path} is there already and not empty; continue a run with --resume {path}"
+            )
+        for folder in ("samples", "checkpoints"):
+            (path / folder).mkdir(parents=True)
+        write_json(path / "config.json", {"system": system, "settings": settings.to_json()})
+        return cls(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def log(self, kind: str, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Adds a row to metrics.jsonl and its numbers to TensorBoard; `kind` is "train" or "evaluation"."""
+        row = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
+        self.rows.append(row)
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def draw(self, step: int, images: dict[str, tuple[Tensor, int]]) -> None:
+        """Writes grids of images, given with the length of a row, to samples/ and TensorBoard."""
+        for name, (stack, columns) in images.items():
+            picture = pictures.grid(stack, columns)
+            pictures.save_png(self.path / "samples" / f"{name}-{step:08d}.png", picture)
+            self._board.add_image(name, picture.numpy(), step, dataformats="HWC")
+
+    def draw_curves(self, headline: str, baselines: dict[str, float]) -> None:
+        """Writes curves.png anew."""
+        pictures.save_curves(self.path / "curves.png", self.rows, headline, baselines)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._metrics.close()
+        self._board.close()
+
+
+def read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """The name of the system and the settings of the run in `path`.
+
+    Raises:
+        RunError: there is no run.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except FileNotFoundError as error:
+        raise RunError(f"{path} is not a run directory: it has no config.json") from error
+    return config["system"], config["settings"]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that a killed run left unfinished is no row."""
+    file = path / "metrics.jsonl"
+    lines = file.read_text().split("\n") if file.exists() else []
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "capsops": capsops.__version__,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, as summary.json has it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _numbered(parent: Path, name: str) -> Path:
+    """parent/0001-name, or the next number that is free."""
+    taken = [int(found[1]) for path in parent.glob("*") if (found := re.match(r"(\d{4,})-", path.name))]
+    return parent / f"{max(taken, default=0) + 1:04d}-{name}"

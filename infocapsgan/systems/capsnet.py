@@ -1,0 +1,170 @@
+"""CapsNet: a supervised classifier whose class capsules also reconstruct the image.
+
+Sources: Sabour, Frosst, Hinton 2017, Dynamic Routing Between Capsules; the public studies of it in PyTorch
+for the deconvolutional decoder, batch norm, the schedules of the reconstruction's weight, the initialisation.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capsops.nn import RoutingCapsules
+from infocapsgan import losses
+from infocapsgan.data import Dataset
+from infocapsgan.data.augment import shifted
+from infocapsgan.data.dataset import to_unit
+from infocapsgan.metrics import accuracy
+from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
+from infocapsgan.models.decoders import DeconvolutionalDecoder, FullyConnectedDecoder, masked
+from infocapsgan.settings import Count, Settings, Share, Weight, Whole
+from infocapsgan.systems.system import System
+from infocapsgan.training import Training
+
+CLASS_DIM = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapsNetSettings(Settings):
+    """CapsNet: supervised capsule classifier with reconstruction (Sabour, Frosst, Hinton 2017)."""
+
+    iterations: Count = 3
+    """Routing iterations."""
+    leaky: bool = False
+    """Whether the routing has an orphan class."""
+    encoder_batch_norm: bool = False
+    """Whether the encoder normalises after its first convolution."""
+    decoder: Literal["fc", "deconv"] = "fc"
+    """Fully connected, or transposed convolutions with a fifth of the weights."""
+    decoder_batch_norm: bool = False
+    """Whether the decoder normalises before each ReLU."""
+    reconstruction_weight: Weight = 0.0005
+    """α, the weight of the reconstruction error summed over the pixels."""
+    reconstruction_loss: Literal["squared", "absolute"] = "squared"
+    """The error of a pixel."""
+    reconstruction_schedule: Literal["constant", "late", "early"] = "constant"
+    """Over the epochs e, late: α · (tanh(e/8 − π) + 1)/2; early: α · tanh(e/16)."""
+    learning_rate: Weight = 1e-3
+    """Of Adam."""
+    rate_decay: Share = 1.0
+    """What the learning rate is multiplied by after each epoch."""
+    shift: Whole = 2
+    """Each training image is moved by up to this many pixels along each axis."""
+
+
+class CapsNetModel(nn.Module):
+    """Capsule encoder and decoder.
+
+    Args:
+        channels, size, classes: of the images.
+        settings: which of the variants.
+    """
+
+    def __init__(self, channels: int, size: int, classes: int, settings: CapsNetSettings) -> None:
+        super().__init__()
+        self.encoder = CapsuleEncoder(
+            channels,
+            size,
+            classes,
+            width=settings.width,
+            class_dim=CLASS_DIM,
+            iterations=settings.iterations,
+            batch_norm=settings.encoder_batch_norm,
+            leaky=settings.leaky,
+        )
+        numbers, batch_norm = classes * CLASS_DIM, settings.decoder_batch_norm
+        if settings.decoder == "fc":
+            self.decoder = FullyConnectedDecoder(numbers, channels, size, batch_norm=batch_norm)
+        else:
+            self.decoder = DeconvolutionalDecoder(numbers, classes, channels, size, batch_norm=batch_norm)
+
+    def forward(self, images: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W] in [0, 1] → class capsules [B, J, 16] and reconstructions [B, C, H, W].
+
+        A reconstruction comes from the capsule of `classes` [B], or where that is None of the longest.
+        """
+        capsules = self.encoder(images).classes
+        if classes is None:
+            classes = lengths(capsules).argmax(dim=1)
+        return capsules, self.decoder(masked(capsules, classes))
+
+
+class CapsNet(System):
+    """CapsNet; see the module. The network is `model`."""
+
+    Settings = CapsNetSettings
+    recipes: ClassVar = {"tuned": {"rate_decay": 0.95}, "published": {}}
+    tuned: ClassVar = {"digits": {"width": 32, "epochs": 15, "shift": 1}}
+    headline = "accuracy"
+
+    def __init__(self, settings: Settings | None = None, **options) -> None:
+        super().__init__(settings, **options)
+        self.model = CapsNetModel(*self.image_shape, self.settings)
+        if self.settings.recipe == "published":
+            self.apply(_initialise_as_published)
+        self.optimizers = {"model": torch.optim.Adam(self.model.parameters(), self.settings.learning_rate)}
+
+    def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
+        """One step on the margin loss and the weighted reconstruction error."""
+        s = self.settings
+        images = shifted(to_unit(images), training.draw, s.shift) if s.shift else to_unit(images)
+        self.optimizers["model"].param_groups[0]["lr"] = s.learning_rate * s.rate_decay ** int(training.epoch)
+        with training.autocast():
+            capsules, rebuilt = self.model(images, labels)
+            margin = self.margin_loss(capsules, labels).mean()
+            error = reconstruction_error(rebuilt, images, s.reconstruction_loss).mean()
+        weight = s.reconstruction_weight * schedule(s.reconstruction_schedule, training.epoch)
+        training.update("model", margin + weight * error)
+        right = (lengths(capsules).argmax(dim=1) == labels).float().mean()
+        return {"margin": margin.detach(), "reconstruction": error.detach(), "batch_accuracy": right}
+
+    def margin_loss(self, capsules: Tensor, labels: Tensor) -> Tensor:
+        """Margin loss of each image [B]."""
+        return losses.margin_loss(lengths(capsules.float()), F.one_hot(labels, self.image_shape.classes))
+
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        """Accuracy, margin loss and squared error of the test split, rebuilt from the predicted class."""
+        predicted, margin, error = [], [], []
+        for pixels, labels in zip(
+            dataset.test_images.split(500), dataset.test_labels.split(500), strict=True
+        ):
+            images = to_unit(pixels)
+            capsules, rebuilt = self.model(images)
+            predicted.append(lengths(capsules).argmax(dim=1))
+            margin.append(self.margin_loss(capsules, labels))
+            error.append(reconstruction_error(rebuilt, images, "squared"))
+        return {
+            "accuracy": accuracy(torch.cat(predicted), dataset.test_labels),
+            "margin_loss": torch.cat(margin).mean().item(),
+            "squared_error": torch.cat(error).mean().item(),
+        }
+
+    def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
+        """Ten test images; below each what is rebuilt from its true class, and from the predicted one."""
+        images, labels = to_unit(dataset.test_images[:10]), dataset.test_labels[:10]
+        rows = [images, self.model(images, labels)[1], self.model(images)[1]]
+        return {"reconstructions": (torch.cat(rows), len(images))}
+
+
+def reconstruction_error(rebuilt: Tensor, images: Tensor, kind: str) -> Tensor:
+    """The "squared" or "absolute" error of each image [B], summed over its pixels in [0, 1]."""
+    difference = (rebuilt.float() - images).flatten(1)
+    return (difference.square() if kind == "squared" else difference.abs()).sum(dim=1)
+
+
+def schedule(kind: str, epoch: float) -> float:
+    """What α is multiplied by at an epoch."""
+    if kind == "late":
+        return (math.tanh(epoch / 8 - math.pi) + 1) / 2
+    return math.tanh(epoch / 16) if kind == "early" else 1.0
+
+
+def _initialise_as_published(module: nn.Module) -> None:
+    """Xavier normal with gain 0.02; transformation weights normal × 0.002."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        nn.init.xavier_normal_(module.weight, gain=0.02)
+    if isinstance(module, RoutingCapsules):
+        nn.init.normal_(module.weight, std=0.002)

@@ -1,0 +1,245 @@
+"""InfoCapsGAN: a capsule generator and a capsule discriminator that share a class code.
+
+The code given to the generator must be recognised by the discriminator's class capsules on the generated
+image. On a real image the longest class capsule is then its cluster: MNIST digits told apart without labels.
+Source: the public InfoCapsGAN code; its settings are the recipe `published`, its bugs mended.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import capsops
+from capsops.nn import RoutingCapsules
+from infocapsgan import losses
+from infocapsgan.data import Dataset
+from infocapsgan.data.augment import moved
+from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.metrics import clustering_metrics, kmeans_accuracy
+from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules, lengths
+from infocapsgan.models.capsule_generator import CapsuleGenerator
+from infocapsgan.settings import Count, Settings, Weight
+from infocapsgan.systems.system import System
+from infocapsgan.training import Training
+
+SAMPLES_PER_CODE = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoCapsGANSettings(Settings):
+    """InfoCapsGAN: capsule generator, capsule discriminator, class code; classifies without labels."""
+
+    noise_dim: Count = 52
+    """Normal values in a latent vector, beside the class code."""
+    latent: Literal["plain", "squashed"] = "plain"
+    """Whether noise and code are squashed to one vector of length below 1 (published)."""
+    generator_rate: Weight = 1e-3
+    """Learning rate of the generator."""
+    discriminator_rate: Weight = 1e-3
+    """Learning rate of the discriminator."""
+    adversarial_weight: Weight = 1.0
+    """Weight of real against generated; 0 trains the discriminator on real images alone, no generator."""
+    code_weight: Weight = 0.01
+    """Weight of the margin loss, summed over the batch, that recognises the code of generated images."""
+    information_weight: Weight = 0.4
+    """Weight of the mutual information between real images and their classes (IMSAT, IIC)."""
+    balance: Weight = 4.0
+    """How much even use of the classes counts in it, against certainty about each image."""
+    consistency_weight: Weight = 1.0
+    """Weight of: a real image and a moved copy of it belong to the same class."""
+    smoothness_weight: Weight = 0.0
+    """Weight of: the worst small change of a real image leaves its class (virtual adversarial training)."""
+    smoothness_radius: Weight = 2.5
+    """Length of that change, in units of pixels in [−1, 1]."""
+    temperature: Weight = 20.0
+    """Class probabilities of a real image are the softmax of this times its class capsules' lengths."""
+    batch_norm: bool = True
+    """Whether the discriminator normalises after its first convolution."""
+
+
+class Verdict(NamedTuple):
+    """What the discriminator says of images."""
+
+    logit: Tensor  # [B], above 0 for real
+    capsules: Capsules
+
+
+class Discriminator(nn.Module):
+    """Capsule encoder, each class capsule times (1 + its length) → one capsule of 52 → real or generated."""
+
+    def __init__(self, channels: int, size: int, classes: int, *, width: int, batch_norm: bool) -> None:
+        super().__init__()
+        self.encoder = CapsuleEncoder(channels, size, classes, width=width, batch_norm=batch_norm, bias=False)
+        self.last = RoutingCapsules(classes, 1, 16, 52, iterations=0, bias=False)
+        self.verdict = nn.Linear(52, 1)
+
+    def forward(self, images: Tensor) -> Verdict:
+        capsules = self.encoder(images)
+        weighted = capsules.classes * (1 + lengths(capsules.classes).unsqueeze(-1))
+        return Verdict(self.verdict(self.last(weighted)).flatten(), capsules)
+
+
+class InfoCapsGAN(System):
+    """InfoCapsGAN; see the module."""
+
+    Settings = InfoCapsGANSettings
+    recipes: ClassVar = {
+        "tuned": {},
+        "published": {
+            "batch_size": 100,
+            "latent": "squashed",
+            "generator_rate": 2e-4,
+            "discriminator_rate": 2e-5,
+            "information_weight": 0.0,
+            "consistency_weight": 0.0,
+        },
+    }
+    tuned: ClassVar = {"digits": {"width": 32, "epochs": 30}}
+    headline = "unsupervised_accuracy"
+
+    def __init__(self, settings: Settings | None = None, **options) -> None:
+        super().__init__(settings, **options)
+        s, shape = self.settings, self.image_shape
+        self.generator = CapsuleGenerator(s.noise_dim + shape.classes, *shape, width=s.width)
+        self.discriminator = Discriminator(*shape, width=s.width, batch_norm=s.batch_norm)
+        if s.recipe == "published":
+            self.apply(_initialise_as_published)
+        betas = (0.5, 0.999)
+        self.optimizers = {
+            "discriminator": torch.optim.Adam(self.discriminator.parameters(), s.discriminator_rate, betas),
+            "generator": torch.optim.Adam(self.generator.parameters(), s.generator_rate, betas),
+        }
+
+    def latent(self, noise: Tensor, code: Tensor) -> Tensor:
+        """Noise [B, noise_dim] and class codes [B] → latent vectors [B, noise_dim + classes]."""
+        latent = torch.cat([noise, F.one_hot(code, self.image_shape.classes)], dim=1)
+        return capsops.squash(latent) if self.settings.latent == "squashed" else latent
+
+    def class_log_probabilities(self, capsules: Capsules) -> Tensor:
+        """log softmax(temperature · ‖v_j‖) over the classes [B, J]."""
+        return F.log_softmax(self.settings.temperature * lengths(capsules.classes).float(), dim=1)
+
+    def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
+        """Discriminator and generator once each; the labels are not looked at."""
+        s, draw, B = self.settings, training.draw, len(images)
+        real = to_symmetric(images)
+        noise, code = draw.normal(B, s.noise_dim), draw.integers(self.image_shape.classes, B)
+        named = {}
+
+        with training.autocast():
+            seen = self.discriminator(real)
+            loss = self.real_images_loss(real, seen, draw, named)
+            if s.adversarial_weight:
+                generated, _ = self.generator(self.latent(noise, code))
+                judged = self.discriminator(generated.detach())
+                named["discriminator"] = losses.discriminator_loss(seen.logit, judged.logit)
+                named["code"] = self.code_loss(judged, code)
+                loss = loss + s.adversarial_weight * named["discriminator"]
+                loss = loss + s.code_weight * s.batch_size * named["code"]
+        training.update("discriminator", loss)
+
+        if s.adversarial_weight:
+            with training.autocast():
+                judged = self.discriminator(generated)
+                named["generator"] = losses.generator_loss(judged.logit)
+                loss = s.adversarial_weight * named["generator"]
+                loss = loss + s.code_weight * s.batch_size * self.code_loss(judged, code)
+            training.update("generator", loss)
+        return {name: value.detach() for name, value in named.items()}
+
+    def code_loss(self, judged: Verdict, code: Tensor) -> Tensor:
+        """How badly the class capsules' lengths tell the code that the generator was given."""
+        target = F.one_hot(code, self.image_shape.classes)
+        return losses.margin_loss(lengths(judged.capsules.classes), target).mean()
+
+    def real_images_loss(self, real: Tensor, seen: Verdict, draw, named: dict[str, Tensor]) -> Tensor:
+        """What real images alone say of the classes: certain, evenly used, the same for a moved copy."""
+        s, loss = self.settings, torch.zeros((), device=real.device)
+        log_p = self.class_log_probabilities(seen.capsules)
+        p = log_p.exp()
+        if s.information_weight:
+            named["information"] = losses.mutual_information(p)
+            loss = loss - s.information_weight * losses.mutual_information(p, balance=s.balance)
+        if s.consistency_weight:
+            copy = self.discriminator(moved(real, draw, background=-1))
+            named["consistency"] = losses.divergence(p.detach(), self.class_log_probabilities(copy.capsules))
+            loss = loss + s.consistency_weight * named["consistency"]
+        if s.smoothness_weight:
+            named["smoothness"] = losses.adversarial_smoothness(
+                lambda x: self.class_log_probabilities(self.discriminator(x).capsules),
+                real,
+                p,
+                draw,
+                radius=s.smoothness_radius,
+            )
+            loss = loss + s.smoothness_weight * named["smoothness"]
+        return loss
+
+    def clusters(self, images: Tensor) -> Tensor:
+        """The longest class capsule of each image [N], of images [N, C, H, W] as uint8."""
+        found = [self.discriminator(to_symmetric(part)).capsules.classes for part in images.split(500)]
+        return lengths(torch.cat(found)).argmax(dim=1)
+
+    def samples(self) -> tuple[Tensor, Capsules]:
+        """Generated images in [−1, 1], a row for each code, and their capsules; always of the same noise."""
+        s, classes = self.settings, self.image_shape.classes
+        noise = torch.randn(SAMPLES_PER_CODE, s.noise_dim, generator=torch.Generator().manual_seed(0))
+        code = torch.arange(classes).repeat_interleave(SAMPLES_PER_CODE)
+        return self.generator(self.latent(noise.repeat(classes, 1), code).to(self.device))
+
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        """Unsupervised accuracy, NMI, ARI; sizes of the clusters; generator and discriminator compared."""
+        classes = self.image_shape.classes
+        train, test = self.clusters(dataset.train_images), self.clusters(dataset.test_images)
+        metrics = clustering_metrics(train, dataset.train_labels, test, dataset.test_labels, classes)
+        shares = torch.bincount(test, minlength=classes) / len(test)
+        metrics |= {f"share_of_cluster_{j}": share for j, share in enumerate(shares.tolist())}
+        if self.settings.adversarial_weight:
+            images, given = self.samples()
+            metrics |= compare_capsules(given, self.discriminator(images).capsules)
+        return metrics
+
+    def baselines(self, dataset: Dataset) -> dict[str, float]:
+        """k-means on the pixels."""
+        return {
+            "k-means on pixels": kmeans_accuracy(
+                dataset.train_images,
+                dataset.train_labels,
+                dataset.test_images,
+                dataset.test_labels,
+                self.image_shape.classes,
+            )
+        }
+
+    def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
+        """Samples, a row for each class code."""
+        if not self.settings.adversarial_weight:
+            return {}
+        return {"samples": ((self.samples()[0] + 1) / 2, SAMPLES_PER_CODE)}
+
+
+def compare_capsules(given: Capsules, seen: Capsules) -> dict[str, float]:
+    """The generator's capsules of images against the discriminator's capsules of the same images.
+
+    Returns:
+        for both layers the mean Euclidean distance and the mean cosine similarity; and the mean length of the
+        discriminator's class capsules.
+    """
+    metrics = {"class_capsule_length": lengths(seen.classes).mean().item()}
+    for layer, a, b in zip(Capsules._fields, given, seen, strict=True):
+        metrics[f"{layer}_distance"] = (a - b).norm(dim=-1).mean().item()
+        metrics[f"{layer}_cosine"] = F.cosine_similarity(a, b, dim=-1).mean().item()
+    return metrics
+
+
+def _initialise_as_published(module: nn.Module) -> None:
+    """Convolutions Xavier normal; transformations normal × √(3 / (K + D + J)), the last × √(2 / (K + D))."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.xavier_normal_(module.weight)
+    if isinstance(module, RoutingCapsules):
+        _, J, D, K = module.weight.shape
+        nn.init.normal_(module.weight, std=math.sqrt(2 / (K + D) if J == 1 else 3 / (K + D + J)))

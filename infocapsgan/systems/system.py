@@ -1,0 +1,79 @@
+"""What the training loop knows of a system."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from infocapsgan.data import Dataset, ImageShape, image_shape
+from infocapsgan.settings import Settings
+from infocapsgan.training import Training
+
+
+class System(nn.Module):
+    """Networks, optimisers, one training step, and what is measured and drawn.
+
+    An ordinary module: `InfoCapsGAN(dataset="mnist").generator` works in anybody's loop.
+
+    Args:
+        settings: what defaults() gives, or what a run was started with.
+        options: instead of settings, those that differ from the defaults.
+    """
+
+    Settings: ClassVar[type[Settings]]
+    recipes: ClassVar[dict[str, dict[str, Any]]]
+    """For each recipe, the options whose defaults differ from those of `Settings`."""
+    tuned: ClassVar[dict[str, dict[str, Any]]] = {}
+    """For a data set, the options whose defaults differ under the recipe tuned."""
+    headline: ClassVar[str]
+    """The metric that the progress bar and the last line of a run show."""
+
+    settings: Settings
+    optimizers: dict[str, Optimizer]
+
+    def __init__(self, settings: Settings | None = None, **options: Any) -> None:
+        super().__init__()
+        if settings is None:
+            chosen = {name: options[name] for name in ("recipe", "dataset") if name in options}
+            settings = dataclasses.replace(self.defaults(**chosen), **options)
+        elif options:
+            raise ValueError(
+                f"settings and options exclude one another, got both (options: {', '.join(options)})"
+            )
+        self.settings = settings
+        self.optimizers = {}
+
+    @classmethod
+    def defaults(cls, recipe: str = "tuned", dataset: str = "digits") -> Settings:
+        """The settings of a recipe on a data set."""
+        settings = cls.Settings(recipe=recipe, dataset=dataset)  # checks both
+        of_dataset = cls.tuned.get(dataset, {}) if recipe == "tuned" else {}
+        return dataclasses.replace(settings, **(cls.recipes[recipe] | of_dataset))
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Channels, size and classes of the images."""
+        return image_shape(self.settings.dataset)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
+        """One training step on images [B, C, H, W] as uint8 and labels [B]; returns named losses."""
+        raise NotImplementedError
+
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        """Metrics on the whole of `dataset`; no random number of the training is used."""
+        raise NotImplementedError
+
+    def baselines(self, dataset: Dataset) -> dict[str, float]:
+        """Values of the headline metric to compare with, by name: what a simpler method reaches."""
+        return {}
+
+    def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
+        """By name, images [N, C, H, W] in [0, 1] and how many of them make a row."""
+        raise NotImplementedError

@@ -1,0 +1,213 @@
+"""Trains a system: `python -m infocapsgan.train [SYSTEM] [options]`."""
+
+import signal
+import sys
+import time
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import capsops
+from infocapsgan import checkpoint, data
+from infocapsgan.command_line import parse
+from infocapsgan.data import DataError, Dataset
+from infocapsgan.data.batches import Batches
+from infocapsgan.draw import Draw
+from infocapsgan.run import Run, RunError, device_name, read_config, versions, write_json
+from infocapsgan.settings import Settings
+from infocapsgan.systems import SYSTEMS
+from infocapsgan.systems.system import System
+from infocapsgan.training import NonFiniteLossError, Training
+
+LOG_EVERY = 10
+
+
+def main() -> None:
+    """The command line."""
+    system_class, settings = parse(sys.argv[1:])
+    try:
+        print(train(system_class, settings))
+    except (DataError, RunError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except NonFiniteLossError as error:
+        sys.exit(f"stopped: {error}")
+
+
+def train(system_class: type[System], settings: Settings) -> str:
+    """Trains one system from its settings and returns the last line to print."""
+    device = torch.device(settings.device if settings.device != "auto" else _best_device())
+    dataset = data.load(settings.dataset, settings.data_dir).to(device)
+    torch.manual_seed(settings.seed)
+    system = system_class(settings).to(device)
+    batches = Batches(len(dataset.train_images), settings.batch_size, settings.seed, device)
+    training = Training(
+        system.optimizers,
+        Draw(settings.seed, device),
+        precision=settings.precision,
+        device=device,
+        steps_per_epoch=batches.per_epoch,
+        steps=min(settings.epochs * batches.per_epoch, settings.max_steps or sys.maxsize),
+    )
+    run, seconds = _start(system_class, settings, system, training)
+    with capsops.use_impl(settings.impl):
+        return fit(system, dataset, batches, training, run, seconds)
+
+
+def fit(
+    system: System, dataset: Dataset, batches: Batches, training: Training, run: Run, seconds: float = 0.0
+) -> str:
+    """The training loop.
+
+    Args:
+        system: what is trained.
+        dataset: on the system's device.
+        batches: which images make up which step.
+        training: where training stands, and what it changes weights with.
+        run: where everything is written.
+        seconds: how long the run took before it was taken up again.
+    """
+    settings, began = system.settings, time.monotonic() - seconds
+    evaluate_every = settings.evaluate_every or max(100, batches.per_epoch)
+    checkpoint_every = settings.checkpoint_every or evaluate_every
+    baselines = system.baselines(dataset)
+    interrupted = _Interruption()
+    bar = tqdm(total=training.steps, initial=training.step, unit="step", file=sys.stderr)
+    shown = {}
+
+    def save() -> None:
+        state = checkpoint.capture(system, training)
+        checkpoint.save(run.checkpoints, state, seconds=time.monotonic() - began)
+
+    while training.step < training.steps and not interrupted:
+        chosen = batches.indices(training.step)
+        before = checkpoint.capture(system, training)
+        try:
+            losses = system.step(dataset.train_images[chosen], dataset.train_labels[chosen], training)
+        except NonFiniteLossError as error:
+            checkpoint.restore(before, system, training)
+            save()
+            raise NonFiniteLossError(
+                f"step {training.step + 1}: {error}. {_how_to_go_on(run, training)}"
+            ) from error
+        training.step += 1
+        bar.update()
+        last = training.step == training.steps
+        if training.step % LOG_EVERY == 0 or last:
+            losses = {name: value.item() for name, value in losses.items()}
+            run.log("train", training.step, training.epoch, losses)
+            bar.set_postfix({**{name: f"{value:.3g}" for name, value in losses.items()}, **shown})
+        if training.step % evaluate_every == 0 or last:
+            metrics = _evaluate(system, dataset if last else dataset.head(10_000))
+            run.log("evaluation", training.step, training.epoch, metrics)
+            run.draw(training.step, _pictures(system, dataset))
+            run.draw_curves(system.headline, baselines)
+            shown = {system.headline: f"{metrics[system.headline]:.3f}"}
+        if training.step % checkpoint_every == 0 or last:
+            save()
+    bar.close()
+    run.close()
+    interrupted.restore()
+    if training.step < training.steps:
+        save()
+        return f"interrupted after step {training.step}. {_how_to_go_on(run, training)}"
+    seconds = time.monotonic() - began
+    write_summary(run, system, training, metrics, baselines, seconds)
+    compared = "".join(f" ({name}: {value:.3f})" for name, value in baselines.items())
+    return (
+        f"{system.headline.replace('_', ' ')} {metrics[system.headline]:.3f}{compared} in {seconds:.0f} s; "
+        f"pictures are in {run.path / 'samples'}, curves in {run.path / 'curves.png'}"
+    )
+
+
+def write_summary(
+    run: Run,
+    system: System,
+    training: Training,
+    metrics: dict[str, float],
+    baselines: dict[str, float],
+    seconds: float,
+) -> None:
+    """summary.json: what came out, on which machine, in what time."""
+    name, settings = read_config(run.path)
+    summary = {
+        "system": name,
+        "dataset": settings["dataset"],
+        "recipe": settings["recipe"],
+        "seed": settings["seed"],
+        "metrics": metrics,
+        "baselines": {system.headline: baselines},
+        "steps": training.step,
+        "epochs": round(training.epoch, 4),
+        "seconds": round(seconds, 1),
+        "device": device_name(training.device),
+        "versions": versions(),
+        "settings": settings,
+    }
+    write_json(run.path / "summary.json", summary)
+
+
+def _start(
+    system_class: type[System], settings: Settings, system: System, training: Training
+) -> tuple[Run, float]:
+    """A new run, or the one to continue with its last state put back; and the seconds it has taken so far."""
+    name = next(name for name, known in SYSTEMS.items() if known is system_class)
+    if not settings.resume:
+        return Run.create(name, settings), 0.0
+    write_json(settings.resume / "config.json", {"system": name, "settings": settings.to_json()})
+    saved = checkpoint.checkpoints(settings.resume / "checkpoints")
+    if not saved:
+        return Run(settings.resume), 0.0
+    state = checkpoint.load(saved[-1])
+    checkpoint.restore(state, system, training)
+    return Run(settings.resume, training.step), state.numbers["seconds"]
+
+
+def _evaluate(system: System, dataset: Dataset) -> dict[str, float]:
+    system.eval()
+    with torch.no_grad():
+        metrics = system.evaluate(dataset)
+    system.train()
+    return metrics
+
+
+def _pictures(system: System, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
+    system.eval()
+    with torch.no_grad():
+        images = system.pictures(dataset)
+    system.train()
+    return images
+
+
+def _how_to_go_on(run: Run, training: Training) -> str:
+    return f"The state after step {training.step} is saved; continue with --resume {run.path}"
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class _Interruption:
+    """True once SIGINT or SIGTERM has come: the loop ends after its step. A second one is not held up."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def _note(self, number: int, frame: object) -> None:
+        self.came = True
+        self.restore()
+
+    def restore(self) -> None:
+        """Puts back what the signals did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.came
+
+
+if __name__ == "__main__":
+    main()

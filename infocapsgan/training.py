@@ -1,0 +1,76 @@
+"""What a system's step needs beside its batch: random numbers, the precision, and the update of weights."""
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from infocapsgan.draw import Draw
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss or its gradient became NaN or infinite."""
+
+
+class Training:
+    """Takes losses to changed weights, in the precision asked for.
+
+    Args:
+        optimizers: by name; update() takes such a name.
+        draw: where every random number of a step comes from.
+        precision: fp32, bf16 or fp16.
+        device: where the system lives.
+        steps_per_epoch: what turns a step into an epoch.
+        steps: how many steps there will be.
+    """
+
+    def __init__(
+        self,
+        optimizers: dict[str, Optimizer],
+        draw: Draw,
+        *,
+        precision: str = "fp32",
+        device: torch.device | str = "cpu",
+        steps_per_epoch: int = 1,
+        steps: int = 1,
+    ) -> None:
+        self.optimizers, self.draw = optimizers, draw
+        self.precision, self.device = precision, torch.device(device)
+        self.steps_per_epoch, self.steps = steps_per_epoch, steps
+        self.step = 0
+        self.scalers = {
+            name: torch.amp.GradScaler(self.device.type, enabled=precision == "fp16") for name in optimizers
+        }
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with their fraction: what schedules go by."""
+        return self.step / self.steps_per_epoch
+
+    def autocast(self) -> torch.autocast:
+        """The context in which forward passes run."""
+        return torch.autocast(self.device.type, DTYPES.get(self.precision), enabled=self.precision in DTYPES)
+
+    def update(self, name: str, loss: Tensor) -> None:
+        """One step of the optimiser `name` down the gradient of `loss`; no other weight gets a gradient,
+        and one that the loss does not depend on stays as it is.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite; the weights are as before.
+        """
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(f"the loss of {name} is {loss.item()}")
+        optimizer, scaler = self.optimizers[name], self.scalers[name]
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        gradients = torch.autograd.grad(scaler.scale(loss), weights, allow_unused=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """How many numbers are trained in `module`."""
+    return sum(parameter.numel() for parameter in module.parameters())

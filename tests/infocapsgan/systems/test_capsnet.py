@@ -1,0 +1,63 @@
+import math
+
+import pytest
+import torch
+
+from infocapsgan import data
+from infocapsgan.draw import Draw
+from infocapsgan.systems import CapsNet
+from infocapsgan.systems.capsnet import reconstruction_error, schedule
+from infocapsgan.training import Training, parameter_count
+
+
+def test_published_parameter_counts():
+    model = CapsNet(recipe="published").model
+    assert parameter_count(model.encoder) == 6_804_384
+    assert parameter_count(model.decoder) == 1_411_344
+
+
+@pytest.mark.parametrize("decoder", ["fc", "deconv"])
+@pytest.mark.parametrize("loss", ["squared", "absolute"])
+def test_training_lowers_both_losses(decoder, loss):
+    torch.manual_seed(0)
+    digits = data.load("digits")
+    options = {"decoder": decoder, "decoder_batch_norm": decoder == "deconv", "reconstruction_loss": loss}
+    system = CapsNet(width=8, batch_size=32, leaky=True, encoder_batch_norm=True, shift=0, **options)
+    training = Training(system.optimizers, Draw(0))
+    rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(30)]
+    for name in ("margin", "reconstruction"):
+        assert rows[-1][name] < 0.9 * rows[0][name]
+
+
+def test_the_reconstruction_comes_from_the_class_that_is_given_or_from_the_longest():
+    torch.manual_seed(0)
+    model = CapsNet(width=8).model.eval()
+    images = torch.rand(4, 1, 28, 28)
+    capsules, rebuilt = model(images)
+    longest = capsules.norm(dim=2).argmax(dim=1)
+    torch.testing.assert_close(model(images, longest)[1], rebuilt)
+    assert not torch.allclose(model(images, (longest + 1) % 10)[1], rebuilt)
+
+
+def test_errors_are_sums_over_pixels():
+    rebuilt, images = torch.tensor([[0.5, 1.0], [0, 0]]), torch.tensor([[0.0, 0], [0, 0.5]])
+    assert reconstruction_error(rebuilt, images, "squared").tolist() == [1.25, 0.25]
+    assert reconstruction_error(rebuilt, images, "absolute").tolist() == [1.5, 0.5]
+
+
+def test_schedules_by_hand():
+    assert schedule("constant", 7) == 1
+    assert schedule("early", 0) == 0
+    assert schedule("early", 16) == pytest.approx(math.tanh(1))
+    assert schedule("late", 8 * math.pi) == 0.5
+
+
+def test_the_learning_rate_falls_by_epochs():
+    system = CapsNet(width=8, rate_decay=0.5, learning_rate=0.1)
+    training = Training(system.optimizers, Draw(0), steps_per_epoch=2)
+    rates = []
+    for step in range(5):
+        training.step = step
+        system.step(torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long), training)
+        rates.append(system.optimizers["model"].param_groups[0]["lr"])
+    assert rates == [0.1, 0.1, 0.05, 0.05, 0.025]

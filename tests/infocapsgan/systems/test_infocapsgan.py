@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from infocapsgan import data
+from infocapsgan.draw import Draw
+from infocapsgan.models.capsule_encoder import Capsules
+from infocapsgan.systems import InfoCapsGAN
+from infocapsgan.systems.infocapsgan import compare_capsules
+from infocapsgan.training import Training, parameter_count
+
+
+def test_published_parameter_counts():
+    system = InfoCapsGAN(recipe="published")
+    assert parameter_count(system.generator) == 8_059_585
+    assert parameter_count(system.discriminator) == 6_813_109
+
+
+def test_published_settings():
+    settings = InfoCapsGAN.defaults("published", "mnist")
+    assert (settings.generator_rate, settings.discriminator_rate) == (2e-4, 2e-5)
+    assert (settings.batch_size, settings.epochs, settings.noise_dim) == (100, 30, 52)
+    assert (settings.code_weight, settings.latent) == (0.01, "squashed")
+
+
+def test_noise_and_code_are_squashed_together_as_published():
+    system = InfoCapsGAN(recipe="published", width=8)
+    noise, code = torch.randn(5, 52), torch.arange(5)
+    latent = system.latent(noise, code)
+    together = torch.cat([noise, torch.eye(10)[:5]], dim=1)
+    n = together.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(latent, together * n / (1 + n**2))
+    assert InfoCapsGAN(width=8).latent(noise, code)[:, 52:].argmax(dim=1).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("recipe", "loss"), [("tuned", "code"), ("published", "discriminator")])
+def test_training_lowers_the_losses(recipe, loss):
+    torch.manual_seed(0)
+    digits = data.load("digits")
+    system = InfoCapsGAN(recipe=recipe, width=8, batch_size=32, discriminator_rate=1e-3, generator_rate=1e-3)
+    training = Training(system.optimizers, Draw(0))
+    rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(30)]
+    assert sum(row[loss] for row in rows[-5:]) < 0.8 * sum(row[loss] for row in rows[:5])
+
+
+def test_the_labels_are_not_looked_at():
+    digits = data.load("digits")
+    outcomes = []
+    for labels in (digits.train_labels[:16], torch.zeros(16, dtype=torch.long)):
+        torch.manual_seed(0)
+        system = InfoCapsGAN(width=8, batch_size=16)
+        outcomes.append(system.step(digits.train_images[:16], labels, Training(system.optimizers, Draw(0))))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_without_the_adversarial_part_the_generator_rests():
+    torch.manual_seed(0)
+    system = InfoCapsGAN(width=8, batch_size=16, adversarial_weight=0, smoothness_weight=1)
+    before = [weight.clone() for weight in system.generator.parameters()]
+    digits = data.load("digits")
+    training = Training(system.optimizers, Draw(0))
+    named = system.step(digits.train_images[:16], digits.train_labels[:16], training)
+    assert set(named) == {"information", "consistency", "smoothness"}
+    assert all(torch.equal(a, b) for a, b in zip(before, system.generator.parameters(), strict=True))
+
+
+def test_capsules_compared_by_hand():
+    given = Capsules(torch.tensor([[[3.0, 4]]]), torch.tensor([[[1.0, 0]]]))
+    seen = Capsules(torch.tensor([[[0.0, 0]]]), torch.tensor([[[0.0, 2]]]))
+    assert compare_capsules(given, seen) == {
+        "class_capsule_length": 2,
+        "primary_distance": 5,
+        "primary_cosine": 0,
+        "classes_distance": pytest.approx(5**0.5),
+        "classes_cosine": 0,
+    }

@@ -1,0 +1,97 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from infocapsgan import data
+from infocapsgan.command_line import parse
+from infocapsgan.settings import option_name
+from infocapsgan.systems import SYSTEMS, CapsNet, InfoCapsGAN
+
+
+def fails(capsys, *words):
+    with pytest.raises(SystemExit) as caught:
+        parse(words)
+    assert caught.value.code == 2
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_no_word_at_all():
+    system, settings = parse([])
+    assert system is InfoCapsGAN
+    assert settings == InfoCapsGAN.defaults("tuned", "digits")
+
+
+def test_options_without_a_system():
+    system, settings = parse(["--seed", "3"])
+    assert (system, settings.seed) == (InfoCapsGAN, 3)
+
+
+def test_recipe_and_data_set_choose_the_defaults():
+    assert parse(["--recipe=published"])[1] == InfoCapsGAN.defaults("published", "digits")
+    system, settings = parse(["capsnet", "--dataset", "mnist", "--epochs", "2", "--leaky"])
+    assert system is CapsNet
+    assert settings == dataclasses.replace(CapsNet.defaults("tuned", "mnist"), epochs=2, leaky=True)
+    assert settings.width == 256
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_help_lists_every_option_with_its_default(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse([name, "--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(SYSTEMS[name].Settings):
+        assert option_name(field.name) in shown
+    assert shown.count("(default: ") == len(dataclasses.fields(SYSTEMS[name].Settings))
+    for other in SYSTEMS:
+        assert other in shown
+
+
+def test_no_data_are_loaded_before_the_options_are_checked(capsys, monkeypatch):
+    monkeypatch.setattr(data, "load", None)
+    assert "Unrecognized options: --bach-size" in fails(capsys, "--bach-size", "3")
+    assert "--batch-size: got 0, takes at least 1" in fails(capsys, "--batch-size", "0")
+    assert "--width: got 20, takes a multiple of 8" in fails(capsys, "--width", "20")
+    assert "--rate-decay: got 1.5, takes 0 to 1" in fails(capsys, "capsnet", "--rate-decay", "1.5")
+    assert "letters" in fails(capsys, "--dataset", "letters")
+    assert "guessed" in fails(capsys, "--recipe", "guessed")
+    assert "SYSTEM: got resnet, takes one of infocapsgan" in fails(capsys, "resnet")
+
+
+def test_values_are_checked_in_python_too():
+    with pytest.raises(ValueError, match="--epochs: got 0, takes at least 1"):
+        CapsNet(epochs=0)
+    with pytest.raises(ValueError, match="--decoder: got 'none', takes one of fc, deconv"):
+        CapsNet(decoder="none")
+
+
+@pytest.fixture
+def run(tmp_path):
+    settings = CapsNet.defaults("published", "mnist").to_json()
+    (tmp_path / "config.json").write_text(json.dumps({"system": "capsnet", "settings": settings}))
+    return tmp_path
+
+
+def test_resume_takes_the_settings_of_the_run(run):
+    system, settings = parse(["--resume", str(run), "--max-steps", "7", "--epochs=50"])
+    assert system is CapsNet
+    wanted = dataclasses.replace(CapsNet.defaults("published", "mnist"), resume=run, max_steps=7, epochs=50)
+    assert settings == wanted
+    assert parse(["capsnet", f"--resume={run}"])[1] == dataclasses.replace(wanted, max_steps=None, epochs=30)
+
+
+def test_nothing_else_can_be_given_beside_resume(run, capsys):
+    assert "--seed 3: cannot be given beside --resume" in fails(capsys, "--resume", str(run), "--seed", "3")
+    assert "is one of capsnet" in fails(capsys, "infocapsgan", "--resume", str(run))
+    assert "--epochs: got 0, takes at least 1" in fails(capsys, "--resume", str(run), "--epochs", "0")
+
+
+def test_resume_of_what_is_no_run(tmp_path, capsys):
+    assert "is not a run directory" in fails(capsys, "--resume", str(tmp_path / "nowhere"))
+
+
+def test_paths_stay_paths():
+    settings = parse(["--out", "somewhere", "--data-dir", "data"])[1]
+    assert (settings.out, settings.data_dir) == (Path("somewhere"), Path("data"))

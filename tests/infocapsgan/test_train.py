@@ -1,0 +1,151 @@
+"""The command as a user runs it, in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from infocapsgan import train as train_module
+from infocapsgan.checkpoint import checkpoints
+from infocapsgan.run import read_metrics
+from infocapsgan.systems import CapsNet, InfoCapsGAN
+from infocapsgan.training import NonFiniteLossError
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--width", "8", "--batch-size", "8", "--evaluate-every", "100", "--checkpoint-every", "5"]
+
+
+def start(*words):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "infocapsgan.train", *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+def run(*words):
+    process = start(*words)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return out
+
+
+def wait_for_checkpoint(path, process):
+    while not checkpoints(path / "checkpoints"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def outcome(path):
+    summary = json.loads((path / "summary.json").read_text())
+    last = checkpoints(path / "checkpoints")[-1]
+    weights = {name: tensor.tolist() for name, tensor in load_file(last / "weights.safetensors").items()}
+    return summary["metrics"], summary["steps"], read_metrics(path), weights
+
+
+@pytest.mark.parametrize("system", ["infocapsgan", "capsnet"])
+def test_a_killed_and_resumed_run_equals_an_unbroken_one(system, tmp_path):
+    run(system, *SMALL, "--max-steps", 12, "--out", tmp_path / "unbroken")
+    process = start(system, *SMALL, "--max-steps", 12, "--out", tmp_path / "killed")
+    wait_for_checkpoint(tmp_path / "killed", process)
+    process.kill()
+    process.wait()
+    run("--resume", tmp_path / "killed")
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "unbroken")
+
+
+def test_sigterm_saves_and_resume_can_lengthen(tmp_path):
+    process = start("capsnet", *SMALL, "--out", tmp_path / "run")
+    wait_for_checkpoint(tmp_path / "run", process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    step = int(checkpoints(tmp_path / "run" / "checkpoints")[-1].name.removeprefix("step-"))
+    assert f"interrupted after step {step}." in out
+    assert f"--resume {tmp_path / 'run'}" in out
+    assert not (tmp_path / "run" / "summary.json").exists()
+    run("--resume", tmp_path / "run", "--max-steps", step + 3)
+    assert outcome(tmp_path / "run")[1] == step + 3
+
+
+def test_a_run_directory_holds_everything(tmp_path, capsys):
+    settings = InfoCapsGAN(
+        width=8, batch_size=8, max_steps=3, evaluate_every=2, checkpoint_every=1, out=tmp_path / "run"
+    ).settings
+    line = train_module.train(InfoCapsGAN, settings)
+    path = tmp_path / "run"
+    assert line.startswith("unsupervised accuracy 0.")
+    assert "(k-means on pixels: 0.7" in line
+    assert str(path / "samples") in line
+    assert {file.name for file in (path / "samples").iterdir()} == {
+        "samples-00000002.png",
+        "samples-00000003.png",
+    }
+    assert {file.name for file in (path / "checkpoints").iterdir()} == {"step-00000002", "step-00000003"}
+    assert (path / "curves.png").stat().st_size > 1000
+    assert list(path.glob("events.out.tfevents.*"))
+    summary = json.loads((path / "summary.json").read_text())
+    assert {key: summary[key] for key in ("system", "dataset", "recipe", "seed", "steps")} == {
+        "system": "infocapsgan",
+        "dataset": "digits",
+        "recipe": "tuned",
+        "seed": 0,
+        "steps": 3,
+    }
+    assert {"unsupervised_accuracy", "nmi", "ari"} <= set(summary["metrics"])
+    assert summary["seconds"] > 0
+    assert "torch" in summary["versions"]
+    assert [row["step"] for row in read_metrics(path) if row["kind"] == "evaluation"] == [2, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_at_the_state_before_it(tmp_path, monkeypatch):
+    step = CapsNet.step
+
+    def broken(self, images, labels, training):
+        named = step(self, images, labels, training)
+        if training.step == 2:
+            training.update("model", self.model.encoder.conv.bias.sum() * float("nan"))
+        return named
+
+    def settings(out, steps):
+        return CapsNet(width=8, batch_size=8, max_steps=steps, out=tmp_path / out).settings
+
+    train_module.train(CapsNet, settings("short", 2))
+    monkeypatch.setattr(CapsNet, "step", broken)
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 3: the loss of model is nan\. The state after step 2"
+    ):
+        train_module.train(CapsNet, settings("broken", 5))
+    (saved,) = checkpoints(tmp_path / "broken" / "checkpoints")
+    (wanted,) = checkpoints(tmp_path / "short" / "checkpoints")
+    for file in ("weights.safetensors", "training.safetensors"):
+        assert (saved / file).read_bytes() == (wanted / file).read_bytes()
+
+
+def test_errors_are_one_line(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    process = start("--out", tmp_path / "full")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err.strip().splitlines()[-1].startswith("error: --out: ")
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_capsnet_passes_095_on_digits(tmp_path):
+    run("capsnet", "--out", tmp_path / "run")
+    assert outcome(tmp_path / "run")[0]["accuracy"] > 0.95
+
+
+@pytest.mark.slow
+def test_infocapsgan_passes_kmeans_on_digits(tmp_path):
+    run("--out", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (kmeans,) = summary["baselines"]["unsupervised_accuracy"].values()
+    assert summary["metrics"]["unsupervised_accuracy"] > kmeans

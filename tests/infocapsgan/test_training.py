@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from infocapsgan.draw import Draw
+from infocapsgan.training import NonFiniteLossError, Training
+
+
+def weight(value):
+    return torch.nn.Parameter(torch.tensor([value]))
+
+
+def test_an_update_changes_the_weights_of_its_optimiser_alone():
+    ours, other = weight(1.0), weight(2.0)
+    optimizers = {"ours": torch.optim.SGD([ours], 0.1), "other": torch.optim.SGD([other], 0.1)}
+    Training(optimizers, Draw(0)).update("ours", (ours * other).sum())
+    assert ours.item() == pytest.approx(0.8)
+    assert (other.item(), other.grad) == (2.0, None)
+
+
+def test_a_weight_that_the_loss_does_not_depend_on_stays():
+    used, unused = weight(1.0), weight(2.0)
+    Training({"all": torch.optim.Adam([used, unused], 0.1)}, Draw(0)).update("all", used.sum())
+    assert used.item() == pytest.approx(0.9)
+    assert unused.item() == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_changes_nothing(value):
+    ours = weight(1.0)
+    with pytest.raises(NonFiniteLossError, match=f"the loss of ours is {value}"):
+        Training({"ours": torch.optim.SGD([ours], 0.1)}, Draw(0)).update("ours", (ours * value).sum())
+    assert ours.item() == 1
+
+
+def test_epochs():
+    training = Training({}, Draw(0), steps_per_epoch=4)
+    training.step = 6
+    assert training.epoch == 1.5
