@@ -57,7 +57,7 @@ class InfoCapsGANSettings(Settings):
     """Length of that change, in units of pixels in [−1, 1]."""
     temperature: Weight = 20.0
     """Class probabilities of a real image are the softmax of this times its class capsules' lengths."""
-    batch_norm: bool = True
+    batch_norm: bool = False
     """Whether the discriminator normalises after its first convolution."""
 
 
@@ -96,6 +96,7 @@ class InfoCapsGAN(System):
             "discriminator_rate": 2e-5,
             "information_weight": 0.0,
             "consistency_weight": 0.0,
+            "batch_norm": True,
         },
     }
     tuned: ClassVar = {"digits": {"width": 32, "epochs": 30}}

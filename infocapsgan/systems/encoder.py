@@ -1,0 +1,86 @@
+"""The supervised baseline: InfoCapsGAN's encoder, trained with labels.
+
+What InfoCapsGAN reaches without labels is measured against this: the same network, the same moved copies.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infocapsgan import losses
+from infocapsgan.data import Dataset
+from infocapsgan.data.augment import moved
+from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.metrics import accuracy
+from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
+from infocapsgan.settings import Settings, Weight
+from infocapsgan.systems.system import System
+from infocapsgan.training import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings(Settings):
+    """Encoder: the supervised baseline that shares InfoCapsGAN's encoder."""
+
+    learning_rate: Weight = 1e-3
+    """Of Adam."""
+    moved: bool = True
+    """Whether to train on turned, scaled, sheared and shifted copies, as InfoCapsGAN does."""
+    batch_norm: bool = False
+    """Whether the encoder normalises after its first convolution."""
+
+
+class Encoder(System):
+    """InfoCapsGAN's encoder as a classifier; the network is `model`."""
+
+    Settings = EncoderSettings
+    recipes: ClassVar = {
+        "tuned": {},
+        "published": {"batch_size": 100, "batch_norm": True, "moved": False},
+    }
+    tuned: ClassVar = {"digits": {"width": 32, "epochs": 15}}
+    headline = "accuracy"
+
+    def __init__(self, settings: Settings | None = None, **options) -> None:
+        super().__init__(settings, **options)
+        s = self.settings
+        self.model = CapsuleEncoder(*self.image_shape, width=s.width, batch_norm=s.batch_norm, bias=False)
+        self.optimizers = {"model": torch.optim.Adam(self.model.parameters(), s.learning_rate)}
+
+    def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
+        """One step on the margin loss."""
+        images = to_symmetric(images)
+        if self.settings.moved:
+            images = moved(images, training.draw, background=-1)
+        with training.autocast():
+            found = lengths(self.model(images).classes)
+            loss = self.margin_loss(found, labels)
+        training.update("model", loss)
+        return {"margin": loss.detach(), "batch_accuracy": (found.argmax(dim=1) == labels).float().mean()}
+
+    def margin_loss(self, found: Tensor, labels: Tensor) -> Tensor:
+        """Mean margin loss of class capsules' lengths [B, J]."""
+        return losses.margin_loss(found.float(), F.one_hot(labels, self.image_shape.classes)).mean()
+
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        """Accuracy and margin loss on the test split."""
+        found = torch.cat(
+            [lengths(self.model(to_symmetric(part)).classes) for part in dataset.test_images.split(500)]
+        )
+        return {
+            "accuracy": accuracy(found.argmax(dim=1), dataset.test_labels),
+            "margin_loss": self.margin_loss(found, dataset.test_labels).item(),
+        }
+
+    def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
+        """Test images, a row for each class they are taken for; an empty place is grey."""
+        images = dataset.test_images[:200]
+        found = lengths(self.model(to_symmetric(images)).classes).argmax(dim=1)
+        rows = []
+        for j in range(self.image_shape.classes):
+            row = images[found == j][:10].float() / 255
+            rows.append(F.pad(row, [0, 0, 0, 0, 0, 0, 0, 10 - len(row)], value=0.5))
+        return {"predictions": (torch.cat(rows), 10)}

@@ -1,0 +1,22 @@
+import torch
+
+from infocapsgan import data
+from infocapsgan.draw import Draw
+from infocapsgan.systems import Encoder, InfoCapsGAN
+from infocapsgan.training import Training, parameter_count
+
+
+def test_the_network_is_that_of_infocapsgan():
+    for recipe in ("tuned", "published"):
+        encoder, gan = Encoder(recipe=recipe).model, InfoCapsGAN(recipe=recipe).discriminator.encoder
+        assert str(encoder) == str(gan)
+    assert parameter_count(encoder) == 6_813_109 - 52 * 16 * 10 - 53
+
+
+def test_training_lowers_the_margin_loss():
+    torch.manual_seed(0)
+    digits = data.load("digits")
+    system = Encoder(width=8, batch_size=32, moved=False)
+    training = Training(system.optimizers, Draw(0))
+    rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(40)]
+    assert rows[-1]["margin"] < 0.7 * rows[0]["margin"]
