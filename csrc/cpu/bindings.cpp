@@ -12,20 +12,20 @@
 
 namespace py = pybind11;
 
-#define CAPSOPS_DECLARE(isa)                               \
-    namespace capsops {                                    \
-    namespace isa {                                        \
-    bool squash(const SquashCall&);                        \
-    bool squash_backward(const SquashCall&);               \
-    bool predictions(const PredictionsCall&);              \
-    bool predictions_backward(const PredictionsCall&);     \
-    bool routing(const RoutingCall&);                      \
-    bool routing_backward(const RoutingCall&);             \
-    bool couplings(const RoutingCall&);                    \
-    double fma_rate(double, int);                          \
-    constexpr Kernels kernels{#isa,        squash,           squash_backward, predictions, predictions_backward, \
-                              routing,     routing_backward, couplings,       fma_rate};                         \
-    }                                                      \
+#define CAPSOPS_DECLARE(isa)                                                                                 \
+    namespace capsops {                                                                                      \
+    namespace isa {                                                                                          \
+    bool squash(const SquashCall&);                                                                          \
+    bool squash_backward(const SquashCall&);                                                                 \
+    bool predictions(const PredictionsCall&);                                                                \
+    bool predictions_backward(const PredictionsCall&);                                                       \
+    bool routing(const RoutingCall&);                                                                        \
+    bool routing_backward(const RoutingCall&);                                                               \
+    bool couplings(const RoutingCall&);                                                                      \
+    double fma_rate(double, int);                                                                            \
+    constexpr Kernels kernels{#isa,    squash,           squash_backward, predictions, predictions_backward, \
+                              routing, routing_backward, couplings,       fma_rate};                         \
+    }                                                                                                        \
     }
 
 CAPSOPS_DECLARE(baseline)
@@ -84,24 +84,27 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-SquashCall squash_call(Address s, Address grad, Address out, int64_t outer, int64_t n, int64_t inner, int storage,
-                       int threads) {
+SquashCall squash_call(Address s, Address grad, Address out, int64_t outer, int64_t n, int64_t inner,
+                       int storage, int threads) {
     return {pointer(s), pointer(grad), pointer(out), outer, n, inner, Storage(storage), threads};
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-    m.doc() = "Kernels for the CPU. Pointers are addresses of contiguous tensors; shapes are the caller's to check.";
+    m.doc() =
+        "Kernels for the CPU. Pointers are addresses of contiguous tensors; shapes are the caller's to "
+        "check.";
     chosen = choose();
     const py::call_guard<py::gil_scoped_release> without_gil;
 
     m.def("isas", &isas, "Instruction sets that are compiled and that this processor has, the fastest last.");
     m.def("isa", [] { return std::string(chosen->name); }, "The instruction set in use.");
     m.def(
-        "fma_rate", [](double seconds, int threads) { return chosen->fma_rate(seconds, threads); }, without_gil,
-        py::arg("seconds"), py::arg("threads"),
-        "Floating-point operations a second, float32, that multiply-adds on registers attain on all threads.");
+        "fma_rate", [](double seconds, int threads) { return chosen->fma_rate(seconds, threads); },
+        without_gil, py::arg("seconds"), py::arg("threads"),
+        "Floating-point operations a second, float32, that multiply-adds on registers attain on all "
+        "threads.");
 
     m.def(
         "squash",
@@ -111,7 +114,8 @@ PYBIND11_MODULE(_cpu, m) {
         without_gil);
     m.def(
         "squash_backward",
-        [](Address grad, Address s, Address out, int64_t outer, int64_t n, int64_t inner, int storage, int threads) {
+        [](Address grad, Address s, Address out, int64_t outer, int64_t n, int64_t inner, int storage,
+           int threads) {
             check(chosen->squash_backward(squash_call(s, grad, out, outer, n, inner, storage, threads)));
         },
         without_gil);
@@ -140,8 +144,8 @@ PYBIND11_MODULE(_cpu, m) {
         without_gil);
     m.def(
         "routing",
-        [](Address u, Address weight, Address bias, Address v, Address s, int64_t B, int64_t I, int64_t J, int64_t D,
-           int64_t K, int64_t iterations, bool leaky, int storage, int threads) {
+        [](Address u, Address weight, Address bias, Address v, Address s, int64_t B, int64_t I, int64_t J,
+           int64_t D, int64_t K, int64_t iterations, bool leaky, int storage, int threads) {
             RoutingCall call{};
             call.u = pointer(u), call.weight = pointer(weight), call.bias = pointer(bias);
             call.v = pointer(v), call.s = pointer(s);
@@ -154,10 +158,11 @@ PYBIND11_MODULE(_cpu, m) {
     m.def(
         "routing_backward",
         [](Address grad, Address u, Address weight, Address s, Address grad_u, Address grad_weight,
-           Address grad_bias, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations, bool leaky,
-           bool detach, int storage, int threads) {
+           Address grad_bias, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations,
+           bool leaky, bool detach, int storage, int threads) {
             RoutingCall call{};
-            call.u = pointer(u), call.weight = pointer(weight), call.s = pointer(s), call.grad = pointer(grad);
+            call.u = pointer(u), call.weight = pointer(weight), call.s = pointer(s),
+            call.grad = pointer(grad);
             call.grad_u = pointer(grad_u), call.grad_weight = pointer(grad_weight);
             call.grad_bias = pointer(grad_bias);
             call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
@@ -168,8 +173,8 @@ PYBIND11_MODULE(_cpu, m) {
         without_gil);
     m.def(
         "couplings",
-        [](Address u, Address weight, Address bias, Address couplings, int64_t B, int64_t I, int64_t J, int64_t D,
-           int64_t K, int64_t iterations, bool leaky, int storage, int threads) {
+        [](Address u, Address weight, Address bias, Address couplings, int64_t B, int64_t I, int64_t J,
+           int64_t D, int64_t K, int64_t iterations, bool leaky, int storage, int threads) {
             RoutingCall call{};
             call.u = pointer(u), call.weight = pointer(weight), call.bias = pointer(bias);
             call.couplings = pointer(couplings);

@@ -8,7 +8,8 @@ namespace CAPSOPS_ISA {
 
 // dst[c, r] = src[r, c] for a block of rows × columns.
 template <typename T>
-inline void turn_block(const T* src, int64_t src_stride, int64_t rows, int64_t columns, T* dst, int64_t dst_stride) {
+inline void turn_block(const T* src, int64_t src_stride, int64_t rows, int64_t columns, T* dst,
+                       int64_t dst_stride) {
     constexpr int width = vec_width<T>;
     int64_t r = 0;
     for (; r + width <= rows; r += width) {

@@ -38,9 +38,9 @@ struct PredictionsCall {
 struct RoutingCall {
     const void* u;
     const void* weight;
-    const void* bias;   // [J, D] or null
-    void* s;            // [max(iterations, 1), B, J, D] in the accumulation type: written forward, read backward
-    void* v;            // forward: [B, J, D]
+    const void* bias;  // [J, D] or null
+    void* s;  // [max(iterations, 1), B, J, D] in the accumulation type: written forward, read backward
+    void* v;  // forward: [B, J, D]
     void* couplings;    // couplings: [B, I, J]
     const void* grad;   // backward: [B, J, D]
     void* grad_u;       // backward; null where it is not needed

@@ -1,9 +1,9 @@
 // Passes over u and weight with the samples of the batch in the lanes of a register.
 //
-// A lane group is 16 (or 8) samples. û of one pair (i, j) is then D registers, its product with V needs no sums
-// over lanes, and the softmax over j is element-wise. û of one i, J·D registers, stays in the first-level cache
-// between the logits and the sum. A chunk of input capsules is run for several lane groups, so that W comes from
-// memory once for all of them.
+// A lane group is 16 (or 8) samples. û of one pair (i, j) is then D registers, its product with V needs no
+// sums over lanes, and the softmax over j is element-wise. û of one i, J·D registers, stays in the
+// first-level cache between the logits and the sum. A chunk of input capsules is run for several lane groups,
+// so that W comes from memory once for all of them.
 //
 // The gradient pass gives each thread a range of i, and so ∂W_i and ∂u_i whole: nothing is reduced between
 // threads.
@@ -31,16 +31,16 @@ class LanesEngine {
     T* states_;  // [slots, groups, R, L]
 
     struct Scratch {
-        T* natural;         // u of a chunk [L, chunk·K]
-        Lanes<T>* u;        // [chunk·K]
-        T* weight;          // of a chunk [chunk, R, K], where it is not read in place
-        Lanes<T>* u_hat;    // of one i [R]; then ∂û
-        Lanes<T>* dots;     // [slots, J]
-        Lanes<T>* sum;      // [block, R]
-        Lanes<T>* grad_u;   // [chunk·K]
-        T* turned;          // ∂û of one i [L, padded]
-        T* grad_weight;     // of a chunk [chunk, K, padded]
-        T* straight;        // ∂W of one i [R, K]
+        T* natural;        // u of a chunk [L, chunk·K]
+        Lanes<T>* u;       // [chunk·K]
+        T* weight;         // of a chunk [chunk, R, K], where it is not read in place
+        Lanes<T>* u_hat;   // of one i [R]; then ∂û
+        Lanes<T>* dots;    // [slots, J]
+        Lanes<T>* sum;     // [block, R]
+        Lanes<T>* grad_u;  // [chunk·K]
+        T* turned;         // ∂û of one i [L, padded]
+        T* grad_weight;    // of a chunk [chunk, K, padded]
+        T* straight;       // ∂W of one i [R, K]
 
         static Scratch plan(Pieces& pieces, const LanesEngine& engine, bool gradient) {
             const int64_t R = engine.R_, K = engine.K_, chunk = engine.chunk_;
@@ -50,7 +50,7 @@ class LanesEngine {
             scratch.u = pieces.take<Lanes<T>>(chunk * K);
             scratch.weight = pieces.take<T>(copies ? chunk * R * K : 0);
             scratch.u_hat = pieces.take<Lanes<T>>(R);
-            scratch.dots = pieces.take<Lanes<T>>(larger(engine.slots_, 2) * engine.J_);
+            scratch.dots = pieces.take<Lanes<T>>(larger(engine.slots_, 4) * engine.J_);
             scratch.sum = pieces.take<Lanes<T>>(gradient ? 0 : engine.block_ * R);
             scratch.grad_u = pieces.take<Lanes<T>>(gradient ? chunk * K : 0);
             scratch.turned = pieces.take<T>(gradient ? L * engine.padded_ : 0);
@@ -68,19 +68,30 @@ class LanesEngine {
     char* pool_ = nullptr;
     int64_t pool_stride_ = 0;
     void (LanesEngine::*predict_)(const T*, const Lanes<T>*, const Lanes<T>*, int64_t, int64_t, Lanes<T>*,
-                                  Lanes<T>*) const;
+                                  Lanes<T>*, const Lanes<T>*, Lanes<T>*) const;
     void (LanesEngine::*add_uniform_)(const T*, int64_t, const Lanes<T>*, Lanes<T>*) const;
 
   public:
     // Parts of the sum over i that are made apart, so that every thread has work.
     int64_t splits = 1;
 
-    static bool suits(const RoutingCall& call) { return call.weight && call.B > L / 4; }
+    // A single sample leaves too many lanes empty; two already do not (measured:
+    // benchmarks/results/NOTES.md).
+    static bool suits(const RoutingCall& call) { return call.weight && call.B > 1; }
 
     // `slots`: how many states are held at a time.
     LanesEngine(const RoutingCall& call, int64_t slots, int threads)
-        : call_(call), B_(call.B), I_(call.I), J_(call.J), D_(call.D), K_(call.K), R_(J_ * D_),
-          groups_((B_ + L - 1) / L), padded_(rounded_up(R_, vec_width<T>)), slots_(slots), states_(nullptr) {
+        : call_(call),
+          B_(call.B),
+          I_(call.I),
+          J_(call.J),
+          D_(call.D),
+          K_(call.K),
+          R_(J_ * D_),
+          groups_((B_ + L - 1) / L),
+          padded_(rounded_up(R_, vec_width<T>)),
+          slots_(slots),
+          states_(nullptr) {
         int64_t a = groups_, b = threads;
         while (b) {
             const int64_t rest = a % b;
@@ -113,33 +124,32 @@ class LanesEngine {
     }
 
     // partial [splits, B, J, D] = Σ_i û
-    void sum_uniform(const Team& team, T* partial) {
-        sum_over_i(team, partial, [&](const Scratch& scratch, const T* w, int64_t count, int64_t, Lanes<T>* sum) {
-            (this->*add_uniform_)(w, count, scratch.u, sum);
-        });
+    void sum_uniform(const Team& team, int64_t, T* partial) {
+        sum_over_i(team, partial,
+                   [&](const Scratch& scratch, const T* w, int64_t count, int64_t, Lanes<T>* sum) {
+                       (this->*add_uniform_)(w, count, scratch.u, sum);
+                   });
     }
 
     // partial = Σ_i c û with the couplings of the state in slot `v`
-    void sum_routed(const Team& team, int64_t v, T* partial) {
+    void sum_routed(const Team& team, int64_t, int64_t v, T* partial) {
         sum_over_i(team, partial, [&](const Scratch& s, const T* w, int64_t count, int64_t g, Lanes<T>* sum) {
-            for (int64_t n = 0; n < count; ++n) {
-                (this->*predict_)(w + n * R_ * K_, s.u + n * K_, state(v, g), 0, 1, s.u_hat, s.dots);
-                softmax(s.dots, J_, call_.leaky);
-                add_scaled(s.dots, s.u_hat, sum);
-            }
+            sum_scaled(s, w, count, state(v, g), 0, 1, sum, [&](Lanes<T>* dots) {
+                softmax(dots, J_, 1, call_.leaky);
+                return dots;
+            });
         });
     }
 
     // partial = Σ_i ∂b û with the states in slot `v` (V) and slot `ds` (∂s), two slots side by side
-    void sum_agreement(const Team& team, int64_t v, int64_t ds, T* partial) {
+    void sum_agreement(const Team& team, int64_t, int64_t v, int64_t ds, T* partial) {
         const int64_t apart = (ds - v) * groups_ * R_;
         sum_over_i(team, partial, [&](const Scratch& s, const T* w, int64_t count, int64_t g, Lanes<T>* sum) {
-            for (int64_t n = 0; n < count; ++n) {
-                (this->*predict_)(w + n * R_ * K_, s.u + n * K_, state(v, g), apart, 2, s.u_hat, s.dots);
-                softmax(s.dots, J_, call_.leaky);
-                softmax_vjp(s.dots, s.dots + J_, J_);
-                add_scaled(s.dots + J_, s.u_hat, sum);
-            }
+            sum_scaled(s, w, count, state(v, g), apart, 2, sum, [&](Lanes<T>* dots) {
+                softmax(dots, J_, 2, call_.leaky);
+                softmax_vjp(dots, dots + 1, J_, 2);
+                return dots + 1;
+            });
         });
     }
 
@@ -180,11 +190,13 @@ class LanesEngine {
         T* rows = reinterpret_cast<T*>(s.u_hat);  // [L, J]
         over_chunks(team, s, [&](const T* w, int64_t i0, int64_t count, int64_t g) {
             for (int64_t n = 0; n < count; ++n) {
-                (this->*predict_)(w + n * R_ * K_, s.u + n * K_, state(v, g), 0, 1, s.u_hat, s.dots);
-                softmax(s.dots, J_, call_.leaky);
+                (this->*predict_)(w + n * R_ * K_, s.u + n * K_, state(v, g), 0, 1, s.u_hat, s.dots, nullptr,
+                                  nullptr);
+                softmax(s.dots, J_, 1, call_.leaky);
                 turn_block(reinterpret_cast<const T*>(s.dots), L, J_, L, rows, J_);
                 for (int64_t b = g * L; b < smaller(B_, (g + 1) * L); ++b) {
-                    write_row(call_.couplings, call_.storage, (b * I_ + i0 + n) * J_, J_, rows + (b - g * L) * J_);
+                    write_row(call_.couplings, call_.storage, (b * I_ + i0 + n) * J_, J_,
+                              rows + (b - g * L) * J_);
                 }
             }
         });
@@ -273,9 +285,10 @@ class LanesEngine {
         }
     }
 
-    // û of Rows rows of W_i.
-    template <int KC, int Rows>
-    CAPSOPS_INLINE void predict_rows(const T* w, const Lanes<T>* u, Lanes<T> (&u_hat)[Rows]) const {
+    // û of Rows rows of W_i; `aside` is run between the steps over k.
+    template <int KC, int Rows, typename Aside>
+    CAPSOPS_INLINE void predict_rows(const T* w, const Lanes<T>* u, Lanes<T> (&u_hat)[Rows],
+                                     const Aside& aside) const {
         const int64_t K = KC ? KC : K_;
         for (int r = 0; r < Rows; ++r) u_hat[r] = Lanes<T>::filled(0);
 #pragma GCC unroll 8
@@ -283,16 +296,32 @@ class LanesEngine {
             const Lanes<T> u_k = u[k];
 #pragma GCC unroll 16
             for (int r = 0; r < Rows; ++r) add_product(u_hat[r], w[r * K + k], u_k);
+            aside(k);
         }
     }
 
-    // Rows rows of û_ij, and what they add to the products with `count` states.
+    // Rows rows of û_ij, and what they add to the products with `count` states. First, with `sum`, the û that
+    // is overwritten is added to it, scaled by c.
     template <int KC, int Rows>
     CAPSOPS_INLINE void predict_tile(const T* w, const Lanes<T>* u, const Lanes<T>* states, int64_t stride,
-                                     int64_t count, Lanes<T>* u_hat, Lanes<T>* dots) const {
+                                     int64_t count, Lanes<T>* u_hat, Lanes<T>* dots, const Lanes<T>* c,
+                                     Lanes<T>* sum) const {
         constexpr int Sums = Rows < 4 ? Rows : 4;
+        constexpr int Each = KC ? (Rows + KC - 1) / KC : 1;  // rows of the sum for every k
         Lanes<T> tile[Rows];
-        predict_rows<KC, Rows>(w, u, tile);
+        if (sum) {
+            const Lanes<T> scale = *c;
+            predict_rows<KC, Rows>(w, u, tile, [=](int64_t k) CAPSOPS_ALWAYS {
+#pragma GCC unroll 16
+                for (int n = 0; n < Each; ++n) {
+                    const int64_t r = k * Each + n;
+                    if (r < Rows) add_product(sum[r], scale, u_hat[r]);
+                }
+            });
+            for (int64_t r = (KC ? KC : K_) * Each; r < Rows; ++r) add_product(sum[r], scale, u_hat[r]);
+        } else {
+            predict_rows<KC, Rows>(w, u, tile, [](int64_t) {});
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) u_hat[r] = tile[r];
         for (int64_t n = 0; n < count; ++n) {
@@ -303,21 +332,48 @@ class LanesEngine {
             for (int r = Sums; r < Rows; ++r) add_product(total[r % Sums], tile[r], states[n * stride + r]);
 #pragma GCC unroll 4
             for (int r = 1; r < Sums; ++r) total[0] += total[r];
-            dots[n * J_] += total[0];
+            dots[n] += total[0];
         }
     }
 
-    // û of one i [R], and dots [count, J] = û · state of `count` states that lie `stride` apart.
+    // û of one i [R], and dots [J, count] = û · state of `count` states that lie `stride` apart. With `sum`
+    // [R], the û that it overwrites is added to it, scaled by c [J], `count` apart.
     template <int KC>
-    __attribute__((noinline)) void predict(const T* w, const Lanes<T>* u, const Lanes<T>* states, int64_t stride, int64_t count,
-                 Lanes<T>* u_hat, Lanes<T>* dots) const {
+    __attribute__((noinline)) void predict(const T* w, const Lanes<T>* u, const Lanes<T>* states,
+                                           int64_t stride, int64_t count, Lanes<T>* u_hat, Lanes<T>* dots,
+                                           const Lanes<T>* c, Lanes<T>* sum) const {
         const int64_t K = KC ? KC : K_;
         for (int64_t j = 0; j < J_; ++j) {
-            for (int64_t n = 0; n < count; ++n) dots[n * J_ + j] = Lanes<T>::filled(0);
-            over_rows(D_, [&](int64_t d, auto rows) {
+            for (int64_t n = 0; n < count; ++n) dots[j * count + n] = Lanes<T>::filled(0);
+            over_rows(D_, [=](int64_t d, auto rows) CAPSOPS_ALWAYS {
                 const int64_t r = j * D_ + d;
-                predict_tile<KC, decltype(rows)::value>(w + r * K, u, states + r, stride, count, u_hat + r, dots + j);
+                predict_tile<KC, decltype(rows)::value>(w + r * K, u, states + r, stride, count, u_hat + r,
+                                                        dots + j * count, c + j * count,
+                                                        sum ? sum + r : nullptr);
             });
+        }
+    }
+
+    // sum [R] += Σ_i c_i û_i over the input capsules of a chunk, with c = weigh(dots), `count` apart.
+    //
+    // The sum for one i, which mostly loads and stores, is taken while û of the next is made, which
+    // multiplies.
+    template <typename Weigh>
+    CAPSOPS_INLINE void sum_scaled(const Scratch& s, const T* w, int64_t chunk, const Lanes<T>* states,
+                                   int64_t apart, int64_t count, Lanes<T>* sum, const Weigh& weigh) const {
+        Lanes<T>*dots = s.dots, *spare = s.dots + count * J_;
+        const Lanes<T>* c = nullptr;
+        for (int64_t n = 0; n < chunk; ++n) {
+            (this->*predict_)(w + n * R_ * K_, s.u + n * K_, states, apart, count, s.u_hat, dots, c,
+                              c ? sum : nullptr);
+            c = weigh(dots);
+            Lanes<T>* const used = dots;
+            dots = spare;
+            spare = used;
+        }
+        for (int64_t j = 0; j < J_; ++j) {
+            const Lanes<T> c_j = c[j * count];
+            for (int64_t r = j * D_; r < (j + 1) * D_; ++r) add_product(sum[r], c_j, s.u_hat[r]);
         }
     }
 
@@ -343,9 +399,10 @@ class LanesEngine {
 
     // sum [R] += Σ û over the input capsules of a chunk.
     template <int KC>
-    __attribute__((noinline)) void add_uniform(const T* w, int64_t count, const Lanes<T>* u, Lanes<T>* sum) const {
+    __attribute__((noinline)) void add_uniform(const T* w, int64_t count, const Lanes<T>* u,
+                                               Lanes<T>* sum) const {
         const int64_t K = KC ? KC : K_;
-        over_rows(R_, [&](int64_t r, auto rows) {
+        over_rows(R_, [=](int64_t r, auto rows) CAPSOPS_ALWAYS {
             constexpr int Rows = decltype(rows)::value;
             Lanes<T> total[Rows];
 #pragma GCC unroll 16
@@ -364,33 +421,25 @@ class LanesEngine {
         });
     }
 
-    // sum [J, D] += c_j û_j
-    void add_scaled(const Lanes<T>* c, const Lanes<T>* u_hat, Lanes<T>* sum) const {
-        for (int64_t j = 0; j < J_; ++j) {
-            const Lanes<T> c_j = c[j];
-#pragma GCC unroll 4
-            for (int64_t r = j * D_; r < (j + 1) * D_; ++r) add_product(sum[r], c_j, u_hat[r]);
-        }
-    }
-
     // ∂û of one i and lane group, into scratch.u_hat.
-    CAPSOPS_INLINE void gradient_of_u_hat(const Scratch& s, const T* w, const Lanes<T>* u, int64_t g, int64_t terms,
-                                          bool uniform, bool agreement) const {
-        const int64_t apart = groups_ * R_;
+    CAPSOPS_INLINE void gradient_of_u_hat(const Scratch& s, const T* w, const Lanes<T>* u, int64_t g,
+                                          int64_t terms, bool uniform, bool agreement) const {
+        const int64_t apart = groups_ * R_, count = agreement ? 2 * terms : terms;
         if (terms > 0) {
-            (this->*predict_)(w, u, state(0, g), apart, agreement ? 2 * terms : terms, s.u_hat, s.dots);
+            (this->*predict_)(w, u, state(0, g), apart, count, s.u_hat, s.dots, nullptr, nullptr);
             for (int64_t t = 0; t < terms; ++t) {
-                softmax(s.dots + t * J_, J_, call_.leaky);
-                if (agreement) softmax_vjp(s.dots + t * J_, s.dots + (terms + t) * J_, J_);
+                softmax(s.dots + t, J_, count, call_.leaky);
+                if (agreement) softmax_vjp(s.dots + t, s.dots + terms + t, J_, count);
             }
         }
         const Lanes<T>* even = state(2 * terms, g);
         for (int64_t j = 0; j < J_; ++j) {
+            const Lanes<T>* dots = s.dots + j * count;
             for (int64_t r = j * D_; r < (j + 1) * D_; ++r) {
                 Lanes<T> total = uniform ? even[r] : Lanes<T>::filled(0);
                 for (int64_t t = 0; t < terms; ++t) {
-                    add_product(total, s.dots[t * J_ + j], state(terms + t, g)[r]);
-                    if (agreement) add_product(total, s.dots[(terms + t) * J_ + j], state(t, g)[r]);
+                    add_product(total, dots[t], state(terms + t, g)[r]);
+                    if (agreement) add_product(total, dots[terms + t], state(t, g)[r]);
                 }
                 s.u_hat[r] = total;
             }
@@ -407,7 +456,8 @@ class LanesEngine {
     }
 
     template <int Tile>
-    CAPSOPS_INLINE void gradient_of_u_tile(const T* w, int64_t K, const Lanes<T>* grad_u_hat, Lanes<T>* grad_u) const {
+    CAPSOPS_INLINE void gradient_of_u_tile(const T* w, int64_t K, const Lanes<T>* grad_u_hat,
+                                           Lanes<T>* grad_u) const {
         Lanes<T> total[Tile];
         for (int k = 0; k < Tile; ++k) total[k] = Lanes<T>::filled(0);
         for (int64_t r = 0; r < R_; ++r) {
@@ -419,7 +469,8 @@ class LanesEngine {
     }
 
     // ∂W_i [K, padded] += Σ_b u_b ∂û_b, with ∂û [samples, padded] and u `stride` apart.
-    void gradient_of_weight(const T* u, int64_t stride, int64_t samples, const T* grad_u_hat, T* grad_weight) const {
+    void gradient_of_weight(const T* u, int64_t stride, int64_t samples, const T* grad_u_hat,
+                            T* grad_weight) const {
         constexpr int Wide = register_bytes == 64 ? 4 : 2;
         int64_t r = 0;
         for (; r + Wide * vec_width<T> <= padded_; r += Wide * vec_width<T>) {
@@ -431,8 +482,8 @@ class LanesEngine {
     }
 
     template <int Wide>
-    CAPSOPS_INLINE void gradient_of_weight_columns(const T* u, int64_t stride, int64_t samples, const T* grad_u_hat,
-                                                   T* grad_weight) const {
+    CAPSOPS_INLINE void gradient_of_weight_columns(const T* u, int64_t stride, int64_t samples,
+                                                   const T* grad_u_hat, T* grad_weight) const {
         int64_t k = 0;
         for (; k + 4 <= K_; k += 4) {
             gradient_of_weight_tile<Wide, 4>(u + k, stride, samples, grad_u_hat, grad_weight + k * padded_);
@@ -443,13 +494,14 @@ class LanesEngine {
     }
 
     template <int Wide, int Tile>
-    CAPSOPS_INLINE void gradient_of_weight_tile(const T* u, int64_t stride, int64_t samples, const T* grad_u_hat,
-                                                T* grad_weight) const {
+    CAPSOPS_INLINE void gradient_of_weight_tile(const T* u, int64_t stride, int64_t samples,
+                                                const T* grad_u_hat, T* grad_weight) const {
         Vec<T> total[Tile][Wide];
 #pragma GCC unroll 4
         for (int k = 0; k < Tile; ++k) {
 #pragma GCC unroll 4
-            for (int n = 0; n < Wide; ++n) total[k][n] = load<T>(grad_weight + k * padded_ + n * vec_width<T>);
+            for (int n = 0; n < Wide; ++n)
+                total[k][n] = load<T>(grad_weight + k * padded_ + n * vec_width<T>);
         }
         for (int64_t b = 0; b < samples; ++b) {
             Vec<T> g[Wide];
@@ -464,7 +516,8 @@ class LanesEngine {
 #pragma GCC unroll 4
         for (int k = 0; k < Tile; ++k) {
 #pragma GCC unroll 4
-            for (int n = 0; n < Wide; ++n) store<T>(grad_weight + k * padded_ + n * vec_width<T>, total[k][n]);
+            for (int n = 0; n < Wide; ++n)
+                store<T>(grad_weight + k * padded_ + n * vec_width<T>, total[k][n]);
         }
     }
 

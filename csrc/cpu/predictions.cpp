@@ -171,7 +171,8 @@ bool backward(const PredictionsCall& call) {
                           [&](int64_t i, int64_t b, const Scratch<T>& s) { gradient_of_u(call, b, i, s); });
         }
         if (call.grad_weight) {
-            for (int64_t i = team.begin(call.I); i < team.end(call.I); ++i) gradient_of_weight(call, i, scratch);
+            for (int64_t i = team.begin(call.I); i < team.end(call.I); ++i)
+                gradient_of_weight(call, i, scratch);
         }
     });
 }

@@ -1,7 +1,7 @@
 // Routing by agreement and its full gradient, without û in memory (DESIGN.md, section 3).
 //
-// The passes over û are an engine's (lanes.h, rows.h); what lies between them, on numbers of the size B·J·D, is
-// here. Between passes every thread waits for the others.
+// The passes over û are an engine's (lanes.h, rows.h); what lies between them, on numbers of the size B·J·D,
+// is here. Between passes every thread waits for the others.
 #include "lanes.h"
 #include "rows.h"
 #include "squash.h"
@@ -28,19 +28,28 @@ int64_t routed_terms(const RoutingCall& call) {
 template <typename T, typename Engine>
 struct Routing {
     const RoutingCall& call;
-    const int64_t R, size;  // J·D, B·J·D
+    const int64_t R, size;   // J·D, B·J·D
     const int64_t s_stride;  // from the s of one pass to that of the next
     Engine engine;
-    T* partial;         // [splits, B, R]
-    T* total_v;         // forward: V; backward: V of every routed pass [passes − 1, B, R]
-    T* grad_s;          // backward: ∂s of every pass [passes, B, R]
-    T* grad_v;          // backward: ∂V [B, R]
-    T* row;             // of every thread [R]
-    T* bias;            // [R]
+    T* partial;  // [splits, B, R]
+    T* total_v;  // forward: V; backward: V of every routed pass [passes − 1, B, R]
+    T* grad_s;   // backward: ∂s of every pass [passes, B, R]
+    T* grad_v;   // backward: ∂V [B, R]
+    T* row;      // of every thread [R]
+    T* bias;     // [R]
 
     Routing(const RoutingCall& c, int64_t slots, int threads, int64_t stride)
-        : call(c), R(c.J * c.D), size(c.B * R), s_stride(stride), engine(c, slots, threads), partial(nullptr),
-          total_v(nullptr), grad_s(nullptr), grad_v(nullptr), row(nullptr), bias(nullptr) {}
+        : call(c),
+          R(c.J * c.D),
+          size(c.B * R),
+          s_stride(stride),
+          engine(c, slots, threads),
+          partial(nullptr),
+          total_v(nullptr),
+          grad_s(nullptr),
+          grad_v(nullptr),
+          row(nullptr),
+          bias(nullptr) {}
 
     void plan(Pieces& pieces, int threads, bool backward) {
         engine.plan(pieces, threads, backward);
@@ -58,18 +67,19 @@ struct Routing {
         return total;
     }
 
-    // `count` passes, each sᵗ to s and each squash(sᵗ) but the last into V; the last to v, where that is wanted.
+    // `count` passes, each sᵗ to s and each squash(sᵗ) but the last into V; the last to v, where that is
+    // wanted.
     void forward(const Team& team, T* s, int64_t count, void* v) {
         const int64_t J = call.J, D = call.D, rows = call.B * J;
         T* v_row = row + rounded_up(R, 64) * team.rank;
         if (call.bias && team.rank == 0) read_row(call.bias, call.storage, 0, R, bias);
         for (int64_t t = 0; t < count; ++t) {
             if (t == 0) {
-                engine.sum_uniform(team, partial);
+                engine.sum_uniform(team, t, partial);
             } else {
                 engine.prepare(team, 0, total_v);
                 team.barrier();
-                engine.sum_routed(team, 0, partial);
+                engine.sum_routed(team, t, 0, partial);
             }
             team.barrier();
             const T scale = t == 0 ? uniform_coupling<T>(call) : T(1);
@@ -122,7 +132,7 @@ struct Routing {
                 team.barrier();
             }
             if (t == 0 || call.detach) break;
-            engine.sum_agreement(team, t - 1, terms + t - 1, partial);
+            engine.sum_agreement(team, t, t - 1, terms + t - 1, partial);
             team.barrier();
             for (int64_t at = begin * D; at < end * D; ++at) grad_v[at] += summed(at);
         }
@@ -186,7 +196,8 @@ bool together(const RoutingCall& call, Op op, int threads) {
     return true;
 }
 
-// Every thread routes samples of its own: given predictions of one sample stay in its cache from pass to pass.
+// Every thread routes samples of its own: given predictions of one sample stay in its cache from pass to
+// pass.
 template <typename T, typename Engine>
 bool apart(const RoutingCall& call, Op op, int threads) {
     const int64_t R = call.J * call.D, predictions = call.I * R;
@@ -233,7 +244,8 @@ bool apart(const RoutingCall& call, Op op, int threads) {
     if (op == Op::backward) {
         for (int64_t r = 0; r < R; ++r) {
             bias_total[r] = 0;
-            for (int rank = 0; rank < threads; ++rank) bias_total[r] += bias_totals[rounded_up(R, 64) * rank + r];
+            for (int rank = 0; rank < threads; ++rank)
+                bias_total[r] += bias_totals[rounded_up(R, 64) * rank + r];
         }
         write_row(call.grad_bias, call.storage, 0, R, bias_total);
     }
@@ -256,7 +268,8 @@ bool route(const RoutingCall& call, Op op) {
     // The widest register that the numbers of a pair fill.
     const int64_t numbers = call.D * (call.weight ? call.K : 1);
     if constexpr (sizeof(T) == 4) {
-        if (numbers % width != 0 && numbers % (width / 2) == 0) return by_rows<T, width / 2>(call, op, threads);
+        if (numbers % width != 0 && numbers % (width / 2) == 0)
+            return by_rows<T, width / 2>(call, op, threads);
     }
     return by_rows<T, width>(call, op, threads);
 }

@@ -1,9 +1,14 @@
 // Passes for one sample at a time: small batches of u and weight, and predictions that are given.
 //
-// The numbers of W_i as they lie in memory, [J, D, K], are multiplied by u_i repeated for every (j, d): "parts",
-// whose sums over k are û. Products with V (repeated for every k) and sums over i are taken of the parts, so that
-// every register is full and the sums over k wait until the end of a pass. With given predictions a part is û
-// itself: K = 1 and no multiplication.
+// The numbers of W_i as they lie in memory, [J, D, K], are multiplied by u_i repeated for every (j, d):
+// "parts", whose sums over k are û. Products with V (repeated for every k) and sums over i are taken of the
+// parts, so that every register is full and the sums over k wait until the end of a pass. With given
+// predictions a part is û itself: K = 1 and no multiplication.
+//
+// Where K divides a register ("aligned"), u_i is one register for all (j, d), and parts need not be made: the
+// sums over d are taken of W_i itself, u_i is multiplied to them afterwards, and c_j u_i is one number a
+// lane. A few input capsules are taken together, so that the sums over i are loaded and stored once for all
+// of them. Every other pass runs through i backwards, and finds in the cache what the last one left there.
 #pragma once
 
 #include "block.h"
@@ -24,15 +29,18 @@ class RowsEngine {
     const int64_t row_;      // J · padded
     const int64_t logits_;   // J in whole registers
     const int64_t slots_;
+    const bool aligned_;
     T* states_;  // [slots, B, row]
     char* pool_ = nullptr;
     int64_t pool_stride_ = 0;
 
+    static constexpr int block = 4;  // input capsules taken together
+
     struct Scratch {
-        T* u;            // of the samples of one i, repeated [B, padded]
-        T* weight;       // W_i, or û_i, where it is not read in place [row]
+        T* u;            // of one sample, repeated [block, padded]
+        T* weight;       // W, or û, of a block, where it is not read in place [block, row]
         T* parts;        // [row]
-        T* dots;         // [slots, logits]
+        T* dots;         // of a block, or of all slots [block · states, logits]
         T* sum;          // [B, row]
         T* grad_weight;  // [row]
         T* grad_u;       // [padded]
@@ -40,10 +48,10 @@ class RowsEngine {
         static Scratch plan(Pieces& pieces, const RowsEngine& engine) {
             const int64_t samples = Given ? 1 : engine.B_;
             Scratch scratch{};
-            scratch.u = pieces.take<T>(samples * engine.padded_);
-            scratch.weight = pieces.take<T>(engine.row_);
+            scratch.u = pieces.take<T>(block * engine.padded_);
+            scratch.weight = pieces.take<T>(block * engine.row_);
             scratch.parts = pieces.take<T>(engine.row_);
-            scratch.dots = pieces.take<T>(larger(engine.slots_, 2) * engine.logits_);
+            scratch.dots = pieces.take<T>(larger(engine.slots_, 2 * block) * engine.logits_);
             scratch.sum = pieces.take<T>(samples * engine.row_);
             scratch.grad_weight = pieces.take<T>(engine.row_);
             scratch.grad_u = pieces.take<T>(engine.padded_);
@@ -61,8 +69,18 @@ class RowsEngine {
     int64_t splits = 1;
 
     RowsEngine(const RoutingCall& call, int64_t slots, int threads)
-        : call_(call), B_(call.B), I_(call.I), J_(call.J), D_(call.D), K_(Given ? 1 : call.K), numbers_(D_ * K_),
-          padded_(rounded_up(numbers_, N)), row_(J_ * padded_), logits_(rounded_up(J_, N)), slots_(slots),
+        : call_(call),
+          B_(call.B),
+          I_(call.I),
+          J_(call.J),
+          D_(call.D),
+          K_(Given ? 1 : call.K),
+          numbers_(D_ * K_),
+          padded_(rounded_up(numbers_, N)),
+          row_(J_ * padded_),
+          logits_(rounded_up(J_, N)),
+          slots_(slots),
+          aligned_(!Given && N % K_ == 0 && padded_ == numbers_),
           states_(nullptr) {
         splits = smaller(threads, I_);
     }
@@ -86,65 +104,67 @@ class RowsEngine {
         }
     }
 
-    // partial [splits, B, J, D] = Σ_i û
-    void sum_uniform(const Team& team, T* partial) {
-        sum_over_i(team, partial, [&](const Scratch& s, int64_t b, const T* w, const T* u, T* sum) {
-            (void)b, (void)s;
-            for (int64_t j = 0; j < J_; ++j) {
-                for (int64_t p = 0; p < padded_; p += N) {
-                    const int64_t at = j * padded_ + p;
-                    const Vec<T, N> part = Given ? load<T, N>(w + at) : load<T, N>(w + at) * load<T, N>(u + p);
-                    store<T, N>(sum + at, load<T, N>(sum + at) + part);
+    // partial [splits, B, J, D] = Σ_i û; every other `pass` runs backwards
+    void sum_uniform(const Team& team, int64_t pass, T* partial) {
+        sum_over_i(team, pass, partial, [&](const Scratch& s, int64_t, const T* w, int64_t count, T* sum) {
+            if (aligned_) {
+                Vec<T, N> u[block];
+                for (int64_t j = 0; j < J_; ++j) {
+                    for (int64_t n = 0; n < count; ++n) u[n] = load<T, N>(s.u + n * padded_);
+                    add_block(w + j * padded_, u, count, sum + j * padded_);
+                }
+                return;
+            }
+            for (int64_t n = 0; n < count; ++n) {
+                for (int64_t at = 0; at < row_; at += padded_) {
+                    for (int64_t p = at; p < at + padded_; p += N) {
+                        Vec<T, N> x = load<T, N>(w + n * row_ + p);
+                        if constexpr (!Given) x *= load<T, N>(s.u + n * padded_ + p - at);
+                        store<T, N>(sum + p, load<T, N>(sum + p) + x);
+                    }
                 }
             }
         });
     }
 
     // partial = Σ_i c û with the couplings of the state in slot `v`
-    void sum_routed(const Team& team, int64_t v, T* partial) {
-        sum_over_i(team, partial, [&](const Scratch& s, int64_t b, const T* w, const T* u, T* sum) {
-            const T* parts = predict(s, b, w, u, v, 0, 1);
-            softmax<T, N>(s.dots, J_, call_.leaky);
-            add_scaled(s.dots, parts, sum);
+    void sum_routed(const Team& team, int64_t pass, int64_t v, T* partial) {
+        sum_scaled<1>(team, pass, v, 0, partial, [&](T* dots) {
+            softmax<T, N>(dots, J_, call_.leaky);
+            return dots;
         });
     }
 
     // partial = Σ_i ∂b û with the states in slot `v` (V) and slot `ds` (∂s)
-    void sum_agreement(const Team& team, int64_t v, int64_t ds, T* partial) {
-        sum_over_i(team, partial, [&](const Scratch& s, int64_t b, const T* w, const T* u, T* sum) {
-            const T* parts = predict(s, b, w, u, v, ds - v, 2);
-            softmax<T, N>(s.dots, J_, call_.leaky);
-            softmax_vjp(s.dots, s.dots + logits_, J_);
-            add_scaled(s.dots + logits_, parts, sum);
+    void sum_agreement(const Team& team, int64_t pass, int64_t v, int64_t ds, T* partial) {
+        sum_scaled<2>(team, pass, v, ds - v, partial, [&](T* dots) {
+            softmax<T, N>(dots, J_, call_.leaky);
+            softmax_vjp(dots, dots + logits_, J_);
+            return dots + logits_;
         });
     }
 
-    // ∂u and ∂W, or ∂û. Slots: V of `terms` passes, then their ∂s, then, with `uniform`, ∂s of the uniform pass.
+    // ∂u and ∂W, or ∂û. Slots: V of `terms` passes, then their ∂s, then, with `uniform`, ∂s of the uniform
+    // pass.
     void gradient(const Team& team, int64_t terms, bool uniform, bool agreement) {
         const Scratch s = scratch_of(team);
-        over_items(team, s, [&](int64_t i, int64_t b, const T* w, const T* u, bool first, bool last) {
-            if (terms > 0) {
-                predict(s, b, w, u, 0, 1, agreement ? 2 * terms : terms);
-                for (int64_t t = 0; t < terms; ++t) {
-                    softmax<T, N>(s.dots + t * logits_, J_, call_.leaky);
-                    if (agreement) softmax_vjp(s.dots + t * logits_, s.dots + (terms + t) * logits_, J_);
-                }
+        const int64_t states = agreement ? 2 * terms : terms;
+        over_items(team, s, [&](int64_t i, int64_t b, const T* w, bool first, bool last) {
+            if (aligned_) {
+                dots_of_all(s, b, w, states);
+            } else {
+                predict(s, b, w, s.u, 0, 1, states, s.dots);
+            }
+            for (int64_t t = 0; t < terms; ++t) {
+                softmax<T, N>(s.dots + t * logits_, J_, call_.leaky);
+                if (agreement) softmax_vjp(s.dots + t * logits_, s.dots + (terms + t) * logits_, J_);
             }
             gradient_of_u_hat(s, b, terms, uniform, agreement);
             if constexpr (Given) {
                 write_rows(call_.grad_u, (b * I_ + i) * J_ * D_, s.parts, s.sum);
             } else {
                 if (call_.grad_u) gradient_of_u(s, i, b, w);
-                if (call_.grad_weight) {
-                    if (first) std::memset(s.grad_weight, 0, row_ * sizeof(T));
-                    for (int64_t at = 0; at < row_; at += padded_) {
-                        for (int64_t p = at; p < at + padded_; p += N) {
-                            const Vec<T, N> product = load<T, N>(s.parts + p) * load<T, N>(u + p - at);
-                            store<T, N>(s.grad_weight + p, load<T, N>(s.grad_weight + p) + product);
-                        }
-                    }
-                    if (last) write_rows(call_.grad_weight, i * J_ * numbers_, s.grad_weight, s.sum);
-                }
+                if (call_.grad_weight) gradient_of_weight(s, i, first, last);
             }
         });
     }
@@ -152,18 +172,18 @@ class RowsEngine {
     // The couplings of the state in slot `v`, to call.couplings.
     void couplings(const Team& team, int64_t v) {
         const Scratch s = scratch_of(team);
-        over_items(team, s, [&](int64_t i, int64_t b, const T* w, const T* u, bool, bool) {
-            predict(s, b, w, u, v, 0, 1);
+        over_items(team, s, [&](int64_t i, int64_t b, const T* w, bool, bool) {
+            predict(s, b, w, s.u, v, 0, 1, s.dots);
             softmax<T, N>(s.dots, J_, call_.leaky);
             write_row(call_.couplings, call_.storage, (b * I_ + i) * J_, J_, s.dots);
         });
     }
 
   private:
-    // Numbers [J, numbers] of a tensor from `at` on, in whole registers.
-    const T* read_rows(const void* tensor, int64_t at, T* scratch) const {
+    // Numbers [rows, numbers] of a tensor from `at` on, in whole registers.
+    const T* read_rows(const void* tensor, int64_t at, int64_t rows, T* scratch) const {
         if (in_place<T>(call_.storage) && padded_ == numbers_) return static_cast<const T*>(tensor) + at;
-        for (int64_t j = 0; j < J_; ++j) {
+        for (int64_t j = 0; j < rows; ++j) {
             read_row(tensor, call_.storage, at + j * numbers_, numbers_, scratch + j * padded_);
             for (int64_t p = numbers_; p < padded_; ++p) scratch[j * padded_ + p] = 0;
         }
@@ -171,7 +191,8 @@ class RowsEngine {
     }
 
     void write_rows(void* tensor, int64_t at, const T* row, T* scratch) const {
-        for (int64_t j = 0; j < J_; ++j) std::memmove(scratch + j * numbers_, row + j * padded_, numbers_ * sizeof(T));
+        for (int64_t j = 0; j < J_; ++j)
+            std::memmove(scratch + j * numbers_, row + j * padded_, numbers_ * sizeof(T));
         write_row(tensor, call_.storage, at, J_ * numbers_, scratch);
     }
 
@@ -182,44 +203,51 @@ class RowsEngine {
         for (int64_t p = numbers_; p < padded_; ++p) repeated[p] = 0;
     }
 
-    // work(i, sample, W_i or û_i, u_i, first and last sample of this i) for this thread's share.
+    // work(i, sample, W_i or û_i, first and last sample of this i) for this thread's share; u_i is in
+    // scratch.u.
     template <typename Work>
     void over_items(const Team& team, const Scratch& s, const Work& work) const {
         if constexpr (Given) {
             for (int64_t item = team.begin(B_ * I_); item < team.end(B_ * I_); ++item) {
-                const T* row = read_rows(call_.u, item * J_ * D_, s.weight);
-                work(item % I_, item / I_, row, static_cast<const T*>(nullptr), true, true);
+                const T* row = read_rows(call_.u, item * J_ * D_, J_, s.weight);
+                work(item % I_, item / I_, row, true, true);
             }
         } else {
             for (int64_t i = team.begin(I_); i < team.end(I_); ++i) {
-                const T* w = read_rows(call_.weight, i * J_ * numbers_, s.weight);
+                const T* w = read_rows(call_.weight, i * J_ * numbers_, J_, s.weight);
                 for (int64_t b = 0; b < B_; ++b) {
                     read_u(i, b, s.u);
-                    work(i, b, w, static_cast<const T*>(s.u), b == 0, b == B_ - 1);
+                    work(i, b, w, b == 0, b == B_ - 1);
                 }
             }
         }
     }
 
-    // work(scratch, sample, W_i or û_i, u_i, sum [row]) for this thread's share of the splits, and of the samples
-    // where they have predictions of their own; writes the sums as partial [splits, B, J, D].
+    // work(scratch, sample, W or û of a block, its input capsules, sum [row]) for this thread's share of the
+    // splits, and of the samples where they have predictions of their own; u of the block is in scratch.u.
+    // Writes the sums as partial [splits, B, J, D].
     template <typename Work>
-    void sum_over_i(const Team& team, T* partial, const Work& work) const {
+    void sum_over_i(const Team& team, int64_t pass, T* partial, const Work& work) const {
         const Scratch s = scratch_of(team);
+        const bool backwards = pass & 1;
         const int64_t samples = Given ? 1 : B_;  // of one task
         const int64_t tasks = splits * B_ / samples;
         for (int64_t task = team.begin(tasks); task < team.end(tasks); ++task) {
             const int64_t split = task % splits, first = task / splits;
+            const int64_t begin = I_ * split / splits, end = I_ * (split + 1) / splits;
+            const int64_t blocks = (end - begin + block - 1) / block;
             std::memset(s.sum, 0, samples * row_ * sizeof(T));
-            for (int64_t i = I_ * split / splits; i < I_ * (split + 1) / splits; ++i) {
+            for (int64_t n = 0; n < blocks; ++n) {
+                const int64_t i0 = begin + (backwards ? blocks - 1 - n : n) * block;
+                const int64_t count = smaller(block, end - i0);
                 if constexpr (Given) {
-                    const T* row = read_rows(call_.u, (first * I_ + i) * J_ * D_, s.weight);
-                    work(s, first, row, static_cast<const T*>(nullptr), s.sum);
+                    const T* rows = read_rows(call_.u, (first * I_ + i0) * J_ * D_, count * J_, s.weight);
+                    work(s, first, rows, count, s.sum);
                 } else {
-                    const T* w = read_rows(call_.weight, i * J_ * numbers_, s.weight);
+                    const T* w = read_rows(call_.weight, i0 * J_ * numbers_, count * J_, s.weight);
                     for (int64_t b = 0; b < B_; ++b) {
-                        read_u(i, b, s.u);
-                        work(s, b, w, static_cast<const T*>(s.u), s.sum + b * row_);
+                        for (int64_t m = 0; m < count; ++m) read_u(i0 + m, b, s.u + m * padded_);
+                        work(s, b, w, count, s.sum + b * row_);
                     }
                 }
             }
@@ -227,6 +255,93 @@ class RowsEngine {
                 fold(s.sum + n * row_, partial + (split * B_ + first + n) * J_ * D_);
             }
         }
+    }
+
+    // partial = Σ_i c û with c = weigh(dots), dots [States, logits] the products of û with the states in slot
+    // `v` and `apart` behind it.
+    template <int States, typename Weigh>
+    void sum_scaled(const Team& team, int64_t pass, int64_t v, int64_t apart, T* partial,
+                    const Weigh& weigh) {
+        sum_over_i(team, pass, partial, [&](const Scratch& s, int64_t b, const T* w, int64_t count, T* sum) {
+            if (!aligned_) {
+                for (int64_t n = 0; n < count; ++n) {
+                    const T* parts = predict(s, b, w + n * row_, s.u + n * padded_, v, apart, States, s.dots);
+                    add_scaled(weigh(s.dots), parts, sum);
+                }
+                return;
+            }
+            Vec<T, N> u[block], scaled[block];
+            const T* c[block];
+            for (int64_t n = 0; n < count; ++n) {
+                u[n] = load<T, N>(s.u + n * padded_);
+                T* dots = s.dots + n * States * logits_;
+                products<States>(w + n * row_, u[n], state(v, b), apart * B_ * row_, dots);
+                c[n] = weigh(dots);
+            }
+            for (int64_t j = 0; j < J_; ++j) {
+                for (int64_t n = 0; n < count; ++n) scaled[n] = c[n][j] * u[n];
+                add_block(w + j * padded_, scaled, count, sum + j * padded_);
+            }
+        });
+    }
+
+    // sum [padded] += Σ_n x_n W_n over the input capsules of a block, whose W are a row apart.
+    CAPSOPS_INLINE void add_block(const T* w, const Vec<T, N>* x, int64_t count, T* sum) const {
+        if (count == block) {
+            const Vec<T, N> x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];
+            for (int64_t p = 0; p < padded_; p += N) {
+                const Vec<T, N> one = load<T, N>(sum + p) + x0 * load<T, N>(w + p);
+                const Vec<T, N> other = x1 * load<T, N>(w + row_ + p);
+                store<T, N>(sum + p, (one + x2 * load<T, N>(w + 2 * row_ + p)) +
+                                         (other + x3 * load<T, N>(w + 3 * row_ + p)));
+            }
+            return;
+        }
+        for (int64_t n = 0; n < count; ++n) {
+            for (int64_t p = 0; p < padded_; p += N) {
+                store<T, N>(sum + p, load<T, N>(sum + p) + x[n] * load<T, N>(w + n * row_ + p));
+            }
+        }
+    }
+
+    // Aligned: dots [States, logits] = û · state for States states that lie `apart`.
+    template <int States>
+    CAPSOPS_INLINE void products(const T* w, Vec<T, N> u, const T* states, int64_t apart, T* dots) const {
+        for (int64_t j0 = 0; j0 < J_; j0 += N) {
+            Vec<T, N> total[States][N];
+            const int64_t rows = smaller(N, J_ - j0);
+            for (int64_t j = 0; j < rows; ++j) {
+                const int64_t at = (j0 + j) * padded_;
+                Vec<T, N> one[States], other[States];
+                for (int n = 0; n < States; ++n) one[n] = other[n] = Vec<T, N>{};
+                int64_t p = at;
+                for (; p + 2 * N <= at + padded_; p += 2 * N) {
+                    const Vec<T, N> w0 = load<T, N>(w + p), w1 = load<T, N>(w + p + N);
+                    for (int n = 0; n < States; ++n) {
+                        one[n] += w0 * load<T, N>(states + n * apart + p);
+                        other[n] += w1 * load<T, N>(states + n * apart + p + N);
+                    }
+                }
+                if (p < at + padded_) {
+                    for (int n = 0; n < States; ++n)
+                        one[n] += load<T, N>(w + p) * load<T, N>(states + n * apart + p);
+                }
+                for (int n = 0; n < States; ++n) total[n][j] = (one[n] + other[n]) * u;
+            }
+            for (int n = 0; n < States; ++n) {
+                for (int64_t j = rows; j < N; ++j) total[n][j] = Vec<T, N>{};
+                store<T, N>(dots + n * logits_ + j0, sum_lanes<N>(total[n]));
+            }
+        }
+    }
+
+    // Aligned: dots [count, logits] of the first `count` slots, a few at a time.
+    void dots_of_all(const Scratch& s, int64_t b, const T* w, int64_t count) const {
+        const Vec<T, N> u = load<T, N>(s.u);
+        int64_t n = 0;
+        for (; n + 4 <= count; n += 4) products<4>(w, u, state(n, b), B_ * row_, s.dots + n * logits_);
+        for (; n + 2 <= count; n += 2) products<2>(w, u, state(n, b), B_ * row_, s.dots + n * logits_);
+        for (; n < count; ++n) products<1>(w, u, state(n, b), B_ * row_, s.dots + n * logits_);
     }
 
     // Sums over k: [J, padded] → [J, D].
@@ -243,8 +358,8 @@ class RowsEngine {
     const T* state(int64_t slot, int64_t b) const { return states_ + (slot * B_ + b) * row_; }
 
     // The parts of û_i, and dots [count, logits] = û · state for `count` slots, `apart` from one another.
-    CAPSOPS_INLINE const T* predict(const Scratch& s, int64_t b, const T* w, const T* u, int64_t slot, int64_t apart,
-                                    int64_t count) const {
+    const T* predict(const Scratch& s, int64_t b, const T* w, const T* u, int64_t slot, int64_t apart,
+                     int64_t count, T* dots) const {
         const T* parts = Given ? w : s.parts;
         for (int64_t n = 0; n < count; ++n) {
             const T* v = state(slot + n * apart, b);
@@ -263,7 +378,7 @@ class RowsEngine {
                     total[j] = one + other;
                 }
                 for (int64_t j = rows; j < N; ++j) total[j] = Vec<T, N>{};
-                store<T, N>(s.dots + n * logits_ + j0, sum_lanes<N>(total));
+                store<T, N>(dots + n * logits_ + j0, sum_lanes<N>(total));
             }
         }
         return parts;
@@ -301,10 +416,24 @@ class RowsEngine {
         }
     }
 
+    // ∂W_i += ∂û_i u_i, written after the last sample; the first needs no sum.
+    void gradient_of_weight(const Scratch& s, int64_t i, bool first, bool last) const {
+        const bool direct = first && last && in_place<T>(call_.storage) && padded_ == numbers_;
+        T* total = direct ? static_cast<T*>(call_.grad_weight) + i * row_ : s.grad_weight;
+        for (int64_t at = 0; at < row_; at += padded_) {
+            for (int64_t p = 0; p < padded_; p += N) {
+                const Vec<T, N> product = load<T, N>(s.parts + at + p) * load<T, N>(s.u + p);
+                store<T, N>(total + at + p, first ? product : load<T, N>(total + at + p) + product);
+            }
+        }
+        if (last && !direct) write_rows(call_.grad_weight, i * J_ * numbers_, total, s.sum);
+    }
+
     void gradient_of_u(const Scratch& s, int64_t i, int64_t b, const T* w) const {
         for (int64_t p = 0; p < padded_; p += N) {
             Vec<T, N> total = Vec<T, N>{};
-            for (int64_t at = p; at < row_; at += padded_) total += load<T, N>(w + at) * load<T, N>(s.parts + at);
+            for (int64_t at = p; at < row_; at += padded_)
+                total += load<T, N>(w + at) * load<T, N>(s.parts + at);
             store<T, N>(s.grad_u + p, total);
         }
         for (int64_t k = 0; k < K_; ++k) {

@@ -6,26 +6,27 @@
 namespace capsops {
 namespace CAPSOPS_ISA {
 
-// c = softmax over j of the J logits in place; `leaky`: one more logit, fixed at 0, takes part.
+// c = softmax over j of J logits, `stride` apart, in place; `leaky`: one more logit, fixed at 0, takes part.
 template <typename T>
-CAPSOPS_INLINE void softmax(Lanes<T>* c, int64_t J, bool leaky) {
+CAPSOPS_INLINE void softmax(Lanes<T>* c, int64_t J, int64_t stride, bool leaky) {
     Lanes<T> top = leaky ? Lanes<T>::filled(0) : c[0];
-    for (int64_t j = 0; j < J; ++j) top = maximum(top, c[j]);
+    for (int64_t j = 0; j < J; ++j) top = maximum(top, c[j * stride]);
     Lanes<T> total = leaky ? exp_nonpositive(Lanes<T>::filled(0) - top) : Lanes<T>::filled(0);
     for (int64_t j = 0; j < J; ++j) {
-        c[j] = exp_nonpositive(c[j] - top);
-        total += c[j];
+        const Lanes<T> e = exp_nonpositive(c[j * stride] - top);
+        c[j * stride] = e;
+        total += e;
     }
     const Lanes<T> scale = Lanes<T>::filled(1) / total;
-    for (int64_t j = 0; j < J; ++j) c[j] = c[j] * scale;
+    for (int64_t j = 0; j < J; ++j) c[j * stride] = c[j * stride] * scale;
 }
 
 // a becomes ∂b = c (a − Σ_j c a).
 template <typename T>
-CAPSOPS_INLINE void softmax_vjp(const Lanes<T>* c, Lanes<T>* a, int64_t J) {
+CAPSOPS_INLINE void softmax_vjp(const Lanes<T>* c, Lanes<T>* a, int64_t J, int64_t stride) {
     Lanes<T> mean = Lanes<T>::filled(0);
-    for (int64_t j = 0; j < J; ++j) add_product(mean, c[j], a[j]);
-    for (int64_t j = 0; j < J; ++j) a[j] = c[j] * (a[j] - mean);
+    for (int64_t j = 0; j < J; ++j) add_product(mean, c[j * stride], a[j * stride]);
+    for (int64_t j = 0; j < J; ++j) a[j * stride] = c[j * stride] * (a[j * stride] - mean);
 }
 
 // The same over J numbers of one sample, padded with room to whole registers of N.

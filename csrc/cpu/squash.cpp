@@ -84,11 +84,16 @@ bool squash_of(const SquashCall& call) {
         if (call.inner == 1) {
             const int64_t begin = team.begin(call.outer), end = team.end(call.outer);
             switch (call.n) {
-                case 4: return rows<T, Backward, 4>(call, begin, end, s, g, out);
-                case 8: return rows<T, Backward, 8>(call, begin, end, s, g, out);
-                case 16: return rows<T, Backward, 16>(call, begin, end, s, g, out);
-                case 32: return rows<T, Backward, 32>(call, begin, end, s, g, out);
-                default: return rows<T, Backward, 0>(call, begin, end, s, g, out);
+                case 4:
+                    return rows<T, Backward, 4>(call, begin, end, s, g, out);
+                case 8:
+                    return rows<T, Backward, 8>(call, begin, end, s, g, out);
+                case 16:
+                    return rows<T, Backward, 16>(call, begin, end, s, g, out);
+                case 32:
+                    return rows<T, Backward, 32>(call, begin, end, s, g, out);
+                default:
+                    return rows<T, Backward, 0>(call, begin, end, s, g, out);
             }
         }
         const int64_t blocks = (call.inner + block - 1) / block;

@@ -20,7 +20,8 @@ template <typename T>
 __attribute__((noinline)) inline T scaled_length(const T* s, int64_t n, int64_t stride, T square) {
     if (square != square) return square;
     T scale = 0;
-    for (int64_t d = 0; d < n; ++d) scale = std::fabs(s[d * stride]) > scale ? std::fabs(s[d * stride]) : scale;
+    for (int64_t d = 0; d < n; ++d)
+        scale = std::fabs(s[d * stride]) > scale ? std::fabs(s[d * stride]) : scale;
     if (scale == 0) return 0;
     T total = 0;
     for (int64_t d = 0; d < n; ++d) total += (s[d * stride] / scale) * (s[d * stride] / scale);

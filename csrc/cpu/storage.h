@@ -40,7 +40,8 @@ CAPSOPS_INLINE float from_float16(uint16_t x) {
 
 CAPSOPS_INLINE uint16_t to_float16(float x) {
     const uint32_t bits = bits_of(x), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
-    // Normal: move the exponent by 112 and round to nearest even. Subnormal: adding 0.5 aligns the last place.
+    // Normal: move the exponent by 112 and round to nearest even. Subnormal: adding 0.5 aligns the last
+    // place.
     const uint32_t normal = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
     const uint32_t subnormal = bits_of(float_of(rest) + 0.5f) - 0x3f000000;
     uint32_t half = rest < 0x38800000 ? subnormal : normal;

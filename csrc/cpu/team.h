@@ -1,7 +1,8 @@
 // Threads, shares of work and workspace.
 //
 // Threads come from OpenMP, whose runtime in the process is the one that torch has loaded: no second pool. A
-// team has as many threads as torch uses or one, since a change of size makes the runtime build its team anew.
+// team has as many threads as torch uses or one, since a change of size makes the runtime build its team
+// anew.
 #pragma once
 
 #include <omp.h>
@@ -61,7 +62,8 @@ struct Buffer {
     char* base;
 
     explicit Buffer(int64_t bytes) : raw(std::malloc(size_t(bytes) + 64)) {
-        base = raw ? reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(raw) + 63) & ~uintptr_t(63)) : nullptr;
+        base =
+            raw ? reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(raw) + 63) & ~uintptr_t(63)) : nullptr;
     }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;

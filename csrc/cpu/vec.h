@@ -9,7 +9,8 @@
 #include <type_traits>
 #include <utility>
 
-#define CAPSOPS_INLINE inline __attribute__((always_inline))
+#define CAPSOPS_ALWAYS __attribute__((always_inline))
+#define CAPSOPS_INLINE inline CAPSOPS_ALWAYS
 
 namespace capsops {
 namespace CAPSOPS_ISA {
@@ -51,7 +52,7 @@ constexpr int vec_width = register_bytes / int(sizeof(T));
 
 // Samples of the batch that one lane group holds.
 template <typename T>
-constexpr int lane_group = vec_width<T>* registers_a_lane_group;
+constexpr int lane_group = vec_width<T> * registers_a_lane_group;
 
 template <typename T, int N = vec_width<T>>
 using Vec = typename VecOf<T, N>::Vec;
