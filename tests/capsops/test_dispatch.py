@@ -1,29 +1,15 @@
 """capsops.dispatch: who serves what, `use_impl`, the environment variable, and what is not available."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import capsops
 from capsops import dispatch
+from tests.capsops.process import run_python
 
 
 def served(device: str) -> list[str]:
     return [row.impl for row in dispatch.describe() if row.device == device and row.available]
-
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
 
 
 def test_the_reference_serves_every_device() -> None:
@@ -148,14 +134,14 @@ def test_empty_tensors_keep_the_promise_of_the_name() -> None:
 
 def test_environment_variable() -> None:
     code = "from capsops import dispatch; print(dispatch.resolve('auto', 'cpu'))"
-    done = run(code, CAPSOPS_IMPL="reference")
+    done = run_python("-c", code, CAPSOPS_IMPL="reference")
     assert (done.returncode, done.stdout.strip()) == (0, "reference"), done.stderr
-    done = run(code, CAPSOPS_IMPL="auto")
+    done = run_python("-c", code, CAPSOPS_IMPL="auto")
     assert (done.returncode, done.stdout.strip()) == (0, dispatch.resolve("auto", "cpu")), done.stderr
 
 
 def test_environment_variable_that_is_no_name() -> None:
-    done = run("import capsops", CAPSOPS_IMPL="fast")
+    done = run_python("-c", "import capsops", CAPSOPS_IMPL="fast")
     assert done.returncode != 0
     assert (
         "ValueError: environment variable CAPSOPS_IMPL: got 'fast', takes one of"
@@ -165,7 +151,9 @@ def test_environment_variable_that_is_no_name() -> None:
 
 def test_environment_variable_that_names_what_is_missing() -> None:
     """It is no reason to fail on import: the call says what is wrong."""
-    done = run("import capsops, torch; print('imported'); capsops.squash(torch.ones(3))", CAPSOPS_IMPL="cuda")
+    done = run_python(
+        "-c", "import capsops, torch; print('imported'); capsops.squash(torch.ones(3))", CAPSOPS_IMPL="cuda"
+    )
     assert done.stdout.strip() == "imported"
     assert done.returncode != 0
     assert "impl='cuda'" in done.stderr

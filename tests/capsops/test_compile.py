@@ -1,0 +1,174 @@
+"""torch.compile(fullgraph=True): no graph breaks, the results of eager mode, one graph for every batch size."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import capsops
+from tests.capsops.cases import Options, Shape, layer_inputs, routing_inputs, value_and_gradients
+from tests.capsops.compare import assert_all_close, assert_close
+
+SHAPE = Shape(5, 7, 4, 16, 8)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def counted(
+    function: Callable[..., Tensor], **options: object
+) -> tuple[Callable[..., Tensor], CompileCounterWithBackend]:
+    """The compiled function, and the backend that counts its graphs."""
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(function, fullgraph=True, backend=counter, **options), counter
+
+
+@pytest.mark.parametrize(
+    "options", [Options(0, bias=True), Options(3, bias=True), Options(2, True, True)], ids=str
+)
+def test_layer(impl: str, options: Options) -> None:
+    function = partial(capsops.capsule_routing, impl=impl, **options.keywords())
+    inputs = layer_inputs(SHAPE, options.bias)
+    compiled = torch.compile(lambda *x: function(*x), fullgraph=True, backend="aot_eager")
+    assert_all_close(value_and_gradients(compiled, inputs), value_and_gradients(function, inputs), 1e-14)
+
+
+@pytest.mark.parametrize("op", ["squash", "predictions", "dynamic_routing", "couplings"])
+def test_other_ops(impl: str, op: str) -> None:
+    u, weight, bias = layer_inputs(SHAPE, bias=True)
+    inputs = {
+        "squash": [u],
+        "predictions": [u, weight],
+        "dynamic_routing": list(routing_inputs(SHAPE, bias=True)),
+        "couplings": [u, weight, bias],
+    }[op]
+    needs = [op != "couplings"] * len(inputs)
+    function = partial(getattr(capsops, op), impl=impl)
+    compiled = torch.compile(lambda *x: function(*x), fullgraph=True, backend="aot_eager")
+    assert_all_close(
+        value_and_gradients(compiled, inputs, needs=needs),
+        value_and_gradients(function, inputs, needs=needs),
+        1e-14,
+    )
+
+
+@pytest.mark.parametrize("mark", [True, False])
+def test_batch_size_changes_without_a_new_graph(impl: str, mark: bool) -> None:
+    """Marked as dynamic there is one graph; found out to be dynamic, two."""
+    compiled, counter = counted(lambda *x: capsops.capsule_routing(*x, impl=impl))
+    for batch in (5, 16, 33, 2):
+        u, weight, bias = layer_inputs(SHAPE._replace(B=batch), bias=True)
+        if mark:
+            torch._dynamo.mark_dynamic(u, 0)
+        leaf = weight.requires_grad_()
+        v = compiled(u, leaf, bias)
+        assert_close(v, capsops.capsule_routing(u, weight, bias, impl=impl), tolerance=1e-14)
+        v.sum().backward()
+        assert leaf.grad.isfinite().all()
+    assert counter.frame_count == (1 if mark else 2)
+
+
+def test_options_are_constants_of_the_graph(impl: str) -> None:
+    compiled, _ = counted(
+        lambda x, iterations, leaky: capsops.dynamic_routing(x, iterations=iterations, leaky=leaky, impl=impl)
+    )
+    u_hat, _ = routing_inputs(SHAPE)
+    for iterations in range(4):
+        for leaky in (False, True):
+            want = capsops.dynamic_routing(u_hat, iterations=iterations, leaky=leaky, impl=impl)
+            assert_close(compiled(u_hat, iterations, leaky), want, tolerance=1e-14)
+
+
+def test_use_impl_around_a_compiled_function(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another implementation means another graph, and coming back to the first one does not."""
+    calls = []
+    for name in {"reference", impl}:
+        module = capsops.dispatch.module(name)
+        monkeypatch.setattr(
+            module, "squash", lambda s, dim, n=name, f=module.squash: calls.append(n) or f(s, dim)
+        )
+    compiled, counter = counted(lambda s: capsops.squash(s) * 2)
+    s = torch.randn(3, 4)
+    with capsops.use_impl(impl):
+        compiled(s)
+    with capsops.use_impl("reference"):
+        compiled(s)
+    with capsops.use_impl(impl):
+        compiled(s)
+    assert calls == [impl, "reference", impl]
+    assert counter.frame_count == (1 if impl == "reference" else 2)
+
+
+def test_use_impl_inside_a_compiled_function(impl: str) -> None:
+    def function(s: Tensor) -> Tensor:
+        with capsops.use_impl(impl):
+            return capsops.squash(s) * 2
+
+    before = capsops.dispatch._default[0]
+    compiled, _ = counted(function)
+    s = torch.randn(3, 4)
+    assert_close(compiled(s), capsops.squash(s, impl=impl) * 2, tolerance=1e-6)
+    assert capsops.dispatch._default[0] == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(impl: str, dtype: torch.dtype) -> None:
+    def function(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return capsops.capsule_routing(u @ u.mT @ u, weight, bias, impl=impl)
+
+    inputs = layer_inputs(SHAPE, bias=True, dtype=torch.float32)
+    compiled, _ = counted(function)
+    got, want = value_and_gradients(compiled, inputs), value_and_gradients(function, inputs)
+    assert got["value"].dtype == dtype
+    assert_all_close(got, want, tolerance=4 * torch.finfo(dtype).eps)
+
+
+def test_errors_are_raised_from_compiled_code_too(impl: str) -> None:
+    compiled, _ = counted(lambda u, weight: capsops.predictions(u, weight, impl=impl))
+    with pytest.raises(Exception, match="weight: got shape"):
+        compiled(torch.zeros(2, 3, 4), torch.zeros(3, 5, 6, 7))
+
+
+def test_strided_inputs(impl: str) -> None:
+    """A compiled graph hands over views and gradients of any strides."""
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return capsops.capsule_routing(x.transpose(1, 2), weight, impl=impl).transpose(0, 2)
+
+    x, weight = torch.randn(5, 8, 7).double(), layer_inputs(SHAPE)[1]
+    compiled, _ = counted(function)
+    assert_all_close(
+        value_and_gradients(compiled, [x, weight]),
+        value_and_gradients(function, [x, weight]),
+        tolerance=1e-14,
+    )
+
+
+def test_whole_network_with_the_default_backend(impl: str) -> None:
+    """Convolution, primary capsules, two layers of routing and a loss, forward and backward, by inductor."""
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 5),
+        torch.nn.ReLU(),
+        capsops.nn.PrimaryCapsules(8, 2, 4, 5),
+        capsops.nn.RoutingCapsules(32, 5, 4, 6),
+        capsops.nn.RoutingCapsules(5, 3, 6, 8, leaky=True, detach=True),
+    ).double()
+
+    def step(images: Tensor, forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        loss = forward(images).norm(dim=-1).square().sum()
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        return {"loss": loss.detach(), **{str(n): g for n, g in enumerate(gradients)}}
+
+    with capsops.use_impl(impl):
+        compiled = torch.compile(network, fullgraph=True)
+        for batch in (3, 5, 8):
+            images = torch.randn(batch, 1, 16, 16, dtype=torch.float64)
+            assert_all_close(step(images, compiled), step(images, network), tolerance=1e-12)

@@ -1,0 +1,130 @@
+"""The same numbers from run to run, for any number of threads (to rounding), from several threads at once."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import capsops
+from tests.capsops.cases import Options, Shape, layer_inputs, routing_inputs, value_and_gradients
+from tests.capsops.compare import assert_all_close
+from tests.capsops.process import run_python
+
+# Large enough that the kernels start their threads; B = 1 and 3 do not fill a vector.
+SHAPES = [
+    Shape(1, 1000, 10, 16, 8),
+    Shape(3, 301, 7, 5, 9),
+    Shape(33, 50, 10, 16, 8),
+    Shape(130, 7, 40, 16, 8),
+]
+OPTIONS = [Options(0, bias=True), Options(3, bias=True), Options(2, leaky=True, detach=True)]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def everything(impl: str, shape: Shape, options: Options, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Values and gradients of all ops on inputs that are the same for every call."""
+    torch.manual_seed(0)
+    layer, routing = layer_inputs(shape, options.bias, dtype), routing_inputs(shape, options.bias, dtype)
+    keywords = {"impl": impl, **options.keywords()}
+    found = {
+        "capsule_routing": value_and_gradients(partial(capsops.capsule_routing, **keywords), layer),
+        "dynamic_routing": value_and_gradients(partial(capsops.dynamic_routing, **keywords), routing),
+        "predictions": value_and_gradients(partial(capsops.predictions, impl=impl), layer[:2]),
+        "squash": value_and_gradients(partial(capsops.squash, impl=impl), [routing[0]]),
+        "squash of dim 1": value_and_gradients(partial(capsops.squash, dim=1, impl=impl), [routing[0]]),
+        "couplings": {"value": capsops.couplings(*layer, impl=impl)},
+    }
+    return {f"{op}: {name}": x for op, result in found.items() for name, x in result.items()}
+
+
+def assert_identical(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_runs_are_bitwise_the_same(
+    impl: str, shape: Shape, options: Options, count: int, dtype: torch.dtype
+) -> None:
+    torch.set_num_threads(count)
+    first = everything(impl, shape, options, dtype)
+    for _ in range(3):
+        assert_identical(everything(impl, shape, options, dtype), first)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_number_of_threads_changes_rounding_only(impl: str, shape: Shape, options: Options) -> None:
+    torch.set_num_threads(1)
+    alone = everything(impl, shape, options, torch.float64)
+    for count in (2, 3, 7):
+        torch.set_num_threads(count)
+        assert_all_close(everything(impl, shape, options, torch.float64), alone, tolerance=1e-13)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_samples_do_not_meet(impl: str, options: Options) -> None:
+    """A sample's result is that of the batch without the others, to rounding."""
+    u, weight, bias = layer_inputs(Shape(33, 20, 5, 16, 8), options.bias)
+    function = partial(capsops.capsule_routing, impl=impl, **options.keywords())
+    whole = function(u, weight, bias)
+    for part in (slice(0, 1), slice(16, 19), slice(32, 33)):
+        assert_all_close({"value": function(u[part], weight, bias)}, {"value": whole[part]}, tolerance=1e-13)
+
+
+def test_several_python_threads_at_once(impl: str) -> None:
+    jobs = [(shape, options) for shape in SHAPES for options in OPTIONS]
+    inputs = {shape: layer_inputs(shape, bias=True) for shape in SHAPES}
+
+    def job(shape: Shape, options: Options) -> dict[str, Tensor]:
+        function = partial(capsops.capsule_routing, impl=impl, **options.keywords())
+        return value_and_gradients(function, inputs[shape])
+
+    want = [job(*each) for each in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(2):
+            for got, wanted in zip(pool.map(lambda each: job(*each), jobs), want, strict=True):
+                assert_identical(got, wanted)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+def test_forked_workers_of_a_data_loader(impl: str) -> None:
+    """The parent's threads do not exist in a worker, which has one thread: nothing may wait for them."""
+    code = f"""
+import torch, capsops
+from torch.utils.data import DataLoader, Dataset
+
+weight = torch.randn(200, 10, 16, 8)
+images = torch.randn(8, 32, 200, 8)
+layer = lambda u: capsops.capsule_routing(u, weight, impl={impl!r})
+
+class Layer(Dataset):
+    def __len__(self):
+        return len(images)
+    def __getitem__(self, n):
+        return layer(images[n])
+
+torch.set_num_threads(1)
+want = layer(images[5])
+torch.set_num_threads(2)
+layer(images[0])  # starts the parent's threads
+loader = DataLoader(Layer(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+assert torch.equal(list(loader)[5], want)
+"""
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,144 @@
+"""Peak resident memory of the fused layer, and results that do not depend on what memory held before."""
+
+import pytest
+import torch
+
+import capsops
+from tests.capsops.cases import FEW_OPTIONS, Shape, layer_inputs, routing_inputs, value_and_gradients
+from tests.capsops.process import run_python
+
+SHAPE = Shape(512, 512, 32, 8, 4)
+
+PEAK = """
+import torch, capsops
+
+def status(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+def step(u, weight, bias):
+    v = capsops.capsule_routing(u, weight, bias, iterations=3, detach={detach}, impl={impl!r})
+    return v, *torch.autograd.grad(v, (u, weight, bias), upstream)
+
+def leaves(B, I, J, D, K):
+    return [torch.randn(s, requires_grad=True) for s in ((B, I, K), (I, J, D, K), (J, D))]
+
+B, I, J, D, K = {shape}
+upstream = torch.randn(2, J, D)
+step(*leaves(2, 3, J, D, K))  # loads the code and starts the threads
+upstream = torch.randn(B, J, D)
+inputs = leaves(B, I, J, D, K)
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = status("VmRSS")
+results = step(*inputs)
+print(status("VmHWM") - before - sum(x.nbytes for x in results))
+"""
+
+
+def peak(impl: str, detach: bool) -> int:
+    """Bytes beyond inputs, result and gradients at the highest point of a forward and a backward pass."""
+    done = run_python("-c", PEAK.format(shape=tuple(SHAPE), impl=impl, detach=detach))
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_the_measure_sees_the_reference() -> None:
+    """It holds û, several times."""
+    predictions = 4 * SHAPE.B * SHAPE.I * SHAPE.J * SHAPE.D
+    assert peak("reference", detach=False) > 2 * predictions
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_peak_is_far_below_one_number_a_pair(impl: str, detach: bool) -> None:
+    """Not û, not even the couplings: B · I · J numbers would be 32 MiB. The bound is a quarter of them."""
+    if impl == "reference":
+        pytest.skip("the reference holds û by definition")
+    couplings = 4 * SHAPE.B * SHAPE.I * SHAPE.J
+    assert peak(impl, detach) < couplings / 4
+
+
+SHAPES = [Shape(5, 9, 3, 5, 3), Shape(17, 33, 10, 16, 8), Shape(2, 7, 60, 32, 4)]
+
+
+@pytest.fixture
+def poisoned(request: pytest.FixtureRequest) -> None:
+    """torch.empty gives NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("options", FEW_OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_every_element_is_written(impl: str, dtype: torch.dtype, shape: Shape, options: tuple) -> None:
+    with capsops.use_impl(impl):
+        results = [
+            value_and_gradients(
+                lambda *x: capsops.capsule_routing(*x, **options.keywords()),
+                layer_inputs(shape, options.bias, dtype),
+            ),
+            value_and_gradients(
+                lambda *x: capsops.dynamic_routing(*x, **options.keywords()),
+                routing_inputs(shape, options.bias, dtype),
+            ),
+            value_and_gradients(capsops.predictions, layer_inputs(shape, dtype=dtype)[:2]),
+            value_and_gradients(capsops.squash, [torch.randn(shape.B, shape.J, shape.D).to(dtype)]),
+            {"couplings": capsops.couplings(*layer_inputs(shape, options.bias, dtype))},
+        ]
+    for result in results:
+        for name, tensor in result.items():
+            assert tensor.isfinite().all(), name
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", [Shape(0, 3, 2, 4, 5), Shape(2, 0, 2, 4, 5), Shape(2, 3, 2, 4, 0)], ids=str)
+def test_empty_calls_write_their_results(impl: str, shape: Shape) -> None:
+    inputs = layer_inputs(shape, bias=True)
+    found = value_and_gradients(lambda *x: capsops.capsule_routing(*x, impl=impl), inputs)
+    for name, tensor in found.items():
+        assert tensor.isfinite().all(), name
+
+
+WORKSPACE = """
+import torch, capsops
+from tests.capsops.cases import *
+from tests.capsops.test_memory import SHAPES
+
+torch.manual_seed(0)
+digest = []
+for shape in SHAPES:
+    for options in FEW_OPTIONS:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            layer = layer_inputs(shape, options.bias, dtype)
+            routing = routing_inputs(shape, options.bias, dtype)
+            keywords = options.keywords() | {{"impl": {impl!r}}}
+            found = value_and_gradients(lambda *x: capsops.capsule_routing(*x, **keywords), layer)
+            digest.append([x.double().sum().item() for x in found.values()])
+            found = value_and_gradients(lambda *x: capsops.dynamic_routing(*x, **keywords), routing)
+            digest.append([x.double().sum().item() for x in found.values()])
+            digest.append([capsops.couplings(*layer, impl={impl!r}).double().sum().item()])
+print(digest)
+"""
+
+
+def test_workspace_is_not_read_before_it_is_written(impl: str) -> None:
+    """glibc fills what malloc gives with a byte of our choice: the results are the same for any."""
+    runs = [
+        run_python(
+            "-c",
+            WORKSPACE.format(impl=impl),
+            MALLOC_PERTURB_=byte,
+            MALLOC_MMAP_THRESHOLD_=str(32 << 20),
+            GLIBC_TUNABLES="glibc.malloc.tcache_count=0",
+        )
+        for byte in ("1", "120")  # memory of 0xfe and of 0x87
+    ]
+    assert runs[0].returncode == 0, runs[0].stderr
+    assert "nan" not in runs[0].stdout
+    assert runs[0].stdout == runs[1].stdout

@@ -1,0 +1,280 @@
+"""capsops.nn: shapes, the order of capsules, initialisation, loading weights of other layouts, training."""
+
+import copy
+from itertools import permutations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import capsops
+from capsops.nn import PrimaryCapsules, RoutingCapsules, Squash
+from tests.capsops.compare import assert_close
+
+
+@pytest.fixture(autouse=True)
+def chosen(impl: str) -> None:
+    """Every test of this file runs with every implementation."""
+    with capsops.use_impl(impl):
+        yield
+
+
+@pytest.mark.parametrize("dim", [-1, 1, 0])
+def test_squash(dim: int) -> None:
+    s = torch.randn(3, 4, 5)
+    assert torch.equal(Squash(dim)(s), capsops.squash(s, dim))
+    assert repr(Squash(dim)) == f"Squash(dim={dim})"
+    assert torch.equal(Squash()(s), capsops.squash(s))
+
+
+@pytest.mark.parametrize(
+    ("in_channels", "capsules", "dim", "kernel", "stride", "size"),
+    [(256, 32, 8, 9, 2, 20), (1, 1, 1, 1, 1, 3), (3, 4, 5, 3, 1, 7), (2, 3, 4, 5, 3, 12)],
+)
+def test_primary_capsules_count_types_times_places(
+    in_channels: int, capsules: int, dim: int, kernel: int, stride: int, size: int
+) -> None:
+    layer = PrimaryCapsules(in_channels, capsules, dim, kernel, stride)
+    side = (size - kernel) // stride + 1
+    assert layer(torch.randn(2, in_channels, size, size)).shape == (2, capsules * side**2, dim)
+
+
+def test_primary_capsules_step_by_2() -> None:
+    assert PrimaryCapsules(3, 4, 5, 3).conv.stride == (2, 2)
+
+
+def test_a_primary_capsule_is_dim_channels_at_one_place() -> None:
+    """Channel c of the convolution is made to be image + 100 c: two types of three channels, 2 × 3 places."""
+    layer = PrimaryCapsules(1, 2, 3, 1, stride=1)
+    with torch.no_grad():
+        layer.conv.weight.fill_(1)
+        layer.conv.bias.copy_(100 * torch.arange(6))
+    image = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
+    want = [
+        [place + 100 * channel for channel in channels]
+        for channels in ((0, 1, 2), (3, 4, 5))
+        for place in (1, 2, 3, 4, 5, 6)
+    ]
+    assert_close(layer(image[None, None]), capsops.squash(torch.tensor([want])), tolerance=1e-6)
+
+
+def test_primary_capsules_are_squashed_and_train() -> None:
+    layer = PrimaryCapsules(2, 3, 4, 3)
+    u = layer(10 * torch.randn(5, 2, 9, 9))
+    assert (u.norm(dim=-1) < 1).all()
+    u.square().sum().backward()
+    for parameter in layer.parameters():
+        assert parameter.grad.abs().sum() > 0
+
+
+def test_primary_capsules_take_an_empty_batch() -> None:
+    assert PrimaryCapsules(2, 3, 4, 3)(torch.randn(0, 2, 9, 9)).shape == (0, 48, 4)
+
+
+def test_routing_capsules_are_capsule_routing() -> None:
+    layer = RoutingCapsules(7, 3, 4, 5, iterations=2, leaky=True)
+    nn.init.normal_(layer.bias)
+    assert layer.weight.shape == (7, 3, 5, 4)
+    assert layer.bias.shape == (3, 5)
+    u = torch.randn(2, 7, 4)
+    want = capsops.capsule_routing(u, layer.weight, layer.bias, iterations=2, leaky=True)
+    assert torch.equal(layer(u), want)
+    want = capsops.couplings(u, layer.weight, layer.bias, iterations=2, leaky=True)
+    assert torch.equal(layer.couplings(u), want)
+    assert not layer.couplings(u).requires_grad
+
+
+def test_detach_reaches_the_op() -> None:
+    u = torch.randn(2, 7, 4, dtype=torch.float64)
+    layer = RoutingCapsules(7, 3, 4, 5, detach=True).double()
+    layer(u).sum().backward()
+    weight, bias = (x.detach().clone().requires_grad_() for x in (layer.weight, layer.bias))
+    capsops.capsule_routing(u, weight, bias, detach=True).sum().backward()
+    assert torch.equal(layer.weight.grad, weight.grad)
+    capsops.capsule_routing(u, weight, bias, detach=False).sum().backward()
+    assert not torch.allclose(2 * layer.weight.grad, weight.grad)
+
+
+def test_three_iterations_and_a_bias_are_the_default() -> None:
+    layer = RoutingCapsules(7, 3, 4, 5)
+    assert (layer.iterations, layer.leaky, layer.detach) == (3, False, False)
+    assert torch.equal(layer.bias, torch.zeros(3, 5))
+    assert RoutingCapsules(7, 3, 4, 5, bias=False).bias is None
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+@pytest.mark.parametrize("leaky", [False, True])
+@pytest.mark.parametrize("shape", [(1152, 10, 8, 16), (32, 5, 4, 8), (100, 1, 16, 32), (10, 30, 16, 4)])
+def test_first_sums_have_length_03(shape: tuple[int, ...], leaky: bool, iterations: int) -> None:
+    """‖s‖ of the first pass, for inputs that are squashed normal vectors; ‖v‖ = ‖s‖² / (1 + ‖s‖²)."""
+    layer = RoutingCapsules(*shape, iterations=iterations, leaky=leaky)
+    u = capsops.squash(torch.randn(200, shape[0], shape[2]))
+    first = min(iterations, 1)
+    v = capsops.capsule_routing(u, layer.weight, layer.bias, iterations=first, leaky=leaky).norm(dim=-1)
+    s = (v / (1 - v)).sqrt()
+    assert 0.25 < s.square().mean().sqrt() < 0.36
+
+
+def test_reset_parameters_draws_anew() -> None:
+    layer = RoutingCapsules(7, 3, 4, 5)
+    before = layer.weight.detach().clone()
+    nn.init.ones_(layer.bias)
+    layer.reset_parameters()
+    assert not torch.equal(layer.weight, before)
+    assert torch.equal(layer.bias, torch.zeros(3, 5))
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    again = layer.weight.detach().clone()
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    assert torch.equal(layer.weight, again)
+
+
+LAYOUTS = [
+    *("".join(letters) for letters in permutations("IJDK")),
+    "1IJDK", "1JIDK", "JI1KD", "IJDK1", "1I1JDK", "1JIKD1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", [(7, 3, 5, 4), (1, 3, 5, 4), (7, 1, 1, 4)])
+def test_from_weight(layout: str, sizes: tuple[int, ...]) -> None:
+    """Element [i, j, d, k] is looked up by its letters; axes that are 1 by chance are not dropped."""
+    size = dict(zip("IJDK", sizes, strict=True))
+    weight = torch.randn([size.get(letter, 1) for letter in layout], dtype=torch.float64)
+    bias = torch.randn(1, size["J"], size["D"], 1, dtype=torch.float64)
+    layer = RoutingCapsules.from_weight(weight, layout, bias=bias, iterations=2, leaky=True, detach=True)
+    assert (layer.iterations, layer.leaky, layer.detach) == (2, True, True)
+    assert layer.weight.dtype == torch.float64
+    assert layer.weight.is_contiguous()
+    assert layer.weight.requires_grad
+    assert layer.weight.shape == sizes
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in sizes)).tolist():
+        place = dict(zip("IJDK", index, strict=True))
+        assert layer.weight[tuple(index)] == weight[tuple(place.get(letter, 0) for letter in layout)]
+    assert torch.equal(layer.bias, bias.reshape(size["J"], size["D"]))
+
+
+def test_from_weight_leaves_the_original_alone() -> None:
+    weight = nn.Parameter(torch.randn(7, 3, 5, 4))
+    layer = RoutingCapsules.from_weight(weight, "IJDK")
+    assert layer.bias is None
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert weight.abs().sum() > 0
+    layer(torch.randn(2, 7, 4)).sum().backward()
+    assert weight.grad is None
+
+
+def test_from_weight_computes_as_public_code_does() -> None:
+    """A layer whose weight is [1, J, I, D, K], multiplied by matmul and routed with stored logits."""
+    weight = torch.randn(1, 3, 7, 5, 4, dtype=torch.float64)
+    u = torch.randn(2, 7, 4, dtype=torch.float64)
+    u_hat = (weight @ u[:, None, :, :, None]).squeeze(-1)  # [B, J, I, D]
+    logits = torch.zeros(2, 3, 7, 1, dtype=torch.float64)
+    for _ in range(3):
+        s = (logits.softmax(1) * u_hat).sum(2)
+        norm = s.norm(dim=-1, keepdim=True)
+        v = norm**2 / (1 + norm**2) * s / norm
+        logits = logits + (u_hat * v[:, :, None]).sum(-1, keepdim=True)
+    assert_close(RoutingCapsules.from_weight(weight, "1JIDK")(u), v)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layout", "message"),
+    [
+        (
+            (7, 3, 5, 4),
+            "IJD",
+            r"layout: got 'IJD' for a weight of shape \[7, 3, 5, 4\], takes a letter for each axis",
+        ),
+        ((7, 3, 5, 4), "IJDX", r"layout: got 'IJDX' for a weight of shape \[7, 3, 5, 4\]"),
+        ((7, 3, 5, 4), "IJDD", "layout: got 'IJDD'"),
+        ((7, 3, 5, 4), "1IJDK", r"layout: got '1IJDK' for a weight of shape \[7, 3, 5, 4\]"),
+        ((7, 3, 5), "IJD", "layout: got 'IJD'"),
+        (
+            (2, 7, 3, 5, 4),
+            "1IJDK",
+            r"layout: got '1IJDK', where 1 stands for an axis that is not 1 in \[2, 7, 3, 5, 4\]",
+        ),
+    ],
+)
+def test_layouts_that_do_not_fit(sizes: tuple[int, ...], layout: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        RoutingCapsules.from_weight(torch.zeros(sizes), layout)
+
+
+def test_bias_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"^bias: got 14 elements, takes J · D = 15$"):
+        RoutingCapsules.from_weight(torch.zeros(7, 3, 5, 4), "IJDK", bias=torch.zeros(14))
+
+
+def test_wrong_input_names_the_argument() -> None:
+    with pytest.raises(
+        ValueError, match=r"^weight: got shape \[7, 3, 5, 4\], takes \[I, J, D, K\] with I = 8, K = 4$"
+    ):
+        RoutingCapsules(7, 3, 4, 5)(torch.zeros(2, 8, 4))
+    with pytest.raises(ValueError, match=r"^u: got shape \[2, 28\], takes \[B, I, K\]$"):
+        RoutingCapsules(7, 3, 4, 5)(torch.zeros(2, 28))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_state_dict_round_trip(bias: bool) -> None:
+    layer, other = (RoutingCapsules(7, 3, 4, 5, bias=bias) for _ in range(2))
+    assert set(layer.state_dict()) == ({"weight", "bias"} if bias else {"weight"})
+    u = torch.randn(2, 7, 4)
+    assert not torch.equal(layer(u), other(u))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(u), other(u))
+
+
+def test_deepcopy_is_independent() -> None:
+    layer = RoutingCapsules(7, 3, 4, 5, iterations=2, leaky=True, detach=True)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin.weight, layer.weight)
+    assert repr(twin) == repr(layer)
+    with torch.no_grad():
+        twin.weight.zero_()
+    assert layer.weight.abs().sum() > 0
+
+
+def test_repr_says_what_it_was_made_of() -> None:
+    assert repr(RoutingCapsules(7, 3, 4, 5, iterations=2, bias=False, leaky=True)) == (
+        "RoutingCapsules(7, 3, in_dim=4, out_dim=5, iterations=2, bias=False, leaky=True, detach=False)"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_to_another_dtype(dtype: torch.dtype) -> None:
+    layer = RoutingCapsules(7, 3, 4, 5).to(dtype)
+    assert layer(torch.randn(2, 7, 4).to(dtype)).dtype == dtype
+
+
+def margin_loss(v: Tensor, labels: Tensor) -> Tensor:
+    length, present = v.norm(dim=-1), nn.functional.one_hot(labels, v.shape[1])
+    return (
+        (present * (0.9 - length).relu() ** 2 + 0.5 * (1 - present) * (length - 0.1).relu() ** 2)
+        .sum(1)
+        .mean()
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"iterations": 0}, {"leaky": True}, {"detach": True}, {"bias": False}]
+)
+def test_a_small_network_learns(options: dict) -> None:
+    """Four classes of noisy images: the loss falls to a fraction and the longest capsule names the class."""
+    network = nn.Sequential(PrimaryCapsules(1, 4, 8, 5), RoutingCapsules(4 * 16, 4, 8, 8, **options))
+    prototypes = torch.randn(4, 1, 12, 12)
+    labels = torch.arange(64) % 4
+    images = prototypes[labels] + 0.3 * torch.randn(64, 1, 12, 12)
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    losses = []
+    for _ in range(40):
+        loss = margin_loss(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 5
+    assert (network(images).norm(dim=-1).argmax(1) == labels).float().mean() > 0.95
