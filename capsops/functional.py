@@ -71,7 +71,8 @@ def squash(s: Tensor, dim: int = -1, *, impl: str = "auto") -> Tensor:
 
     Raises:
         TypeError: `s` is not a tensor.
-        ValueError: `dim` is out of range, the dtype is not a floating one, or `impl` does not serve the device.
+        ValueError: `dim` is out of range, the dtype is not a floating one, or `impl` does not serve the
+            device.
         RuntimeError: `impl` is not available here.
     """
     _check_tensors(s=s)

@@ -1,7 +1,7 @@
-"""Each op once: schema, kernel, fake, autograd and autocast, registered with torch.library as capsops::<op>.
+"""Each op once: schema, kernel, fake, autograd and autocast, registered with torch.library.
 
-The kernels here pay what every implementation would otherwise pay by itself: contiguity and empty tensors. The
-backward ops have gradients of their own, by autograd through the reference formula, at any order.
+The kernels here pay what every implementation would otherwise pay by itself: contiguity and empty tensors.
+The backward ops have gradients of their own, by autograd through the reference formula, at any order.
 """
 
 from collections.abc import Callable
@@ -20,22 +20,23 @@ _SCHEMAS = {
     "squash_backward": "(Tensor grad, Tensor s, int dim, str impl) -> Tensor",
     "predictions": "(Tensor u, Tensor weight, str impl) -> Tensor",
     "predictions_backward": (
-        "(Tensor grad, Tensor u, Tensor weight, bool needs_u, bool needs_weight, str impl) -> (Tensor, Tensor)"
+        "(Tensor grad, Tensor u, Tensor weight, bool needs_u, bool needs_weight, str impl)"
+        " -> (Tensor, Tensor)"
     ),
     "dynamic_routing": (
         "(Tensor u_hat, Tensor? bias, int iterations, bool leaky, bool detach, str impl) -> (Tensor, Tensor)"
     ),
     "dynamic_routing_backward": (
-        "(Tensor grad, Tensor u_hat, Tensor? bias, Tensor s, int iterations, bool leaky, bool detach, str impl)"
-        " -> (Tensor, Tensor)"
+        "(Tensor grad, Tensor u_hat, Tensor? bias, Tensor s, int iterations, bool leaky, bool detach,"
+        " str impl) -> (Tensor, Tensor)"
     ),
     "capsule_routing": (
         "(Tensor u, Tensor weight, Tensor? bias, int iterations, bool leaky, bool detach, str impl)"
         " -> (Tensor, Tensor)"
     ),
     "capsule_routing_backward": (
-        "(Tensor grad, Tensor u, Tensor weight, Tensor? bias, Tensor s, int iterations, bool leaky, bool detach,"
-        " bool needs_u, bool needs_weight, str impl) -> (Tensor, Tensor, Tensor)"
+        "(Tensor grad, Tensor u, Tensor weight, Tensor? bias, Tensor s, int iterations, bool leaky,"
+        " bool detach, bool needs_u, bool needs_weight, str impl) -> (Tensor, Tensor, Tensor)"
     ),
     "couplings": "(Tensor u, Tensor weight, Tensor? bias, int iterations, bool leaky, str impl) -> Tensor",
 }
@@ -145,35 +146,59 @@ def _like(x: Tensor, needed: bool = True) -> Tensor:
     return x.new_empty(x.shape if needed else 0)
 
 
+def _predictions_backward_fake(
+    grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    return _like(u, needs_u), _like(weight, needs_weight)
+
+
+def _dynamic_routing_fake(
+    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool, detach: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    return _routing_fakes(u_hat, u_hat.shape[0], *u_hat.shape[2:], iterations)
+
+
+def _dynamic_routing_backward_fake(grad: Tensor, u_hat: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return _like(u_hat), u_hat.new_empty(u_hat.shape[2:])
+
+
+def _capsule_routing_fake(
+    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool, detach: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    return _routing_fakes(u, u.shape[0], *weight.shape[1:3], iterations)
+
+
+def _capsule_routing_backward_fake(
+    grad: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    needs_u: bool,
+    needs_weight: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(u, needs_u), _like(weight, needs_weight), u.new_empty(weight.shape[1:3])
+
+
 _FAKES: dict[str, Callable] = {
     "squash": lambda s, dim, impl: _like(s),
     "squash_backward": lambda grad, s, dim, impl: _like(s),
     "predictions": lambda u, weight, impl: u.new_empty(u.shape[0], *weight.shape[:3]),
-    "predictions_backward": lambda grad, u, weight, needs_u, needs_weight, impl: (
-        _like(u, needs_u),
-        _like(weight, needs_weight),
-    ),
-    "dynamic_routing": lambda u_hat, bias, iterations, leaky, detach, impl: _routing_fakes(
-        u_hat, u_hat.shape[0], *u_hat.shape[2:], iterations
-    ),
-    "dynamic_routing_backward": lambda grad, u_hat, bias, s, iterations, leaky, detach, impl: (
-        _like(u_hat),
-        u_hat.new_empty(u_hat.shape[2:]),
-    ),
-    "capsule_routing": lambda u, weight, bias, iterations, leaky, detach, impl: _routing_fakes(
-        u, u.shape[0], *weight.shape[1:3], iterations
-    ),
-    "capsule_routing_backward": lambda grad, u, weight, bias, s, iterations, leaky, detach, needs_u, needs_w, impl: (
-        _like(u, needs_u),
-        _like(weight, needs_w),
-        u.new_empty(weight.shape[1:3]),
-    ),
-    "couplings": lambda u, weight, bias, iterations, leaky, impl: u.new_empty(u.shape[0], *weight.shape[:2]),
+    "predictions_backward": _predictions_backward_fake,
+    "dynamic_routing": _dynamic_routing_fake,
+    "dynamic_routing_backward": _dynamic_routing_backward_fake,
+    "capsule_routing": _capsule_routing_fake,
+    "capsule_routing_backward": _capsule_routing_backward_fake,
+    "couplings": lambda u, weight, *options: u.new_empty(u.shape[0], *weight.shape[:2]),
 }
 
 
 def _alias(x: Tensor) -> Tensor:
-    """A node of its own for x, so that differentiating with respect to it does not run on into x's history."""
+    """A node of its own for x: differentiating with respect to it does not run on into x's history."""
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
@@ -381,7 +406,7 @@ def _kernel(function: Callable) -> Callable:
 
 
 def _autocast(op: Callable, device: str) -> Callable:
-    """What torch does for matrix products: every tensor but float64 in autocast's dtype, then as without it."""
+    """What torch does for matrix products: every tensor but float64 in autocast's dtype."""
 
     def cast(x: Any) -> Any:
         wanted = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64

@@ -165,6 +165,7 @@ class RoutingCapsules(nn.Module):
     def extra_repr(self) -> str:
         in_capsules, out_capsules, out_dim, in_dim = self.weight.shape
         return (
-            f"{in_capsules}, {out_capsules}, in_dim={in_dim}, out_dim={out_dim}, iterations={self.iterations}, "
-            f"bias={self.bias is not None}, leaky={self.leaky}, detach={self.detach}"
+            f"{in_capsules}, {out_capsules}, in_dim={in_dim}, out_dim={out_dim}, "
+            f"iterations={self.iterations}, bias={self.bias is not None}, "
+            f"leaky={self.leaky}, detach={self.detach}"
         )

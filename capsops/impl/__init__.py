@@ -9,7 +9,8 @@ Tensors that arrive here are contiguous, of one dtype and one device, non-empty 
     dynamic_routing(u_hat, bias, iterations, leaky) -> v, s
     dynamic_routing_backward(grad, u_hat, s, iterations, leaky, detach) -> ∂û, ∂β
     capsule_routing(u, weight, bias, iterations, leaky) -> v, s
-    capsule_routing_backward(grad, u, weight, s, iterations, leaky, detach, needs_u, needs_weight) -> ∂u, ∂W, ∂β
+    capsule_routing_backward(grad, u, weight, s, iterations, leaky, detach, needs_u, needs_weight)
+        -> ∂u, ∂W, ∂β
     couplings(u, weight, bias, iterations, leaky) -> c
 
 s holds sᵗ of every pass, [max(T, 1), B, J, D], in the accumulation dtype (float32 for 16-bit tensors).

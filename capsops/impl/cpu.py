@@ -1,4 +1,4 @@
-"""The ops by the C++ kernels of csrc/cpu: allocates results, passes addresses. Serves contiguous CPU tensors."""
+"""The ops by the C++ kernels of csrc/cpu: allocates results, passes addresses. Serves CPU tensors."""
 
 import torch
 from torch import Tensor
@@ -33,9 +33,7 @@ def _extent(s: Tensor, dim: int) -> tuple[int, int, int]:
 
 def squash(s: Tensor, dim: int) -> Tensor:
     v = torch.empty_like(s)
-    _cpu.squash(
-        s.data_ptr(), v.data_ptr(), *_extent(s, dim), _STORAGE[s.dtype], torch.get_num_threads()
-    )
+    _cpu.squash(s.data_ptr(), v.data_ptr(), *_extent(s, dim), _STORAGE[s.dtype], torch.get_num_threads())
     return v
 
 
@@ -85,7 +83,12 @@ def predictions_backward(
 
 
 def _route(
-    u: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], iterations: int, leaky: bool
+    u: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: tuple[int, ...],
+    iterations: int,
+    leaky: bool,
 ) -> tuple[Tensor, Tensor]:
     """v and s of all passes; `shape` is (B, I, J, D, K)."""
     batch, _, capsules, dim, _ = shape

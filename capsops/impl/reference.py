@@ -68,15 +68,13 @@ def _routing(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v, sᵗ of all passes and Vᵀ⁻¹, from û in the accumulation dtype."""
     batch, _, out_capsules, dim = u_hat.shape
-    total_v = u_hat.new_zeros(batch, out_capsules, dim)
+    v = total_v = u_hat.new_zeros(batch, out_capsules, dim)
     sums = []
     for t in range(max(iterations, 1)):
-        if iterations == 0:
-            s = u_hat.sum(1)
-        else:
-            if t > 0:
-                total_v = total_v + v
-            s = torch.einsum("bij,bijd->bjd", _couplings(u_hat, total_v, leaky), u_hat)
+        if t > 0:
+            total_v = total_v + v
+        c = u_hat.new_ones(()) if iterations == 0 else _couplings(u_hat, total_v, leaky)
+        s = torch.einsum("bij,bijd->bjd", c.expand(u_hat.shape[:3]), u_hat)
         sums.append(s if bias is None else s + bias)
         v = reference.squash(sums[-1])
     return v, torch.stack(sums), total_v

@@ -124,7 +124,7 @@ class LanesEngine {
     }
 
     // partial [splits, B, J, D] = Σ_i û
-    void sum_uniform(const Team& team, int64_t, T* partial) {
+    CAPSOPS_SHARED_CODE void sum_uniform(const Team& team, int64_t, T* partial) {
         sum_over_i(team, partial,
                    [&](const Scratch& scratch, const T* w, int64_t count, int64_t, Lanes<T>* sum) {
                        (this->*add_uniform_)(w, count, scratch.u, sum);
@@ -132,7 +132,7 @@ class LanesEngine {
     }
 
     // partial = Σ_i c û with the couplings of the state in slot `v`
-    void sum_routed(const Team& team, int64_t, int64_t v, T* partial) {
+    CAPSOPS_SHARED_CODE void sum_routed(const Team& team, int64_t, int64_t v, T* partial) {
         sum_over_i(team, partial, [&](const Scratch& s, const T* w, int64_t count, int64_t g, Lanes<T>* sum) {
             sum_scaled(s, w, count, state(v, g), 0, 1, sum, [&](Lanes<T>* dots) {
                 softmax(dots, J_, 1, call_.leaky);
@@ -142,7 +142,7 @@ class LanesEngine {
     }
 
     // partial = Σ_i ∂b û with the states in slot `v` (V) and slot `ds` (∂s), two slots side by side
-    void sum_agreement(const Team& team, int64_t, int64_t v, int64_t ds, T* partial) {
+    CAPSOPS_SHARED_CODE void sum_agreement(const Team& team, int64_t, int64_t v, int64_t ds, T* partial) {
         const int64_t apart = (ds - v) * groups_ * R_;
         sum_over_i(team, partial, [&](const Scratch& s, const T* w, int64_t count, int64_t g, Lanes<T>* sum) {
             sum_scaled(s, w, count, state(v, g), apart, 2, sum, [&](Lanes<T>* dots) {
@@ -154,7 +154,7 @@ class LanesEngine {
     }
 
     // ∂u and ∂W. Slots: V of `terms` passes, then their ∂s, then, with `uniform`, ∂s of the uniform pass.
-    void gradient(const Team& team, int64_t terms, bool uniform, bool agreement) {
+    CAPSOPS_SHARED_CODE void gradient(const Team& team, int64_t terms, bool uniform, bool agreement) {
         const int64_t K = K_;
         const Scratch s = scratch_of(team, true);
         std::memset(s.turned, 0, L * padded_ * sizeof(T));
@@ -185,7 +185,7 @@ class LanesEngine {
     }
 
     // The couplings of the state in slot `v`, to call.couplings.
-    void couplings(const Team& team, int64_t v) {
+    CAPSOPS_SHARED_CODE void couplings(const Team& team, int64_t v) {
         const Scratch s = scratch_of(team, false);
         T* rows = reinterpret_cast<T*>(s.u_hat);  // [L, J]
         over_chunks(team, s, [&](const T* w, int64_t i0, int64_t count, int64_t g) {

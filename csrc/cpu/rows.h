@@ -105,7 +105,7 @@ class RowsEngine {
     }
 
     // partial [splits, B, J, D] = Σ_i û; every other `pass` runs backwards
-    void sum_uniform(const Team& team, int64_t pass, T* partial) {
+    CAPSOPS_SHARED_CODE void sum_uniform(const Team& team, int64_t pass, T* partial) {
         sum_over_i(team, pass, partial, [&](const Scratch& s, int64_t, const T* w, int64_t count, T* sum) {
             if (aligned_) {
                 Vec<T, N> u[block];
@@ -128,7 +128,7 @@ class RowsEngine {
     }
 
     // partial = Σ_i c û with the couplings of the state in slot `v`
-    void sum_routed(const Team& team, int64_t pass, int64_t v, T* partial) {
+    CAPSOPS_SHARED_CODE void sum_routed(const Team& team, int64_t pass, int64_t v, T* partial) {
         sum_scaled<1>(team, pass, v, 0, partial, [&](T* dots) {
             softmax<T, N>(dots, J_, call_.leaky);
             return dots;
@@ -136,7 +136,8 @@ class RowsEngine {
     }
 
     // partial = Σ_i ∂b û with the states in slot `v` (V) and slot `ds` (∂s)
-    void sum_agreement(const Team& team, int64_t pass, int64_t v, int64_t ds, T* partial) {
+    CAPSOPS_SHARED_CODE void sum_agreement(const Team& team, int64_t pass, int64_t v, int64_t ds,
+                                           T* partial) {
         sum_scaled<2>(team, pass, v, ds - v, partial, [&](T* dots) {
             softmax<T, N>(dots, J_, call_.leaky);
             softmax_vjp(dots, dots + logits_, J_);
@@ -146,7 +147,7 @@ class RowsEngine {
 
     // ∂u and ∂W, or ∂û. Slots: V of `terms` passes, then their ∂s, then, with `uniform`, ∂s of the uniform
     // pass.
-    void gradient(const Team& team, int64_t terms, bool uniform, bool agreement) {
+    CAPSOPS_SHARED_CODE void gradient(const Team& team, int64_t terms, bool uniform, bool agreement) {
         const Scratch s = scratch_of(team);
         const int64_t states = agreement ? 2 * terms : terms;
         over_items(team, s, [&](int64_t i, int64_t b, const T* w, bool first, bool last) {
@@ -170,7 +171,7 @@ class RowsEngine {
     }
 
     // The couplings of the state in slot `v`, to call.couplings.
-    void couplings(const Team& team, int64_t v) {
+    CAPSOPS_SHARED_CODE void couplings(const Team& team, int64_t v) {
         const Scratch s = scratch_of(team);
         over_items(team, s, [&](int64_t i, int64_t b, const T* w, bool, bool) {
             predict(s, b, w, s.u, v, 0, 1, s.dots);

@@ -11,6 +11,7 @@
 
 #define CAPSOPS_ALWAYS __attribute__((always_inline))
 #define CAPSOPS_INLINE inline CAPSOPS_ALWAYS
+#define CAPSOPS_SHARED_CODE __attribute__((noinline))  // large, with several callers: compiled once
 
 namespace capsops {
 namespace CAPSOPS_ISA {
