@@ -1,6 +1,7 @@
 """capsops.nn: shapes, the order of capsules, initialisation, loading weights of other layouts, training."""
 
 import copy
+from collections.abc import Iterator
 from itertools import permutations
 
 import pytest
@@ -13,7 +14,7 @@ from tests.capsops.compare import assert_close
 
 
 @pytest.fixture(autouse=True)
-def chosen(impl: str) -> None:
+def chosen(impl: str) -> Iterator[None]:
     """Every test of this file runs with every implementation."""
     with capsops.use_impl(impl):
         yield
@@ -51,7 +52,7 @@ def test_a_primary_capsule_is_dim_channels_at_one_place() -> None:
         layer.conv.bias.copy_(100 * torch.arange(6))
     image = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
     want = [
-        [place + 100 * channel for channel in channels]
+        [place + 100.0 * channel for channel in channels]
         for channels in ((0, 1, 2), (3, 4, 5))
         for place in (1, 2, 3, 4, 5, 6)
     ]
