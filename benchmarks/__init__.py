@@ -1,0 +1,1 @@
+"""Benchmarks of capsops against plain PyTorch: cases, peers, timing, memory, and the report."""

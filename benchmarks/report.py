@@ -1,0 +1,99 @@
+"""Tables of measured rows: for the terminal, and for the README from a file of benchmarks/results/.
+
+python -m benchmarks.report [FILE ...] [--all]      the README's table (with --all every row) in Markdown
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.rows import RESULTS, Row, Target, load
+
+MIB = 1 << 20
+_COLUMNS = ("case", "ours", "peer", "which", "ratio", "share", "beyond inputs, MiB", "einsum's", "target")
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    milliseconds = seconds * 1e3
+    return f"{milliseconds:.3g} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
+
+
+def _times(ratio: float | None) -> str:
+    if ratio is None:
+        return "–"
+    return f"{ratio:.0f} ×" if ratio >= 99.5 else f"{ratio:.3g} ×" if ratio >= 1 else f"{ratio:.2f} ×"
+
+
+def _mib(size: int | None) -> str:
+    if size is None:
+        return "–"
+    return f"{size / MIB:.1f}" if size < 100 * MIB else f"{size / MIB:.0f}"
+
+
+def _number(target: Target, value: float) -> str:
+    if target.what == "share":
+        return f"{value:.0%}"
+    return f"{value / MIB:.0f} MiB" if target.what == "memory" else _times(value)
+
+
+def _target(target: Target) -> str:
+    sign = "≤" if target.most else "≥"
+    what = {"ratio": "", "share": " of ceiling", "memory ratio": " leaner", "memory": ""}[target.what]
+    verdict = "met" if target.met else f"MISSED, {_number(target, target.got)}"
+    return f"{sign} {_number(target, target.wanted)}{what}: {verdict}"
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One line of the table, as _COLUMNS."""
+    return (
+        f"{row.op}, {row.case}, {row.passes}",
+        _time(row.seconds),
+        _time(row.peers[row.peer] if row.peer else None),
+        row.peer or "–",
+        _times(row.ratio),
+        "–" if row.share is None else f"{row.share:.0%}",
+        _mib(row.memory),
+        _mib(row.peers_memory.get("einsum")),
+        "; ".join(map(_target, row.targets)) or "–",
+    )
+
+
+def plain_table(rows: Sequence[Row]) -> list[str]:
+    """Lines for a terminal."""
+    table = [_COLUMNS, *map(cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in table]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def markdown_table(rows: Sequence[Row]) -> list[str]:
+    table = [_COLUMNS, ("---",) * len(_COLUMNS), *map(cells, rows)]
+    return [f"| {' | '.join(line)} |" for line in table]
+
+
+def describe(header: dict) -> str:
+    """One line that says what the rows were measured on."""
+    device, versions, ceiling = header["device"], header["versions"], header["ceiling"]
+    commit = header["commit"][:9] + (" with changes" if header["dirty"] else "")
+    return (
+        f"{device['model']}, {device['threads']} threads, {device['isa']}, "
+        f"ceiling {ceiling['flops'] / 1e9:.0f} GFLOP/s ({ceiling['how']}); torch {versions['torch']}, "
+        f"capsops {versions['capsops']} at {commit}, {header['date'][:10]}: `{header['command']}`"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, help="default: all of benchmarks/results/")
+    parser.add_argument("--all", action="store_true", help="every row, not only those with a target")
+    args = parser.parse_args()
+    for path in args.files or sorted(RESULTS.glob("*.json")):
+        header, rows = load(path)
+        print("\n".join(markdown_table([row for row in rows if args.all or row.targets])))
+        print(f"\n{describe(header)}\n")
+
+
+if __name__ == "__main__":
+    main()

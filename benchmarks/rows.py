@@ -1,0 +1,87 @@
+"""What one benchmark found, and the file in which the rows of one run lie."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number that was to be reached: at least `wanted`, or at most where `most`."""
+
+    what: str  # "ratio", "share", "memory ratio", "memory"
+    wanted: float
+    got: float
+    most: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.got <= self.wanted if self.most else self.got >= self.wanted
+
+
+@dataclass
+class Row:
+    """One case: seconds of one call of ours and of each peer, and what else is known of it."""
+
+    suite: str
+    op: str
+    case: str
+    passes: str
+    dtype: str = "float32"
+    impl: str = ""
+    seconds: float | None = None
+    spread: float | None = None  # half the distance between the quartiles, over the median
+    peers: dict[str, float] = field(default_factory=dict)
+    error: float | None = None  # the largest relative error against float64
+    operations: int | None = None
+    share: float | None = None  # of the measured ceiling
+    memory: int | None = None  # bytes beyond inputs and gradients
+    peers_memory: dict[str, int] = field(default_factory=dict)
+    targets: list[Target] = field(default_factory=list)
+
+    @property
+    def peer(self) -> str | None:
+        """The fastest."""
+        return min(self.peers, key=self.peers.__getitem__) if self.peers else None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as long the fastest peer takes."""
+        return self.peers[self.peer] / self.seconds if self.peers and self.seconds else None
+
+    def as_json(self) -> dict[str, object]:
+        """With what follows from the rest, so that a reader of the file need not compute it."""
+        targets = [{**asdict(target), "met": target.met} for target in self.targets]
+        return {**asdict(self), "peer": self.peer, "ratio": self.ratio, "targets": targets}
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Row":
+        known = {k: v for k, v in values.items() if k not in ("peer", "ratio", "targets")}
+        targets = [Target(**{k: v for k, v in x.items() if k != "met"}) for x in values["targets"]]
+        return cls(**known, targets=targets)
+
+
+def save(path: Path, header: dict[str, object], rows: Sequence[Row]) -> None:
+    """Writes the file whole or not at all."""
+    text = json.dumps({**header, "rows": [row.as_json() for row in rows]}, indent=1, ensure_ascii=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def load(path: Path) -> tuple[dict, list[Row]]:
+    """Header and rows."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {k: v for k, v in found.items() if k != "rows"}, [Row.from_json(x) for x in found["rows"]]

@@ -1,0 +1,64 @@
+"""Interleaved timing: the candidates take turns, so that what disturbs the machine disturbs all of them."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+ROUNDS = 9
+SAMPLE_SECONDS = 0.02
+
+Call = Callable[[], object]
+Clock = Callable[[Call, int], float]
+
+
+def wall_clock(call: Call, calls: int) -> float:
+    """Seconds that `calls` calls take together."""
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return time.perf_counter() - begin
+
+
+class Race:
+    """Candidates by name, timed alternately. Each lap takes one sample of each: the calls that fill `sample`.
+
+    Another device brings its own `clock`.
+    """
+
+    def __init__(
+        self, candidates: Mapping[str, Call], clock: Clock = wall_clock, sample: float = SAMPLE_SECONDS
+    ) -> None:
+        self.candidates = dict(candidates)
+        self.clock = clock
+        self.sample = sample
+        self.calls: dict[str, int] = {}
+        self.seconds: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def warm_up(self) -> None:
+        """Calls each until it is compiled and its threads run, then settles the calls in a sample."""
+        for name, call in self.candidates.items():
+            self.clock(call, 2)
+            calls = 1
+            while (seconds := self.clock(call, calls)) < self.sample:
+                calls = max(2 * calls, int(1.1 * calls * self.sample / max(seconds, self.sample / 100)))
+            self.calls[name] = calls
+
+    def lap(self, *names: str) -> None:
+        """One sample of each of these, or of all."""
+        for name in names or self.candidates:
+            self.seconds[name].append(self.clock(self.candidates[name], self.calls[name]) / self.calls[name])
+
+    def run(self, rounds: int = ROUNDS) -> "Race":
+        self.warm_up()
+        for _ in range(rounds):
+            self.lap()
+        return self
+
+    def medians(self) -> dict[str, float]:
+        """Seconds of one call of each."""
+        return {name: statistics.median(seconds) for name, seconds in self.seconds.items()}
+
+    def spread(self, name: str) -> float:
+        """Half the distance between the quartiles over the median: how far the samples lie apart."""
+        low, middle, high = statistics.quantiles(self.seconds[name], n=4)
+        return (high - low) / 2 / middle
