@@ -27,14 +27,48 @@ def margin_loss(
     return (present + absent * (1 - target) * F.relu(lengths - lower).square()).sum(dim=1)
 
 
-def discriminator_loss(real: Tensor, generated: Tensor) -> Tensor:
-    """−mean[log D(x) + log(1 − D(G))] of logits [B], D = sigmoid(logit) (Goodfellow et al. 2014)."""
-    return F.softplus(-real).mean() + F.softplus(generated).mean()
+def discriminator_loss(real: Tensor, generated: Tensor, kind: str = "logistic") -> Tensor:
+    """What a discriminator lowers, of its logits [B] on real and on generated images.
+
+    "logistic": −mean[log D(x) + log(1 − D(G))], D = sigmoid(logit) (Goodfellow et al. 2014);
+    "hinge": mean[max(0, 1 − x) + max(0, 1 + g)] (Miyato et al. 2018);
+    "wasserstein": mean[g − x], to be used with a gradient penalty (Arjovsky et al. 2017).
+    """
+    if kind == "logistic":
+        return F.softplus(-real).mean() + F.softplus(generated).mean()
+    if kind == "hinge":
+        return F.relu(1 - real).mean() + F.relu(1 + generated).mean()
+    if kind == "wasserstein":
+        return generated.mean() - real.mean()
+    raise ValueError(f"kind: got {kind!r}, takes logistic, hinge or wasserstein")
 
 
-def generator_loss(generated: Tensor) -> Tensor:
-    """−mean log D(G) of logits [B]: the non-saturating form (Goodfellow et al. 2014)."""
-    return F.softplus(-generated).mean()
+def generator_loss(generated: Tensor, kind: str = "logistic") -> Tensor:
+    """What a generator lowers, of the discriminator's logits [B] on its images.
+
+    "logistic": −mean log D(G), the non-saturating form; "hinge" and "wasserstein": −mean g.
+    """
+    if kind == "logistic":
+        return F.softplus(-generated).mean()
+    if kind in ("hinge", "wasserstein"):
+        return -generated.mean()
+    raise ValueError(f"kind: got {kind!r}, takes logistic, hinge or wasserstein")
+
+
+def gradient_penalty(
+    discriminate: Callable[[Tensor], Tensor], real: Tensor, generated: Tensor, draw: Draw
+) -> Tensor:
+    """mean (‖∂D/∂x‖ − 1)² at random points x between real and generated images (Gulrajani et al. 2017).
+
+    Args:
+        discriminate: images → logits [B]; differentiable twice.
+        real, generated: images [B, C, H, W].
+        draw: where the points come from.
+    """
+    place = draw.uniform(len(real), 1, 1, 1)
+    between = (place * real + (1 - place) * generated).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminate(between).sum(), between, create_graph=True)
+    return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
 
 
 def entropy(p: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
+from infocapsgan.data import Dataset
+
 
 def match_clusters(clusters: Tensor, labels: Tensor, classes: int) -> np.ndarray:
     """The one-to-one map from clusters to labels under which most images are right (Hungarian method).
@@ -49,14 +51,13 @@ def _numbers(values: Tensor) -> np.ndarray:
     return values.cpu().numpy()
 
 
-def kmeans_accuracy(
-    train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor, classes: int
-) -> float:
+def kmeans_accuracy(dataset: Dataset, classes: int) -> float:
     """Unsupervised accuracy of k-means on the pixels: what a class code must beat to be worth its network.
 
     The best of ten starts by inertia, seed 0, fitted on at most the first 10,000 training images.
     """
-    pixels = [images.flatten(1).float().cpu().numpy() / 255 for images in (train_images, test_images)]
+    both = (dataset.train_images, dataset.test_images)
+    pixels = [images.flatten(1).float().cpu().numpy() / 255 for images in both]
     kmeans = KMeans(classes, n_init=10, random_state=0).fit(pixels[0][:10_000])
-    labels = match_clusters(torch.from_numpy(kmeans.predict(pixels[0])), train_labels, classes)
-    return float(np.mean(labels[kmeans.predict(pixels[1])] == _numbers(test_labels)))
+    labels = match_clusters(torch.from_numpy(kmeans.predict(pixels[0])), dataset.train_labels, classes)
+    return float(np.mean(labels[kmeans.predict(pixels[1])] == _numbers(dataset.test_labels)))

@@ -22,15 +22,16 @@ from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.metrics import clustering_metrics, kmeans_accuracy
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules, lengths
 from infocapsgan.models.capsule_generator import CapsuleGenerator
-from infocapsgan.settings import Count, Settings, Weight
-from infocapsgan.systems.system import System
+from infocapsgan.settings import Count, Weight, Whole
+from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings
 from infocapsgan.training import Training
 
+LAST_DIM = 52  # numbers in the discriminator's last capsule
 SAMPLES_PER_CODE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoCapsGANSettings(Settings):
+class InfoCapsGANSettings(GANSettings):
     """InfoCapsGAN: capsule generator, capsule discriminator, class code; classifies without labels."""
 
     noise_dim: Count = 52
@@ -43,6 +44,8 @@ class InfoCapsGANSettings(Settings):
     """Learning rate of the discriminator."""
     adversarial_weight: Weight = 1.0
     """Weight of real against generated; 0 trains the discriminator on real images alone, no generator."""
+    warm_up: Whole = 150
+    """Steps over which generated images come to their full weight in the discriminator's loss."""
     code_weight: Weight = 0.01
     """Weight of the margin loss, summed over the batch, that recognises the code of generated images."""
     information_weight: Weight = 0.4
@@ -65,6 +68,7 @@ class Verdict(NamedTuple):
     """What the discriminator says of images."""
 
     logit: Tensor  # [B], above 0 for real
+    last: Tensor  # [B, 52], the capsule that the logit is read from
     capsules: Capsules
 
 
@@ -74,16 +78,17 @@ class Discriminator(nn.Module):
     def __init__(self, channels: int, size: int, classes: int, *, width: int, batch_norm: bool) -> None:
         super().__init__()
         self.encoder = CapsuleEncoder(channels, size, classes, width=width, batch_norm=batch_norm, bias=False)
-        self.last = RoutingCapsules(classes, 1, 16, 52, iterations=0, bias=False)
-        self.verdict = nn.Linear(52, 1)
+        self.last = RoutingCapsules(classes, 1, 16, LAST_DIM, iterations=0, bias=False)
+        self.verdict = nn.Linear(LAST_DIM, 1)
 
     def forward(self, images: Tensor) -> Verdict:
         capsules = self.encoder(images)
         weighted = capsules.classes * (1 + lengths(capsules.classes).unsqueeze(-1))
-        return Verdict(self.verdict(self.last(weighted)).flatten(), capsules)
+        last = self.last(weighted).flatten(1)
+        return Verdict(self.verdict(last).flatten(), last, capsules)
 
 
-class InfoCapsGAN(System):
+class InfoCapsGAN(GAN):
     """InfoCapsGAN; see the module."""
 
     Settings = InfoCapsGANSettings
@@ -97,6 +102,7 @@ class InfoCapsGAN(System):
             "information_weight": 0.0,
             "consistency_weight": 0.0,
             "batch_norm": True,
+            "warm_up": 0,
         },
     }
     tuned: ClassVar = {"digits": {"width": 32, "epochs": 30}}
@@ -108,12 +114,18 @@ class InfoCapsGAN(System):
         self.generator = CapsuleGenerator(s.noise_dim + shape.classes, *shape, width=s.width)
         self.discriminator = Discriminator(*shape, width=s.width, batch_norm=s.batch_norm)
         if s.recipe == "published":
-            self.apply(_initialise_as_published)
-        betas = (0.5, 0.999)
+            self.apply(initialise_as_published)
+        self.stabilise()
         self.optimizers = {
-            "discriminator": torch.optim.Adam(self.discriminator.parameters(), s.discriminator_rate, betas),
-            "generator": torch.optim.Adam(self.generator.parameters(), s.generator_rate, betas),
+            "discriminator": torch.optim.Adam(
+                self.discriminator.parameters(), s.discriminator_rate, ADAM_BETAS
+            ),
+            "generator": torch.optim.Adam(self.generator.parameters(), s.generator_rate, ADAM_BETAS),
         }
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The discriminator's logits [B] of images [B, C, H, W] in [−1, 1]: above 0 for real."""
+        return self.discriminator(images).logit
 
     def latent(self, noise: Tensor, code: Tensor) -> Tensor:
         """Noise [B, noise_dim] and class codes [B] → latent vectors [B, noise_dim + classes]."""
@@ -137,19 +149,23 @@ class InfoCapsGAN(System):
             if s.adversarial_weight:
                 generated, _ = self.generator(self.latent(noise, code))
                 judged = self.discriminator(generated.detach())
-                named["discriminator"] = losses.discriminator_loss(seen.logit, judged.logit)
+                named["discriminator"] = self.adversarial_discriminator_loss(
+                    real, generated, seen.logit, judged.logit, training
+                )
                 named["code"] = self.code_loss(judged, code)
-                loss = loss + s.adversarial_weight * named["discriminator"]
-                loss = loss + s.code_weight * s.batch_size * named["code"]
+                rise = min(1.0, (training.step + 1) / s.warm_up) if s.warm_up else 1.0
+                loss = loss + rise * s.adversarial_weight * named["discriminator"]
+                loss = loss + rise * s.code_weight * s.batch_size * named["code"]
         training.update("discriminator", loss)
 
         if s.adversarial_weight:
             with training.autocast():
                 judged = self.discriminator(generated)
-                named["generator"] = losses.generator_loss(judged.logit)
+                named["generator"] = self.adversarial_generator_loss(judged.logit)
                 loss = s.adversarial_weight * named["generator"]
                 loss = loss + s.code_weight * s.batch_size * self.code_loss(judged, code)
             training.update("generator", loss)
+            self.update_average()
         return {name: value.detach() for name, value in named.items()}
 
     def code_loss(self, judged: Verdict, code: Tensor) -> Tensor:
@@ -190,7 +206,7 @@ class InfoCapsGAN(System):
         s, classes = self.settings, self.image_shape.classes
         noise = torch.randn(SAMPLES_PER_CODE, s.noise_dim, generator=torch.Generator().manual_seed(0))
         code = torch.arange(classes).repeat_interleave(SAMPLES_PER_CODE)
-        return self.generator(self.latent(noise.repeat(classes, 1), code).to(self.device))
+        return self.drawing_generator(self.latent(noise.repeat(classes, 1), code).to(self.device))
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """Unsupervised accuracy, NMI, ARI; sizes of the clusters; generator and discriminator compared."""
@@ -206,15 +222,7 @@ class InfoCapsGAN(System):
 
     def baselines(self, dataset: Dataset) -> dict[str, float]:
         """k-means on the pixels."""
-        return {
-            "k-means on pixels": kmeans_accuracy(
-                dataset.train_images,
-                dataset.train_labels,
-                dataset.test_images,
-                dataset.test_labels,
-                self.image_shape.classes,
-            )
-        }
+        return {"k-means on pixels": kmeans_accuracy(dataset, self.image_shape.classes)}
 
     def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
         """Samples, a row for each class code."""
@@ -237,7 +245,7 @@ def compare_capsules(given: Capsules, seen: Capsules) -> dict[str, float]:
     return metrics
 
 
-def _initialise_as_published(module: nn.Module) -> None:
+def initialise_as_published(module: nn.Module) -> None:
     """Convolutions Xavier normal; transformations normal × √(3 / (K + D + J)), the last × √(2 / (K + D))."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_normal_(module.weight)

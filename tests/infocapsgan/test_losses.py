@@ -55,3 +55,27 @@ def test_the_adversarial_direction_is_the_one_that_matters():
         losses.divergence(p, log_prediction(images + sign * torch.tensor([0.5, 0, 0]))) for sign in (1, -1)
     ]
     assert min(changed) <= found <= max(changed)
+
+
+def test_hinge_and_wasserstein_by_hand():
+    real, generated = torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0])
+    assert losses.discriminator_loss(real, generated, "hinge").item() == 0.5 + 1
+    assert losses.discriminator_loss(real, generated, "wasserstein").item() == -0.5 - 1
+    for kind in ("hinge", "wasserstein"):
+        assert losses.generator_loss(generated, kind).item() == 0.5
+    for call in (
+        lambda: losses.discriminator_loss(real, generated, "x"),
+        lambda: losses.generator_loss(real, "x"),
+    ):
+        with pytest.raises(ValueError, match="kind: got 'x', takes logistic, hinge or wasserstein"):
+            call()
+
+
+def test_gradient_penalty_of_a_plane():
+    images = torch.rand(3, 1, 2, 2)
+    slope = torch.tensor([[1.0, 2], [2, 0]])
+
+    def discriminate(x):
+        return (x * slope).sum((1, 2, 3))
+
+    assert losses.gradient_penalty(discriminate, images, images + 1, Draw(0)).item() == pytest.approx(4)

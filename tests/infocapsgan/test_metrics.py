@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from infocapsgan.data import Dataset
 from infocapsgan.metrics import accuracy, clustering_metrics, kmeans_accuracy, match_clusters
 
 
@@ -46,4 +47,4 @@ def test_accuracy():
 def test_kmeans_tells_black_from_white():
     images = torch.tensor([0, 255, 0, 255], dtype=torch.uint8)[:, None, None, None].expand(4, 1, 2, 2)
     labels = torch.tensor([1, 0, 1, 0])
-    assert kmeans_accuracy(images, labels, images, labels, 2) == 1
+    assert kmeans_accuracy(Dataset("small", images, labels, images, labels), 2) == 1

@@ -22,9 +22,9 @@ def test_training_lowers_both_losses(decoder, loss):
     torch.manual_seed(0)
     digits = data.load("digits")
     options = {"decoder": decoder, "decoder_batch_norm": decoder == "deconv", "reconstruction_loss": loss}
-    system = CapsNet(width=8, batch_size=32, leaky=True, encoder_batch_norm=True, shift=0, **options)
+    system = CapsNet(width=8, batch_size=16, leaky=True, encoder_batch_norm=True, shift=0, **options)
     training = Training(system.optimizers, Draw(0))
-    rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(30)]
+    rows = [system.step(digits.train_images[:16], digits.train_labels[:16], training) for _ in range(20)]
     for name in ("margin", "reconstruction"):
         assert rows[-1][name] < 0.9 * rows[0][name]
 

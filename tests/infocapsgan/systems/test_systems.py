@@ -10,7 +10,9 @@ from infocapsgan.draw import Draw
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.training import Training
 
-SMALL = {"width": 8, "batch_size": 16}
+SMALL = {name: {"width": 8, "batch_size": 16} for name in SYSTEMS}
+for name in ("capsulegan", "dcgan"):
+    SMALL[name]["generator_width"] = 8
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def train(system, dataset, steps, precision="fp32"):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_twenty_steps_evaluation_and_pictures(name, recipe, digits):
     torch.manual_seed(0)
-    system = SYSTEMS[name](recipe=recipe, **SMALL)
+    system = SYSTEMS[name](recipe=recipe, **SMALL[name])
     before = {key: value.clone() for key, value in system.named_parameters()}
     rows = train(system, digits, 20)
     assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows)
@@ -54,14 +56,14 @@ def test_twenty_steps_evaluation_and_pictures(name, recipe, digits):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_low_precision(name, precision, digits):
     torch.manual_seed(0)
-    rows = train(SYSTEMS[name](precision=precision, **SMALL), digits, 3, precision)
+    rows = train(SYSTEMS[name](precision=precision, **SMALL[name]), digits, 3, precision)
     assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_restored_state_goes_on_to_the_same_numbers(name, digits, tmp_path):
     torch.manual_seed(0)
-    system = SYSTEMS[name](**SMALL)
+    system = SYSTEMS[name](**SMALL[name])
     training = Training(system.optimizers, Draw(0))
     images, labels = digits.train_images[:16], digits.train_labels[:16]
     for _ in range(3):
@@ -71,7 +73,7 @@ def test_a_restored_state_goes_on_to_the_same_numbers(name, digits, tmp_path):
     wanted = system.step(images, labels, training)
 
     torch.manual_seed(1)
-    other = SYSTEMS[name](**SMALL)
+    other = SYSTEMS[name](**SMALL[name])
     resumed = Training(other.optimizers, Draw(1))
     checkpoint.restore(checkpoint.load(path), other, resumed)
     assert resumed.step == 3

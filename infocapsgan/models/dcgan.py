@@ -1,0 +1,28 @@
+"""DCGAN's discriminator."""
+
+from torch import Tensor, nn
+
+
+class ConvolutionalDiscriminator(nn.Module):
+    """Three strided convolutions k4 of width/4, width/2, width channels → logit (Radford et al. 2016, DCGAN).
+
+    Batch norm after the second and third, leaky ReLU 0.2.
+
+    Args:
+        channels, size: of the image.
+        width: channels of the last convolution.
+    """
+
+    def __init__(self, channels: int, size: int, *, width: int = 256) -> None:
+        super().__init__()
+        layers, before = [], channels
+        for step, after in enumerate((width // 4, width // 2, width)):
+            layers.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
+            layers += [nn.BatchNorm2d(after)] if step else []
+            layers.append(nn.LeakyReLU(0.2))
+            before = after
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * (size // 8) ** 2, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] → logits [B], above 0 for real."""
+        return self.layers(images).flatten()

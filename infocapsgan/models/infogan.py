@@ -1,0 +1,82 @@
+"""InfoGAN's networks."""
+
+from torch import Tensor, nn
+
+
+class InfoGANGenerator(nn.Module):
+    """Latent → dense 16·width → dense maps of 2·width → ConvT k4 s2, …: InfoGAN's generator.
+
+    Batch norm and ReLU between, tanh at the end. Images of 28 × 28 are enlarged twice from 7 × 7, of 32 × 32
+    three times from 4 × 4 (Chen et al. 2016, appendix C.1).
+
+    Args:
+        latent_dim: numbers in a latent vector.
+        channels, size: of the image.
+        width: 64 as published.
+    """
+
+    def __init__(self, latent_dim: int, channels: int, size: int, *, width: int = 64) -> None:
+        super().__init__()
+        levels = infogan_levels(size)
+        before, grid = width * 2 ** (levels - 1), size // 2**levels
+        layers = [
+            nn.Linear(latent_dim, 16 * width),
+            nn.BatchNorm1d(16 * width),
+            nn.ReLU(),
+            nn.Linear(16 * width, before * grid**2),
+            nn.BatchNorm1d(before * grid**2),
+            nn.ReLU(),
+            nn.Unflatten(1, (before, grid, grid)),
+        ]
+        for _ in range(levels - 1):
+            layers += [
+                nn.ConvTranspose2d(before, before // 2, 4, stride=2, padding=1),
+                nn.BatchNorm2d(before // 2),
+                nn.ReLU(),
+            ]
+            before //= 2
+        self.layers = nn.Sequential(
+            *layers, nn.ConvTranspose2d(before, channels, 4, stride=2, padding=1), nn.Tanh()
+        )
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Latent vectors [B, latent_dim] → images [B, channels, size, size] in [−1, 1]."""
+        return self.layers(latent)
+
+
+class InfoGANTrunk(nn.Module):
+    """What InfoGAN's discriminator and recogniser share: Conv k4 s2 of width, 2·width, … → dense 16·width.
+
+    Leaky ReLU 0.1, batch norm from the second layer on (Chen et al. 2016, appendix C.1).
+
+    Args:
+        channels, size: of the image.
+        width: 64 as published.
+    """
+
+    def __init__(self, channels: int, size: int, *, width: int = 64) -> None:
+        super().__init__()
+        layers, before = [], channels
+        for level in range(infogan_levels(size)):
+            after = width * 2**level
+            layers.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
+            layers += [nn.BatchNorm2d(after)] if level else []
+            layers.append(nn.LeakyReLU(0.1))
+            before = after
+        grid = size // 2 ** infogan_levels(size)
+        self.layers = nn.Sequential(
+            *layers,
+            nn.Flatten(),
+            nn.Linear(before * grid**2, 16 * width),
+            nn.BatchNorm1d(16 * width),
+            nn.LeakyReLU(0.1),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] → features [B, 16 · width]."""
+        return self.layers(images)
+
+
+def infogan_levels(size: int) -> int:
+    """How many times InfoGAN halves an image: 28 → 7, 32 → 4."""
+    return 2 if size <= 28 else 3

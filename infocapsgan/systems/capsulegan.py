@@ -1,0 +1,59 @@
+"""CapsuleGAN: a DCGAN generator against a CapsNet discriminator.
+
+`published` is what the author's code does; `--generator text` is the generator of the text. Its generator
+steps trained the discriminator too; ours do not.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from infocapsgan.models.capsule_encoder import CapsuleEncoder
+from infocapsgan.settings import Count
+from infocapsgan.systems.dcgan import DCGAN, DCGANSettings
+
+CLASS_CAPSULES, CLASS_DIM = 10, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapsuleGANSettings(DCGANSettings):
+    """CapsuleGAN: convolutional or capsule generator, capsule discriminator."""
+
+    iterations: Count = 5
+    """Routing iterations of the discriminator."""
+
+
+class CapsuleDiscriminator(nn.Module):
+    """Capsule encoder with kernels of 7 → 10 capsules of 16 → dense 64, ReLU → logit.
+
+    Args:
+        channels, size: of the image.
+        width: channels of the convolutions.
+        iterations: of the routing.
+    """
+
+    def __init__(self, channels: int, size: int, *, width: int, iterations: int) -> None:
+        super().__init__()
+        self.encoder = CapsuleEncoder(
+            channels, size, CLASS_CAPSULES, width=width, kernel_size=7, iterations=iterations, bias=False
+        )
+        self.verdict = nn.Sequential(
+            nn.Flatten(), nn.Linear(CLASS_CAPSULES * CLASS_DIM, 64), nn.ReLU(), nn.Linear(64, 1)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] → logits [B], above 0 for real."""
+        return self.verdict(self.encoder(images).classes).flatten()
+
+
+class CapsuleGAN(DCGAN):
+    """CapsuleGAN; see the module."""
+
+    Settings = CapsuleGANSettings
+    tuned: ClassVar = {"digits": {"generator_width": 32, "width": 32, "epochs": 30}}
+
+    def make_discriminator(self) -> nn.Module:
+        """Images → logits."""
+        s, shape = self.settings, self.image_shape
+        return CapsuleDiscriminator(shape.channels, shape.size, width=s.width, iterations=s.iterations)

@@ -1,0 +1,66 @@
+"""DCGAN: CapsuleGAN's generator, losses and optimiser with a discriminator of convolutions, to compare with.
+
+Source of the discriminator: Radford, Metz, Chintala 2016.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from infocapsgan.models.capsule_generator import CapsuleGenerator
+from infocapsgan.models.capsulegan import TransposedGenerator, UpsamplingGenerator
+from infocapsgan.models.dcgan import ConvolutionalDiscriminator
+from infocapsgan.settings import Count, Weight
+from infocapsgan.systems.gan import ADAM_BETAS, GANSettings, LatentGAN
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCGANSettings(GANSettings):
+    """DCGAN: CapsuleGAN's generator against a discriminator of convolutions."""
+
+    batch_size: Count = 16
+    """Real images per step, over all processes; as many are generated (published: 32 together)."""
+    noise_dim: Count = 100
+    """Normal values in a latent vector."""
+    generator: Literal["code", "text", "capsule"] = "code"
+    """That of CapsuleGAN's code, that of its text, or one of capsules."""
+    generator_width: Count = 128
+    """Channels of the generator's first maps; capsule takes --width."""
+    learning_rate: Weight = 2e-4
+    """Of both networks."""
+
+
+class DCGAN(LatentGAN):
+    """DCGAN; see the module."""
+
+    Settings = DCGANSettings
+    recipes: ClassVar = {"tuned": {"batch_size": 64}, "published": {}}
+    tuned: ClassVar = {"digits": {"generator_width": 32, "width": 64, "epochs": 30}}
+
+    def __init__(self, settings: Settings | None = None, **options) -> None:
+        super().__init__(settings, **options)
+        s, shape = self.settings, self.image_shape
+        if s.generator == "capsule":
+            self.generator = PicturesOnly(s.noise_dim, *shape, width=s.width)
+        else:
+            kind = UpsamplingGenerator if s.generator == "code" else TransposedGenerator
+            self.generator = kind(s.noise_dim, shape.channels, shape.size, width=s.generator_width)
+        self.discriminator = self.make_discriminator()
+        self.stabilise()
+        self.optimizers = {
+            name: torch.optim.Adam(network.parameters(), s.learning_rate, ADAM_BETAS)
+            for name, network in (("discriminator", self.discriminator), ("generator", self.generator))
+        }
+
+    def make_discriminator(self) -> torch.nn.Module:
+        """Images → logits."""
+        shape = self.image_shape
+        return ConvolutionalDiscriminator(shape.channels, shape.size, width=self.settings.width)
+
+
+class PicturesOnly(CapsuleGenerator):
+    """A capsule generator that hands out its images without its capsules."""
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        return super().forward(latent)[0]

@@ -1,0 +1,151 @@
+"""What the generative adversarial systems have in common."""
+
+import copy
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from infocapsgan import losses
+from infocapsgan.data import Dataset
+from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.settings import Range, Settings, Weight
+from infocapsgan.systems.system import System
+from infocapsgan.training import Training
+
+ADAM_BETAS = (0.5, 0.999)  # of Radford, Metz, Chintala 2016, and of every system here
+
+
+@dataclass(frozen=True, kw_only=True)
+class GANSettings(Settings):
+    """The options of all systems with a generator and a discriminator."""
+
+    adversarial_loss: Literal["logistic", "hinge", "wasserstein"] = "logistic"
+    """logistic: binary cross-entropy, non-saturating for the generator; wasserstein: with penalty."""
+    penalty_weight: Weight = 10.0
+    """Weight of the gradient penalty of wasserstein."""
+    spectral_norm: bool = False
+    """Whether the discriminator's convolutions and dense layers have spectral norm 1."""
+    ema: Annotated[float, Range(0, 0.9999)] = 0.0
+    """Pictures come from a moving average of the generator that keeps this much at each step; 0: none."""
+
+
+class GAN(System):
+    """A system with a `generator`, a `discriminator`, and where asked for an average of the generator."""
+
+    generator: nn.Module
+    discriminator: nn.Module
+
+    def stabilise(self) -> None:
+        """Called once both networks are made: adds spectral norm and the average of the generator."""
+        if self.settings.spectral_norm:
+            for module in list(self.discriminator.modules()):
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    spectral_norm(module)
+        self.average = None
+        if self.settings.ema:
+            self.average = copy.deepcopy(self.generator).requires_grad_(False)
+
+    @property
+    def drawing_generator(self) -> nn.Module:
+        """The generator that pictures and evaluations come from."""
+        return self.average or self.generator
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Moves the average a step towards the generator; called after each update of it."""
+        if self.average is None:
+            return
+        for mean, now in zip(self.average.parameters(), self.generator.parameters(), strict=True):
+            mean.lerp_(now, 1 - self.settings.ema)
+        for mean, now in zip(self.average.buffers(), self.generator.buffers(), strict=True):
+            mean.copy_(now)
+
+    def adversarial_discriminator_loss(
+        self, real: Tensor, generated: Tensor, real_logit: Tensor, logit: Tensor, training: Training
+    ) -> Tensor:
+        """The discriminator's loss of the chosen kind, with its gradient penalty where it has one."""
+        s = self.settings
+        loss = losses.discriminator_loss(real_logit, logit, s.adversarial_loss)
+        if s.adversarial_loss == "wasserstein":
+            penalty = losses.gradient_penalty(self.logits, real, generated.detach(), training.draw)
+            loss = loss + s.penalty_weight * penalty
+        return loss
+
+    def adversarial_generator_loss(self, logit: Tensor) -> Tensor:
+        """The generator's loss of the chosen kind."""
+        return losses.generator_loss(logit, self.settings.adversarial_loss)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The discriminator's logits [B] of images [B, C, H, W] in [−1, 1]: above 0 for real."""
+        return self.discriminator(images)
+
+
+class LatentGAN(GAN):
+    """A GAN whose generator takes normal values and whose discriminator says only real or generated."""
+
+    headline = "discriminator_accuracy"
+
+    def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
+        """The discriminator once, then the generator once on new latents; labels are not looked at."""
+        draw, B, N = training.draw, len(images), self.settings.noise_dim
+        real = to_symmetric(images)
+        latent, later_latent = draw.normal(B, N), draw.normal(B, N)
+
+        with training.autocast():
+            with torch.no_grad():
+                generated = self.generator(latent)
+            real_logit, logit = self.logits(real), self.logits(generated)
+            discriminator = self.adversarial_discriminator_loss(real, generated, real_logit, logit, training)
+        training.update("discriminator", discriminator)
+
+        with training.autocast():
+            generator = self.adversarial_generator_loss(self.logits(self.generator(later_latent)))
+        training.update("generator", generator)
+        self.update_average()
+        return {
+            "discriminator": discriminator.detach(),
+            "generator": generator.detach(),
+            "real_accuracy": (real_logit > 0).float().mean(),
+            "generated_accuracy": (logit < 0).float().mean(),
+        }
+
+    def fixed_latents(self, number: int) -> Tensor:
+        """The same latents [number, noise_dim] at every call."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(number, self.settings.noise_dim, generator=generator).to(self.device)
+
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        """How often the discriminator is right on up to 1,000 test images and as many generated ones."""
+        real = to_symmetric(dataset.test_images[:1000])
+        latents = self.fixed_latents(len(real))
+        real_right, generated_right = [], []
+        for images, latent in zip(real.split(250), latents.split(250), strict=True):
+            real_right.append(self.logits(images) > 0)
+            generated_right.append(self.logits(self.drawing_generator(latent)) < 0)
+        shares = [torch.cat(right).float().mean().item() for right in (real_right, generated_right)]
+        return {
+            "discriminator_accuracy": sum(shares) / 2,
+            "real_accuracy": shares[0],
+            "generated_accuracy": shares[1],
+        }
+
+    def baselines(self, dataset: Dataset) -> dict[str, float]:
+        """A discriminator that cannot tell."""
+        return {"cannot tell": 0.5}
+
+    def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
+        """Samples of fixed latents; and rows that go in a straight line from one latent to another."""
+        latents = self.fixed_latents(100)
+        lines = torch.cat([morph(a, b, 10) for a, b in zip(latents[:10], latents[10:20], strict=True)])
+        return {
+            name: ((self.drawing_generator(chosen) + 1) / 2, 10)
+            for name, chosen in (("samples", latents), ("morph", lines))
+        }
+
+
+def morph(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """Points [steps, N] on the straight line from `start` [N] to `end` [N], both included."""
+    return torch.lerp(start, end, torch.linspace(0, 1, steps, device=start.device)[:, None])

@@ -1,0 +1,177 @@
+"""InfoGAN: a GAN whose latent codes must be recognised on the generated image.
+
+Source: Chen et al. 2016, networks of appendix C.1; loss weights and sizes of a public implementation.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infocapsgan.data import Dataset
+from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.metrics import clustering_metrics, kmeans_accuracy
+from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
+from infocapsgan.settings import Count, Range, Weight, Whole
+from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings
+from infocapsgan.training import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoGANSettings(GANSettings):
+    """InfoGAN: a GAN with a categorical code and continuous codes."""
+
+    batch_size: Count = 256
+    """Images per step, over all processes."""
+    epochs: Count = 50
+    """Passes over the training images."""
+    width: Annotated[int, Range(8)] = 64
+    """Channels of the first convolution; the next has twice as many, the dense layer 16 times."""
+    noise_dim: Count = 62
+    """Normal values in a latent vector, beside the codes."""
+    continuous_codes: Whole = 2
+    """Uniform values from −1 to 1 in a latent vector."""
+    categorical_weight: Weight = 1.0
+    """λ, the weight of the cross-entropy of the categorical code."""
+    continuous_weight: Weight = 0.5
+    """Weight of the squared error of the continuous codes."""
+    discriminator_rate: Weight = 2e-4
+    """Learning rate of the discriminator and of what it shares with the recogniser."""
+    generator_rate: Weight = 1e-3
+    """Learning rate of the generator and the recogniser."""
+
+
+class InfoGANDiscriminator(nn.Module):
+    """A trunk with two ends: real or generated, and the codes.
+
+    Args:
+        channels, size: of the image.
+        classes: of the categorical code.
+        continuous: number of continuous codes.
+        width: 64 as published.
+    """
+
+    def __init__(self, channels: int, size: int, classes: int, continuous: int, *, width: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.trunk = InfoGANTrunk(channels, size, width=width)
+        self.verdict = nn.Linear(16 * width, 1)
+        self.recogniser = nn.Sequential(
+            nn.Linear(16 * width, 2 * width),
+            nn.BatchNorm1d(2 * width),
+            nn.LeakyReLU(0.1),
+            nn.Linear(2 * width, classes + continuous),
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images → logits [B], logits of the categorical code [B, classes], continuous codes [B, …]."""
+        features = self.trunk(images)
+        codes = self.recogniser(features)
+        return self.verdict(features).flatten(), codes[:, : self.classes], codes[:, self.classes :]
+
+
+class InfoGAN(GAN):
+    """InfoGAN; see the module."""
+
+    Settings = InfoGANSettings
+    recipes: ClassVar = {"tuned": {}, "published": {}}
+    tuned: ClassVar = {"digits": {"width": 16, "batch_size": 128, "epochs": 80}}
+    headline = "unsupervised_accuracy"
+
+    def __init__(self, settings: Settings | None = None, **options) -> None:
+        super().__init__(settings, **options)
+        s, (channels, size, classes) = self.settings, self.image_shape
+        self.generator = InfoGANGenerator(
+            s.noise_dim + classes + s.continuous_codes, channels, size, width=s.width
+        )
+        self.discriminator = InfoGANDiscriminator(channels, size, classes, s.continuous_codes, width=s.width)
+        self.stabilise()
+        shared = [*self.discriminator.trunk.parameters(), *self.discriminator.verdict.parameters()]
+        generating = [*self.generator.parameters(), *self.discriminator.recogniser.parameters()]
+        self.optimizers = {
+            "discriminator": torch.optim.Adam(shared, s.discriminator_rate, ADAM_BETAS),
+            "generator": torch.optim.Adam(generating, s.generator_rate, ADAM_BETAS),
+        }
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The discriminator's logits [B] of images [B, C, H, W] in [−1, 1]: above 0 for real."""
+        return self.discriminator(images)[0]
+
+    def latent(self, noise: Tensor, code: Tensor, continuous: Tensor) -> Tensor:
+        """Noise [B, noise_dim], classes [B] and continuous codes [B, …] → latent vectors."""
+        return torch.cat([noise, F.one_hot(code, self.image_shape.classes), continuous], dim=1)
+
+    def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
+        """The discriminator once, then generator and recogniser once; the labels are not looked at."""
+        s, draw, B = self.settings, training.draw, len(images)
+        real = to_symmetric(images)
+        noise, code = draw.normal(B, s.noise_dim), draw.integers(self.image_shape.classes, B)
+        continuous = draw.uniform(B, s.continuous_codes) * 2 - 1
+
+        with training.autocast():
+            generated = self.generator(self.latent(noise, code, continuous))
+            real_logit = self.logits(real)
+            logit, categories, values = self.discriminator(generated.detach())
+            discriminator = self.adversarial_discriminator_loss(real, generated, real_logit, logit, training)
+            # The trunk is trained by the codes as well: without that, public versions learn no classes.
+            information = self.information_loss(categories, code, values, continuous)[0]
+        training.update("discriminator", discriminator + information)
+
+        with training.autocast():
+            later_logit, categories, values = self.discriminator(generated)
+            generator = self.adversarial_generator_loss(later_logit)
+            information, categorical, squared = self.information_loss(categories, code, values, continuous)
+        training.update("generator", generator + information)
+        self.update_average()
+        return {
+            "discriminator": discriminator.detach(),
+            "generator": generator.detach(),
+            "categorical": categorical.detach(),
+            "continuous": squared.detach(),
+            "real_accuracy": (real_logit > 0).float().mean(),
+            "generated_accuracy": (logit < 0).float().mean(),
+        }
+
+    def information_loss(
+        self, categories: Tensor, code: Tensor, values: Tensor, continuous: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted sum, the cross-entropy of the categorical code, the squared error of the others."""
+        s = self.settings
+        categorical = F.cross_entropy(categories.float(), code)
+        squared = (values.float() - continuous).square().sum(dim=1).mean()
+        return s.categorical_weight * categorical + s.continuous_weight * squared, categorical, squared
+
+    def clusters(self, images: Tensor) -> Tensor:
+        """The likeliest categorical code of each image [N], of images [N, C, H, W] as uint8."""
+        found = [self.discriminator(to_symmetric(part))[1] for part in images.split(500)]
+        return torch.cat(found).argmax(dim=1)
+
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        """Unsupervised accuracy, NMI and ARI of the categorical code on real images."""
+        train, test = self.clusters(dataset.train_images), self.clusters(dataset.test_images)
+        return clustering_metrics(
+            train, dataset.train_labels, test, dataset.test_labels, self.image_shape.classes
+        )
+
+    def baselines(self, dataset: Dataset) -> dict[str, float]:
+        """k-means on the pixels."""
+        return {"k-means on pixels": kmeans_accuracy(dataset, self.image_shape.classes)}
+
+    def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
+        """Samples, a row for each class; for each continuous code rows along which it goes from −2 to 2."""
+        s, classes = self.settings, self.image_shape.classes
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(classes, s.noise_dim, generator=generator)
+        code = torch.arange(classes).repeat_interleave(classes)
+        still = torch.zeros(classes**2, s.continuous_codes)
+        drawn = {"samples": self.latent(noise.repeat(classes, 1), code, still)}
+        for index in range(s.continuous_codes):
+            varied = still.clone()
+            varied[:, index] = torch.linspace(-2, 2, classes).repeat(classes)
+            drawn[f"continuous_code_{index}"] = self.latent(noise[:1].expand(classes**2, -1), code, varied)
+        return {
+            name: ((self.drawing_generator(latent.to(self.device)) + 1) / 2, classes)
+            for name, latent in drawn.items()
+        }

@@ -1,0 +1,131 @@
+"""Mimic: the capsule generator draws what the discriminator saw in a real image.
+
+Its latent is the discriminator's last capsule of that image; only the adversarial loss trains it.
+Source: the other branch of the public InfoCapsGAN code.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+import capsops
+from infocapsgan.data import Dataset
+from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.models.capsule_generator import CapsuleGenerator
+from infocapsgan.settings import Weight
+from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings
+from infocapsgan.systems.infocapsgan import LAST_DIM, Discriminator, initialise_as_published
+from infocapsgan.training import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class MimicSettings(GANSettings):
+    """Mimic: the generator's input is the discriminator's last capsule of a real image."""
+
+    noise_epochs: Weight = 2.0
+    """Epochs, at first, in which the latents are squashed normal values instead."""
+    generator_rate: Weight = 1e-3
+    """Learning rate of the generator."""
+    discriminator_rate: Weight = 1e-3
+    """Learning rate of the discriminator."""
+    batch_norm: bool = False
+    """Whether the discriminator normalises after its first convolution."""
+
+
+class Mimic(GAN):
+    """Mimic; see the module."""
+
+    Settings = MimicSettings
+    recipes: ClassVar = {
+        "tuned": {},
+        "published": {
+            "batch_size": 100,
+            "generator_rate": 2e-4,
+            "discriminator_rate": 2e-5,
+            "batch_norm": True,
+        },
+    }
+    tuned: ClassVar = {"digits": {"width": 32, "epochs": 30}}
+    headline = "discriminator_accuracy"
+
+    def __init__(self, settings: Settings | None = None, **options) -> None:
+        super().__init__(settings, **options)
+        s, shape = self.settings, self.image_shape
+        self.generator = CapsuleGenerator(LAST_DIM, *shape, width=s.width)
+        self.discriminator = Discriminator(*shape, width=s.width, batch_norm=s.batch_norm)
+        if s.recipe == "published":
+            self.apply(initialise_as_published)
+        self.stabilise()
+        self.optimizers = {
+            "discriminator": torch.optim.Adam(
+                self.discriminator.parameters(), s.discriminator_rate, ADAM_BETAS
+            ),
+            "generator": torch.optim.Adam(self.generator.parameters(), s.generator_rate, ADAM_BETAS),
+        }
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The discriminator's logits [B] of images [B, C, H, W] in [−1, 1]: above 0 for real."""
+        return self.discriminator(images).logit
+
+    def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
+        """Discriminator and generator once each; the labels are not looked at."""
+        real = to_symmetric(images)
+        noise = training.draw.normal(len(images), LAST_DIM)
+
+        with training.autocast():
+            seen = self.discriminator(real)
+            noisy = training.epoch < self.settings.noise_epochs
+            generated, _ = self.generator(capsops.squash(noise) if noisy else seen.last.detach())
+            logit = self.logits(generated.detach())
+            discriminator = self.adversarial_discriminator_loss(real, generated, seen.logit, logit, training)
+        training.update("discriminator", discriminator)
+
+        with training.autocast():
+            generator = self.adversarial_generator_loss(self.logits(generated))
+        training.update("generator", generator)
+        self.update_average()
+        return {
+            "discriminator": discriminator.detach(),
+            "generator": generator.detach(),
+            "real_accuracy": (seen.logit > 0).float().mean(),
+            "generated_accuracy": (logit < 0).float().mean(),
+            "squared_error": squared_error(generated.detach(), real),
+        }
+
+    def mimicked(self, images: Tensor) -> Tensor:
+        """What the generator draws of images [B, C, H, W] in [−1, 1]."""
+        return self.drawing_generator(self.discriminator(images).last)[0]
+
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        """On up to 1,000 test images: how often the discriminator is right, how far the copies are off."""
+        real_right, generated_right, errors = [], [], []
+        for part in dataset.test_images[:1000].split(250):
+            real = to_symmetric(part)
+            copies = self.mimicked(real)
+            real_right.append(self.logits(real) > 0)
+            generated_right.append(self.logits(copies) < 0)
+            errors.append(squared_error(copies, real) * len(real))
+        shares = [torch.cat(right).float().mean().item() for right in (real_right, generated_right)]
+        return {
+            "discriminator_accuracy": sum(shares) / 2,
+            "real_accuracy": shares[0],
+            "generated_accuracy": shares[1],
+            "squared_error": sum(errors).item() / len(dataset.test_images[:1000]),
+        }
+
+    def baselines(self, dataset: Dataset) -> dict[str, float]:
+        """A discriminator that cannot tell."""
+        return {"cannot tell": 0.5}
+
+    def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
+        """Five times: ten test images, and below them their copies."""
+        real = to_symmetric(dataset.test_images[:50])
+        rows = torch.stack([real.unflatten(0, (5, 10)), self.mimicked(real).unflatten(0, (5, 10))], dim=1)
+        return {"copies": ((rows.flatten(0, 2) + 1) / 2, 10)}
+
+
+def squared_error(copies: Tensor, real: Tensor) -> Tensor:
+    """Squared error of images in [−1, 1], as pixels in [0, 1], summed over an image; the batch's mean."""
+    return ((copies.float() - real) / 2).square().flatten(1).sum(dim=1).mean()

@@ -1,0 +1,145 @@
+"""What the generative adversarial systems have in common."""
+
+import pytest
+import torch
+
+from infocapsgan import data
+from infocapsgan.draw import Draw
+from infocapsgan.systems import DCGAN, SYSTEMS, CapsuleGAN, InfoCapsGAN, Mimic
+from infocapsgan.systems.gan import GAN, morph
+from infocapsgan.training import Training, parameter_count
+
+GANS = [name for name, system in SYSTEMS.items() if issubclass(system, GAN)]
+SMALL = {name: {"width": 8, "batch_size": 8} for name in GANS}
+for name in ("capsulegan", "dcgan"):
+    SMALL[name]["generator_width"] = 8
+
+
+def step(system, steps=1):
+    digits = data.load("digits")
+    training = Training(system.optimizers, Draw(0))
+    for _ in range(steps):
+        named = system.step(digits.train_images[:8], digits.train_labels[:8], training)
+        training.step += 1
+    return named
+
+
+def close(found, wanted):
+    assert set(found) == set(wanted)
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("loss", ["hinge", "wasserstein"])
+@pytest.mark.parametrize("name", GANS)
+def test_other_losses_with_spectral_norm_and_average(name, loss):
+    torch.manual_seed(0)
+    system = SYSTEMS[name](adversarial_loss=loss, spectral_norm=True, ema=0.5, **SMALL[name])
+    named = step(system)
+    assert all(torch.isfinite(value) for value in named.values())
+
+
+@pytest.mark.parametrize("name", GANS)
+def test_the_average_follows_the_generator(name):
+    torch.manual_seed(0)
+    system = SYSTEMS[name](ema=0.5, **SMALL[name])
+    before = {key: value.clone() for key, value in system.generator.named_parameters()}
+    step(system)
+    now = dict(system.generator.named_parameters())
+    close(
+        {key: value.detach() for key, value in system.average.named_parameters()},
+        {key: (before[key] + now[key].detach()) / 2 for key in before},
+    )
+    assert system.drawing_generator is system.average
+    assert any(key.startswith("average.") for key in system.state_dict())
+
+
+def test_spectral_norm_of_the_discriminator_is_one():
+    torch.manual_seed(0)
+    system = DCGAN(spectral_norm=True, width=8, generator_width=8)
+    for _ in range(50):
+        weight = system.discriminator.layers[0].weight
+    assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("name", GANS)
+def test_a_step_of_the_generator_does_not_train_the_discriminator(name):
+    # With no learning rate of its own the discriminator stays, whatever the generator does.
+    torch.manual_seed(0)
+    system = SYSTEMS[name](**SMALL[name])
+    for group in system.optimizers["discriminator"].param_groups:
+        group["lr"] = 0.0
+    own = [weight for group in system.optimizers["discriminator"].param_groups for weight in group["params"]]
+    before = [weight.clone() for weight in own]
+    step(system)
+    assert all(torch.equal(a, b) for a, b in zip(before, own, strict=True))
+
+
+def test_published_settings_of_capsulegan():
+    settings = CapsuleGAN.defaults("published", "mnist")
+    assert (settings.noise_dim, settings.iterations, settings.learning_rate) == (100, 5, 2e-4)
+    assert (settings.batch_size, settings.generator, settings.width) == (16, "code", 256)
+
+
+@pytest.mark.parametrize("generator", ["code", "text", "capsule"])
+def test_generators_of_capsulegan(generator):
+    system = CapsuleGAN(generator=generator, noise_dim=28, width=8, generator_width=8)
+    images = system.generator(torch.randn(2, 28))
+    assert images.shape == (2, 1, 28, 28)
+    assert images.abs().max() <= 1
+
+
+def test_parameter_counts_by_hand():
+    capsule = CapsuleGAN(recipe="published")
+    # Conv(256, k7), 2,048 primary capsules (k7, s2), 2,048 · 10 · 16 · 8 transformations, dense 64, dense 1
+    expected = 12_800 + (256 * 256 * 49 + 256) + 2_621_440 + (160 * 64 + 64) + 65
+    assert parameter_count(capsule.discriminator) == expected
+    # dense 100 → 128 · 7 · 7, Conv(128, k3), Conv(64, k3), Conv(1, k3)
+    expected = 101 * 6272 + (128 * 128 * 9 + 128) + (128 * 64 * 9 + 64) + (64 * 9 + 1)
+    assert parameter_count(capsule.generator) == expected
+    # Conv(64), Conv(128), BN, Conv(256), BN, dense of 256 · 3 · 3
+    expected = (16 * 64 + 64) + (64 * 128 * 16 + 128 + 256) + (128 * 256 * 16 + 256 + 512) + 2305
+    assert parameter_count(DCGAN(recipe="published").discriminator) == expected
+    text = CapsuleGAN(recipe="published", generator="text", noise_dim=28).generator
+    expected = 29 * 1152 + (128 * 64 * 9 + 64) + (64 * 32 * 9 + 32) + (32 * 3 * 9 + 3) + (3 * 9 + 1)
+    assert parameter_count(text) == expected
+
+
+def test_mimic():
+    assert parameter_count(Mimic(recipe="published").generator) == 8_057_985
+    torch.manual_seed(0)
+    system = Mimic(width=8, batch_size=8, noise_epochs=1)
+    seen = []
+    system.generator.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].clone()))
+    last = []
+    system.discriminator.register_forward_hook(lambda _, __, verdict: last.append(verdict.last.detach()))
+    step(system, 2)  # an epoch of one step each
+    assert not torch.equal(seen[0], last[0])
+    assert torch.equal(seen[1], last[3])
+    assert not seen[1].requires_grad
+
+
+def test_the_line_between_two_latents():
+    start, end = torch.zeros(2), torch.tensor([4.0, 8.0])
+    assert morph(start, end, 5).tolist() == [[0, 0], [1, 2], [2, 4], [3, 6], [4, 8]]
+
+
+def test_generated_images_come_to_their_weight_over_the_warm_up():
+    weights = []
+    for warm_up in (0, 4):
+        torch.manual_seed(0)
+        system = InfoCapsGAN(
+            width=8, batch_size=8, warm_up=warm_up, information_weight=0, consistency_weight=0
+        )
+        training = Training(system.optimizers, Draw(0))
+        update = training.update
+
+        def spy(name, loss, update=update):
+            if name == "discriminator":
+                weights.append(loss.item())
+            update(name, loss)
+
+        training.update = spy
+        digits = data.load("digits")
+        system.step(digits.train_images[:8], digits.train_labels[:8], training)
+    assert weights[1] == pytest.approx(weights[0] / 4)

@@ -1,0 +1,63 @@
+import math
+
+import pytest
+import torch
+
+from infocapsgan import data
+from infocapsgan.draw import Draw
+from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
+from infocapsgan.systems import InfoGAN
+from infocapsgan.training import Training, parameter_count
+
+
+def test_parameter_counts_by_hand():
+    system = InfoGAN(recipe="published")
+    # Conv(64), Conv(128), BN, dense 1024, BN; dense 1; dense 128, BN, dense 12
+    trunk = (16 * 64 + 64) + (64 * 128 * 16 + 128 + 256) + (6272 * 1024 + 1024 + 2048)
+    assert parameter_count(system.discriminator) == trunk + 1025 + (1024 * 128 + 128 + 256) + (128 * 12 + 12)
+    # dense 1024, BN, dense 6272, BN, ConvT(64), BN, ConvT(1)
+    expected = (74 * 1024 + 1024 + 2048) + (1024 * 6272 + 6272 * 3) + (128 * 64 * 16 + 64 + 128) + 1025
+    assert parameter_count(system.generator) == expected
+
+
+def test_colour_images_of_32_pixels_have_one_more_level():
+    images = InfoGANGenerator(76, 3, 32, width=8)(torch.randn(2, 76))
+    assert images.shape == (2, 3, 32, 32)
+    assert InfoGANTrunk(3, 32, width=8)(images).shape == (2, 128)
+
+
+def test_published_settings():
+    s = InfoGAN.defaults("published", "mnist")
+    assert (s.noise_dim, s.continuous_codes, s.continuous_weight, s.categorical_weight) == (62, 2, 0.5, 1)
+    assert (s.batch_size, s.epochs, s.discriminator_rate, s.generator_rate) == (256, 50, 2e-4, 1e-3)
+
+
+def test_information_loss_by_hand():
+    system = InfoGAN(width=8)
+    categories = torch.zeros(2, 10)
+    found, wanted = torch.tensor([[0.0, 1], [1, 1]]), torch.tensor([[1.0, 1], [1, -1]])
+    total, categorical, squared = system.information_loss(categories, torch.tensor([3, 4]), found, wanted)
+    assert categorical.item() == pytest.approx(math.log(10))
+    assert squared.item() == 2.5
+    assert total.item() == pytest.approx(math.log(10) + 0.5 * 2.5)
+
+
+def test_the_codes_train_the_trunk_that_discriminator_and_recogniser_share():
+    torch.manual_seed(0)
+    digits = data.load("digits")
+    trained = []
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        system = InfoGAN(width=8, batch_size=16, categorical_weight=weight)
+        system.step(digits.train_images[:16], digits.train_labels[:16], Training(system.optimizers, Draw(0)))
+        trained.append(system.discriminator.trunk.layers[0].weight.detach().clone())
+    assert not torch.equal(*trained)
+
+
+def test_training_lowers_the_code_losses():
+    torch.manual_seed(0)
+    digits = data.load("digits")
+    system = InfoGAN(width=8, batch_size=32, noise_dim=4)
+    training = Training(system.optimizers, Draw(0))
+    rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(60)]
+    assert rows[-1]["categorical"] < 0.8 * rows[0]["categorical"]
