@@ -13,6 +13,7 @@ from benchmarks.rows import RESULTS, Row, save
 from benchmarks.timing import ROUNDS, Race
 
 _rows = pytest.StashKey[list[Row]]()
+_load = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_rows] = []
+    config.stash[_load] = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     config.option.benchmark_quiet = True  # our table stands in place of the plugin's, which -v brings back
     torch.set_num_threads(config.getoption("--threads"))
 
@@ -68,7 +70,11 @@ def report(request: pytest.FixtureRequest) -> Callable[[Row], None]:
 def _header(config: pytest.Config) -> dict[str, object]:
     ceiling = measured_ceiling(config.getoption("--threads"))
     command = ["pytest", *map(str, config.invocation_params.args)]
-    return {**machine.provenance(command), "device": machine.cpu(), "ceiling": ceiling._asdict()}
+    return {
+        **machine.provenance(command),
+        "device": {**machine.cpu(), "load_before": config.stash[_load]},
+        "ceiling": ceiling._asdict(),
+    }
 
 
 def pytest_terminal_summary(

@@ -37,6 +37,7 @@ class Row:
     seconds: float | None = None
     spread: float | None = None  # half the distance between the quartiles, over the median
     peers: dict[str, float] = field(default_factory=dict)
+    details: dict[str, float] = field(default_factory=dict)  # seconds of what else was timed beside them
     error: float | None = None  # the largest relative error against float64
     operations: int | None = None
     share: float | None = None  # of the measured ceiling

@@ -1,0 +1,46 @@
+"""Interleaving and the choice of how many calls make a sample."""
+
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks.timing import Race
+
+
+class FakeClock:
+    """Each call takes the seconds it returns."""
+
+    def __init__(self) -> None:
+        self.order: list[float] = []
+
+    def __call__(self, call: Callable[[], float], calls: int) -> float:
+        self.order.append(call())
+        return calls * call()
+
+
+def test_a_sample_is_filled() -> None:
+    race = Race({"fast": lambda: 1e-6, "slow": lambda: 0.5}, clock=FakeClock(), sample=0.02)
+    race.warm_up()
+    assert 20_000 <= race.calls["fast"] < 100_000
+    assert race.calls["slow"] == 1
+
+
+def test_candidates_take_turns() -> None:
+    clock = FakeClock()
+    race = Race({"a": lambda: 1.0, "b": lambda: 2.0}, clock=clock)
+    race.warm_up()
+    clock.order.clear()
+    for _ in range(3):
+        race.lap()
+    assert clock.order == [1.0, 2.0] * 3
+    race.lap("b")
+    assert clock.order[-1] == 2.0
+    assert race.medians() == {"a": 1.0, "b": 2.0}
+
+
+def test_median_and_spread() -> None:
+    race = Race({"a": lambda: None})
+    race.seconds["a"] = [1.0, 1.0, 2.0, 3.0, 100.0]
+    assert race.medians()["a"] == 2.0
+    race.seconds["a"] = [2.0] * 7
+    assert race.spread("a") == pytest.approx(0)
