@@ -73,7 +73,7 @@ def test_mixed_dtypes_are_taken_under_autocast_only(impl: str, op: str) -> None:
 
 def test_float64_does_not_mix(impl: str) -> None:
     u, weight, _, _ = tensors()
-    with autocast(torch.bfloat16), pytest.raises(TypeError, match="weight: got dtype torch.float64"):
+    with autocast(torch.bfloat16), pytest.raises(TypeError, match="weight: got dtype"):
         capsops.predictions(u, weight.double(), impl=impl)
 
 
@@ -111,7 +111,7 @@ def test_backward_inside_autocast_is_no_less_precise(impl: str, started: str, op
 
 @pytest.mark.parametrize("op", ["squash", "dynamic_routing", "capsule_routing"])
 def test_gradient_penalty_inside_autocast(impl: str, op: str) -> None:
-    """A critic's penalty is usually computed inside the autocast region: the gradients exist and are finite."""
+    """A critic's penalty is often computed inside the region: its gradients exist and are finite."""
     inputs = [x.requires_grad_() for x in tensors()]
     leaf = inputs[3] if op == "dynamic_routing" else inputs[0]
     with autocast(torch.bfloat16):

@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True): no graph breaks, the results of eager mode, one graph for every batch size."""
+"""torch.compile(fullgraph=True): no graph breaks, eager mode's results, one graph for all batch sizes."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

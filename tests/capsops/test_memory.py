@@ -1,5 +1,7 @@
 """Peak resident memory of the fused layer, and results that do not depend on what memory held before."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -62,7 +64,7 @@ SHAPES = [Shape(5, 9, 3, 5, 3), Shape(17, 33, 10, 16, 8), Shape(2, 7, 60, 32, 4)
 
 
 @pytest.fixture
-def poisoned(request: pytest.FixtureRequest) -> None:
+def poisoned() -> Iterator[None]:
     """torch.empty gives NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)

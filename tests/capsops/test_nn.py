@@ -260,18 +260,16 @@ def margin_loss(v: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"iterations": 0}, {"leaky": True}, {"detach": True}, {"bias": False}]
-)
+@pytest.mark.parametrize("options", [{}, {"iterations": 0, "bias": False}, {"leaky": True, "detach": True}])
 def test_a_small_network_learns(options: dict) -> None:
     """Four classes of noisy images: the loss falls to a fraction and the longest capsule names the class."""
     network = nn.Sequential(PrimaryCapsules(1, 4, 8, 5), RoutingCapsules(4 * 16, 4, 8, 8, **options))
     prototypes = torch.randn(4, 1, 12, 12)
-    labels = torch.arange(64) % 4
-    images = prototypes[labels] + 0.3 * torch.randn(64, 1, 12, 12)
+    labels = torch.arange(32) % 4
+    images = prototypes[labels] + 0.3 * torch.randn(32, 1, 12, 12)
     optimizer = torch.optim.Adam(network.parameters(), 0.01)
     losses = []
-    for _ in range(40):
+    for _ in range(30):
         loss = margin_loss(network(images), labels)
         optimizer.zero_grad()
         loss.backward()
