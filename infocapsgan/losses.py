@@ -81,13 +81,16 @@ def divergence(p: Tensor, log_q: Tensor) -> Tensor:
     return (torch.special.xlogy(p, p) - p * log_q).sum(dim=-1).mean()
 
 
-def mutual_information(p: Tensor, *, balance: float = 1.0) -> Tensor:
+def mutual_information(
+    p: Tensor, *, balance: float = 1.0, mean: Callable[[Tensor], Tensor] = lambda local: local
+) -> Tensor:
     """balance · H(Y) − H(Y|X) of predictions p [B, J], in nats; with balance 1 it is I(X; Y).
 
     H(Y) is the entropy of the mean prediction: large where the classes are used evenly. H(Y|X) is the mean
-    entropy of a prediction: small where each is certain (Hu et al. 2017, IMSAT, equation 7).
+    entropy of a prediction: small where each is certain (Hu et al. 2017, IMSAT, equation 7). Where several
+    processes share a batch, `mean` averages over them.
     """
-    return balance * entropy(p.mean(dim=0)) - entropy(p).mean()
+    return balance * entropy(mean(p.mean(dim=0))) - entropy(p).mean()
 
 
 def adversarial_smoothness(

@@ -85,6 +85,17 @@ class Run:
         self._board.close()
 
 
+class SilentRun:
+    """The run of a process that does not write."""
+
+    path = Path()
+
+    def log(self, *_: Any) -> None:
+        """Nothing."""
+
+    draw = draw_curves = close = log
+
+
 def read_config(path: Path) -> tuple[str, dict[str, Any]]:
     """The name of the system and the settings of the run in `path`.
 

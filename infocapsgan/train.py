@@ -14,7 +14,8 @@ from infocapsgan.command_line import parse
 from infocapsgan.data import DataError, Dataset
 from infocapsgan.data.batches import Batches
 from infocapsgan.draw import Draw
-from infocapsgan.run import Run, RunError, device_name, read_config, versions, write_json
+from infocapsgan.parallel import join, leave, local_device, synchronise_batch_norm
+from infocapsgan.run import Run, RunError, SilentRun, device_name, read_config, versions, write_json
 from infocapsgan.settings import Settings
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.system import System
@@ -27,31 +28,42 @@ def main() -> None:
     """The command line."""
     system_class, settings = parse(sys.argv[1:])
     try:
-        print(train(system_class, settings))
+        line = train(system_class, settings)
     except (DataError, RunError, ValueError) as error:
         sys.exit(f"error: {error}")
     except NonFiniteLossError as error:
         sys.exit(f"stopped: {error}")
+    if line:
+        print(line)
 
 
 def train(system_class: type[System], settings: Settings) -> str:
     """Trains one system from its settings and returns the last line to print."""
-    device = torch.device(settings.device if settings.device != "auto" else _best_device())
+    device = local_device(settings.device if settings.device != "auto" else _best_device())
+    processes = join(device)
+    if settings.batch_size % processes.world:
+        raise ValueError(
+            f"--batch-size: got {settings.batch_size}, takes a multiple of the {processes.world} processes"
+        )
     dataset = data.load(settings.dataset, settings.data_dir).to(device)
     torch.manual_seed(settings.seed)
     system = system_class(settings).to(device)
+    synchronise_batch_norm(system, processes, device)
     batches = Batches(len(dataset.train_images), settings.batch_size, settings.seed, device)
     training = Training(
         system.optimizers,
-        Draw(settings.seed, device),
+        Draw(settings.seed, device, processes.rank, processes.world),
         precision=settings.precision,
         device=device,
         steps_per_epoch=batches.per_epoch,
         steps=min(settings.epochs * batches.per_epoch, settings.max_steps or sys.maxsize),
+        processes=processes,
     )
     run, seconds = _start(system_class, settings, system, training)
     with capsops.use_impl(settings.impl):
-        return fit(system, dataset, batches, training, run, seconds)
+        line = fit(system, dataset, batches, training, run, seconds)
+    leave()
+    return line if processes.writes else ""
 
 
 def fit(
@@ -68,19 +80,27 @@ def fit(
         seconds: how long the run took before it was taken up again.
     """
     settings, began = system.settings, time.monotonic() - seconds
+    processes, device = training.processes, training.device
     evaluate_every = settings.evaluate_every or max(100, batches.per_epoch)
     checkpoint_every = settings.checkpoint_every or evaluate_every
     baselines = system.baselines(dataset)
     interrupted = _Interruption()
-    bar = tqdm(total=training.steps, initial=training.step, unit="step", file=sys.stderr)
-    shown = {}
+    bar = tqdm(
+        total=training.steps,
+        initial=training.step,
+        unit="step",
+        file=sys.stderr,
+        disable=not processes.writes,
+    )
+    metrics, shown = {}, {}
 
     def save() -> None:
-        state = checkpoint.capture(system, training)
-        checkpoint.save(run.checkpoints, state, seconds=time.monotonic() - began)
+        if processes.writes:
+            state = checkpoint.capture(system, training)
+            checkpoint.save(run.checkpoints, state, seconds=time.monotonic() - began)
 
-    while training.step < training.steps and not interrupted:
-        chosen = batches.indices(training.step)
+    while training.step < training.steps and not processes.any(interrupted.came, device):
+        chosen = processes.part(batches.indices(training.step))
         before = checkpoint.capture(system, training)
         try:
             losses = system.step(dataset.train_images[chosen], dataset.train_labels[chosen], training)
@@ -94,6 +114,8 @@ def fit(
         bar.update()
         last = training.step == training.steps
         if training.step % LOG_EVERY == 0 or last:
+            losses = {name: value.clone() for name, value in losses.items()}
+            processes.average_(list(losses.values()))
             losses = {name: value.item() for name, value in losses.items()}
             run.log("train", training.step, training.epoch, losses)
             bar.set_postfix({**{name: f"{value:.3g}" for name, value in losses.items()}, **shown})
@@ -111,8 +133,10 @@ def fit(
     if training.step < training.steps:
         save()
         return f"interrupted after step {training.step}. {_how_to_go_on(run, training)}"
+    metrics = metrics or _evaluate(system, dataset)  # a run that was resumed at its end
     seconds = time.monotonic() - began
-    write_summary(run, system, training, metrics, baselines, seconds)
+    if processes.writes:
+        write_summary(run, system, training, metrics, baselines, seconds)
     compared = "".join(f" ({name}: {value:.3f})" for name, value in baselines.items())
     return (
         f"{system.headline.replace('_', ' ')} {metrics[system.headline]:.3f}{compared} in {seconds:.0f} s; "
@@ -152,15 +176,18 @@ def _start(
 ) -> tuple[Run, float]:
     """A new run, or the one to continue with its last state put back; and the seconds it has taken so far."""
     name = next(name for name, known in SYSTEMS.items() if known is system_class)
+    writes = training.processes.writes
     if not settings.resume:
-        return Run.create(name, settings), 0.0
+        return Run.create(name, settings) if writes else SilentRun(), 0.0
+    seconds = 0.0
+    if saved := checkpoint.checkpoints(settings.resume / "checkpoints"):
+        state = checkpoint.load(saved[-1])
+        checkpoint.restore(state, system, training)
+        seconds = state.numbers["seconds"]
+    if not writes:
+        return SilentRun(), seconds
     write_json(settings.resume / "config.json", {"system": name, "settings": settings.to_json()})
-    saved = checkpoint.checkpoints(settings.resume / "checkpoints")
-    if not saved:
-        return Run(settings.resume), 0.0
-    state = checkpoint.load(saved[-1])
-    checkpoint.restore(state, system, training)
-    return Run(settings.resume, training.step), state.numbers["seconds"]
+    return Run(settings.resume, training.step), seconds
 
 
 def _evaluate(system: System, dataset: Dataset) -> dict[str, float]:
@@ -188,7 +215,7 @@ def _best_device() -> str:
 
 
 class _Interruption:
-    """True once SIGINT or SIGTERM has come: the loop ends after its step. A second one is not held up."""
+    """Notes SIGINT and SIGTERM, so that the loop ends after its step; a second one is not held up."""
 
     def __init__(self) -> None:
         self.came = False
@@ -204,9 +231,6 @@ class _Interruption:
         """Puts back what the signals did before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-    def __bool__(self) -> bool:
-        return self.came
 
 
 if __name__ == "__main__":

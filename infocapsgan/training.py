@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from infocapsgan.draw import Draw
+from infocapsgan.parallel import Processes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -23,6 +24,7 @@ class Training:
         device: where the system lives.
         steps_per_epoch: what turns a step into an epoch.
         steps: how many steps there will be.
+        processes: those that share a batch.
     """
 
     def __init__(
@@ -34,10 +36,12 @@ class Training:
         device: torch.device | str = "cpu",
         steps_per_epoch: int = 1,
         steps: int = 1,
+        processes: Processes | None = None,
     ) -> None:
         self.optimizers, self.draw = optimizers, draw
         self.precision, self.device = precision, torch.device(device)
         self.steps_per_epoch, self.steps = steps_per_epoch, steps
+        self.processes = processes or Processes()
         self.step = 0
         self.scalers = {
             name: torch.amp.GradScaler(self.device.type, enabled=precision == "fp16") for name in optimizers
@@ -53,17 +57,24 @@ class Training:
         return torch.autocast(self.device.type, DTYPES.get(self.precision), enabled=self.precision in DTYPES)
 
     def update(self, name: str, loss: Tensor) -> None:
-        """One step of the optimiser `name` down the gradient of `loss`; no other weight gets a gradient,
-        and one that the loss does not depend on stays as it is.
+        """One step of the optimiser `name` down the gradient of `loss`, averaged over the processes.
+
+        No other weight gets a gradient, and one that the loss does not depend on stays as it is.
 
         Raises:
-            NonFiniteLossError: the loss is NaN or infinite; the weights are as before.
+            NonFiniteLossError: the loss or its gradient is NaN or infinite; the weights are as before.
         """
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(f"the loss of {name} is {loss.item()}")
         optimizer, scaler = self.optimizers[name], self.scalers[name]
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         gradients = torch.autograd.grad(scaler.scale(loss), weights, allow_unused=True)
+        loss = loss.detach().clone()
+        present = [gradient for gradient in gradients if gradient is not None]
+        self.processes.average_([loss, *present])
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(f"the loss of {name} is {loss.item()}")
+        # The scaler of fp16 looks for such gradients itself: it skips the step and scales less.
+        if not scaler.is_enabled() and not torch.isfinite(nn.utils.get_total_norm(present)):
+            raise NonFiniteLossError(f"the gradient of {name} is not finite")
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
         scaler.step(optimizer)

@@ -44,8 +44,8 @@ class InfoCapsGANSettings(GANSettings):
     """Learning rate of the discriminator."""
     adversarial_weight: Weight = 1.0
     """Weight of real against generated; 0 trains the discriminator on real images alone, no generator."""
-    warm_up: Whole = 150
-    """Steps over which generated images come to their full weight in the discriminator's loss."""
+    warm_up: Whole = 120
+    """Steps on real images alone, before the generator comes in."""
     code_weight: Weight = 0.01
     """Weight of the margin loss, summed over the batch, that recognises the code of generated images."""
     information_weight: Weight = 0.4
@@ -141,24 +141,24 @@ class InfoCapsGAN(GAN):
         s, draw, B = self.settings, training.draw, len(images)
         real = to_symmetric(images)
         noise, code = draw.normal(B, s.noise_dim), draw.integers(self.image_shape.classes, B)
+        generating = s.adversarial_weight > 0 and training.step >= s.warm_up
         named = {}
 
         with training.autocast():
             seen = self.discriminator(real)
-            loss = self.real_images_loss(real, seen, draw, named)
-            if s.adversarial_weight:
+            loss = self.real_images_loss(real, seen, training, named)
+            if generating:
                 generated, _ = self.generator(self.latent(noise, code))
                 judged = self.discriminator(generated.detach())
                 named["discriminator"] = self.adversarial_discriminator_loss(
                     real, generated, seen.logit, judged.logit, training
                 )
                 named["code"] = self.code_loss(judged, code)
-                rise = min(1.0, (training.step + 1) / s.warm_up) if s.warm_up else 1.0
-                loss = loss + rise * s.adversarial_weight * named["discriminator"]
-                loss = loss + rise * s.code_weight * s.batch_size * named["code"]
+                loss = loss + s.adversarial_weight * named["discriminator"]
+                loss = loss + s.code_weight * s.batch_size * named["code"]
         training.update("discriminator", loss)
 
-        if s.adversarial_weight:
+        if generating:
             with training.autocast():
                 judged = self.discriminator(generated)
                 named["generator"] = self.adversarial_generator_loss(judged.logit)
@@ -173,16 +173,20 @@ class InfoCapsGAN(GAN):
         target = F.one_hot(code, self.image_shape.classes)
         return losses.margin_loss(lengths(judged.capsules.classes), target).mean()
 
-    def real_images_loss(self, real: Tensor, seen: Verdict, draw, named: dict[str, Tensor]) -> Tensor:
+    def real_images_loss(
+        self, real: Tensor, seen: Verdict, training: Training, named: dict[str, Tensor]
+    ) -> Tensor:
         """What real images alone say of the classes: certain, evenly used, the same for a moved copy."""
         s, loss = self.settings, torch.zeros((), device=real.device)
         log_p = self.class_log_probabilities(seen.capsules)
         p = log_p.exp()
         if s.information_weight:
-            named["information"] = losses.mutual_information(p)
-            loss = loss - s.information_weight * losses.mutual_information(p, balance=s.balance)
+            mean = training.processes.mean
+            named["information"] = losses.mutual_information(p, mean=mean)
+            balanced = losses.mutual_information(p, balance=s.balance, mean=mean)
+            loss = loss - s.information_weight * balanced
         if s.consistency_weight:
-            copy = self.discriminator(moved(real, draw, background=-1))
+            copy = self.discriminator(moved(real, training.draw, background=-1))
             named["consistency"] = losses.divergence(p.detach(), self.class_log_probabilities(copy.capsules))
             loss = loss + s.consistency_weight * named["consistency"]
         if s.smoothness_weight:
@@ -190,7 +194,7 @@ class InfoCapsGAN(GAN):
                 lambda x: self.class_log_probabilities(self.discriminator(x).capsules),
                 real,
                 p,
-                draw,
+                training.draw,
                 radius=s.smoothness_radius,
             )
             loss = loss + s.smoothness_weight * named["smoothness"]

@@ -36,3 +36,10 @@ def test_epochs():
     training = Training({}, Draw(0), steps_per_epoch=4)
     training.step = 6
     assert training.epoch == 1.5
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    ours = weight(0.0)
+    with pytest.raises(NonFiniteLossError, match="the gradient of ours is not finite"):
+        Training({"ours": torch.optim.SGD([ours], 0.1)}, Draw(0)).update("ours", ours.sqrt().sum())
+    assert ours.item() == 0

@@ -36,7 +36,9 @@ def test_noise_and_code_are_squashed_together_as_published():
 def test_training_lowers_the_losses(recipe, loss):
     torch.manual_seed(0)
     digits = data.load("digits")
-    system = InfoCapsGAN(recipe=recipe, width=8, batch_size=32, discriminator_rate=1e-3, generator_rate=1e-3)
+    system = InfoCapsGAN(
+        recipe=recipe, width=8, batch_size=32, discriminator_rate=1e-3, generator_rate=1e-3, warm_up=0
+    )
     training = Training(system.optimizers, Draw(0))
     rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(60)]
     assert sum(row[loss] for row in rows[-5:]) / 5 < 0.8 * rows[0][loss]
@@ -47,7 +49,7 @@ def test_the_labels_are_not_looked_at():
     outcomes = []
     for labels in (digits.train_labels[:16], torch.zeros(16, dtype=torch.long)):
         torch.manual_seed(0)
-        system = InfoCapsGAN(width=8, batch_size=16)
+        system = InfoCapsGAN(width=8, batch_size=16, warm_up=0)
         outcomes.append(system.step(digits.train_images[:16], labels, Training(system.optimizers, Draw(0))))
     assert outcomes[0] == outcomes[1]
 
@@ -61,6 +63,18 @@ def test_without_the_adversarial_part_the_generator_rests():
     named = system.step(digits.train_images[:16], digits.train_labels[:16], training)
     assert set(named) == {"information", "consistency", "smoothness"}
     assert all(torch.equal(a, b) for a, b in zip(before, system.generator.parameters(), strict=True))
+
+
+def test_the_generator_comes_in_after_the_warm_up():
+    torch.manual_seed(0)
+    digits = data.load("digits")
+    system = InfoCapsGAN(width=8, batch_size=16, warm_up=1)
+    training = Training(system.optimizers, Draw(0))
+    named = [set(system.step(digits.train_images[:16], digits.train_labels[:16], training))]
+    training.step = 1
+    named.append(set(system.step(digits.train_images[:16], digits.train_labels[:16], training)))
+    assert named[0] == {"information", "consistency"}
+    assert named[1] == named[0] | {"discriminator", "code", "generator"}
 
 
 def test_capsules_compared_by_hand():

@@ -11,6 +11,7 @@ from infocapsgan.systems import SYSTEMS
 from infocapsgan.training import Training
 
 SMALL = {name: {"width": 8, "batch_size": 16} for name in SYSTEMS}
+SMALL["infocapsgan"]["warm_up"] = 0
 for name in ("capsulegan", "dcgan"):
     SMALL[name]["generator_width"] = 8
 

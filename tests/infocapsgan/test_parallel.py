@@ -1,0 +1,80 @@
+"""Two processes with the global batch of one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infocapsgan.checkpoint import checkpoints
+from infocapsgan.parallel import Processes
+from infocapsgan.run import read_metrics
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = ["--width", "8", "--batch-size", "8", "--max-steps", "4", "--evaluate-every", "4", "--seed", "5"]
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def train(world, *words):
+    command = [sys.executable, "-m", "infocapsgan.train", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    processes = []
+    for rank in range(world):
+        own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, env=environment | own, **pipes))
+    outputs = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0] * world, outputs
+    return [out for out, _ in outputs]
+
+
+# Both are trained without batch norm, which on CPUs takes each process's part by itself.
+@pytest.mark.parametrize(
+    ("system", "options"), [("capsnet", []), ("infocapsgan", ["--adversarial-weight", "0"])]
+)
+def test_two_processes_equal_one(system, options, tmp_path):
+    train(1, system, *OPTIONS, *options, "--out", tmp_path / "one")
+    outputs = train(2, system, *OPTIONS, *options, "--out", tmp_path / "two")
+    assert outputs[1] == ""
+    one, two = (
+        load_file(checkpoints(tmp_path / name / "checkpoints")[-1] / "weights.safetensors")
+        for name in ("one", "two")
+    )
+    for name, wanted in one.items():
+        # Adam divides by the size of a gradient: where that is rounding alone, a step may go either way.
+        off = (two[name].double() - wanted.double()).abs()
+        assert off.mean() < 1e-5, name
+        assert off.max() < 2 * 4 * 1e-3, name
+    rows = [
+        [row for row in read_metrics(tmp_path / name) if row["kind"] == "train"] for name in ("one", "two")
+    ]
+    for a, b in zip(*rows, strict=True):
+        assert a.keys() == b.keys()
+        assert all(b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-3) for key in a if key != "kind")
+    assert len(list((tmp_path / "two").glob("events.out.tfevents.*"))) == 1
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["steps"] == 4
+
+
+def test_one_process_alone():
+    alone = Processes()
+    batch = torch.arange(6.0)
+    assert alone.writes
+    assert torch.equal(alone.part(batch), batch)
+    assert alone.mean(batch) is batch
+    assert alone.any(True, torch.device("cpu"))
+
+
+def test_parts_of_a_batch():
+    parts = [Processes(rank, 3).part(torch.arange(6)).tolist() for rank in range(3)]
+    assert parts == [[0, 1], [2, 3], [4, 5]]
