@@ -78,7 +78,8 @@ def describe(header: dict) -> str:
     device, versions, ceiling = header["device"], header["versions"], header["ceiling"]
     commit = header["commit"][:9] + (" with changes" if header["dirty"] else "")
     return (
-        f"{device['model']}, {device['threads']} threads, {device['isa']}, load {device['load_before']:.1f} before, "
+        f"{device['model']}, {device['threads']} threads, {device['isa']}, "
+        f"load {device['load_before']:.1f} before; "
         f"ceiling {ceiling['flops'] / 1e9:.0f} GFLOP/s ({ceiling['how']}); torch {versions['torch']}, "
         f"capsops {versions['capsops']} at {commit}, {header['date'][:10]}: `{header['command']}`"
     )

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 ROUNDS = 9
 SAMPLE_SECONDS = 0.02
@@ -32,27 +32,32 @@ class Race:
         self.clock = clock
         self.sample = sample
         self.calls: dict[str, int] = {}
+        self.first: dict[str, float] = {}
         self.seconds: dict[str, list[float]] = {name: [] for name in candidates}
 
     def warm_up(self) -> None:
         """Calls each until it is compiled and its threads run, then settles the calls in a sample."""
         for name, call in self.candidates.items():
-            self.clock(call, 2)
+            first = self.clock(call, 1)
             calls = 1
             while (seconds := self.clock(call, calls)) < self.sample:
                 calls = max(2 * calls, int(1.1 * calls * self.sample / max(seconds, self.sample / 100)))
             self.calls[name] = calls
+            self.first[name] = min(first, seconds / calls)
 
-    def lap(self, *names: str) -> None:
-        """One sample of each of these, or of all."""
-        for name in names or self.candidates:
+    def drop(self, names: Iterable[str], times: float) -> None:
+        """Those of `names` that took so many times as long as the fastest of them race no further."""
+        names = list(names)
+        fastest = min((self.first[name] for name in names), default=0.0)
+        for name in names:
+            if self.first[name] > times * fastest:
+                del self.candidates[name]
+                self.seconds[name].append(self.first[name])
+
+    def lap(self, names: Iterable[str]) -> None:
+        """One sample of each of these."""
+        for name in names:
             self.seconds[name].append(self.clock(self.candidates[name], self.calls[name]) / self.calls[name])
-
-    def run(self, rounds: int = ROUNDS) -> "Race":
-        self.warm_up()
-        for _ in range(rounds):
-            self.lap()
-        return self
 
     def medians(self) -> dict[str, float]:
         """Seconds of one call of each."""

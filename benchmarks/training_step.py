@@ -21,7 +21,8 @@ Layer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (u, weight, bias) -> v
 class Step:
     """Conv 9×9 → conv 9×9, stride 2, into 32 types of capsules → squash → routing → margin loss.
 
-    (Sabour, Frosst, Hinton 2017, without the decoder.) `width` is the number of channels of the first convolution; 256 in the paper.
+    (Sabour, Frosst, Hinton 2017, without the decoder.) The first convolution has `width` channels,
+    256 in the paper.
     """
 
     images: Tensor  # [B, 1, 28, 28]

@@ -31,11 +31,22 @@ def test_candidates_take_turns() -> None:
     race.warm_up()
     clock.order.clear()
     for _ in range(3):
-        race.lap()
+        race.lap(race.candidates)
     assert clock.order == [1.0, 2.0] * 3
-    race.lap("b")
+    race.lap(["b"])
     assert clock.order[-1] == 2.0
     assert race.medians() == {"a": 1.0, "b": 2.0}
+
+
+def test_the_hopeless_race_no_further() -> None:
+    race = Race(
+        {"ours": lambda: 9.0, "a": lambda: 1.0, "b": lambda: 2.0, "c": lambda: 5.0}, clock=FakeClock()
+    )
+    race.warm_up()
+    race.drop(["a", "b", "c"], times=4)
+    assert list(race.candidates) == ["ours", "a", "b"]
+    race.lap(race.candidates)
+    assert race.medians() == {"ours": 9.0, "a": 1.0, "b": 2.0, "c": 5.0}
 
 
 def test_median_and_spread() -> None:
