@@ -214,7 +214,7 @@ def _second_order(
     and of each input (None for an input that is None).
     """
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
         aliases = [None if x is None else _alias(x) for x in inputs]
         grad = _alias(grad)
         pairs = [(x, g) for x, g in zip(aliases, grad_grads, strict=True) if x is not None and g is not None]
@@ -394,9 +394,13 @@ _KERNELS: dict[str, Callable] = {
 
 
 def _kernel(function: Callable) -> Callable:
-    """The kernel as registered: its results are contiguous, as the fakes say."""
+    """The kernel as registered: its results are contiguous, as the fakes say, and autocast stays outside."""
 
     def call(*args: Any) -> Any:
+        device = args[0].device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return call(*args)
         results = function(*args)
         if isinstance(results, Tensor):
             return results.contiguous()

@@ -26,6 +26,8 @@ def squash(s: Tensor, dim: int) -> Tensor:
 
 def _squash_vjp(grad: Tensor, s: Tensor, dim: int) -> Tensor:
     """f g + (f′/r) (s·g) s, f = r/(1+r²), f′ = (1−r²)/(1+r²)². With n = s/r: f g + r f′ (n·g) n."""
+    if s.numel() == 0:
+        return torch.zeros_like(s)
     scale = s.abs().amax(dim, keepdim=True)
     scale = torch.where(scale > 0, scale, 1)
     x = s / scale
@@ -90,7 +92,7 @@ def _routing_backward(
     v = reference.squash(s[:-1])
     total_v = torch.cat([torch.zeros_like(s[:1]), v.cumsum(0)])  # Vᵗ⁻¹ of pass t
     grad_u_hat = torch.zeros_like(u_hat)
-    grad_bias = torch.zeros_like(s[0, 0])
+    grad_bias = s.new_zeros(s.shape[2:])
     grad_v, grad_total_v = grad, torch.zeros_like(grad)
     for t in reversed(range(iterations)):
         grad_s = _squash_vjp(grad_v, s[t], -1)

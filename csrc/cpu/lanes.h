@@ -37,6 +37,7 @@ class LanesEngine {
         Lanes<T>* u_hat;   // of one i [R]; then ∂û
         Lanes<T>* dots;    // [slots, J]
         Lanes<T>* sum;     // [block, R]
+        Lanes<T>* part;    // of a chunk [R]: sums of sums lose less to rounding
         Lanes<T>* grad_u;  // [chunk·K]
         T* turned;         // ∂û of one i [L, padded]
         T* grad_weight;    // of a chunk [chunk, K, padded]
@@ -52,6 +53,7 @@ class LanesEngine {
             scratch.u_hat = pieces.take<Lanes<T>>(R);
             scratch.dots = pieces.take<Lanes<T>>(larger(engine.slots_, 4) * engine.J_);
             scratch.sum = pieces.take<Lanes<T>>(gradient ? 0 : engine.block_ * R);
+            scratch.part = pieces.take<Lanes<T>>(gradient ? 0 : R);
             scratch.grad_u = pieces.take<Lanes<T>>(gradient ? chunk * K : 0);
             scratch.turned = pieces.take<T>(gradient ? L * engine.padded_ : 0);
             scratch.grad_weight = pieces.take<T>(gradient ? chunk * K * engine.padded_ : 0);
@@ -99,7 +101,8 @@ class LanesEngine {
             b = rest;
         }
         splits = smaller(threads / a, I_);
-        chunk_ = larger(1, smaller(16, 98304 / (R_ * K_ * int64_t(sizeof(T)))));
+        // At most 64 products are summed in a row before they join a larger sum: less is lost to rounding.
+        chunk_ = larger(1, smaller(smaller(16, 64 / K_), 98304 / (R_ * K_ * int64_t(sizeof(T)))));
         choose_kernels();
         block_ = larger(1, smaller(smaller(8, groups_), 262144 / (R_ * int64_t(sizeof(Lanes<T>)))));
     }
@@ -363,9 +366,10 @@ class LanesEngine {
                                    int64_t apart, int64_t count, Lanes<T>* sum, const Weigh& weigh) const {
         Lanes<T>*dots = s.dots, *spare = s.dots + count * J_;
         const Lanes<T>* c = nullptr;
+        std::memset(s.part, 0, R_ * sizeof(Lanes<T>));
         for (int64_t n = 0; n < chunk; ++n) {
             (this->*predict_)(w + n * R_ * K_, s.u + n * K_, states, apart, count, s.u_hat, dots, c,
-                              c ? sum : nullptr);
+                              c ? s.part : nullptr);
             c = weigh(dots);
             Lanes<T>* const used = dots;
             dots = spare;
@@ -373,7 +377,10 @@ class LanesEngine {
         }
         for (int64_t j = 0; j < J_; ++j) {
             const Lanes<T> c_j = c[j * count];
-            for (int64_t r = j * D_; r < (j + 1) * D_; ++r) add_product(sum[r], c_j, s.u_hat[r]);
+            for (int64_t r = j * D_; r < (j + 1) * D_; ++r) {
+                add_product(s.part[r], c_j, s.u_hat[r]);
+                sum[r] += s.part[r];
+            }
         }
     }
 
@@ -406,7 +413,7 @@ class LanesEngine {
             constexpr int Rows = decltype(rows)::value;
             Lanes<T> total[Rows];
 #pragma GCC unroll 16
-            for (int n = 0; n < Rows; ++n) total[n] = sum[r + n];
+            for (int n = 0; n < Rows; ++n) total[n] = Lanes<T>::filled(0);
             for (int64_t i = 0; i < count; ++i) {
                 const T* w_i = w + (i * R_ + r) * K;
 #pragma GCC unroll 8
@@ -417,7 +424,7 @@ class LanesEngine {
                 }
             }
 #pragma GCC unroll 16
-            for (int n = 0; n < Rows; ++n) sum[r + n] = total[n];
+            for (int n = 0; n < Rows; ++n) sum[r + n] += total[n];
         });
     }
 
