@@ -83,7 +83,8 @@ def fit(
     processes, device = training.processes, training.device
     evaluate_every = settings.evaluate_every or max(100, batches.per_epoch)
     checkpoint_every = settings.checkpoint_every or evaluate_every
-    baselines = system.baselines(dataset)
+    centred = dataset.centred()
+    baselines = system.baselines(centred)
     interrupted = _Interruption()
     bar = tqdm(
         total=training.steps,
@@ -103,7 +104,8 @@ def fit(
         chosen = processes.part(batches.indices(training.step))
         before = checkpoint.capture(system, training)
         try:
-            losses = system.step(dataset.train_images[chosen], dataset.train_labels[chosen], training)
+            images, labels = dataset.train_batch(chosen, training.draw)
+            losses = system.step(images, labels, training)
         except NonFiniteLossError as error:
             checkpoint.restore(before, system, training)
             save()
@@ -120,9 +122,9 @@ def fit(
             run.log("train", training.step, training.epoch, losses)
             bar.set_postfix({**{name: f"{value:.3g}" for name, value in losses.items()}, **shown})
         if training.step % evaluate_every == 0 or last:
-            metrics = _evaluate(system, dataset if last else dataset.head(10_000))
+            metrics = _evaluate(system, centred if last else centred.head(10_000))
             run.log("evaluation", training.step, training.epoch, metrics)
-            run.draw(training.step, _pictures(system, dataset))
+            run.draw(training.step, _pictures(system, centred))
             run.draw_curves(system.headline, baselines)
             shown = {system.headline: f"{metrics[system.headline]:.3f}"}
         if training.step % checkpoint_every == 0 or last:
@@ -133,7 +135,7 @@ def fit(
     if training.step < training.steps:
         save()
         return f"interrupted after step {training.step}. {_how_to_go_on(run, training)}"
-    metrics = metrics or _evaluate(system, dataset)  # a run that was resumed at its end
+    metrics = metrics or _evaluate(system, centred)  # a run that was resumed at its end
     seconds = time.monotonic() - began
     if processes.writes:
         write_summary(run, system, training, metrics, baselines, seconds)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infocapsgan.data.dataset import cropped
 from infocapsgan.draw import Draw
 
 
@@ -47,11 +48,5 @@ def moved(
 
 def shifted(images: Tensor, draw: Draw, pixels: int, background: float = 0.0) -> Tensor:
     """Each image [B, C, H, W] moved by a whole number of pixels, up to `pixels`, along each axis."""
-    B, C, H, W = images.shape
-    dy, dx = (draw.integers(2 * pixels + 1, B, 2)).unbind(1)
     padded = F.pad(images, [pixels] * 4, value=background)
-    rows = (dy[:, None] + torch.arange(H, device=images.device))[:, None, :, None]
-    columns = (dx[:, None] + torch.arange(W, device=images.device))[:, None, None, :]
-    batch = torch.arange(B, device=images.device)[:, None, None, None]
-    channel = torch.arange(C, device=images.device)[None, :, None, None]
-    return padded[batch, channel, rows, columns]
+    return cropped(padded, draw.integers(2 * pixels + 1, len(images), 2), images.shape[-1])

@@ -18,10 +18,11 @@ class DataError(RuntimeError):
 
 
 class File(NamedTuple):
-    """A file and the SHA-256 of its content (of what is inside, for a name that ends in .gz)."""
+    """A file and the checksum of its content (of what is inside, for a gz file that is no archive)."""
 
     name: str
-    sha256: str
+    checksum: str
+    algorithm: str = "sha256"
 
 
 class Source(NamedTuple):
@@ -57,12 +58,20 @@ def find(source: Source, data_dir: str | Path | None = None) -> list[Path]:
     target = places[0] if data_dir else places[-1]
     try:
         return [download(source.url + file.name, target / file.name, file) for file in source.files]
-    except (urllib.error.URLError, OSError) as error:
-        raise DataError(
-            f"the data set {source.folder} is in none of {', '.join(map(str, places))} "
-            f"and could not be downloaded from {source.url} ({error}). Put these files into {target}: "
-            + ", ".join(file.name for file in source.files)
-        ) from error
+    except OSError as error:
+        names = [file.name for file in source.files]
+        raise unreachable(source.folder, places, source.url, target, names, error) from error
+
+
+def unreachable(
+    name: str, places: list[Path], url: str, target: Path, wanted: list[str], error: OSError
+) -> DataError:
+    """The error that says which files to put where."""
+    return DataError(
+        f"the data set {name} is in none of {', '.join(map(str, places))} "
+        f"and could not be downloaded from {url} ({error}). "
+        f"Put these files into {target}: {', '.join(wanted)}"
+    )
 
 
 def download(url: str, path: Path, file: File, *, open_url: Callable = urllib.request.urlopen) -> Path:
@@ -107,7 +116,7 @@ def _receive(response, part: Path, done: int) -> None:
 
 def verify(path: Path, file: File) -> None:
     """Raises DataError where the content of `path` does not have the checksum of `file`."""
-    digest = hashlib.sha256()
+    digest = hashlib.new(file.algorithm)
     opened = gzip.open if file.name.endswith(".gz") and not file.name.endswith(".tar.gz") else open
     try:
         with opened(path, "rb") as content:
@@ -115,8 +124,8 @@ def verify(path: Path, file: File) -> None:
                 digest.update(chunk)
     except (EOFError, OSError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it and get it again") from error
-    if digest.hexdigest() != file.sha256:
+    if digest.hexdigest() != file.checksum:
         raise DataError(
-            f"{path} does not have the expected content: its SHA-256 is {digest.hexdigest()}, "
-            f"{file.sha256} was expected; remove it and get it again"
+            f"{path} does not have the expected content: its {file.algorithm} is {digest.hexdigest()}, "
+            f"{file.checksum} was expected; remove it and get it again"
         )

@@ -105,7 +105,7 @@ class InfoCapsGAN(GAN):
             "warm_up": 0,
         },
     }
-    tuned: ClassVar = {"digits": {"width": 32, "epochs": 30}}
+    tuned: ClassVar = {"digits": {"width": 32, "epochs": 50}}
     headline = "unsupervised_accuracy"
 
     def __init__(self, settings: Settings | None = None, **options) -> None:

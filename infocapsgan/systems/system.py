@@ -55,7 +55,7 @@ class System(nn.Module):
     @property
     def image_shape(self) -> ImageShape:
         """Channels, size and classes of the images."""
-        return image_shape(self.settings.dataset)
+        return image_shape(self.settings.dataset, self.settings.data_dir)
 
     @property
     def device(self) -> torch.device:

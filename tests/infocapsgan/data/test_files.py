@@ -63,7 +63,7 @@ def test_a_whole_part_needs_no_more(tmp_path, server):
 
 def test_a_download_with_a_wrong_checksum_leaves_nothing(tmp_path, server):
     with pytest.raises(DataError, match="does not have the expected content"):
-        download(server, tmp_path / "values.bin", GOOD._replace(sha256="0" * 64))
+        download(server, tmp_path / "values.bin", GOOD._replace(checksum="0" * 64))
     assert list(tmp_path.iterdir()) == []
 
 

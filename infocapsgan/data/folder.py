@@ -1,0 +1,85 @@
+"""Any directory of images, with or without class folders."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from infocapsgan.data.files import DataError
+
+SIZE = 32
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+CLASSES_WITHOUT_FOLDERS = 10
+
+
+def load(data_dir: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images as 3 × 32 × 32, the middle square resized: train images and labels, test images and labels.
+
+    `data_dir` holds images, or a folder of images for each class, or train/ and test/ with either. Without
+    test/ a fifth of the images (seed 0, the same share of each class) is the test split. Without class
+    folders every label is 0 and a class code has ten values: what is measured against labels then means nothing.
+
+    Raises:
+        DataError: there is no such folder, no image in it, or one cannot be read.
+    """
+    root = _root(data_dir)
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        names = class_names(root / "train")
+        return *_read(_images(root / "train", names)), *_read(_images(root / "test", names))
+    images, labels = _read(_images(root, class_names(root)))
+    try:
+        train, test = train_test_split(
+            np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels.numpy()
+        )
+    except ValueError as error:
+        raise DataError(f"{root} holds too few images for a train and a test split ({error})") from error
+    return images[train], labels[train], images[test], labels[test]
+
+
+def classes(data_dir: str | Path | None) -> int:
+    """How many classes the directory has, read from its folders alone."""
+    root = _root(data_dir)
+    return len(class_names(root / "train" if (root / "train").is_dir() else root)) or CLASSES_WITHOUT_FOLDERS
+
+
+def class_names(folder: Path) -> list[str]:
+    """The folders in `folder`, in the order of their labels."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def _root(data_dir: str | Path | None) -> Path:
+    if data_dir is None or not Path(data_dir).is_dir():
+        raise DataError(f"--data-dir: got {data_dir}, takes the directory of images for --dataset folder")
+    return Path(data_dir)
+
+
+def _images(folder: Path, names: list[str]) -> list[tuple[Path, int]]:
+    places = [(folder / name, label) for label, name in enumerate(names)] or [(folder, 0)]
+    found = [
+        (path, label)
+        for place, label in places
+        for path in sorted(place.rglob("*"))
+        if path.suffix.lower() in SUFFIXES
+    ]
+    if not found:
+        raise DataError(f"{folder} holds no images; they end in one of {', '.join(SUFFIXES)}")
+    return found
+
+
+def _read(found: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
+    images = torch.stack([_pixels(path) for path, _ in found])
+    return images, torch.tensor([label for _, label in found])
+
+
+def _pixels(path: Path) -> Tensor:
+    try:
+        image = Image.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"{path} cannot be read as an image ({error})") from error
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.resize((SIZE, SIZE), box=(left, top, left + side, top + side))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -1,0 +1,67 @@
+import hashlib
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+
+from infocapsgan.data import DataError, cifar10, image_shape, load
+from infocapsgan.data.files import File
+
+
+def content(images=2, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (images, 3072), dtype=np.uint8)
+    return {b"data": pixels, b"labels": list(range(images)), b"batch_label": b"one", b"filenames": []}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / cifar10.FOLDER).mkdir()
+    for seed, name in enumerate((*cifar10.TRAIN, cifar10.TEST)):
+        (tmp_path / cifar10.FOLDER / name).write_bytes(pickle.dumps(content(seed=seed), protocol=2))
+    return tmp_path
+
+
+def test_six_files_make_the_set(folder):
+    dataset = load("cifar10", folder)
+    assert dataset.train_images.shape == (10, 3, 32, 32)
+    assert dataset.train_labels.tolist() == [0, 1] * 5
+    assert dataset.test_images.shape == (2, 3, 32, 32)
+    assert dataset.size == image_shape("cifar10").size
+    wanted = content(seed=1)[b"data"].reshape(2, 3, 32, 32)
+    assert (dataset.train_images[2:4].numpy() == wanted).all()
+
+
+def test_what_is_more_than_arrays_is_not_unpickled(tmp_path):
+    path = tmp_path / "data_batch_1"
+    path.write_bytes(b"cos\nsystem\n(S'echo unpickled'\ntR.")
+    with pytest.raises(DataError, match=r"it names os\.system"):
+        cifar10.read_batch(path)
+
+
+def test_damaged_files(folder):
+    path = folder / cifar10.FOLDER / "data_batch_1"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(DataError, match="data_batch_1 is not a CIFAR-10 file or is damaged"):
+        load("cifar10", folder)
+    path.write_bytes(pickle.dumps(content() | {b"labels": [1, 2, 3]}))
+    with pytest.raises(DataError, match=r"values of shape \(2, 3072\), not of \[3, 3072\]"):
+        load("cifar10", folder)
+
+
+def test_the_archive_is_unpacked(folder, tmp_path, monkeypatch):
+    target = tmp_path / "other"
+    target.mkdir()
+    archive = target / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(folder / cifar10.FOLDER, cifar10.FOLDER)
+    known = (File(archive.name, checksum(archive)),)
+    monkeypatch.setattr(cifar10, "ARCHIVE", cifar10.ARCHIVE._replace(files=known))
+    monkeypatch.delenv("INFOCAPSGAN_DATA", raising=False)
+    assert load("cifar10", target).train_images.shape == (10, 3, 32, 32)
+    assert (target / cifar10.FOLDER / cifar10.TEST).is_file()
+
+
+def checksum(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()

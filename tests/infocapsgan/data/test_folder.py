@@ -1,0 +1,64 @@
+import pytest
+import torch
+from PIL import Image
+
+from infocapsgan.data import DataError, image_shape, load
+
+
+def paint(path, colour, size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def test_class_folders_make_the_labels(tmp_path):
+    for number in range(10):
+        paint(tmp_path / "red" / f"{number}.png", (255, 0, 0))
+        paint(tmp_path / "blue" / f"{number}.png", (0, 0, 255))
+    (tmp_path / "red" / "notes.txt").write_text("no image")
+    dataset = load("folder", tmp_path)
+    assert image_shape("folder", tmp_path) == (3, 32, 2)
+    assert dataset.train_images.shape == (16, 3, 32, 32)
+    assert dataset.test_labels.bincount().tolist() == [2, 2]
+    blue = dataset.train_images[dataset.train_labels == 0]
+    assert (blue == torch.tensor([0, 0, 255], dtype=torch.uint8).view(1, 3, 1, 1)).all()
+
+
+def test_train_and_test_folders(tmp_path):
+    paint(tmp_path / "train" / "a" / "1.jpg", (0, 0, 0))
+    paint(tmp_path / "train" / "b" / "1.jpg", (0, 0, 0))
+    paint(tmp_path / "test" / "b" / "1.jpg", (0, 0, 0))
+    dataset = load("folder", tmp_path)
+    assert dataset.train_labels.tolist() == [0, 1]
+    assert dataset.test_labels.tolist() == [1]
+
+
+def test_without_class_folders_a_code_has_ten_values(tmp_path):
+    for number in range(5):
+        paint(tmp_path / f"{number}.png", (number, 0, 0), (20, 20))
+    dataset = load("folder", tmp_path)
+    assert image_shape("folder", tmp_path).classes == 10
+    assert (len(dataset.train_labels), len(dataset.test_labels)) == (4, 1)
+    assert dataset.train_labels.tolist() == [0] * 4
+
+
+def test_the_middle_square_is_taken(tmp_path):
+    image = Image.new("RGB", (64, 32), (0, 0, 0))
+    image.paste((255, 255, 255), (16, 0, 48, 32))
+    image.save(tmp_path / "0.png")
+    paint(tmp_path / "1.png", (255, 255, 255))
+    dataset = load("folder", tmp_path)
+    assert (dataset.train_images == 255).all()
+    assert (dataset.test_images == 255).all()
+
+
+def test_errors(tmp_path):
+    with pytest.raises(DataError, match="--data-dir: got None, takes the directory of images"):
+        load("folder")
+    with pytest.raises(DataError, match="holds no images"):
+        load("folder", tmp_path)
+    (tmp_path / "0.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"0\.png cannot be read as an image"):
+        load("folder", tmp_path)
+    paint(tmp_path / "0.png", (0, 0, 0))
+    with pytest.raises(DataError, match="too few images"):
+        load("folder", tmp_path)
