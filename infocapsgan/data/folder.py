@@ -20,7 +20,7 @@ def load(data_dir: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Te
 
     `data_dir` holds images, or a folder of images for each class, or train/ and test/ with either. Without
     test/ a fifth of the images (seed 0, the same share of each class) is the test split. Without class
-    folders every label is 0 and a class code has ten values: what is measured against labels then means nothing.
+    folders every label is 0 and a class code has ten values; metrics against labels then mean nothing.
 
     Raises:
         DataError: there is no such folder, no image in it, or one cannot be read.
