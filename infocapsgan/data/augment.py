@@ -50,3 +50,43 @@ def shifted(images: Tensor, draw: Draw, pixels: int, background: float = 0.0) ->
     """Each image [B, C, H, W] moved by a whole number of pixels, up to `pixels`, along each axis."""
     padded = F.pad(images, [pixels] * 4, value=background)
     return cropped(padded, draw.integers(2 * pixels + 1, len(images), 2), images.shape[-1])
+
+
+def flipped(images: Tensor, draw: Draw) -> Tensor:
+    """Each image [B, C, H, W] mirrored left to right, or not, with probability ½."""
+    mirrored = draw.integers(2, len(images)).bool()[:, None, None, None]
+    return torch.where(mirrored, images.flip(3), images)
+
+
+def relit(images: Tensor, draw: Draw, *, brightness: float, contrast: float) -> Tensor:
+    """Each image in [0, 1] brighter or darker by up to `brightness`, its contrast times 1 ± `contrast`.
+
+    Contrast is taken about the mean of each channel; what leaves [0, 1] is clipped.
+    """
+    change = draw.uniform(len(images), 2, 1, 1, 1) * 2 - 1
+    mean = images.mean(dim=(2, 3), keepdim=True)
+    images = mean + (images - mean) * (1 + contrast * change[:, 0])
+    return (images + brightness * change[:, 1]).clamp(0, 1)
+
+
+def deformed(images: Tensor, draw: Draw, strength: float, *, smoothness: float = 4.0) -> Tensor:
+    """Elastic deformation: pixels are displaced by a smooth random field (Simard, Steinkraus, Platt 2003).
+
+    Args:
+        images: [B, C, H, W].
+        draw: where the fields come from.
+        strength: root mean square of a displacement along an axis, in pixels.
+        smoothness: standard deviation of the Gaussian that smooths the field, in pixels.
+    """
+    B, _, H, W = images.shape
+    reach = math.ceil(3 * smoothness)
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / smoothness) ** 2)
+    kernel = kernel / kernel.norm()  # unit variance in, unit variance out
+    field = draw.normal(B * 2, 1, H + 2 * reach, W + 2 * reach)
+    field = F.conv2d(F.conv2d(field, kernel[None, None, :, None]), kernel[None, None, None, :])
+    # grid_sample takes (column, row) in units in which the image is 2 wide and 2 high.
+    scale = torch.tensor([2 / W, 2 / H], device=images.device)
+    still = torch.eye(2, 3, device=images.device).expand(B, 2, 3)
+    grid = F.affine_grid(still, list(images.shape), align_corners=False)
+    grid = grid + strength * scale * field.view(B, 2, H, W).permute(0, 2, 3, 1)
+    return F.grid_sample(images, grid.to(images.dtype), align_corners=False)

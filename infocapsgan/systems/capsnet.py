@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from capsops.nn import RoutingCapsules
 from infocapsgan import losses
 from infocapsgan.data import Dataset
-from infocapsgan.data.augment import shifted
+from infocapsgan.data.augment import deformed, flipped, relit, shifted
 from infocapsgan.data.dataset import to_unit
+from infocapsgan.draw import Draw
 from infocapsgan.metrics import accuracy
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
 from infocapsgan.models.decoders import DeconvolutionalDecoder, FullyConnectedDecoder, masked
@@ -53,6 +54,14 @@ class CapsNetSettings(Settings):
     """What the learning rate is multiplied by after each epoch."""
     shift: Whole = 2
     """Each training image is moved by up to this many pixels along each axis."""
+    deform: Weight = 0.0
+    """Elastic deformation of training images: root mean square of a displacement, in pixels."""
+    flip: bool = False
+    """Whether half of the training images are mirrored."""
+    brightness: Share = 0.0
+    """Training images become brighter or darker by up to this much of the range of a pixel."""
+    contrast: Share = 0.0
+    """The contrast of training images is multiplied by 1 ± up to this much."""
 
 
 class CapsNetModel(nn.Module):
@@ -97,6 +106,10 @@ class CapsNet(System):
 
     Settings = CapsNetSettings
     recipes: ClassVar = {"tuned": {"rate_decay": 0.95}, "published": {}}
+    datasets: ClassVar = {
+        "smallnorb": {"shift": 0, "brightness": 32 / 255, "contrast": 0.5},
+        "cifar10": {"shift": 0, "flip": True, "brightness": 63 / 255, "contrast": 0.8},
+    }
     tuned: ClassVar = {"digits": {"width": 32, "epochs": 15, "shift": 1}}
     headline = "accuracy"
 
@@ -110,7 +123,7 @@ class CapsNet(System):
     def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
         """One step on the margin loss and the weighted reconstruction error."""
         s = self.settings
-        images = shifted(to_unit(images), training.draw, s.shift) if s.shift else to_unit(images)
+        images = self.augmented(to_unit(images), training.draw)
         self.optimizers["model"].param_groups[0]["lr"] = s.learning_rate * s.rate_decay ** int(training.epoch)
         with training.autocast():
             capsules, rebuilt = self.model(images, labels)
@@ -120,6 +133,19 @@ class CapsNet(System):
         training.update("model", margin + weight * error)
         right = (lengths(capsules).argmax(dim=1) == labels).float().mean()
         return {"margin": margin.detach(), "reconstruction": error.detach(), "batch_accuracy": right}
+
+    def augmented(self, images: Tensor, draw: Draw) -> Tensor:
+        """Training images [B, C, H, W] in [0, 1] as the settings want them changed."""
+        s = self.settings
+        if s.deform:
+            images = deformed(images, draw, s.deform)
+        if s.shift:
+            images = shifted(images, draw, s.shift)
+        if s.flip:
+            images = flipped(images, draw)
+        if s.brightness or s.contrast:
+            images = relit(images, draw, brightness=s.brightness, contrast=s.contrast)
+        return images
 
     def margin_loss(self, capsules: Tensor, labels: Tensor) -> Tensor:
         """Margin loss of each image [B]."""

@@ -25,8 +25,10 @@ class System(nn.Module):
     Settings: ClassVar[type[Settings]]
     recipes: ClassVar[dict[str, dict[str, Any]]]
     """For each recipe, the options whose defaults differ from those of `Settings`."""
+    datasets: ClassVar[dict[str, dict[str, Any]]] = {}
+    """For a data set, the options whose defaults differ."""
     tuned: ClassVar[dict[str, dict[str, Any]]] = {}
-    """For a data set, the options whose defaults differ under the recipe tuned."""
+    """For a data set, those that differ under the recipe tuned alone."""
     headline: ClassVar[str]
     """The metric that the progress bar and the last line of a run show."""
 
@@ -49,8 +51,9 @@ class System(nn.Module):
     def defaults(cls, recipe: str = "tuned", dataset: str = "digits") -> Settings:
         """The settings of a recipe on a data set."""
         settings = cls.Settings(recipe=recipe, dataset=dataset)  # checks both
-        of_dataset = cls.tuned.get(dataset, {}) if recipe == "tuned" else {}
-        return dataclasses.replace(settings, **(cls.recipes[recipe] | of_dataset))
+        options = cls.datasets.get(dataset, {}) | cls.recipes[recipe]
+        options |= cls.tuned.get(dataset, {}) if recipe == "tuned" else {}
+        return dataclasses.replace(settings, **options)
 
     @property
     def image_shape(self) -> ImageShape:

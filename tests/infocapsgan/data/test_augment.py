@@ -1,6 +1,6 @@
 import torch
 
-from infocapsgan.data.augment import moved, shifted
+from infocapsgan.data.augment import deformed, flipped, moved, relit, shifted
 from infocapsgan.draw import Draw
 
 
@@ -32,3 +32,33 @@ def test_the_background_comes_in_from_outside():
     images = torch.full((8, 1, 6, 6), -1.0)
     torch.testing.assert_close(moved(images, Draw(0), background=-1), images)
     torch.testing.assert_close(shifted(images, Draw(0), 3, background=-1), images)
+
+
+def test_half_of_the_images_are_mirrored():
+    images = torch.rand(64, 1, 2, 3)
+    copies = flipped(images, Draw(0))
+    mirrored = (copies == images.flip(3)).all(3).all(2).all(1)
+    assert torch.equal(copies[~mirrored], images[~mirrored])
+    assert 20 < mirrored.sum() < 44
+
+
+def test_light():
+    images = torch.rand(64, 3, 5, 5) * 0.2 + 0.4
+    torch.testing.assert_close(relit(images, Draw(0), brightness=0, contrast=0), images)
+    brighter = relit(images, Draw(0), brightness=0.1, contrast=0) - images
+    torch.testing.assert_close(brighter, brighter[:, :1, :1, :1].expand_as(images))
+    assert 0.09 < brighter.abs().max() <= 0.1001
+    stronger = relit(images, Draw(0), brightness=0, contrast=0.5)
+    torch.testing.assert_close(stronger.mean((2, 3)), images.mean((2, 3)))
+    ratio = stronger.std((2, 3)) / images.std((2, 3))
+    assert 0.5 <= ratio.min() < 0.6
+    assert 1.4 < ratio.max() <= 1.5
+    assert relit(images, Draw(0), brightness=1, contrast=0).max() == 1
+
+
+def test_deformation_moves_pixels_by_its_strength():
+    place = torch.arange(28.0).view(1, 1, 28, 1).expand(32, 1, 28, 28)
+    torch.testing.assert_close(deformed(place, Draw(0), 0), place, atol=1e-4, rtol=0)
+    moved_by = (deformed(place, Draw(0), 1.5) - place)[:, :, 7:21, 7:21]
+    assert 1.3 < moved_by.square().mean().sqrt() < 1.7
+    assert (moved_by[:, :, 1:] - moved_by[:, :, :-1]).abs().mean() < 0.5  # neighbours go together

@@ -52,6 +52,25 @@ def test_schedules_by_hand():
     assert schedule("late", 8 * math.pi) == 0.5
 
 
+def test_every_augmentation_at_once():
+    torch.manual_seed(0)
+    system = CapsNet(width=8, shift=1, deform=1.0, flip=True, brightness=0.1, contrast=0.1)
+    images = torch.rand(4, 1, 28, 28)
+    changed = system.augmented(images, Draw(0))
+    assert changed.shape == images.shape
+    assert not torch.allclose(changed, images)
+    assert torch.equal(changed, system.augmented(images, Draw(0)))
+
+
+def test_published_treatment_of_each_data_set():
+    defaults = [CapsNet.defaults("published", name) for name in ("mnist", "smallnorb", "cifar10")]
+    assert [(s.shift, s.flip, round(s.brightness * 255), s.contrast) for s in defaults] == [
+        (2, False, 0, 0),
+        (0, False, 32, 0.5),
+        (0, True, 63, 0.8),
+    ]
+
+
 def test_the_learning_rate_falls_by_epochs():
     system = CapsNet(width=8, rate_decay=0.5, learning_rate=0.1)
     training = Training(system.optimizers, Draw(0), steps_per_epoch=2)
