@@ -16,6 +16,7 @@ from infocapsgan.systems.system import System
 from infocapsgan.training import Training
 
 WEIGHTS, TRAINING, NUMBERS = "weights.safetensors", "training.safetensors", "state.json"
+BEST = "best"
 
 
 @dataclass
@@ -86,6 +87,21 @@ def save(folder: Path, state: State, **numbers: float) -> Path:
     for old in checkpoints(folder)[:-2]:
         shutil.rmtree(old)
     return path
+
+
+def save_best(folder: Path, system: System, loss: float) -> None:
+    """Writes the weights to `folder`/best unless those there have at most this validation loss."""
+    path = folder / BEST
+    if path.is_dir() and json.loads((path / NUMBERS).read_text())["validation_loss"] <= loss:
+        return
+    with atomic_folder(path) as temporary:
+        save_file(_copied(system.state_dict()), temporary / WEIGHTS)
+        (temporary / NUMBERS).write_text(json.dumps({"validation_loss": loss}))
+
+
+def load_best(folder: Path, system: System) -> None:
+    """Puts the weights back that save_best() kept."""
+    system.load_state_dict(load_file(folder / BEST / WEIGHTS))
 
 
 def load(path: Path) -> State:

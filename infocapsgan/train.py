@@ -3,9 +3,10 @@
 import signal
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import capsops
@@ -48,6 +49,9 @@ def train(system_class: type[System], settings: Settings) -> str:
     dataset = data.load(settings.dataset, settings.data_dir).to(device)
     torch.manual_seed(settings.seed)
     system = system_class(settings).to(device)
+    held_out = None
+    if system.validation_share:
+        dataset, held_out = dataset.hold_out(system.validation_share)
     synchronise_batch_norm(system, processes, device)
     batches = Batches(len(dataset.train_images), settings.batch_size, settings.seed, device)
     training = Training(
@@ -61,13 +65,20 @@ def train(system_class: type[System], settings: Settings) -> str:
     )
     run, seconds = _start(system_class, settings, system, training)
     with capsops.use_impl(settings.impl):
-        line = fit(system, dataset, batches, training, run, seconds)
+        line = fit(system, dataset, batches, training, run, seconds=seconds, held_out=held_out)
     leave()
     return line if processes.writes else ""
 
 
 def fit(
-    system: System, dataset: Dataset, batches: Batches, training: Training, run: Run, seconds: float = 0.0
+    system: System,
+    dataset: Dataset,
+    batches: Batches,
+    training: Training,
+    run: Run | SilentRun,
+    *,
+    seconds: float = 0.0,
+    held_out: Dataset | None = None,
 ) -> str:
     """The training loop.
 
@@ -78,6 +89,7 @@ def fit(
         training: where training stands, and what it changes weights with.
         run: where everything is written.
         seconds: how long the run took before it was taken up again.
+        held_out: images, as test images, on which the weights that are kept have the lowest loss.
     """
     settings, began = system.settings, time.monotonic() - seconds
     processes, device = training.processes, training.device
@@ -94,6 +106,12 @@ def fit(
         disable=not processes.writes,
     )
     metrics, shown = {}, {}
+
+    def validate() -> None:
+        loss = _measured(system, system.validation_loss, held_out.centred())
+        run.log("validation", training.step, training.epoch, {"validation_loss": loss})
+        if processes.writes:
+            checkpoint.save_best(run.checkpoints, system, loss)
 
     def save() -> None:
         if processes.writes:
@@ -122,9 +140,11 @@ def fit(
             run.log("train", training.step, training.epoch, losses)
             bar.set_postfix({**{name: f"{value:.3g}" for name, value in losses.items()}, **shown})
         if training.step % evaluate_every == 0 or last:
-            metrics = _evaluate(system, centred if last else centred.head(10_000))
+            if held_out:
+                validate()
+            metrics = _measured(system, system.evaluate, centred if last else centred.head(10_000))
             run.log("evaluation", training.step, training.epoch, metrics)
-            run.draw(training.step, _pictures(system, centred))
+            run.draw(training.step, _measured(system, system.pictures, centred))
             run.draw_curves(system.headline, baselines)
             shown = {system.headline: f"{metrics[system.headline]:.3f}"}
         if training.step % checkpoint_every == 0 or last:
@@ -135,7 +155,10 @@ def fit(
     if training.step < training.steps:
         save()
         return f"interrupted after step {training.step}. {_how_to_go_on(run, training)}"
-    metrics = metrics or _evaluate(system, centred)  # a run that was resumed at its end
+    if held_out and processes.writes:
+        checkpoint.load_best(run.checkpoints, system)
+        metrics = {}
+    metrics = metrics or _measured(system, system.evaluate, centred)
     seconds = time.monotonic() - began
     if processes.writes:
         write_summary(run, system, training, metrics, baselines, seconds)
@@ -192,20 +215,13 @@ def _start(
     return Run(settings.resume, training.step), seconds
 
 
-def _evaluate(system: System, dataset: Dataset) -> dict[str, float]:
+def _measured(system: System, method: Callable[[Dataset], Any], dataset: Dataset) -> Any:
+    """What a method of the system says of a data set: in evaluation mode, without gradients."""
     system.eval()
     with torch.no_grad():
-        metrics = system.evaluate(dataset)
+        found = method(dataset)
     system.train()
-    return metrics
-
-
-def _pictures(system: System, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
-    system.eval()
-    with torch.no_grad():
-        images = system.pictures(dataset)
-    system.train()
-    return images
+    return found
 
 
 def _how_to_go_on(run: Run, training: Training) -> str:

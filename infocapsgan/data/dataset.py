@@ -42,6 +42,16 @@ class Dataset:
             images = cropped(images, draw.integers(margin + 1, len(chosen), 2), self.size)
         return images, self.train_labels[chosen]
 
+    def hold_out(self, share: float) -> tuple["Dataset", "Dataset"]:
+        """The data without a `share` of the training images (seed 0), and those as test images."""
+        order = torch.randperm(len(self.train_labels), generator=torch.Generator().manual_seed(0))
+        number = round(share * len(order))
+        if not 0 < number < len(order):
+            raise ValueError(f"share: got {share}, takes a share that leaves images on both sides")
+        out, kept = order[:number].to(self.train_labels.device), order[number:].to(self.train_labels.device)
+        rest = replace(self, train_images=self.train_images[kept], train_labels=self.train_labels[kept])
+        return rest, replace(rest, test_images=self.train_images[out], test_labels=self.train_labels[out])
+
     def centred(self) -> "Dataset":
         """The same data with every image cropped to its middle."""
         margin = self.train_images.shape[-1] - self.size

@@ -62,6 +62,8 @@ class CapsNetSettings(Settings):
     """Training images become brighter or darker by up to this much of the range of a pixel."""
     contrast: Share = 0.0
     """The contrast of training images is multiplied by 1 ± up to this much."""
+    validation: bool = False
+    """Hold out a tenth of the training images, and keep the weights with the lowest loss on them."""
 
 
 class CapsNetModel(nn.Module):
@@ -150,6 +152,16 @@ class CapsNet(System):
     def margin_loss(self, capsules: Tensor, labels: Tensor) -> Tensor:
         """Margin loss of each image [B]."""
         return losses.margin_loss(lengths(capsules.float()), F.one_hot(labels, self.image_shape.classes))
+
+    @property
+    def validation_share(self) -> float:
+        """A tenth, where --validation asks for it."""
+        return 0.1 if self.settings.validation else 0.0
+
+    def validation_loss(self, held_out: Dataset) -> float:
+        """Margin loss plus α times the squared error."""
+        metrics = self.evaluate(held_out)
+        return metrics["margin_loss"] + self.settings.reconstruction_weight * metrics["squared_error"]
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """Accuracy, margin loss and squared error of the test split, rebuilt from the predicted class."""

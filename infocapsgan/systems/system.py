@@ -73,6 +73,15 @@ class System(nn.Module):
         """Metrics on the whole of `dataset`; no random number of the training is used."""
         raise NotImplementedError
 
+    @property
+    def validation_share(self) -> float:
+        """The share of the training images that is held out to choose weights by; 0: none."""
+        return 0.0
+
+    def validation_loss(self, held_out: Dataset) -> float:
+        """What the kept weights have the lowest of, on the test images of `held_out`."""
+        raise NotImplementedError
+
     def baselines(self, dataset: Dataset) -> dict[str, float]:
         """Values of the headline metric to compare with, by name: what a simpler method reaches."""
         return {}

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from infocapsgan import train as train_module
@@ -125,6 +126,22 @@ def test_a_loss_that_is_not_finite_stops_at_the_state_before_it(tmp_path, monkey
     (wanted,) = checkpoints(tmp_path / "short" / "checkpoints")
     for file in ("weights.safetensors", "training.safetensors"):
         assert (saved / file).read_bytes() == (wanted / file).read_bytes()
+
+
+def test_validation_keeps_the_weights_with_the_lowest_loss(tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(CapsNet, "validation_loss", lambda self, held_out: next(losses))
+    options = {"width": 8, "batch_size": 8, "max_steps": 3, "evaluate_every": 1, "checkpoint_every": 1}
+    train_module.train(CapsNet, CapsNet(validation=True, out=tmp_path / "run", **options).settings)
+    folder = tmp_path / "run" / "checkpoints"
+    best = load_file(folder / "best" / "weights.safetensors")
+    second, third = (load_file(path / "weights.safetensors") for path in checkpoints(folder))
+    assert all(torch.equal(best[name], second[name]) for name in best)
+    assert not all(torch.equal(best[name], third[name]) for name in best)
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] != "train"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [row["validation_loss"] for row in rows if row["kind"] == "validation"] == [3, 1, 2]
+    assert summary["metrics"]["margin_loss"] == rows[3]["margin_loss"]
 
 
 def test_errors_are_one_line(tmp_path):

@@ -21,6 +21,18 @@ def test_head():
     assert isinstance(head, Dataset)
 
 
+def test_hold_out():
+    digits = load("digits")
+    rest, held_out = digits.hold_out(0.1)
+    assert (len(rest.train_labels), len(held_out.test_labels)) == (1293, 144)
+    assert torch.equal(rest.test_images, digits.test_images)
+    together = torch.cat([rest.train_images, held_out.test_images]).flatten(1).double().sum(1)
+    assert torch.equal(together.sort()[0], digits.train_images.flatten(1).double().sum(1).sort()[0])
+    assert torch.equal(held_out.test_images, digits.hold_out(0.1)[1].test_images)
+    with pytest.raises(ValueError, match="share: got 0, takes a share"):
+        digits.hold_out(0)
+
+
 def test_ranges():
     pixels = torch.tensor([0, 51, 255], dtype=torch.uint8)
     torch.testing.assert_close(to_unit(pixels), torch.tensor([0, 0.2, 1]))
