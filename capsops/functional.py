@@ -153,7 +153,8 @@ def dynamic_routing(
 def _check_layer(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int) -> None:
     _check_tensors(u=u, weight=weight, bias=bias)
     _check_shape("u", u, "B I K", (None, None, None))
-    _check_shape("weight", weight, "I J D K", (u.shape[1], None, None, u.shape[2]))
+    in_capsules, in_dim = u.shape[1:]
+    _check_shape("weight", weight, "I J D K", (in_capsules, None, None, in_dim))
     if bias is not None:
         _check_shape("bias", bias, "J D", tuple(weight.shape[1:3]))
     _check_iterations(iterations)

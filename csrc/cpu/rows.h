@@ -174,7 +174,11 @@ class RowsEngine {
     CAPSOPS_SHARED_CODE void couplings(const Team& team, int64_t v) {
         const Scratch s = scratch_of(team);
         over_items(team, s, [&](int64_t i, int64_t b, const T* w, bool, bool) {
-            predict(s, b, w, s.u, v, 0, 1, s.dots);
+            if (aligned_) {
+                products<1>(w, load<T, N>(s.u), state(v, b), 0, s.dots);
+            } else {
+                predict(s, b, w, s.u, v, 0, 1, s.dots);
+            }
             softmax<T, N>(s.dots, J_, call_.leaky);
             write_row(call_.couplings, call_.storage, (b * I_ + i) * J_, J_, s.dots);
         });
@@ -197,10 +201,11 @@ class RowsEngine {
         write_row(tensor, call_.storage, at, J_ * numbers_, scratch);
     }
 
-    // u_i of sample b, repeated for every d.
+    // u_i of sample b, repeated: to one register where K divides it, else for every d.
     void read_u(int64_t i, int64_t b, T* repeated) const {
+        const int64_t end = aligned_ ? N : numbers_;
         read_row(call_.u, call_.storage, (b * I_ + i) * K_, K_, repeated);
-        for (int64_t p = K_; p < numbers_; ++p) repeated[p] = repeated[p - K_];
+        for (int64_t p = K_; p < end; p += K_) std::memcpy(repeated + p, repeated, K_ * sizeof(T));
         for (int64_t p = numbers_; p < padded_; ++p) repeated[p] = 0;
     }
 
@@ -277,8 +282,8 @@ class RowsEngine {
                 u[n] = load<T, N>(s.u + n * padded_);
                 T* dots = s.dots + n * States * logits_;
                 products<States>(w + n * row_, u[n], state(v, b), apart * B_ * row_, dots);
-                c[n] = weigh(dots);
             }
+            for (int64_t n = 0; n < count; ++n) c[n] = weigh(s.dots + n * States * logits_);
             for (int64_t j = 0; j < J_; ++j) {
                 for (int64_t n = 0; n < count; ++n) scaled[n] = c[n][j] * u[n];
                 add_block(w + j * padded_, scaled, count, sum + j * padded_);
@@ -423,7 +428,7 @@ class RowsEngine {
         T* total = direct ? static_cast<T*>(call_.grad_weight) + i * row_ : s.grad_weight;
         for (int64_t at = 0; at < row_; at += padded_) {
             for (int64_t p = 0; p < padded_; p += N) {
-                const Vec<T, N> product = load<T, N>(s.parts + at + p) * load<T, N>(s.u + p);
+                const Vec<T, N> product = load<T, N>(s.parts + at + p) * load<T, N>(s.u + (aligned_ ? 0 : p));
                 store<T, N>(total + at + p, first ? product : load<T, N>(total + at + p) + product);
             }
         }

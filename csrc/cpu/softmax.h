@@ -29,22 +29,32 @@ CAPSOPS_INLINE void softmax_vjp(const Lanes<T>* c, Lanes<T>* a, int64_t J, int64
     for (int64_t j = 0; j < J; ++j) a[j * stride] = c[j * stride] * (a[j * stride] - mean);
 }
 
-// The same over J numbers of one sample, padded with room to whole registers of N.
+// The same over J numbers of one sample, with room to whole registers of N; what lies behind them becomes 0.
 template <typename T, int N>
 CAPSOPS_INLINE void softmax(T* c, int64_t J, bool leaky) {
-    T top = leaky ? T(0) : c[0];
-    for (int64_t j = 0; j < J; ++j) top = c[j] > top ? c[j] : top;
-    for (int64_t j = J; j < rounded_up(J, N); ++j) c[j] = top;
-    T total = 0;
+    typedef typename VecOf<T, N>::Int Int;
+    typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Index;
+    const Int lanes = iota<Int, Index>(std::make_integer_sequence<int, N>{});
+    const Vec<T, N> zero = Vec<T, N>{};
+    const Vec<T, N> first = zero + (leaky ? T(0) : c[0]);
+    Vec<T, N> top = first, total = zero;
+    for (int64_t j = 0; j < J; j += N) {
+        const Vec<T, N> x = lanes < Index(J - j) ? load<T, N>(c + j) : first;
+        top = maximum(top, x);
+    }
+    top = over_lanes<N>(top, [](Vec<T, N> a, Vec<T, N> b) CAPSOPS_ALWAYS { return maximum(a, b); });
     for (int64_t j = 0; j < J; j += N) {
         const Vec<T, N> e = exp_nonpositive<N>(load<T, N>(c + j) - top, T());
-        store<T, N>(c + j, e);
+        const Vec<T, N> kept = lanes < Index(J - j) ? e : zero;
+        store<T, N>(c + j, kept);
+        total += kept;
     }
-    for (int64_t j = 0; j < J; ++j) total += c[j];
-    if (leaky) total += exp_nonpositive<N>(Vec<T, N>{} - top, T())[0];
-    for (int64_t j = 0; j < J; ++j) c[j] /= total;
+    total = over_lanes<N>(total, [](Vec<T, N> a, Vec<T, N> b) CAPSOPS_ALWAYS { return a + b; });
+    if (leaky) total += exp_nonpositive<N>(zero - top, T());
+    for (int64_t j = 0; j < J; j += N) store<T, N>(c + j, load<T, N>(c + j) / total);
 }
 
+// The same over numbers of one sample.
 template <typename T>
 CAPSOPS_INLINE void softmax_vjp(const T* c, T* a, int64_t J) {
     T mean = 0;

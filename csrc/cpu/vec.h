@@ -131,6 +131,27 @@ CAPSOPS_INLINE V sum_lanes(V* rows) {
     return rows[0];
 }
 
+template <typename Int, typename Index, int... At>
+CAPSOPS_INLINE Int iota(std::integer_sequence<int, At...>) {
+    return Int{Index(At)...};
+}
+
+template <int N, int Step, typename V, int... At>
+CAPSOPS_INLINE V exchanged(V x, std::integer_sequence<int, At...>) {
+    return shuffle(x, x, std::integer_sequence<int, (At ^ Step)...>{});
+}
+
+// All lanes joined by `join`, in every lane.
+template <int N, typename V, typename Join>
+CAPSOPS_INLINE V over_lanes(V x, const Join& join) {
+    constexpr auto all = std::make_integer_sequence<int, N>{};
+    if constexpr (N >= 16) x = join(x, exchanged<N, 8>(x, all));
+    if constexpr (N >= 8) x = join(x, exchanged<N, 4>(x, all));
+    if constexpr (N >= 4) x = join(x, exchanged<N, 2>(x, all));
+    if constexpr (N >= 2) x = join(x, exchanged<N, 1>(x, all));
+    return x;
+}
+
 template <typename T, int N = vec_width<T>>
 CAPSOPS_INLINE T sum(Vec<T, N> x) {
     T total = 0;
