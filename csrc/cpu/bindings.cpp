@@ -22,9 +22,9 @@ namespace py = pybind11;
     bool routing(const RoutingCall&);                                                                        \
     bool routing_backward(const RoutingCall&);                                                               \
     bool couplings(const RoutingCall&);                                                                      \
-    double fma_rate(double, int);                                                                            \
+    double fma_flops(double, int);                                                                           \
     constexpr Kernels kernels{#isa,    squash,           squash_backward, predictions, predictions_backward, \
-                              routing, routing_backward, couplings,       fma_rate};                         \
+                              routing, routing_backward, couplings,       fma_flops};                        \
     }                                                                                                        \
     }
 
@@ -101,7 +101,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("isas", &isas, "Instruction sets that are compiled and that this processor has, the fastest last.");
     m.def("isa", [] { return std::string(chosen->name); }, "The instruction set in use.");
     m.def(
-        "fma_rate", [](double seconds, int threads) { return chosen->fma_rate(seconds, threads); },
+        "fma_flops", [](double seconds, int threads) { return chosen->fma_flops(seconds, threads); },
         without_gil, py::arg("seconds"), py::arg("threads"),
         "Floating-point operations a second, float32, that multiply-adds on registers attain on all "
         "threads.");

@@ -63,7 +63,7 @@ struct Kernels {
     bool (*routing)(const RoutingCall&);
     bool (*routing_backward)(const RoutingCall&);
     bool (*couplings)(const RoutingCall&);
-    double (*fma_rate)(double seconds, int threads);  // floating-point operations a second, float32
+    double (*fma_flops)(double seconds, int threads);  // floating-point operations a second, float32
 };
 
 }  // namespace capsops

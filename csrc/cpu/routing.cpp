@@ -286,7 +286,7 @@ bool routing_backward(const RoutingCall& call) { return routed(call, Op::backwar
 
 bool couplings(const RoutingCall& call) { return routed(call, Op::couplings); }
 
-double fma_rate(double seconds, int threads) {
+double fma_flops(double seconds, int threads) {
     constexpr int chains = register_bytes == 64 ? 24 : 12;
     constexpr int64_t steps = 20000;
     double total = 0;
