@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from infocapsgan import data
 
-Dataset = Literal[data.NAMES]
+Dataset = Literal[data.SINGLE_NAMES]
 Recipe = Literal["tuned", "published"]
 
 

@@ -1,22 +1,11 @@
-"""What a data set is, and the table of those there are."""
+"""What a data set is."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from infocapsgan.data import cifar10, digits, folder, mnist, smallnorb
 from infocapsgan.draw import Draw
-
-
-class ImageShape(NamedTuple):
-    """What a model must know of a data set."""
-
-    channels: int
-    size: int  # height and width in pixels
-    classes: int
 
 
 @dataclass(frozen=True)
@@ -83,45 +72,6 @@ class Dataset:
             test_images=self.test_images[:images],
             test_labels=self.test_labels[:images],
         )
-
-
-_SETS = {
-    "digits": (ImageShape(1, 28, 10), digits.load),
-    "mnist": (ImageShape(1, 28, 10), mnist.load_mnist),
-    "fashion-mnist": (ImageShape(1, 28, 10), mnist.load_fashion_mnist),
-    "cifar10": (ImageShape(3, 32, 10), cifar10.load),
-    "smallnorb": (ImageShape(1, 32, 5), smallnorb.load),
-    "folder": (ImageShape(3, folder.SIZE, folder.CLASSES_WITHOUT_FOLDERS), folder.load),
-}
-NAMES = tuple(_SETS)
-
-
-def image_shape(name: str, data_dir: str | Path | None = None) -> ImageShape:
-    """Channels, size and classes of the data set `name`, known before its files are read."""
-    shape = _find(name)[0]
-    return shape._replace(classes=folder.classes(data_dir)) if name == "folder" else shape
-
-
-def load(name: str, data_dir: str | Path | None = None) -> Dataset:
-    """Reads a data set, and downloads it first where it is missing.
-
-    Args:
-        name: one of `NAMES`.
-        data_dir: the folder that holds `mnist/` and its like; None looks in $INFOCAPSGAN_DATA, then in the
-            user's cache folder.
-
-    Raises:
-        ValueError: no data set has that name.
-        DataError: a file is damaged, or is missing and could not be downloaded.
-    """
-    shape, read = _find(name)
-    return Dataset(name, *read(data_dir), size=shape.size)
-
-
-def _find(name: str):
-    if name not in _SETS:
-        raise ValueError(f"dataset: got {name!r}, takes one of {', '.join(NAMES)}")
-    return _SETS[name]
 
 
 def cropped(images: Tensor, corners: Tensor, size: int) -> Tensor:

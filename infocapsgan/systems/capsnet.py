@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from capsops.nn import RoutingCapsules
 from infocapsgan import losses
-from infocapsgan.data import Dataset
+from infocapsgan.data import NAMES, Dataset
 from infocapsgan.data.augment import deformed, flipped, relit, shifted
 from infocapsgan.data.dataset import to_unit
+from infocapsgan.data.multi_mnist import overlaid
 from infocapsgan.draw import Draw
-from infocapsgan.metrics import accuracy
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
 from infocapsgan.models.decoders import DeconvolutionalDecoder, FullyConnectedDecoder, masked
 from infocapsgan.settings import Count, Settings, Share, Weight, Whole
@@ -32,6 +32,8 @@ CLASS_DIM = 16
 class CapsNetSettings(Settings):
     """CapsNet: supervised capsule classifier with reconstruction (Sabour, Frosst, Hinton 2017)."""
 
+    dataset: Literal[NAMES] = "digits"
+    """Images to train on. digits comes with scikit-learn, no download; multi-mnist overlays pairs."""
     iterations: Count = 3
     """Routing iterations."""
     leaky: bool = False
@@ -110,6 +112,7 @@ class CapsNet(System):
     recipes: ClassVar = {"tuned": {"rate_decay": 0.95}, "published": {}}
     datasets: ClassVar = {
         "smallnorb": {"shift": 0, "brightness": 32 / 255, "contrast": 0.5},
+        "multi-mnist": {"shift": 0},
         "cifar10": {"shift": 0, "flip": True, "brightness": 63 / 255, "contrast": 0.8},
     }
     tuned: ClassVar = {"digits": {"width": 32, "epochs": 15, "shift": 1}}
@@ -128,12 +131,12 @@ class CapsNet(System):
         images = self.augmented(to_unit(images), training.draw)
         self.optimizers["model"].param_groups[0]["lr"] = s.learning_rate * s.rate_decay ** int(training.epoch)
         with training.autocast():
-            capsules, rebuilt = self.model(images, labels)
+            capsules = self.model.encoder(seen(images)).classes
             margin = self.margin_loss(capsules, labels).mean()
-            error = reconstruction_error(rebuilt, images, s.reconstruction_loss).mean()
+            error = self.rebuilding_error(capsules, labels, images, s.reconstruction_loss).mean()
         weight = s.reconstruction_weight * schedule(s.reconstruction_schedule, training.epoch)
         training.update("model", margin + weight * error)
-        right = (lengths(capsules).argmax(dim=1) == labels).float().mean()
+        right = correct(self.predicted(capsules, labels), labels).float().mean()
         return {"margin": margin.detach(), "reconstruction": error.detach(), "batch_accuracy": right}
 
     def augmented(self, images: Tensor, draw: Draw) -> Tensor:
@@ -150,8 +153,26 @@ class CapsNet(System):
         return images
 
     def margin_loss(self, capsules: Tensor, labels: Tensor) -> Tensor:
-        """Margin loss of each image [B]."""
-        return losses.margin_loss(lengths(capsules.float()), F.one_hot(labels, self.image_shape.classes))
+        """Margin loss of each image [B]; labels are [B], or [B, 2] of pairs."""
+        target = F.one_hot(columns(labels), self.image_shape.classes).sum(dim=1)
+        return losses.margin_loss(lengths(capsules.float()), target)
+
+    def rebuilding_error(self, capsules: Tensor, classes: Tensor, images: Tensor, kind: str) -> Tensor:
+        """The error of each image [B] rebuilt from its class; of a pair, the mean of its digits alone."""
+        digits = images.split(1, dim=1) if classes.dim() == 2 else [images]
+        errors = [
+            reconstruction_error(self.model.decoder(masked(capsules, one)), digit, kind)
+            for one, digit in zip(columns(classes).unbind(1), digits, strict=True)
+        ]
+        return torch.stack(errors).mean(dim=0)
+
+    def predicted(self, capsules: Tensor, labels: Tensor) -> Tensor:
+        """The longest capsule of each image [B], or the two longest [B, 2], in the order of the labels."""
+        found = lengths(capsules).topk(columns(labels).shape[1], dim=1).indices
+        if labels.dim() == 1:
+            return found[:, 0]
+        crossed = (found[:, 0] == labels[:, 1]) | (found[:, 1] == labels[:, 0])
+        return torch.where(crossed[:, None], found.flip(1), found)
 
     @property
     def validation_share(self) -> float:
@@ -164,27 +185,53 @@ class CapsNet(System):
         return metrics["margin_loss"] + self.settings.reconstruction_weight * metrics["squared_error"]
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """Accuracy, margin loss and squared error of the test split, rebuilt from the predicted class."""
-        predicted, margin, error = [], [], []
+        """Accuracy, margin loss and squared error of the test split, rebuilt from the predicted class.
+
+        The accuracy of pairs counts digits; `pair_error` is the share of pairs in which either is wrong.
+        """
+        right, margin, error = [], [], []
         for pixels, labels in zip(
             dataset.test_images.split(500), dataset.test_labels.split(500), strict=True
         ):
             images = to_unit(pixels)
-            capsules, rebuilt = self.model(images)
-            predicted.append(lengths(capsules).argmax(dim=1))
+            capsules = self.model.encoder(seen(images)).classes
+            classes = self.predicted(capsules, labels)
+            right.append(correct(classes, labels))
             margin.append(self.margin_loss(capsules, labels))
-            error.append(reconstruction_error(rebuilt, images, "squared"))
-        return {
-            "accuracy": accuracy(torch.cat(predicted), dataset.test_labels),
+            error.append(self.rebuilding_error(capsules, classes, images, "squared"))
+        right = torch.cat(right)
+        metrics = {
+            "accuracy": right.double().mean().item(),
             "margin_loss": torch.cat(margin).mean().item(),
             "squared_error": torch.cat(error).mean().item(),
         }
+        if dataset.test_labels.dim() == 2:
+            metrics["pair_error"] = 1 - right.all(dim=1).double().mean().item()
+        return metrics
 
     def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
-        """Ten test images; below each what is rebuilt from its true class, and from the predicted one."""
+        """Ten test images; below each what is rebuilt from its true classes, and from the predicted ones."""
         images, labels = to_unit(dataset.test_images[:10]), dataset.test_labels[:10]
-        rows = [images, self.model(images, labels)[1], self.model(images)[1]]
+        capsules = self.model.encoder(seen(images)).classes
+        rows = [seen(images)]
+        for classes in (labels, self.predicted(capsules, labels)):
+            rows += [self.model.decoder(masked(capsules, one)) for one in columns(classes).unbind(1)]
         return {"reconstructions": (torch.cat(rows), len(images))}
+
+
+def seen(images: Tensor) -> Tensor:
+    """What the encoder is given: images as they are, pairs of digits [B, 2, H, W] overlaid."""
+    return overlaid(images) if images.shape[1] == 2 else images
+
+
+def columns(labels: Tensor) -> Tensor:
+    """Labels [B] or [B, 2] → [B, 1] or [B, 2]."""
+    return labels.view(len(labels), -1)
+
+
+def correct(predicted: Tensor, labels: Tensor) -> Tensor:
+    """Which predictions are right [B]; of pairs, which digits [B, 2]: both orders are those of the labels."""
+    return predicted == labels
 
 
 def reconstruction_error(rebuilt: Tensor, images: Tensor, kind: str) -> Tensor:
