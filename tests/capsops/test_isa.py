@@ -11,7 +11,7 @@ _cpu = pytest.importorskip("capsops._cpu", reason="the C++ extension is not buil
 HERE = "tests/capsops"
 FILES = [
     f"{HERE}/test_{name}.py"
-    for name in ("squash", "predictions", "dynamic_routing", "capsule_routing", "couplings")
+    for name in ("squash", "predictions", "dynamic_routing", "capsule_routing", "couplings", "threads")
 ]
 
 
