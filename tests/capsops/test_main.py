@@ -1,0 +1,52 @@
+"""python -m capsops."""
+
+import pytest
+
+import capsops
+from capsops import __main__ as main
+from capsops import dispatch
+
+MAPS = """\
+7f1000000000-7f1000001000 r--p 00000000 fe:00 1 /usr/lib/python3/site-packages/torch/lib/libgomp.so.1
+7f1000001000-7f1000002000 r-xp 00001000 fe:00 1 /usr/lib/python3/site-packages/torch/lib/libgomp.so.1
+7f1000002000-7f1000003000 rw-p 00000000 00:00 0
+7f1000003000-7f1000004000 r--p 00000000 fe:00 2 /opt/a folder/libiomp5.so
+7f1000004000-7f1000005000 r--p 00000000 fe:00 3 /usr/lib/torch.libs/libgomp-24e2ab19.so.1.0.0
+7f1000005000-7f1000006000 r--p 00000000 fe:00 4 /usr/lib/libcompress.so
+7ffc00000000-7ffc00001000 rw-p 00000000 00:00 0 [stack]
+"""
+
+
+def test_openmp_runtimes_of_a_process() -> None:
+    assert main.openmp_runtimes(MAPS) == [
+        "/opt/a folder/libiomp5.so",
+        "/usr/lib/python3/site-packages/torch/lib/libgomp.so.1",
+        "/usr/lib/torch.libs/libgomp-24e2ab19.so.1.0.0",
+    ]
+
+
+def test_columns_are_aligned() -> None:
+    assert main.table([("a", "bb", ""), ("ccc", "d", "e f")]) == "  a    bb\n  ccc  d   e f"
+
+
+def test_an_extension_that_was_not_built_says_why_and_how_to_mend_it() -> None:
+    record = {"cpu": {"built": False, "reason": "line one\nline two", "mend": "do this"}}
+    assert main.extension("cpu", record) == [
+        ("capsops._cpu", "not built: line one"),
+        ("", "line two"),
+        ("", "to mend it: do this"),
+    ]
+    assert main.extension("cuda", {})[-1] == ("", "to mend it: pip install -e .")
+
+
+def test_report(capsys: pytest.CaptureFixture[str]) -> None:
+    main.main()
+    said = capsys.readouterr().out
+    assert said.startswith(f"capsops {capsops.__version__}\n")
+    for service in dispatch.describe():
+        assert any(
+            line.split()[:2] == [service.impl, service.device]
+            and line.endswith("available" if service.available else service.reason.splitlines()[0])
+            for line in said.splitlines()
+        )
+    assert f"  cpu   {dispatch.resolve('auto', 'cpu')}\n" in said
