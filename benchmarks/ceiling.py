@@ -23,7 +23,7 @@ def _by_registers(seconds: float, threads: int) -> Ceiling | None:
     loop = getattr(_cpu, "fma_flops", None)
     if loop is None:
         return None
-    return Ceiling(max(loop(seconds, threads) for _ in range(5)), f"FMA loop on registers, {_cpu.isa()}")
+    return Ceiling(max(loop(seconds, threads) for _ in range(20)), f"FMA loop on registers, {_cpu.isa()}")
 
 
 def _by_products(seconds: float) -> Ceiling:
@@ -43,4 +43,4 @@ def _by_products(seconds: float) -> Ceiling:
 @lru_cache(maxsize=1)
 def measured_ceiling(threads: int) -> Ceiling:
     """The ceiling for `threads` threads, which are torch's at this moment. Measured once in a process."""
-    return _by_registers(0.2, threads) or _by_products(0.3)
+    return _by_registers(0.05, threads) or _by_products(0.3)

@@ -30,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_rows] = []
     config.stash[_load] = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     config.option.benchmark_quiet = True  # our table stands in place of the plugin's, which -v brings back
+    # torch's own, from within torch.compile
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")
     torch.set_num_threads(config.getoption("--threads"))
 
 

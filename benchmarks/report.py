@@ -16,8 +16,9 @@ _COLUMNS = ("case", "ours", "peer", "which", "ratio", "share", "beyond inputs, M
 def _time(seconds: float | None) -> str:
     if seconds is None:
         return "–"
-    milliseconds = seconds * 1e3
-    return f"{milliseconds:.3g} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
+    if seconds < 1e-4:
+        return f"{seconds * 1e6:.3g} µs"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"
 
 
 def _times(ratio: float | None) -> str:
