@@ -77,9 +77,8 @@ class LanesEngine {
     // Parts of the sum over i that are made apart, so that every thread has work.
     int64_t splits = 1;
 
-    // A single sample leaves too many lanes empty; two already do not (measured:
-    // benchmarks/results/NOTES.md).
-    static bool suits(const RoutingCall& call) { return call.weight && call.B > 1; }
+    // With fewer samples too many lanes are empty (measured: benchmarks/results/NOTES.md).
+    static bool suits(const RoutingCall& call) { return call.weight && call.B > larger(1, L / 5); }
 
     // `slots`: how many states are held at a time.
     LanesEngine(const RoutingCall& call, int64_t slots, int threads)
