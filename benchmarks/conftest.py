@@ -10,7 +10,7 @@ from benchmarks import machine
 from benchmarks.ceiling import Ceiling, measured_ceiling
 from benchmarks.report import describe, plain_table
 from benchmarks.rows import RESULTS, Row, save
-from benchmarks.timing import ROUNDS, Race
+from benchmarks.timing import Race
 
 _rows = pytest.StashKey[list[Row]]()
 _load = pytest.StashKey[float]()
@@ -64,7 +64,7 @@ def race(benchmark: object) -> Iterator[Callable[..., Race]]:
         race.drop(others, hopeless)
         racing = [name for name in race.candidates if name != "ours"]
         benchmark.extra_info["calls per round"] = race.calls["ours"]
-        benchmark.pedantic(race.lap, args=(["ours"],), setup=lambda: race.lap(racing), rounds=ROUNDS)
+        benchmark.pedantic(race.lap, args=(["ours"],), setup=lambda: race.lap(racing), rounds=race.rounds())
         benchmark.extra_info["seconds"] = race.medians()
         return race
 

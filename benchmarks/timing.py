@@ -4,7 +4,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-ROUNDS = 9
+FEWEST_ROUNDS, MOST_ROUNDS = 7, 31
+RACE_SECONDS = 5
 SAMPLE_SECONDS = 0.02
 
 Call = Callable[[], object]
@@ -53,6 +54,11 @@ class Race:
             if self.first[name] > times * fastest:
                 del self.candidates[name]
                 self.seconds[name].append(self.first[name])
+
+    def rounds(self) -> int:
+        """As many as fill RACE_SECONDS, within bounds."""
+        lap = sum(self.first[name] * self.calls[name] for name in self.candidates)
+        return min(max(int(RACE_SECONDS / lap), FEWEST_ROUNDS), MOST_ROUNDS)
 
     def lap(self, names: Iterable[str]) -> None:
         """One sample of each of these."""

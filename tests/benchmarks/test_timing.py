@@ -25,6 +25,13 @@ def test_a_sample_is_filled() -> None:
     assert race.calls["slow"] == 1
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.001, 31), (0.25, 20), (10.0, 7)])
+def test_there_are_enough_rounds(seconds: float, rounds: int) -> None:
+    race = Race({"a": lambda: seconds}, clock=FakeClock(), sample=0.02)
+    race.warm_up()
+    assert race.rounds() == rounds
+
+
 def test_candidates_take_turns() -> None:
     clock = FakeClock()
     race = Race({"a": lambda: 1.0, "b": lambda: 2.0}, clock=clock)
