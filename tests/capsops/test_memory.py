@@ -9,7 +9,7 @@ import capsops
 from tests.capsops.cases import FEW_OPTIONS, Shape, layer_inputs, routing_inputs, value_and_gradients
 from tests.capsops.process import run_python
 
-SHAPE = Shape(512, 512, 32, 8, 4)
+SHAPE = Shape(512, 1024, 32, 4, 4)
 
 PEAK = """
 import torch, capsops
@@ -38,26 +38,30 @@ print(status("VmHWM") - before - sum(x.nbytes for x in results))
 """
 
 
-def peak(impl: str, detach: bool) -> int:
+def peak(impl: str, shape: Shape, detach: bool) -> int:
     """Bytes beyond inputs, result and gradients at the highest point of a forward and a backward pass."""
-    done = run_python("-c", PEAK.format(shape=tuple(SHAPE), impl=impl, detach=detach))
+    done = run_python("-c", PEAK.format(shape=tuple(shape), impl=impl, detach=detach))
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 
 def test_the_measure_sees_the_reference() -> None:
     """It holds û, several times."""
-    predictions = 4 * SHAPE.B * SHAPE.I * SHAPE.J * SHAPE.D
-    assert peak("reference", detach=False) > 2 * predictions
+    shape = SHAPE._replace(I=128)
+    predictions = 4 * shape.B * shape.I * shape.J * shape.D
+    assert peak("reference", shape, detach=False) > 2 * predictions
 
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_peak_is_far_below_one_number_a_pair(impl: str, detach: bool) -> None:
-    """Not û, not even the couplings: B · I · J numbers would be 32 MiB. The bound is a quarter of them."""
+    """Not û, not even the couplings, B · I · J numbers or 64 MiB: the bound is an eighth of them.
+
+    What is B · J · D is allowed, a few times for each pass: a quarter of a MiB each.
+    """
     if impl == "reference":
         pytest.skip("the reference holds û by definition")
     couplings = 4 * SHAPE.B * SHAPE.I * SHAPE.J
-    assert peak(impl, detach) < couplings / 4
+    assert peak(impl, SHAPE, detach) < couplings / 8
 
 
 SHAPES = [Shape(5, 9, 3, 5, 3), Shape(17, 33, 10, 16, 8), Shape(2, 7, 60, 32, 4)]
