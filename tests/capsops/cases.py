@@ -125,6 +125,32 @@ def value_and_gradients(
     return {"value": value.detach(), **dict(zip(named, found, strict=True))}
 
 
+def runs_in_other_orders(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    axes: Sequence[int | None],
+    upstream: Tensor | None,
+    needs: Sequence[bool] | None = None,
+) -> list[dict[str, Tensor]]:
+    """value_and_gradients for four orders of the input capsules, which lie along `axes` of the inputs.
+
+    Gradients come back in the order of the inputs: the runs differ by rounding alone.
+    """
+    count = inputs[0].shape[axes[0]]
+    runs = []
+    for order in (torch.arange(count), torch.arange(count).flip(0), *map(torch.randperm, (count, count))):
+        ordered = [
+            x if x is None or axis is None else x.index_select(axis, order)
+            for x, axis in zip(inputs, axes, strict=True)
+        ]
+        found = value_and_gradients(function, ordered, upstream, needs)
+        for n, axis in enumerate(axes):
+            if axis is not None and f"gradient {n}" in found:
+                found[f"gradient {n}"] = found[f"gradient {n}"].index_select(axis, order.argsort())
+        runs.append(found)
+    return runs
+
+
 def _sliced(x: Tensor) -> Tensor:
     """Every second element of the last axis, all but the ends of the first, NaN between and around."""
     wide = torch.full((x.shape[0] + 2, *x.shape[1:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype)

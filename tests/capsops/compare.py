@@ -1,5 +1,7 @@
 """Comparison with the reference: a failure says which tensor, its error, and what was allowed."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,22 +36,23 @@ def root_mean_square(x: Tensor) -> float:
 
 
 def assert_low_precision(
-    got: Tensor, low: Tensor, exact: Tensor, factor: float, name: str = "result"
+    got: Tensor, lows: Sequence[Tensor], exact: Tensor, factor: float, name: str = "result"
 ) -> None:
-    """The error of `got` is at most `factor` times that of `low`, the same computation in plain torch.
+    """The error of `got` is at most `factor` times that of `lows`, the same computation in plain torch.
 
     `exact` is the float64 result for the same inputs. Two errors count: the root mean square, which does not
-    hang on luck, and the largest, which finds the single element that is wrong. A result has to be rounded to
-    its dtype whatever the computation, so that the error of `low` counts as half a unit in the last place of
-    a typical element at least, or as one unit of the largest.
+    hang on luck, and the largest, which finds the single element that is wrong. The largest error of one run
+    does hang on luck, so `lows` may hold several, which differ in the order of their sums. A result has to be
+    rounded to its dtype whatever the computation, so that the error of `lows` counts as half a unit in the
+    last place of a typical element at least, or as one unit of the largest.
     """
-    assert_like(got, low, name)
+    assert_like(got, lows[0], name)
     assert got.isfinite().all(), f"{name}: {(~got.isfinite()).sum()} of {got.numel()} elements are not finite"
     assert exact.dtype == torch.float64, f"{name}: the exact result is {exact.dtype}"
     eps = torch.finfo(got.dtype).eps
     for kind, size, rounding in (("typical", root_mean_square, eps / 2), ("largest", largest, eps)):
         error = size(got.double() - exact)
-        allowed = factor * max(size(low.double() - exact), rounding * size(exact))
+        allowed = factor * max(size(torch.stack(list(lows)).double() - exact), rounding * size(exact))
         assert error <= allowed, (
             f"{name}: {kind} error {error:.3g}, allowed {allowed:.3g} ({factor} times plain torch)"
         )
@@ -72,9 +75,10 @@ def assert_all_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance:
 
 
 def assert_all_low_precision(
-    got: dict[str, Tensor], low: dict[str, Tensor], exact: dict[str, Tensor]
+    got: dict[str, Tensor], lows: Sequence[dict[str, Tensor]], exact: dict[str, Tensor]
 ) -> None:
     """assert_low_precision of every tensor: twice the error of plain torch, gradients three times."""
-    assert got.keys() == low.keys() == exact.keys()
+    assert got.keys() == lows[0].keys() == exact.keys()
     for name, tensor in exact.items():
-        assert_low_precision(got[name], low[name], tensor, 2 if name == "value" else 3, name)
+        factor = 2 if name == "value" else 3
+        assert_low_precision(got[name], [low[name] for low in lows], tensor, factor, name)

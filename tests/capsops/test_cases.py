@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.capsops.cases import LAYOUTS, value_and_gradients
+from tests.capsops.cases import LAYOUTS, runs_in_other_orders, value_and_gradients
 
 X = torch.arange(24, dtype=torch.float64).reshape(2, 3, 4)
 
@@ -40,3 +40,19 @@ def test_value_and_gradients() -> None:
         "value",
         "gradient 1",
     }
+
+
+def test_runs_in_other_orders_differ_by_rounding_alone() -> None:
+    u, weight = torch.randn(5, 40, 3), torch.randn(40, 3)
+
+    def product(u: torch.Tensor, weight: torch.Tensor, bias: None) -> torch.Tensor:
+        return torch.einsum("bik,ik->b", u, weight)
+
+    first, *others = runs_in_other_orders(product, [u, weight, None], (1, 0, None), torch.ones(5))
+    assert torch.allclose(first["gradient 1"], u.sum(0), atol=1e-5)
+    assert len(others) == 3
+    for run in others:
+        assert not torch.equal(run["value"], first["value"])
+        assert torch.allclose(run["value"], first["value"], atol=1e-4)
+        assert torch.allclose(run["gradient 0"], first["gradient 0"], atol=1e-5)
+        assert torch.allclose(run["gradient 1"], first["gradient 1"], atol=1e-5)

@@ -44,7 +44,7 @@ def test_low_precision(impl: str, shape: Shape, dtype: torch.dtype) -> None:
     upstream = torch.randn(*shape[:4]).to(dtype)
     assert_all_low_precision(
         value_and_gradients(partial(capsops.predictions, impl=impl), [u, weight], upstream),
-        value_and_gradients(reference.predictions, [u, weight], upstream),
+        [value_and_gradients(reference.predictions, [u, weight], upstream)],
         value_and_gradients(reference.predictions, [u.double(), weight.double()], upstream.double()),
     )
 

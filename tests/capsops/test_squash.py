@@ -67,7 +67,7 @@ def test_low_precision(impl: str, shape: tuple[int, ...], dim: int, scale: float
     upstream = torch.randn(shape).to(dtype)
     assert_all_low_precision(
         value_and_gradients(partial(capsops.squash, dim=dim, impl=impl), [s], upstream),
-        value_and_gradients(partial(reference.squash, dim=dim), [s], upstream),
+        [value_and_gradients(partial(reference.squash, dim=dim), [s], upstream)],
         value_and_gradients(partial(reference.squash, dim=dim), [s.double()], upstream.double()),
     )
 
