@@ -41,9 +41,9 @@ HOST_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "
 CPU_FLAGS = (*HOST_FLAGS, "-fno-math-errno", "-ffp-contract=fast", "-fopenmp")
 X86_ISAS = {
     "baseline": (),
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx2": ("-mavx2", "-mfma"),
     "avx512": (
-        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"),
+        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
         "-mprefer-vector-width=512",
     ),
 }

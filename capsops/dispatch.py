@@ -80,13 +80,14 @@ class use_impl:
 
     def __init__(self, impl: str) -> None:
         self.impl = _checked(impl, "impl")
+        self.before: list[str] = []
 
     def __enter__(self) -> None:
-        self.before = _default[0]
+        self.before.append(_default[0])
         _default[0] = self.impl
 
     def __exit__(self, *error: object) -> None:
-        _default[0] = self.before
+        _default[0] = self.before.pop()
 
 
 def resolve(impl: str, device: str) -> str:

@@ -47,8 +47,8 @@ class PrimaryCapsules(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        x = x.reshape(x.shape[0], self.capsules, self.dim, -1).transpose(2, 3)
-        return functional.squash(x.reshape(x.shape[0], -1, self.dim))
+        x = x.unflatten(1, (self.capsules, self.dim)).flatten(3).transpose(2, 3)
+        return functional.squash(x.flatten(1, 2))
 
 
 class RoutingCapsules(nn.Module):

@@ -1,10 +1,15 @@
 """The ops by the C++ kernels of csrc/cpu: allocates results, passes addresses. Serves CPU tensors."""
 
+import os
+
 import torch
 from torch import Tensor
 
 from capsops import _cpu
 from capsops.impl.reference import accumulation_dtype
+
+if os.environ.get("CAPSOPS_CPU_ISA"):
+    _cpu.use_isa(os.environ["CAPSOPS_CPU_ISA"])  # a ValueError if this processor has no such thing
 
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 

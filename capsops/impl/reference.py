@@ -61,7 +61,10 @@ def predictions_backward(
     return grad_u, grad_weight
 
 
-def _couplings(u_hat: Tensor, total_v: Tensor, leaky: bool) -> Tensor:
+def _couplings(u_hat: Tensor, total_v: Tensor | None, leaky: bool) -> Tensor:
+    """c of a pass; without V, of the first, whose logits are 0 whatever û."""
+    if total_v is None:
+        return reference.coupling_softmax(u_hat.new_zeros(u_hat.shape[:3]), leaky)
     return reference.coupling_softmax(torch.einsum("bijd,bjd->bij", u_hat, total_v), leaky)
 
 
@@ -75,8 +78,11 @@ def _routing(
     for t in range(max(iterations, 1)):
         if t > 0:
             total_v = total_v + v
-        c = u_hat.new_ones(()) if iterations == 0 else _couplings(u_hat, total_v, leaky)
-        s = torch.einsum("bij,bijd->bjd", c.expand(u_hat.shape[:3]), u_hat)
+        if iterations == 0:
+            s = u_hat.sum(1)
+        else:
+            c = _couplings(u_hat, total_v if t > 0 else None, leaky)
+            s = torch.einsum("bij,bijd->bjd", c, u_hat)
         sums.append(s if bias is None else s + bias)
         v = reference.squash(sums[-1])
     return v, torch.stack(sums), total_v
@@ -97,7 +103,7 @@ def _routing_backward(
     for t in reversed(range(iterations)):
         grad_s = _squash_vjp(grad_v, s[t], -1)
         grad_bias = grad_bias + grad_s.sum(0)
-        c = _couplings(u_hat, total_v[t], leaky)
+        c = _couplings(u_hat, total_v[t] if t > 0 else None, leaky)
         grad_u_hat = grad_u_hat + c.unsqueeze(-1) * grad_s.unsqueeze(1)
         if detach:
             break
@@ -155,4 +161,4 @@ def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, l
     if iterations == 0:
         return u.new_ones(u_hat.shape[:3])
     _, _, total_v = _routing(u_hat, None if bias is None else _wide(bias), iterations, leaky)
-    return _couplings(u_hat, total_v, leaky).to(u.dtype)
+    return _couplings(u_hat, total_v if iterations > 1 else None, leaky).to(u.dtype)

@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstdlib>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -58,20 +57,19 @@ std::vector<std::string> isas() {
     return names;
 }
 
-const Kernels* choose() {
-    const std::vector<const Kernels*> found = available();
-    const char* wanted = std::getenv("CAPSOPS_CPU_ISA");
-    if (!wanted || !*wanted) return found.back();
-    std::string names;
-    for (const Kernels* kernels : found) {
-        if (std::string(kernels->name) == wanted) return kernels;
-        names += std::string(names.empty() ? "" : ", ") + kernels->name;
-    }
-    throw std::invalid_argument("environment variable CAPSOPS_CPU_ISA: got '" + std::string(wanted) +
-                                "', takes one of " + names);
-}
-
 const Kernels* chosen = nullptr;
+
+void use_isa(const std::string& wanted) {
+    std::string names;
+    for (const Kernels* kernels : available()) {
+        if (kernels->name == wanted) {
+            chosen = kernels;
+            return;
+        }
+        names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+    }
+    throw std::invalid_argument("CAPSOPS_CPU_ISA: got '" + wanted + "', takes one of " + names);
+}
 
 void check(bool allocated) {
     if (!allocated) throw std::bad_alloc();
@@ -95,10 +93,11 @@ PYBIND11_MODULE(_cpu, m) {
     m.doc() =
         "Kernels for the CPU. Pointers are addresses of contiguous tensors; shapes are the caller's to "
         "check.";
-    chosen = choose();
+    chosen = available().back();
     const py::call_guard<py::gil_scoped_release> without_gil;
 
     m.def("isas", &isas, "Instruction sets that are compiled and that this processor has, the fastest last.");
+    m.def("use_isa", &use_isa, "Takes the kernels of an instruction set, by name.");
     m.def("isa", [] { return std::string(chosen->name); }, "The instruction set in use.");
     m.def(
         "fma_flops", [](double seconds, int threads) { return chosen->fma_flops(seconds, threads); },
