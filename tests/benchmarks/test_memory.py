@@ -55,7 +55,7 @@ def test_the_einsum_form_holds_its_predictions() -> None:
     """Twice, since it copies them into the layout of the routing."""
     case = memory.RoutingCase(16)
     found = memory.peak_memory("einsum", case, memory.FORWARD, threads=1)
-    assert 2 * 4 * case.predictions < found < 3 * 4 * case.predictions
+    assert abs(found - 2 * 4 * case.predictions) <= MIB
 
 
 def test_an_unknown_peer_says_so() -> None:
