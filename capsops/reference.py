@@ -11,18 +11,21 @@ from torch import Tensor
 def squash(s: Tensor, dim: int = -1) -> Tensor:
     """squash(s) = s · r / (1 + r²), r = ‖s‖ along `dim` (Sabour et al. 2017, equation 1).
 
-    r comes from a sum scaled by the largest component and, beyond 1, the factor is 1 / (r + 1/r), so that
-    every finite s gives a finite result with finite first and second derivatives, 0 at s = 0.
+    r comes from a sum scaled by the largest component and, beyond 1, the result is s/r · 1 / (1 + 1/r²), so
+    that every finite s, even where r overflows, gives a finite result with finite first and second
+    derivatives, 0 at s = 0.
     """
     if s.numel() == 0:
         return s.clone()
     scale = s.detach().abs().amax(dim, keepdim=True)
     scale = torch.where(scale > 0, scale, 1)
-    square = ((s / scale) ** 2).sum(dim, keepdim=True)
+    x = s / scale
+    square = (x**2).sum(dim, keepdim=True)
     zero = square == 0
-    r = torch.where(zero, 0, scale * torch.where(zero, 1, square).sqrt())
+    length = torch.where(zero, 1, square).sqrt()
+    r = torch.where(zero, 0, scale * length)
     small, large = r.clamp(max=1), r.clamp(min=1)
-    return s * torch.where(r > 1, 1 / (large + 1 / large), small / (1 + small**2))
+    return torch.where(r > 1, x / length / (1 + large**-2), s * (small / (1 + small**2)))
 
 
 def predictions(u: Tensor, weight: Tensor) -> Tensor:

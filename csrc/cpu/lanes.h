@@ -20,6 +20,8 @@ namespace CAPSOPS_ISA {
 template <typename T>
 class LanesEngine {
     static constexpr int L = lane_group<T>;
+    // Products summed in a row before they join a larger sum: sums of sums lose less to rounding.
+    static constexpr int longest_sum = 64;
 
     const RoutingCall& call_;
     const int64_t B_, I_, J_, D_, K_, R_;  // R = J·D
@@ -100,8 +102,7 @@ class LanesEngine {
             b = rest;
         }
         splits = smaller(threads / a, I_);
-        // At most 64 products are summed in a row before they join a larger sum: less is lost to rounding.
-        chunk_ = larger(1, smaller(smaller(16, 64 / K_), 98304 / (R_ * K_ * int64_t(sizeof(T)))));
+        chunk_ = larger(1, smaller(smaller(16, longest_sum / K_), 98304 / (R_ * K_ * int64_t(sizeof(T)))));
         choose_kernels();
         block_ = larger(1, smaller(smaller(8, groups_), 262144 / (R_ * int64_t(sizeof(Lanes<T>)))));
     }
@@ -464,14 +465,17 @@ class LanesEngine {
     template <int Tile>
     CAPSOPS_INLINE void gradient_of_u_tile(const T* w, int64_t K, const Lanes<T>* grad_u_hat,
                                            Lanes<T>* grad_u) const {
-        Lanes<T> total[Tile];
-        for (int k = 0; k < Tile; ++k) total[k] = Lanes<T>::filled(0);
-        for (int64_t r = 0; r < R_; ++r) {
-            const Lanes<T> g = grad_u_hat[r];
+        for (int k = 0; k < Tile; ++k) grad_u[k] = Lanes<T>::filled(0);
+        for (int64_t r0 = 0; r0 < R_; r0 += longest_sum) {
+            Lanes<T> total[Tile];
+            for (int k = 0; k < Tile; ++k) total[k] = Lanes<T>::filled(0);
+            for (int64_t r = r0; r < smaller(R_, r0 + longest_sum); ++r) {
+                const Lanes<T> g = grad_u_hat[r];
 #pragma GCC unroll 8
-            for (int k = 0; k < Tile; ++k) add_product(total[k], w[r * K + k], g);
+                for (int k = 0; k < Tile; ++k) add_product(total[k], w[r * K + k], g);
+            }
+            for (int k = 0; k < Tile; ++k) grad_u[k] += total[k];
         }
-        for (int k = 0; k < Tile; ++k) grad_u[k] = total[k];
     }
 
     // ∂W_i [K, padded] += Σ_b u_b ∂û_b, with ∂û [samples, padded] and u `stride` apart.

@@ -44,6 +44,7 @@ template <typename T, bool Backward>
 void columns(const SquashCall& call, int64_t at, int64_t width, T* s, T* g, T* out) {
     const int64_t n = call.n;
     T square[block] = {}, along[block] = {}, f[block], h[block], divisor[block];
+    bool overflows[block] = {};
     for (int64_t d = 0; d < n; ++d) {
         read_row(call.s, call.storage, at + d * call.inner, width, s + d * block);
         if (Backward) read_row(call.grad, call.storage, at + d * call.inner, width, g + d * block);
@@ -52,6 +53,7 @@ void columns(const SquashCall& call, int64_t at, int64_t width, T* s, T* g, T* o
     for (int64_t w = 0; w < width; ++w) {
         const T r = length_from(s + w, n, block, square[w]);
         f[w] = squash_factor(r);
+        overflows[w] = r > largest_square<T>;
         h[w] = squash_slope(r);
         divisor[w] = r == 0 ? T(1) : r;
     }
@@ -67,7 +69,12 @@ void columns(const SquashCall& call, int64_t at, int64_t width, T* s, T* g, T* o
         for (int64_t w = 0; w < width; ++w) {
             out_d[w] = Backward ? f[w] * g_d[w] + h[w] * along[w] * (s_d[w] / divisor[w]) : f[w] * s_d[w];
         }
-        write_row(call.out, call.storage, at + d * call.inner, width, out_d);
+    }
+    for (int64_t w = 0; w < width; ++w) {
+        if (!Backward && overflows[w]) direction(s + w, n, block, out + w);
+    }
+    for (int64_t d = 0; d < n; ++d) {
+        write_row(call.out, call.storage, at + d * call.inner, width, out + d * block);
     }
 }
 

@@ -15,13 +15,25 @@ constexpr T smallest_square = sizeof(T) == 4 ? T(1e-30) : T(1e-280);
 template <typename T>
 constexpr T largest_square = T(1) / smallest_square<T>;
 
+template <typename T>
+CAPSOPS_INLINE bool plain_square(T square) {
+    return square > smallest_square<T> && square < largest_square<T>;
+}
+
+// The largest |s_d| of numbers `stride` apart.
+template <typename T>
+inline T largest(const T* s, int64_t n, int64_t stride) {
+    T scale = 0;
+    for (int64_t d = 0; d < n; ++d)
+        scale = std::fabs(s[d * stride]) > scale ? std::fabs(s[d * stride]) : scale;
+    return scale;
+}
+
 // |s| from numbers `stride` apart whose sum of squares is out of that range.
 template <typename T>
 __attribute__((noinline)) inline T scaled_length(const T* s, int64_t n, int64_t stride, T square) {
     if (square != square) return square;
-    T scale = 0;
-    for (int64_t d = 0; d < n; ++d)
-        scale = std::fabs(s[d * stride]) > scale ? std::fabs(s[d * stride]) : scale;
+    const T scale = largest(s, n, stride);
     if (scale == 0) return 0;
     T total = 0;
     for (int64_t d = 0; d < n; ++d) total += (s[d * stride] / scale) * (s[d * stride] / scale);
@@ -30,8 +42,7 @@ __attribute__((noinline)) inline T scaled_length(const T* s, int64_t n, int64_t 
 
 template <typename T>
 CAPSOPS_INLINE T length_from(const T* s, int64_t n, int64_t stride, T square) {
-    const bool plain = square > smallest_square<T> && square < largest_square<T>;
-    return plain ? std::sqrt(square) : scaled_length(s, n, stride, square);
+    return plain_square(square) ? std::sqrt(square) : scaled_length(s, n, stride, square);
 }
 
 template <typename T>
@@ -42,10 +53,20 @@ CAPSOPS_INLINE T length(const T* s, int64_t n) {
     return length_from(s, n, 1, square);
 }
 
+// squash of numbers `stride` apart whose length overflows: their direction.
+template <typename T>
+__attribute__((noinline)) inline void direction(const T* s, int64_t n, int64_t stride, T* v) {
+    const T scale = largest(s, n, stride);
+    T total = 0;
+    for (int64_t d = 0; d < n; ++d) total += (s[d * stride] / scale) * (s[d * stride] / scale);
+    for (int64_t d = 0; d < n; ++d) v[d * stride] = s[d * stride] / scale / std::sqrt(total);
+}
+
 template <typename T>
 CAPSOPS_INLINE void squash_row(const T* s, int64_t n, T* v) {
-    const T f = squash_factor(length(s, n));
+    const T r = length(s, n), f = squash_factor(r);
     for (int64_t d = 0; d < n; ++d) v[d] = f * s[d];
+    if (r > largest_square<T>) direction(s, n, 1, v);
 }
 
 template <typename T>

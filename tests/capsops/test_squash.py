@@ -92,7 +92,7 @@ def test_the_largest_numbers_give_a_unit_vector(
     v = capsops.squash(s, impl=impl)
     assert_close(v, torch.full_like(s, dim_size**-0.5), tolerance=8 * torch.finfo(dtype).eps)
     v.sum().backward()
-    assert_close(s.grad, torch.zeros_like(s), tolerance=0)
+    assert s.grad.abs().max() <= torch.finfo(dtype).tiny  # a difference of terms of the size of 1 / r
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e-30, 1e-38])
