@@ -21,7 +21,7 @@ template <typename T>
 class LanesEngine {
     static constexpr int L = lane_group<T>;
     // Products summed in a row before they join a larger sum: sums of sums lose less to rounding.
-    static constexpr int longest_sum = 64;
+    static constexpr int longest_sum = 32, longest_chunk = 64;
 
     const RoutingCall& call_;
     const int64_t B_, I_, J_, D_, K_, R_;  // R = J·D
@@ -102,7 +102,7 @@ class LanesEngine {
             b = rest;
         }
         splits = smaller(threads / a, I_);
-        chunk_ = larger(1, smaller(smaller(16, longest_sum / K_), 98304 / (R_ * K_ * int64_t(sizeof(T)))));
+        chunk_ = larger(1, smaller(smaller(16, longest_chunk / K_), 98304 / (R_ * K_ * int64_t(sizeof(T)))));
         choose_kernels();
         block_ = larger(1, smaller(smaller(8, groups_), 262144 / (R_ * int64_t(sizeof(Lanes<T>)))));
     }
