@@ -29,7 +29,7 @@ def _build_failure() -> str:
     if not record.exists():
         return "the extension was not built (no build record); run: pip install -e ."
     failure = json.loads(record.read_text()).get("cpu", {}).get("reason")
-    return failure or "the extension is missing although its build succeeded; run: pip install -e ."
+    return failure or "its build succeeded; run: pip install -e ."
 
 
 def _load_cpu() -> tuple[ModuleType | None, str]:
@@ -65,7 +65,7 @@ def _checked(impl: str, origin: str) -> str:
 
 
 # One element: torch.compile guards on it, which it cannot do for a context variable.
-_default = [_checked(os.environ.get("CAPSOPS_IMPL", "auto"), "environment variable CAPSOPS_IMPL")]
+_default = [_checked(os.environ.get("CAPSOPS_IMPL") or "auto", "environment variable CAPSOPS_IMPL")]
 
 
 class use_impl:

@@ -44,11 +44,18 @@ def _check_shape(name: str, x: Tensor, axes: str, sizes: tuple[int | None, ...])
         raise ValueError(f"{name}: got shape {list(x.shape)}, takes {wanted}")
 
 
-def _check_iterations(iterations: int) -> None:
-    if isinstance(iterations, bool) or not isinstance(iterations, int):
-        raise TypeError(f"iterations: got {type(iterations).__name__}, takes an int")
+def _check_int(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes an int")
+
+
+def _check_options(iterations: int, **flags: bool) -> None:
+    _check_int("iterations", iterations)
     if iterations < 0:
         raise ValueError(f"iterations: got {iterations}, takes 0 (no routing) or more")
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: got {type(flag).__name__}, takes a bool")
 
 
 def _effective_iterations(iterations: int, out_capsules: int, leaky: bool) -> int:
@@ -78,6 +85,7 @@ def squash(s: Tensor, dim: int = -1, *, impl: str = "auto") -> Tensor:
     _check_tensors(s=s)
     if s.dim() == 0:
         raise ValueError("s: got a scalar, takes a tensor with at least one dimension")
+    _check_int("dim", dim)
     if not -s.dim() <= dim < s.dim():
         raise ValueError(
             f"dim: got {dim}, takes {-s.dim()} to {s.dim() - 1} for a tensor of shape {list(s.shape)}"
@@ -136,7 +144,7 @@ def dynamic_routing(
         v [B, J, D], output capsules of length below 1.
 
     Raises:
-        TypeError: an argument is not a tensor, or dtypes differ, or `iterations` is not an int.
+        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type.
         ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device.
         RuntimeError: `impl` is not available here.
     """
@@ -144,20 +152,19 @@ def dynamic_routing(
     _check_shape("u_hat", u_hat, "B I J D", (None, None, None, None))
     if bias is not None:
         _check_shape("bias", bias, "J D", tuple(u_hat.shape[2:]))
-    _check_iterations(iterations)
+    _check_options(iterations, leaky=leaky, detach=detach)
     iterations = _effective_iterations(iterations, u_hat.shape[2], leaky)
     impl = dispatch.resolve(impl, u_hat.device.type)
     return torch.ops.capsops.dynamic_routing(u_hat, bias, iterations, leaky, detach, impl)[0]
 
 
-def _check_layer(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int) -> None:
+def _check_layer(u: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _check_tensors(u=u, weight=weight, bias=bias)
     _check_shape("u", u, "B I K", (None, None, None))
     in_capsules, in_dim = u.shape[1:]
     _check_shape("weight", weight, "I J D K", (in_capsules, None, None, in_dim))
     if bias is not None:
         _check_shape("bias", bias, "J D", tuple(weight.shape[1:3]))
-    _check_iterations(iterations)
 
 
 def capsule_routing(
@@ -173,7 +180,7 @@ def capsule_routing(
     """A whole capsule layer: dynamic_routing(predictions(u, weight), bias), without storing û.
 
     The predictions û_ij = W_ij u_i are recomputed in every pass, forward and backward; nothing of the size
-    B × I × J or larger is allocated (impl="reference" excepted). Formula: see `dynamic_routing`.
+    B × I × J or larger is allocated, but by the reference. Formula: see `dynamic_routing`.
 
     Args:
         u: input capsules [B, I, K].
@@ -188,11 +195,12 @@ def capsule_routing(
         v [B, J, D], output capsules of length below 1.
 
     Raises:
-        TypeError: an argument is not a tensor, or dtypes differ, or `iterations` is not an int.
+        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type.
         ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device.
         RuntimeError: `impl` is not available here.
     """
-    _check_layer(u, weight, bias, iterations)
+    _check_layer(u, weight, bias)
+    _check_options(iterations, leaky=leaky, detach=detach)
     iterations = _effective_iterations(iterations, weight.shape[1], leaky)
     impl = dispatch.resolve(impl, u.device.type)
     return torch.ops.capsops.capsule_routing(u, weight, bias, iterations, leaky, detach, impl)[0]
@@ -223,11 +231,12 @@ def couplings(
         c [B, I, J].
 
     Raises:
-        TypeError: an argument is not a tensor, or dtypes differ, or `iterations` is not an int.
+        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type.
         ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device.
         RuntimeError: `impl` is not available here.
     """
-    _check_layer(u, weight, bias, iterations)
+    _check_layer(u, weight, bias)
+    _check_options(iterations, leaky=leaky)
     iterations = _effective_iterations(iterations, weight.shape[1], leaky)
     impl = dispatch.resolve(impl, u.device.type)
     with torch.no_grad():

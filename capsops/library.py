@@ -88,7 +88,9 @@ def _dynamic_routing_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     serve = _implementation(impl, u_hat)
-    return serve.dynamic_routing_backward(grad.contiguous(), u_hat.contiguous(), s, iterations, leaky, detach)
+    return serve.dynamic_routing_backward(
+        grad.contiguous(), u_hat.contiguous(), s.contiguous(), iterations, leaky, detach
+    )
 
 
 def _capsule_routing(
@@ -117,7 +119,7 @@ def _capsule_routing_backward(
         grad.contiguous(),
         u.contiguous(),
         weight.contiguous(),
-        s,
+        s.contiguous(),
         iterations,
         leaky,
         detach,
@@ -214,17 +216,25 @@ def _second_order(
     and of each input (None for an input that is None).
     """
     create_graph = torch.is_grad_enabled()
+    wide = accumulation_dtype(grad.dtype)
     with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
         aliases = [None if x is None else _alias(x) for x in inputs]
-        grad = _alias(grad)
-        pairs = [(x, g) for x, g in zip(aliases, grad_grads, strict=True) if x is not None and g is not None]
+        upstream = _alias(grad)
+        pairs = [
+            (n, g.to(wide)) for n, g in enumerate(grad_grads) if aliases[n] is not None and g is not None
+        ]
         if not pairs:
             return (None,) * (1 + len(inputs))
+        wider = [None if x is None else x.to(wide) for x in aliases]
         firsts = torch.autograd.grad(
-            formula(*aliases), [x for x, _ in pairs], grad, create_graph=True, materialize_grads=True
+            formula(*wider),
+            [wider[n] for n, _ in pairs],
+            upstream.to(wide),
+            create_graph=True,
+            materialize_grads=True,
         )
         product = sum((first * g).sum() for first, (_, g) in zip(firsts, pairs, strict=True))
-        present = [grad, *(x for x in aliases if x is not None)]
+        present = [upstream, *(x for x in aliases if x is not None)]
         found = iter(torch.autograd.grad(product, present, create_graph=create_graph, materialize_grads=True))
         return (next(found), *(None if x is None else next(found) for x in aliases))
 

@@ -92,11 +92,13 @@ class RoutingCapsules(nn.Module):
     def reset_parameters(self) -> None:
         """Draws the weights anew; the bias becomes 0."""
         in_capsules, out_capsules, out_dim, in_dim = self.weight.shape
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.weight.numel() == 0:
+            return
         coupling = 1.0 if self.iterations == 0 else 1 / (out_capsules + self.leaky)
         length = in_dim / (in_dim + 1)  # of a squashed normal vector, about
         nn.init.normal_(self.weight, std=0.3 / (coupling * length * math.sqrt(in_capsules * out_dim)))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
     @classmethod
     def from_weight(

@@ -183,8 +183,8 @@ def capsule_routing_backward(
 
 def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool) -> Tensor:
     c = u.new_empty(u.shape[0], *weight.shape[:2])
-    if iterations == 0:
-        return c.fill_(1)
+    if iterations <= 1:
+        return c.fill_(1 if iterations == 0 else 1 / (weight.shape[1] + leaky))
     _cpu.couplings(
         u.data_ptr(),
         weight.data_ptr(),

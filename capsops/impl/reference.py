@@ -53,7 +53,7 @@ def predictions(u: Tensor, weight: Tensor) -> Tensor:
 def predictions_backward(
     grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_u = grad_weight = u.new_empty(0)
+    grad_u, grad_weight = u.new_empty(0), u.new_empty(0)
     if needs_u:
         grad_u = torch.einsum("bijd,ijdk->bik", _wide(grad), _wide(weight)).to(u.dtype)
     if needs_weight:

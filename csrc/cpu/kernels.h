@@ -21,7 +21,7 @@ struct SquashCall {
     int threads;
 };
 
-// u_hat_ij = W_ij u_i. Tensors are contiguous, in the layouts of DESIGN: u [B, I, K], weight [I, J, D, K].
+// u_hat_ij = W_ij u_i. Tensors are contiguous: u [B, I, K], weight [I, J, D, K].
 struct PredictionsCall {
     const void* u;
     const void* weight;

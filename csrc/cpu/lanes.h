@@ -95,13 +95,8 @@ class LanesEngine {
           padded_(rounded_up(R_, vec_width<T>)),
           slots_(slots),
           states_(nullptr) {
-        int64_t a = groups_, b = threads;
-        while (b) {
-            const int64_t rest = a % b;
-            a = b;
-            b = rest;
-        }
-        splits = smaller(threads / a, I_);
+        // As few as leave no thread idle for long: each costs B·J·D numbers.
+        while (splits < smaller(threads, I_) && !balanced(splits * groups_, threads)) ++splits;
         chunk_ = larger(1, smaller(smaller(16, longest_chunk / K_), 98304 / (R_ * K_ * int64_t(sizeof(T)))));
         choose_kernels();
         block_ = larger(1, smaller(smaller(8, groups_), 262144 / (R_ * int64_t(sizeof(Lanes<T>)))));
@@ -206,6 +201,11 @@ class LanesEngine {
     }
 
   private:
+    // Whether threads that share so many equal tasks are busy nine tenths of the time.
+    static bool balanced(int64_t tasks, int64_t threads) {
+        return 9 * rounded_up(tasks, threads) <= 10 * tasks;
+    }
+
     const Lanes<T>* state(int64_t slot, int64_t group) const {
         return reinterpret_cast<const Lanes<T>*>(states_) + (slot * groups_ + group) * R_;
     }
@@ -351,7 +351,7 @@ class LanesEngine {
             over_rows(D_, [=](int64_t d, auto rows) CAPSOPS_ALWAYS {
                 const int64_t r = j * D_ + d;
                 predict_tile<KC, decltype(rows)::value>(w + r * K, u, states + r, stride, count, u_hat + r,
-                                                        dots + j * count, c + j * count,
+                                                        dots + j * count, c ? c + j * count : nullptr,
                                                         sum ? sum + r : nullptr);
             });
         }

@@ -1,4 +1,5 @@
-// Routing by agreement and its full gradient, without û in memory (DESIGN.md, section 3).
+// Routing by agreement and its full gradient, without û in memory; the formulas stand in
+// capsops/impl/reference.py.
 //
 // The passes over û are an engine's (lanes.h, rows.h); what lies between them, on numbers of the size B·J·D,
 // is here. Between passes every thread waits for the others.
@@ -151,7 +152,7 @@ struct Routing {
             }
         }
         team.barrier();
-        engine.gradient(team, terms, uniform, !call.detach);
+        if (call.grad_u || call.grad_weight) engine.gradient(team, terms, uniform, !call.detach);
     }
 };
 
@@ -165,12 +166,13 @@ int64_t slots_of(const RoutingCall& call, Op op) {
 template <typename T, typename Engine>
 bool together(const RoutingCall& call, Op op, int threads) {
     const int64_t R = call.J * call.D, size = call.B * R;
-    Routing<T, Engine> routing(call, slots_of(call, op), threads, size);
+    // The sums of each pass are kept, but for couplings, which need only those of the last.
+    Routing<T, Engine> routing(call, slots_of(call, op), threads, op == Op::couplings ? 0 : size);
     T *bias_total = nullptr, *s = nullptr;
     auto plan = [&](Pieces& pieces) {
         routing.plan(pieces, threads, op == Op::backward);
         bias_total = pieces.take<T>(R);
-        s = op == Op::couplings ? pieces.take<T>(passes(call) * size) : static_cast<T*>(call.s);
+        s = op == Op::couplings ? pieces.take<T>(size) : static_cast<T*>(call.s);
     };
     Pieces bytes;
     plan(bytes);
@@ -179,7 +181,6 @@ bool together(const RoutingCall& call, Op op, int threads) {
     Pieces pieces{buffer.base};
     plan(pieces);
     std::memset(bias_total, 0, R * sizeof(T));
-    std::memset(routing.total_v, 0, size * sizeof(T));  // V⁰, all that the couplings of a first pass need
     run_team(threads, [&](const Team& team) {
         if (op == Op::forward) {
             routing.forward(team, s, passes(call), call.v);

@@ -1,4 +1,4 @@
-// Couplings from logits, and their backward, with a number type V that may be lanes of samples.
+// Couplings from logits, and their backward: of samples in lanes, and of one sample.
 #pragma once
 
 #include "team.h"

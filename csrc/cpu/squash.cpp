@@ -81,7 +81,7 @@ void columns(const SquashCall& call, int64_t at, int64_t width, T* s, T* g, T* o
 template <typename T, bool Backward>
 bool squash_of(const SquashCall& call) {
     const int threads = call.outer * call.n * call.inner < 32768 ? 1 : call.threads;
-    const int64_t scratch = call.n * (call.inner == 1 ? 1 : block);
+    const int64_t scratch = call.inner > 1 ? call.n * block : in_place<T>(call.storage) ? 0 : call.n;
     Buffer buffer(scratch * 3 * threads * sizeof(T));
     if (!buffer.base) return false;
     T* pool = reinterpret_cast<T*>(buffer.base);

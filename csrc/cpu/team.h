@@ -1,8 +1,8 @@
 // Threads, shares of work and workspace.
 //
-// Threads come from OpenMP, whose runtime in the process is the one that torch has loaded: no second pool. A
-// team has as many threads as torch uses or one, since a change of size makes the runtime build its team
-// anew.
+// Threads come from OpenMP. On Linux the calls bind to the runtime that torch has loaded before: no second
+// pool. A team has as many threads as torch uses or one, since a change of size makes the runtime build its
+// team anew.
 #pragma once
 
 #include <omp.h>

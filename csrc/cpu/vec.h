@@ -164,12 +164,14 @@ CAPSOPS_INLINE V maximum(V a, V b) {
     return a > b ? a : b;
 }
 
-// e^x for x <= 0 (or NaN): 2^n e^r with |r| <= ln 2 / 2 and e^r by its Taylor series, to the last bit or two.
+// e^x for x <= 0 (or NaN), 0 where it is subnormal: 2^n e^r with |r| <= ln 2 / 2 and e^r by its Taylor
+// series, to the last bit or two.
 template <int N>
 CAPSOPS_INLINE Vec<float, N> exp_nonpositive(Vec<float, N> x, float) {
     typedef typename VecOf<float, N>::Int Int;
-    const Vec<float, N> floor = Vec<float, N>{} - 87.0f;
-    x = x < floor ? floor : x;
+    const Vec<float, N> floor = Vec<float, N>{} - 87.33f;
+    const auto vanishes = x < floor;
+    x = vanishes ? floor : x;
     const float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
     const Vec<float, N> shifted = x * 1.44269504088896341f + magic;
     const Vec<float, N> n = shifted - magic;
@@ -188,14 +190,15 @@ CAPSOPS_INLINE Vec<float, N> exp_nonpositive(Vec<float, N> x, float) {
     bits = (bits - (0x4b400000 - 127)) << 23;
     Vec<float, N> scale;
     std::memcpy(&scale, &bits, sizeof(scale));
-    return p * scale;
+    return vanishes ? Vec<float, N>{} : p * scale;
 }
 
 template <int N>
 CAPSOPS_INLINE Vec<double, N> exp_nonpositive(Vec<double, N> x, double) {
     typedef typename VecOf<double, N>::Int Int;
     const Vec<double, N> floor = Vec<double, N>{} - 708.0;
-    x = x < floor ? floor : x;
+    const auto vanishes = x < floor;
+    x = vanishes ? floor : x;
     const double magic = 6755399441055744.0;  // 1.5 * 2^52
     const Vec<double, N> shifted = x * 1.44269504088896340736 + magic;
     const Vec<double, N> n = shifted - magic;
@@ -210,7 +213,7 @@ CAPSOPS_INLINE Vec<double, N> exp_nonpositive(Vec<double, N> x, double) {
     bits = (bits - (0x4338000000000000 - 1023)) << 52;
     Vec<double, N> scale;
     std::memcpy(&scale, &bits, sizeof(scale));
-    return p * scale;
+    return vanishes ? Vec<double, N>{} : p * scale;
 }
 
 // One number of every sample of a lane group.
