@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from capsops import dispatch, reference
-from capsops.impl.reference import accumulation_dtype
+from capsops.impl import accumulation_dtype
 
 _library = torch.library.Library("capsops", "DEF")
 

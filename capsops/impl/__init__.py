@@ -16,3 +16,10 @@ Tensors that arrive here are contiguous, of one dtype and one device, non-empty 
 s holds sᵗ of every pass, [max(T, 1), B, J, D], in the accumulation dtype (float32 for 16-bit tensors).
 A gradient that is not needed is an empty tensor of shape [0].
 """
+
+import torch
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a storage dtype is summed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from capsops import reference
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a storage dtype is summed: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from capsops.impl import accumulation_dtype
 
 
 def _wide(x: Tensor) -> Tensor:
