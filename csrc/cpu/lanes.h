@@ -21,7 +21,7 @@ template <typename T>
 class LanesEngine {
     static constexpr int L = lane_group<T>;
     // Products summed in a row before they join a larger sum: sums of sums lose less to rounding.
-    static constexpr int longest_sum = 32, longest_chunk = 64;
+    static constexpr int longest_sum = 32, longest_uniform_sum = 64;
 
     const RoutingCall& call_;
     const int64_t B_, I_, J_, D_, K_, R_;  // R = J·D
@@ -97,7 +97,7 @@ class LanesEngine {
           states_(nullptr) {
         // As few as leave no thread idle for long: each costs B·J·D numbers.
         while (splits < smaller(threads, I_) && !balanced(splits * groups_, threads)) ++splits;
-        chunk_ = larger(1, smaller(smaller(16, longest_chunk / K_), 98304 / (R_ * K_ * int64_t(sizeof(T)))));
+        chunk_ = larger(1, smaller(16, 98304 / (R_ * K_ * int64_t(sizeof(T)))));
         choose_kernels();
         block_ = larger(1, smaller(smaller(8, groups_), 262144 / (R_ * int64_t(sizeof(Lanes<T>)))));
     }
@@ -123,10 +123,12 @@ class LanesEngine {
 
     // partial [splits, B, J, D] = Σ_i û
     CAPSOPS_SHARED_CODE void sum_uniform(const Team& team, int64_t, T* partial) {
-        sum_over_i(team, partial,
-                   [&](const Scratch& scratch, const T* w, int64_t count, int64_t, Lanes<T>* sum) {
-                       (this->*add_uniform_)(w, count, scratch.u, sum);
-                   });
+        const int64_t few = larger(1, longest_uniform_sum / K_);
+        sum_over_i(team, partial, [&](const Scratch& s, const T* w, int64_t count, int64_t, Lanes<T>* sum) {
+            for (int64_t n = 0; n < count; n += few) {
+                (this->*add_uniform_)(w + n * R_ * K_, smaller(few, count - n), s.u + n * K_, sum);
+            }
+        });
     }
 
     // partial = Σ_i c û with the couplings of the state in slot `v`
