@@ -1,0 +1,30 @@
+"""The README's examples run, one after another, as a reader would type them."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_examples() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert blocks
+    assert "@@" not in README.read_text()
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"README.md, example {number + 1}", "exec"), names)
+
+
+def test_test_command_is_what_ci_runs() -> None:
+    assert "pip install -e '.[test]' && pytest" in README.read_text()
+    ci = (README.parent / ".ci" / "run").read_text()
+    assert "-e '.[test]'\n" in ci
+    assert ci.endswith("\npytest\n")
+
+
+def test_files_named_exist() -> None:
+    text = README.read_text()
+    for name in re.findall(r"`((?:benchmarks|results|capsops|infocapsgan)/[\w/.-]+)`", text) + re.findall(
+        r"\]\(([\w/.-]+)\)", text
+    ):
+        assert (README.parent / name).exists(), f"README.md names {name}, which is not there"
