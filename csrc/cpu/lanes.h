@@ -164,7 +164,7 @@ class LanesEngine {
             std::memset(s.grad_weight, 0, count * K * padded_ * sizeof(T));
             for (int64_t g = 0; g < groups_; ++g) {
                 const int64_t samples = smaller(L, B_ - g * L);
-                read_u(s, g, i0, count);
+                read_u_by_rows(s, g, i0, count);
                 for (int64_t n = 0; n < count; ++n) {
                     const T* w_i = w + n * R_ * K;
                     gradient_of_u_hat(s, w_i, s.u + n * K, g, terms, uniform, agreement);
@@ -235,8 +235,18 @@ class LanesEngine {
         return scratch.weight;
     }
 
-    // u of a chunk, in rows and in lanes; lanes without a sample are 0.
+    // u of a chunk in lanes; those without a sample are 0.
     void read_u(const Scratch& scratch, int64_t g, int64_t i0, int64_t count) const {
+        if (in_place<T>(call_.storage) && (g + 1) * L <= B_) {
+            const T* u = static_cast<const T*>(call_.u) + (g * L * I_ + i0) * K_;
+            turn_block(u, I_ * K_, L, count * K_, reinterpret_cast<T*>(scratch.u), L);
+        } else {
+            read_u_by_rows(scratch, g, i0, count);
+        }
+    }
+
+    // The same, and in rows.
+    void read_u_by_rows(const Scratch& scratch, int64_t g, int64_t i0, int64_t count) const {
         const int64_t numbers = count * K_;
         for (int64_t lane = 0; lane < L; ++lane) {
             T* row = scratch.natural + lane * numbers;
@@ -295,9 +305,12 @@ class LanesEngine {
     CAPSOPS_INLINE void predict_rows(const T* w, const Lanes<T>* u, Lanes<T> (&u_hat)[Rows],
                                      const Aside& aside) const {
         const int64_t K = KC ? KC : K_;
-        for (int r = 0; r < Rows; ++r) u_hat[r] = Lanes<T>::filled(0);
+        const Lanes<T> u_0 = u[0];
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r) u_hat[r] = product(w[r * K], u_0);
+        aside(0);
 #pragma GCC unroll 8
-        for (int64_t k = 0; k < K; ++k) {
+        for (int64_t k = 1; k < K; ++k) {
             const Lanes<T> u_k = u[k];
 #pragma GCC unroll 16
             for (int r = 0; r < Rows; ++r) add_product(u_hat[r], w[r * K + k], u_k);
@@ -305,12 +318,12 @@ class LanesEngine {
         }
     }
 
-    // Rows rows of û_ij, and what they add to the products with `count` states. First, with `sum`, the û that
-    // is overwritten is added to it, scaled by c.
+    // Rows rows of û_ij, and what they add to the products with `count` states; the `first` rows begin them.
+    // Before, with `sum`, the û that is overwritten is added to it, scaled by c.
     template <int KC, int Rows>
     CAPSOPS_INLINE void predict_tile(const T* w, const Lanes<T>* u, const Lanes<T>* states, int64_t stride,
-                                     int64_t count, Lanes<T>* u_hat, Lanes<T>* dots, const Lanes<T>* c,
-                                     Lanes<T>* sum) const {
+                                     int64_t count, Lanes<T>* u_hat, Lanes<T>* dots, bool first,
+                                     const Lanes<T>* c, Lanes<T>* sum) const {
         constexpr int Sums = Rows < 4 ? Rows : 4;
         constexpr int Each = KC ? (Rows + KC - 1) / KC : 1;  // rows of the sum for every k
         Lanes<T> tile[Rows];
@@ -337,7 +350,7 @@ class LanesEngine {
             for (int r = Sums; r < Rows; ++r) add_product(total[r % Sums], tile[r], states[n * stride + r]);
 #pragma GCC unroll 4
             for (int r = 1; r < Sums; ++r) total[0] += total[r];
-            dots[n] += total[0];
+            dots[n] = first ? total[0] : dots[n] + total[0];
         }
     }
 
@@ -349,11 +362,10 @@ class LanesEngine {
                                            const Lanes<T>* c, Lanes<T>* sum) const {
         const int64_t K = KC ? KC : K_;
         for (int64_t j = 0; j < J_; ++j) {
-            for (int64_t n = 0; n < count; ++n) dots[j * count + n] = Lanes<T>::filled(0);
             over_rows(D_, [=](int64_t d, auto rows) CAPSOPS_ALWAYS {
                 const int64_t r = j * D_ + d;
                 predict_tile<KC, decltype(rows)::value>(w + r * K, u, states + r, stride, count, u_hat + r,
-                                                        dots + j * count, c ? c + j * count : nullptr,
+                                                        dots + j * count, d == 0, c ? c + j * count : nullptr,
                                                         sum ? sum + r : nullptr);
             });
         }

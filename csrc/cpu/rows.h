@@ -115,13 +115,15 @@ class RowsEngine {
                 }
                 return;
             }
-            for (int64_t n = 0; n < count; ++n) {
-                for (int64_t at = 0; at < row_; at += padded_) {
-                    for (int64_t p = at; p < at + padded_; p += N) {
+            for (int64_t at = 0; at < row_; at += padded_) {
+                for (int64_t p = at; p < at + padded_; p += N) {
+                    Vec<T, N> total = Vec<T, N>{};
+                    for (int64_t n = 0; n < count; ++n) {
                         Vec<T, N> x = load<T, N>(w + n * row_ + p);
                         if constexpr (!Given) x *= load<T, N>(s.u + n * padded_ + p - at);
-                        store<T, N>(sum + p, load<T, N>(sum + p) + x);
+                        total += x;
                     }
+                    store<T, N>(sum + p, load<T, N>(sum + p) + total);
                 }
             }
         });

@@ -169,9 +169,8 @@ CAPSOPS_INLINE V maximum(V a, V b) {
 template <int N>
 CAPSOPS_INLINE Vec<float, N> exp_nonpositive(Vec<float, N> x, float) {
     typedef typename VecOf<float, N>::Int Int;
-    const Vec<float, N> floor = Vec<float, N>{} - 87.33f;
-    const auto vanishes = x < floor;
-    x = vanishes ? floor : x;
+    const Vec<float, N> floor = Vec<float, N>{} - 88.02f;  // n = -127, whose 2^n comes out as 0
+    x = x < floor ? floor : x;
     const float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
     const Vec<float, N> shifted = x * 1.44269504088896341f + magic;
     const Vec<float, N> n = shifted - magic;
@@ -190,15 +189,14 @@ CAPSOPS_INLINE Vec<float, N> exp_nonpositive(Vec<float, N> x, float) {
     bits = (bits - (0x4b400000 - 127)) << 23;
     Vec<float, N> scale;
     std::memcpy(&scale, &bits, sizeof(scale));
-    return vanishes ? Vec<float, N>{} : p * scale;
+    return p * scale;
 }
 
 template <int N>
 CAPSOPS_INLINE Vec<double, N> exp_nonpositive(Vec<double, N> x, double) {
     typedef typename VecOf<double, N>::Int Int;
-    const Vec<double, N> floor = Vec<double, N>{} - 708.0;
-    const auto vanishes = x < floor;
-    x = vanishes ? floor : x;
+    const Vec<double, N> floor = Vec<double, N>{} - 709.0;  // n = -1023, whose 2^n comes out as 0
+    x = x < floor ? floor : x;
     const double magic = 6755399441055744.0;  // 1.5 * 2^52
     const Vec<double, N> shifted = x * 1.44269504088896340736 + magic;
     const Vec<double, N> n = shifted - magic;
@@ -213,7 +211,7 @@ CAPSOPS_INLINE Vec<double, N> exp_nonpositive(Vec<double, N> x, double) {
     bits = (bits - (0x4338000000000000 - 1023)) << 52;
     Vec<double, N> scale;
     std::memcpy(&scale, &bits, sizeof(scale));
-    return vanishes ? Vec<double, N>{} : p * scale;
+    return p * scale;
 }
 
 // One number of every sample of a lane group.
@@ -266,6 +264,20 @@ template <typename T>
 CAPSOPS_INLINE Lanes<T> exp_nonpositive(const Lanes<T>& x) {
     Lanes<T> y;
     for (int n = 0; n < Lanes<T>::registers; ++n) y.part[n] = exp_nonpositive<vec_width<T>>(x.part[n], T());
+    return y;
+}
+
+template <typename T>
+CAPSOPS_INLINE Lanes<T> operator+(const Lanes<T>& a, const Lanes<T>& b) {
+    Lanes<T> y;
+    for (int n = 0; n < Lanes<T>::registers; ++n) y.part[n] = a.part[n] + b.part[n];
+    return y;
+}
+
+template <typename T>
+CAPSOPS_INLINE Lanes<T> product(T a, const Lanes<T>& x) {
+    Lanes<T> y;
+    for (int n = 0; n < Lanes<T>::registers; ++n) y.part[n] = a * x.part[n];
     return y;
 }
 
