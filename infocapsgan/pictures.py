@@ -35,26 +35,46 @@ def save_png(path: Path, picture: Tensor, *, enlarge: int = 2) -> None:
         image.save(temporary, format="PNG")
 
 
+def save_animation(path: Path, frames: Sequence[Path], *, most: int = 50, seconds: float = 0.2) -> None:
+    """Writes a GIF of PNG files, `seconds` each, the last one ten times as long.
+
+    Of more than `most` frames so many are taken, evenly, the first and the last among them.
+    """
+    chosen = np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)
+    images = [Image.open(frames[index]).convert("RGB") for index in chosen]
+    durations = [round(1000 * seconds)] * (len(images) - 1) + [round(10_000 * seconds)]
+    with atomic_file(path) as temporary:
+        images[0].save(
+            temporary, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0
+        )
+
+
 def save_curves(
     path: Path, rows: Sequence[dict[str, float]], headline: str, baselines: dict[str, float]
 ) -> None:
-    """Losses against steps, and beside them the headline metric with its baselines as horizontal lines.
+    """Losses against steps; beside them shares: the headline metric, its baselines, accuracies in training.
 
     Args:
         path: of the PNG.
         rows: what metrics.jsonl holds: each with its step and some named numbers.
-        headline: the metric with a panel of its own.
+        headline: the metric that is measured on the test split.
         baselines: what a simpler method reaches, by name.
     """
     names = dict.fromkeys(name for row in rows if row["kind"] == "train" for name in row)
-    losses = [name for name in names if name not in ("kind", "step", "epoch")]
+    names = [name for name in names if name not in ("kind", "step", "epoch")]
+    accuracies = [name for name in names if name.endswith("accuracy")]
+    losses = [name for name in names if name not in accuracies]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name in losses:
         left.plot(*_curve(rows, name), label=name.replace("_", " "), linewidth=1)
     left.set(xlabel="step", title="losses")
     if losses:
         left.legend(fontsize="small")
-    right.plot(*_curve(rows, headline), marker="o", markersize=3, label="this run")
+    for name in accuracies:
+        training = [row for row in rows if row["kind"] == "train"]
+        right.plot(*_curve(training, name), label=f"{name.replace('_', ' ')} in training", linewidth=0.8)
+    tested = [row for row in rows if row["kind"] == "evaluation"]
+    right.plot(*_curve(tested, headline), "k", marker="o", markersize=3, label="this run")
     for (name, value), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
         right.axhline(value, color="gray", linestyle=style, label=f"{name}: {value:.3f}")
     right.set(xlabel="step", title=headline.replace("_", " "), ylim=(0, 1))

@@ -55,6 +55,10 @@ class Settings:
     """Number format of the forward passes; bf16 and fp16 by autocast, fp16 with gradient scaling."""
     width: Annotated[int, Range(8)] = 256
     """Channels of the convolutions, a multiple of 8: a primary capsule has 8."""
+    compile: bool = False
+    """Whether torch.compile compiles the networks; capsule kernels stay as they are."""
+    log_every: Count = 10
+    """Steps between rows of losses in metrics.jsonl and TensorBoard."""
     evaluate_every: Count | None = None
     """Steps between evaluations, with pictures [once an epoch, but 100 steps apart or more]."""
     checkpoint_every: Count | None = None

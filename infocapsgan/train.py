@@ -4,13 +4,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 import capsops
-from infocapsgan import checkpoint, data
+from infocapsgan import checkpoint
 from infocapsgan.command_line import parse
 from infocapsgan.data import DataError, Dataset
 from infocapsgan.data.batches import Batches
@@ -21,8 +22,6 @@ from infocapsgan.settings import Settings
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.system import System
 from infocapsgan.training import NonFiniteLossError, Training
-
-LOG_EVERY = 10
 
 
 def main() -> None:
@@ -46,13 +45,15 @@ def train(system_class: type[System], settings: Settings) -> str:
         raise ValueError(
             f"--batch-size: got {settings.batch_size}, takes a multiple of the {processes.world} processes"
         )
-    dataset = data.load(settings.dataset, settings.data_dir).to(device)
     torch.manual_seed(settings.seed)
     system = system_class(settings).to(device)
+    dataset = system.load_data().to(device)
     held_out = None
     if system.validation_share:
         dataset, held_out = dataset.hold_out(system.validation_share)
     synchronise_batch_norm(system, processes, device)
+    if settings.compile:
+        system.compile_networks()
     batches = Batches(len(dataset.train_images), settings.batch_size, settings.seed, device)
     training = Training(
         system.optimizers,
@@ -82,6 +83,10 @@ def fit(
 ) -> str:
     """The training loop.
 
+    Losses are looked at when something is logged, measured or saved: whether they are finite is known only
+    when the device is done, which is not waited for at each step. Where one was not, the steps since then are
+    done once more, each looked at before the next, to stop at the state before the first bad one.
+
     Args:
         system: what is trained.
         dataset: on the system's device.
@@ -106,6 +111,7 @@ def fit(
         disable=not processes.writes,
     )
     metrics, shown = {}, {}
+    before, training.at_once, stop = None, False, False
 
     def validate() -> None:
         loss = _measured(system, system.validation_loss, held_out.centred())
@@ -118,28 +124,38 @@ def fit(
             state = checkpoint.capture(system, training)
             checkpoint.save(run.checkpoints, state, seconds=time.monotonic() - began)
 
-    while training.step < training.steps and not processes.any(interrupted.came, device):
-        chosen = processes.part(batches.indices(training.step))
-        before = checkpoint.capture(system, training)
+    while training.step < training.steps and not stop:
+        before = before or checkpoint.capture(system, training)
         try:
+            chosen = processes.part(batches.indices(training.step))
             images, labels = dataset.train_batch(chosen, training.draw)
             losses = system.step(images, labels, training)
+            training.step += 1
+            stop = processes.any(interrupted.came, device)
+            last = training.step == training.steps
+            logs = training.step % settings.log_every == 0 or last
+            evaluates = training.step % evaluate_every == 0 or last
+            saves = training.step % checkpoint_every == 0 or last or stop
+            if logs or evaluates or saves or training.at_once:
+                training.check()
+                before = None
         except NonFiniteLossError as error:
             checkpoint.restore(before, system, training)
+            if not training.at_once:
+                training.at_once = True
+                continue
             save()
             raise NonFiniteLossError(
                 f"step {training.step + 1}: {error}. {_how_to_go_on(run, training)}"
             ) from error
-        training.step += 1
-        bar.update()
-        last = training.step == training.steps
-        if training.step % LOG_EVERY == 0 or last:
+        bar.update(training.step - bar.n)
+        if logs:
             losses = {name: value.clone() for name, value in losses.items()}
             processes.average_(list(losses.values()))
             losses = {name: value.item() for name, value in losses.items()}
             run.log("train", training.step, training.epoch, losses)
             bar.set_postfix({**{name: f"{value:.3g}" for name, value in losses.items()}, **shown})
-        if training.step % evaluate_every == 0 or last:
+        if evaluates:
             if held_out:
                 validate()
             metrics = _measured(system, system.evaluate, centred if last else centred.head(10_000))
@@ -147,18 +163,18 @@ def fit(
             run.draw(training.step, _measured(system, system.pictures, centred))
             run.draw_curves(system.headline, baselines)
             shown = {system.headline: f"{metrics[system.headline]:.3f}"}
-        if training.step % checkpoint_every == 0 or last:
+        if saves:
             save()
     bar.close()
     run.close()
     interrupted.restore()
     if training.step < training.steps:
-        save()
         return f"interrupted after step {training.step}. {_how_to_go_on(run, training)}"
     if held_out and processes.writes:
         checkpoint.load_best(run.checkpoints, system)
         metrics = {}
     metrics = metrics or _measured(system, system.evaluate, centred)
+    run.animate()
     seconds = time.monotonic() - began
     if processes.writes:
         write_summary(run, system, training, metrics, baselines, seconds)
@@ -216,9 +232,10 @@ def _start(
 
 
 def _measured(system: System, method: Callable[[Dataset], Any], dataset: Dataset) -> Any:
-    """What a method of the system says of a data set: in evaluation mode, without gradients."""
+    """What a method of the system says of a data set: in evaluation mode, without gradients, not compiled."""
     system.eval()
-    with torch.no_grad():
+    eager = torch.compiler.set_stance("force_eager") if system.settings.compile else nullcontext()
+    with torch.no_grad(), eager:
         found = method(dataset)
     system.train()
     return found

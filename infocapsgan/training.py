@@ -1,8 +1,10 @@
 """What a system's step needs beside its batch: random numbers, the precision, and the update of weights."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 
 from infocapsgan.draw import Draw
 from infocapsgan.parallel import Processes
@@ -12,6 +14,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 class NonFiniteLossError(ArithmeticError):
     """A loss or its gradient became NaN or infinite."""
+
+
+def adam(weights: Iterable[nn.Parameter], rate: float, betas: tuple[float, float] = (0.9, 0.999)) -> Adam:
+    """Adam that changes a weight in one pass over memory, or on a GPU all weights by one kernel."""
+    return Adam(weights, rate, betas, fused=True)
 
 
 class Training:
@@ -25,6 +32,11 @@ class Training:
         steps_per_epoch: what turns a step into an epoch.
         steps: how many steps there will be.
         processes: those that share a batch.
+
+    Attributes:
+        step: steps done.
+        at_once: whether update() looks at each loss before weights change. Without it check() looks at all
+            since its last call: a GPU need not be waited for in between.
     """
 
     def __init__(
@@ -42,7 +54,8 @@ class Training:
         self.precision, self.device = precision, torch.device(device)
         self.steps_per_epoch, self.steps = steps_per_epoch, steps
         self.processes = processes or Processes()
-        self.step = 0
+        self.step, self.at_once = 0, True
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.scalers = {
             name: torch.amp.GradScaler(self.device.type, enabled=precision == "fp16") for name in optimizers
         }
@@ -63,6 +76,7 @@ class Training:
 
         Raises:
             NonFiniteLossError: the loss or its gradient is NaN or infinite; the weights are as before.
+                Without `at_once` that is left to check().
         """
         optimizer, scaler = self.optimizers[name], self.scalers[name]
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -70,16 +84,26 @@ class Training:
         loss = loss.detach().clone()
         present = [gradient for gradient in gradients if gradient is not None]
         self.processes.average_([loss, *present])
-        if not torch.isfinite(loss):
+        # The scaler of fp16 looks at gradients itself: where one is not finite it skips the step.
+        norm = torch.zeros_like(loss) if scaler.is_enabled() else nn.utils.get_total_norm(present)
+        if not self.at_once:
+            self._finite &= torch.isfinite(loss) & torch.isfinite(norm)
+        elif not torch.isfinite(loss):
             raise NonFiniteLossError(f"the loss of {name} is {loss.item()}")
-        # The scaler of fp16 looks for such gradients itself: it skips the step and scales less.
-        if not scaler.is_enabled() and not torch.isfinite(nn.utils.get_total_norm(present)):
+        elif not torch.isfinite(norm):
             raise NonFiniteLossError(f"the gradient of {name} is not finite")
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+
+    def check(self) -> None:
+        """Raises NonFiniteLossError if a loss or gradient since the last call was not finite."""
+        finite = bool(self._finite)
+        self._finite.fill_(True)
+        if not finite:
+            raise NonFiniteLossError("a loss or a gradient is not finite")
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -1,5 +1,6 @@
 """What a data set is."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +31,10 @@ class Dataset:
         if margin:
             images = cropped(images, draw.integers(margin + 1, len(chosen), 2), self.size)
         return images, self.train_labels[chosen]
+
+    def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All test images and labels, up to `size` at a time."""
+        return zip(self.test_images.split(size), self.test_labels.split(size), strict=True)
 
     def hold_out(self, share: float) -> tuple["Dataset", "Dataset"]:
         """The data without a `share` of the training images (seed 0), and those as test images."""

@@ -1,7 +1,10 @@
 """MultiMNIST: two overlapping digits of different classes (Sabour, Frosst, Hinton 2017, section 6)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,32 @@ from infocapsgan.draw import Draw
 SIZE, SHIFT = 36, 4
 TEST_PAIRS = 100_000
 TEST_SEED = 0
+STORED = 100_000  # test pairs that are kept as images; those beyond are drawn when they are wanted
+
+
+class Pairs(NamedTuple):
+    """Which digits are overlaid and where they lie: twelve bytes a pair, whose image has 2,592."""
+
+    digits: Tensor  # indices [N, 2] as int32
+    corners: Tensor  # row and column of each digit's frame [N, 2, 2] as uint8
+
+    def part(self, place: slice, device: torch.device) -> "Pairs":
+        """Some of them, on a device."""
+        return Pairs(self.digits[place].to(device), self.corners[place].to(device))
+
+
+class ByClass(NamedTuple):
+    """Digits in the order of their labels."""
+
+    order: Tensor  # indices [N]
+    count: Tensor  # digits of each class
+    start: Tensor  # place in `order` of the first of each class
+
+    @classmethod
+    def of(cls, labels: Tensor) -> "ByClass":
+        """From the labels [N]."""
+        count = labels.bincount()
+        return cls(labels.argsort(stable=True), count, count.cumsum(0) - count)
 
 
 @dataclass(frozen=True)
@@ -21,61 +50,121 @@ class MultiMNIST(Dataset):
     """Single training digits, of which every batch is paired anew, and fixed test pairs.
 
     A pair [2, 36, 36] is its two digits, one a channel; overlaid() adds them to the image that is seen. Its
-    labels are two numbers.
+    labels are two numbers. `test_images` holds at most STORED pairs; test_batches() gives all of them.
+
+    Attributes:
+        test_digits: single test digits [N, 1, 28, 28].
+        test_digit_labels: their labels [N].
+        pairs: how the test pairs are made of them; None where `test_images` holds them all.
     """
+
+    test_digits: Tensor | None = None
+    test_digit_labels: Tensor | None = None
+    pairs: Pairs | None = None
 
     def train_batch(self, chosen: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """The digits `chosen` [B], each with one of another class: pairs [B, 2, 36, 36], labels [B, 2]."""
-        return paired(self.train_images, self.train_labels, chosen, draw)
+        pairs = draw_pairs(self.train_labels, self._by_class, chosen, draw)
+        return rendered(self.train_images, pairs), labels_of(self.train_labels, pairs)
+
+    @cached_property
+    def _by_class(self) -> ByClass:
+        return ByClass.of(self.train_labels)
+
+    def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All test pairs and their labels, up to `size` at a time."""
+        if self.pairs is None:
+            yield from super().test_batches(size)
+            return
+        for start in range(0, len(self.test_labels), size):
+            place = slice(start, start + size)
+            pairs = self.pairs.part(place, self.test_digits.device)
+            yield rendered(self.test_digits, pairs), self.test_labels[place]
+
+    def with_test_pairs(self, number: int) -> "MultiMNIST":
+        """The same digits with another number of test pairs; the first ones are the same for each number."""
+        pairs = fixed_pairs(self.test_digit_labels, number)
+        return replace(
+            self,
+            test_images=rendered(self.test_digits, Pairs(*(values[:STORED] for values in pairs))),
+            test_labels=labels_of(self.test_digit_labels, pairs),
+            pairs=pairs if number > STORED else None,
+        )
 
     def hold_out(self, share: float) -> tuple["MultiMNIST", "MultiMNIST"]:
         """As for every data set; the held-out digits are paired, once."""
         rest, held_out = super().hold_out(share)
-        images, labels = fixed_pairs(held_out.test_images, held_out.test_labels, len(held_out.test_labels))
-        return rest, replace(held_out, test_images=images, test_labels=labels)
+        digits, labels = held_out.test_images, held_out.test_labels
+        held_out = replace(held_out, test_digits=digits, test_digit_labels=labels)
+        return rest, held_out.with_test_pairs(len(labels))
 
     def centred(self) -> "MultiMNIST":
         """Itself: pairs are never cropped."""
         return self
 
+    def to(self, device: torch.device | str) -> "MultiMNIST":
+        """The same data on `device`; of pairs that are not stored, the digits alone."""
+        return replace(
+            super().to(device),
+            test_digits=self.test_digits.to(device),
+            test_digit_labels=self.test_digit_labels.to(device),
+        )
 
-def load(data_dir: str | Path | None = None, test_pairs: int = TEST_PAIRS) -> MultiMNIST:
-    """Training digits of MNIST, and `test_pairs` pairs of its test digits, always the same.
+    def head(self, images: int) -> "MultiMNIST":
+        """The first `images` training digits and test pairs, at most STORED."""
+        return replace(super().head(min(images, STORED)), pairs=None)
+
+
+def load(data_dir: str | Path | None = None) -> MultiMNIST:
+    """Training digits of MNIST, and TEST_PAIRS pairs of its test digits, always the same.
 
     Each test digit is the first of as many pairs as any other, or of one more.
     """
-    train_images, train_labels, test_images, test_labels = mnist.load_mnist(data_dir)
-    pairs, labels = fixed_pairs(test_images, test_labels, test_pairs)
-    return MultiMNIST("multi-mnist", train_images, train_labels, pairs, labels, size=SIZE)
+    images, labels, digits, digit_labels = mnist.load_mnist(data_dir)
+    return of_digits(images, labels, digits, digit_labels)
 
 
-def fixed_pairs(images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The same `number` of pairs of these digits at every call."""
-    draw = Draw(TEST_SEED, images.device)
-    first = torch.arange(number, device=images.device) % len(labels)
-    parts = [paired(images, labels, part, draw) for part in first.split(10_000)]
-    pairs, both = zip(*parts, strict=True)
-    return torch.cat(pairs), torch.cat(both)
+def of_digits(
+    images: Tensor, labels: Tensor, digits: Tensor, digit_labels: Tensor, test_pairs: int = TEST_PAIRS
+) -> MultiMNIST:
+    """The data set of training digits and their labels, test digits and their labels."""
+    single = MultiMNIST("multi-mnist", images, labels, digits, digit_labels, SIZE, digits, digit_labels)
+    return single.with_test_pairs(test_pairs)
 
 
-def paired(images: Tensor, labels: Tensor, first: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+def fixed_pairs(labels: Tensor, number: int) -> Pairs:
+    """The same `number` of pairs of digits with these labels at every call, on the CPU."""
+    labels, draw = labels.cpu(), Draw(TEST_SEED)
+    first = torch.arange(number) % len(labels)
+    by_class = ByClass.of(labels)
+    parts = [draw_pairs(labels, by_class, part, draw) for part in first.split(10_000)]
+    return Pairs(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def draw_pairs(labels: Tensor, by_class: ByClass, first: Tensor, draw: Draw) -> Pairs:
     """The digits `first` [B], each with one drawn evenly from the digits of all other classes.
 
     Each of the two is moved by up to 4 pixels along each axis within 36 × 36.
     """
-    order = labels.argsort(stable=True)
-    count = labels.bincount()
-    start = (count.cumsum(0) - count)[labels[first]]
-    own = count[labels[first]]
+    own, start = by_class.count[labels[first]], by_class.start[labels[first]]
     # A place among the digits of other classes: those before one's own class, then those behind it.
     place = (draw.uniform(len(first)).double() * (len(labels) - own)).long()
-    second = order[place + own * (place >= start)]
-    digits = torch.stack([images[first, 0], images[second, 0]], dim=1).flatten(0, 1)[:, None]
-    room = SIZE - images.shape[-1]
-    padded = F.pad(digits, [room // 2 + SHIFT] * 4)
-    corners = draw.integers(2 * SHIFT + 1, len(first), 2, 2).flatten(0, 1)
-    pairs = cropped(padded, corners, SIZE).unflatten(0, (-1, 2)).squeeze(2)
-    return pairs, torch.stack([labels[first], labels[second]], dim=1)
+    second = by_class.order[place + own * (place >= start)]
+    corners = draw.integers(2 * SHIFT + 1, len(first), 2, 2)
+    return Pairs(torch.stack([first, second], dim=1).int(), corners.to(torch.uint8))
+
+
+def labels_of(labels: Tensor, pairs: Pairs) -> Tensor:
+    """The labels [N, 2] of pairs of digits with the labels `labels`."""
+    return labels[pairs.digits.long().to(labels.device)]
+
+
+def rendered(images: Tensor, pairs: Pairs) -> Tensor:
+    """Pairs [N, 2, 36, 36] of digits [M, 1, 28, 28]."""
+    digits = images[pairs.digits.long().flatten().to(images.device)]
+    padded = F.pad(digits, [(SIZE - images.shape[-1]) // 2 + SHIFT] * 4)
+    corners = pairs.corners.long().flatten(0, 1).to(images.device)
+    return cropped(padded, corners, SIZE).unflatten(0, (-1, 2)).squeeze(2)
 
 
 def overlaid(pairs: Tensor) -> Tensor:

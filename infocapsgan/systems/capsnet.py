@@ -17,19 +17,19 @@ from infocapsgan import losses
 from infocapsgan.data import NAMES, Dataset
 from infocapsgan.data.augment import deformed, flipped, relit, shifted
 from infocapsgan.data.dataset import to_unit
-from infocapsgan.data.multi_mnist import overlaid
+from infocapsgan.data.multi_mnist import TEST_PAIRS, MultiMNIST, overlaid
 from infocapsgan.draw import Draw
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
 from infocapsgan.models.decoders import DeconvolutionalDecoder, FullyConnectedDecoder, masked
-from infocapsgan.settings import Count, Settings, Share, Weight, Whole
-from infocapsgan.systems.system import System
-from infocapsgan.training import Training
+from infocapsgan.settings import Count, Share, Weight, Whole
+from infocapsgan.systems.supervised import Supervised, SupervisedSettings
+from infocapsgan.training import Training, adam
 
 CLASS_DIM = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class CapsNetSettings(Settings):
+class CapsNetSettings(SupervisedSettings):
     """CapsNet: supervised capsule classifier with reconstruction (Sabour, Frosst, Hinton 2017)."""
 
     dataset: Literal[NAMES] = "digits"
@@ -64,8 +64,8 @@ class CapsNetSettings(Settings):
     """Training images become brighter or darker by up to this much of the range of a pixel."""
     contrast: Share = 0.0
     """The contrast of training images is multiplied by 1 ± up to this much."""
-    validation: bool = False
-    """Hold out a tenth of the training images, and keep the weights with the lowest loss on them."""
+    test_pairs: Count = TEST_PAIRS
+    """Pairs in the test set of multi-mnist; the paper has 10,000,000."""
 
 
 class CapsNetModel(nn.Module):
@@ -105,7 +105,7 @@ class CapsNetModel(nn.Module):
         return capsules, self.decoder(masked(capsules, classes))
 
 
-class CapsNet(System):
+class CapsNet(Supervised):
     """CapsNet; see the module. The network is `model`."""
 
     Settings = CapsNetSettings
@@ -116,14 +116,25 @@ class CapsNet(System):
         "cifar10": {"shift": 0, "flip": True, "brightness": 63 / 255, "contrast": 0.8},
     }
     tuned: ClassVar = {"digits": {"width": 32, "epochs": 15, "shift": 1}}
-    headline = "accuracy"
 
     def __init__(self, settings: Settings | None = None, **options) -> None:
         super().__init__(settings, **options)
         self.model = CapsNetModel(*self.image_shape, self.settings)
         if self.settings.recipe == "published":
             self.apply(_initialise_as_published)
-        self.optimizers = {"model": torch.optim.Adam(self.model.parameters(), self.settings.learning_rate)}
+        self.optimizers = {"model": adam(self.model.parameters(), self.settings.learning_rate)}
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Encoder and decoder, each of which a step calls by itself."""
+        return [self.model.encoder, self.model.decoder]
+
+    def load_data(self) -> Dataset:
+        """The data set that the settings name, with as many test pairs as they say."""
+        dataset = super().load_data()
+        return (
+            dataset.with_test_pairs(self.settings.test_pairs) if isinstance(dataset, MultiMNIST) else dataset
+        )
 
     def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
         """One step on the margin loss and the weighted reconstruction error."""
@@ -174,38 +185,42 @@ class CapsNet(System):
         crossed = (found[:, 0] == labels[:, 1]) | (found[:, 1] == labels[:, 0])
         return torch.where(crossed[:, None], found.flip(1), found)
 
-    @property
-    def validation_share(self) -> float:
-        """A tenth, where --validation asks for it."""
-        return 0.1 if self.settings.validation else 0.0
-
     def validation_loss(self, held_out: Dataset) -> float:
         """Margin loss plus α times the squared error."""
         metrics = self.evaluate(held_out)
         return metrics["margin_loss"] + self.settings.reconstruction_weight * metrics["squared_error"]
 
-    def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """Accuracy, margin loss and squared error of the test split, rebuilt from the predicted class.
+    def judged(self, dataset: Dataset) -> dict[str, Tensor]:
+        """For each test image its `predicted` class, `margin_loss` [N] and `squared_error` [N].
 
-        The accuracy of pairs counts digits; `pair_error` is the share of pairs in which either is wrong.
+        The predicted classes are [N], or [N, 2] of pairs, in the order of the labels. Images are rebuilt from
+        the predicted class.
         """
-        right, margin, error = [], [], []
-        for pixels, labels in zip(
-            dataset.test_images.split(500), dataset.test_labels.split(500), strict=True
-        ):
+        parts = []
+        for pixels, labels in dataset.test_batches(500):
             images = to_unit(pixels)
             capsules = self.model.encoder(seen(images)).classes
             classes = self.predicted(capsules, labels)
-            right.append(correct(classes, labels))
-            margin.append(self.margin_loss(capsules, labels))
-            error.append(self.rebuilding_error(capsules, classes, images, "squared"))
-        right = torch.cat(right)
+            margin = self.margin_loss(capsules, labels)
+            parts.append((classes, margin, self.rebuilding_error(capsules, classes, images, "squared")))
+        names = ("predicted", "margin_loss", "squared_error")
+        return {name: torch.cat(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
+
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        """Accuracy, margin loss and squared error of the test split, rebuilt from the predicted class.
+
+        The accuracy of pairs counts digits, `digit_error` is the share of them that is wrong; `pair_error` is
+        the share of pairs in which either is wrong.
+        """
+        judged = self.judged(dataset)
+        right = correct(judged["predicted"], dataset.test_labels)
         metrics = {
             "accuracy": right.double().mean().item(),
-            "margin_loss": torch.cat(margin).mean().item(),
-            "squared_error": torch.cat(error).mean().item(),
+            "margin_loss": judged["margin_loss"].mean().item(),
+            "squared_error": judged["squared_error"].mean().item(),
         }
         if dataset.test_labels.dim() == 2:
+            metrics["digit_error"] = 1 - metrics["accuracy"]
             metrics["pair_error"] = 1 - right.all(dim=1).double().mean().item()
         return metrics
 

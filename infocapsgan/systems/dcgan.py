@@ -13,6 +13,7 @@ from infocapsgan.models.capsulegan import TransposedGenerator, UpsamplingGenerat
 from infocapsgan.models.dcgan import ConvolutionalDiscriminator
 from infocapsgan.settings import Count, Weight
 from infocapsgan.systems.gan import ADAM_BETAS, GANSettings, LatentGAN
+from infocapsgan.training import adam
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,8 @@ class DCGANSettings(GANSettings):
 
     batch_size: Count = 16
     """Real images per step, over all processes; as many are generated (published: 32 together)."""
-    noise_dim: Count = 100
-    """Normal values in a latent vector."""
+    noise_dim: Count | None = None
+    """Normal values in a latent vector [100, of the generator text 28]."""
     generator: Literal["code", "text", "capsule"] = "code"
     """That of CapsuleGAN's code, that of its text, or one of capsules."""
     generator_width: Count = 128
@@ -35,23 +36,32 @@ class DCGAN(LatentGAN):
     """DCGAN; see the module."""
 
     Settings = DCGANSettings
-    recipes: ClassVar = {"tuned": {"batch_size": 64}, "published": {}}
+    recipes: ClassVar = {
+        "tuned": {"batch_size": 64},
+        # What was published as 10,000 epochs are steps of one batch.
+        "published": {"max_steps": 10_000, "evaluate_every": 50, "log_every": 1},
+    }
     tuned: ClassVar = {"digits": {"generator_width": 32, "width": 64, "epochs": 30}}
 
     def __init__(self, settings: Settings | None = None, **options) -> None:
         super().__init__(settings, **options)
         s, shape = self.settings, self.image_shape
         if s.generator == "capsule":
-            self.generator = PicturesOnly(s.noise_dim, *shape, width=s.width)
+            self.generator = PicturesOnly(self.noise_dim, *shape, width=s.width)
         else:
             kind = UpsamplingGenerator if s.generator == "code" else TransposedGenerator
-            self.generator = kind(s.noise_dim, shape.channels, shape.size, width=s.generator_width)
+            self.generator = kind(self.noise_dim, shape.channels, shape.size, width=s.generator_width)
         self.discriminator = self.make_discriminator()
         self.stabilise()
         self.optimizers = {
-            name: torch.optim.Adam(network.parameters(), s.learning_rate, ADAM_BETAS)
+            name: adam(network.parameters(), s.learning_rate, ADAM_BETAS)
             for name, network in (("discriminator", self.discriminator), ("generator", self.generator))
         }
+
+    @property
+    def noise_dim(self) -> int:
+        """Normal values in a latent vector: by default as published with the generator."""
+        return self.settings.noise_dim or (28 if self.settings.generator == "text" else 100)
 
     def make_discriminator(self) -> torch.nn.Module:
         """Images → logits."""

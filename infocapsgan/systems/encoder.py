@@ -16,13 +16,13 @@ from infocapsgan.data.augment import moved
 from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.metrics import accuracy
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
-from infocapsgan.settings import Settings, Weight
-from infocapsgan.systems.system import System
-from infocapsgan.training import Training
+from infocapsgan.settings import Weight
+from infocapsgan.systems.supervised import Supervised, SupervisedSettings
+from infocapsgan.training import Training, adam
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderSettings(Settings):
+class EncoderSettings(SupervisedSettings):
     """Encoder: the supervised baseline that shares InfoCapsGAN's encoder."""
 
     learning_rate: Weight = 1e-3
@@ -33,7 +33,7 @@ class EncoderSettings(Settings):
     """Whether the encoder normalises after its first convolution."""
 
 
-class Encoder(System):
+class Encoder(Supervised):
     """InfoCapsGAN's encoder as a classifier; the network is `model`."""
 
     Settings = EncoderSettings
@@ -42,13 +42,12 @@ class Encoder(System):
         "published": {"batch_size": 100, "batch_norm": True, "moved": False},
     }
     tuned: ClassVar = {"digits": {"width": 32, "epochs": 15}}
-    headline = "accuracy"
 
     def __init__(self, settings: Settings | None = None, **options) -> None:
         super().__init__(settings, **options)
         s = self.settings
         self.model = CapsuleEncoder(*self.image_shape, width=s.width, batch_norm=s.batch_norm, bias=False)
-        self.optimizers = {"model": torch.optim.Adam(self.model.parameters(), s.learning_rate)}
+        self.optimizers = {"model": adam(self.model.parameters(), s.learning_rate)}
 
     def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
         """One step on the margin loss."""
@@ -74,6 +73,10 @@ class Encoder(System):
             "accuracy": accuracy(found.argmax(dim=1), dataset.test_labels),
             "margin_loss": self.margin_loss(found, dataset.test_labels).item(),
         }
+
+    def validation_loss(self, held_out: Dataset) -> float:
+        """Margin loss."""
+        return self.evaluate(held_out)["margin_loss"]
 
     def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
         """Test images, a row for each class they are taken for; an empty place is grey."""

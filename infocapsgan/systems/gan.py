@@ -31,6 +31,14 @@ class GANSettings(Settings):
     ema: Annotated[float, Range(0, 0.9999)] = 0.0
     """Pictures come from a moving average of the generator that keeps this much at each step; 0: none."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile and self.adversarial_loss == "wasserstein":
+            raise ValueError(
+                "--compile: cannot be combined with --adversarial-loss wasserstein, "
+                "whose penalty takes second derivatives, which compiled networks do not have"
+            )
+
 
 class GAN(System):
     """A system with a `generator`, a `discriminator`, and where asked for an average of the generator."""
@@ -47,6 +55,11 @@ class GAN(System):
         self.average = None
         if self.settings.ema:
             self.average = copy.deepcopy(self.generator).requires_grad_(False)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Generator and discriminator; the average only draws."""
+        return [self.generator, self.discriminator]
 
     @property
     def drawing_generator(self) -> nn.Module:
@@ -88,9 +101,14 @@ class LatentGAN(GAN):
 
     headline = "discriminator_accuracy"
 
+    @property
+    def noise_dim(self) -> int:
+        """Normal values in a latent vector."""
+        return self.settings.noise_dim
+
     def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
         """The discriminator once, then the generator once on new latents; labels are not looked at."""
-        draw, B, N = training.draw, len(images), self.settings.noise_dim
+        draw, B, N = training.draw, len(images), self.noise_dim
         real = to_symmetric(images)
         latent, later_latent = draw.normal(B, N), draw.normal(B, N)
 
@@ -115,7 +133,7 @@ class LatentGAN(GAN):
     def fixed_latents(self, number: int) -> Tensor:
         """The same latents [number, noise_dim] at every call."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(number, self.settings.noise_dim, generator=generator).to(self.device)
+        return torch.randn(number, self.noise_dim, generator=generator).to(self.device)
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """How often the discriminator is right on up to 1,000 test images and as many generated ones."""

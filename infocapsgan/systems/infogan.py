@@ -16,7 +16,7 @@ from infocapsgan.metrics import clustering_metrics, kmeans_accuracy
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
 from infocapsgan.settings import Count, Range, Weight, Whole
 from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings
-from infocapsgan.training import Training
+from infocapsgan.training import Training, adam
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,7 @@ class InfoGAN(GAN):
 
     Settings = InfoGANSettings
     recipes: ClassVar = {"tuned": {}, "published": {}}
+    datasets: ClassVar = {"cifar10": {"noise_dim": 64, "continuous_weight": 1.0, "epochs": 150}}
     tuned: ClassVar = {"digits": {"width": 16, "batch_size": 128, "epochs": 80}}
     headline = "unsupervised_accuracy"
 
@@ -91,8 +92,8 @@ class InfoGAN(GAN):
         shared = [*self.discriminator.trunk.parameters(), *self.discriminator.verdict.parameters()]
         generating = [*self.generator.parameters(), *self.discriminator.recogniser.parameters()]
         self.optimizers = {
-            "discriminator": torch.optim.Adam(shared, s.discriminator_rate, ADAM_BETAS),
-            "generator": torch.optim.Adam(generating, s.generator_rate, ADAM_BETAS),
+            "discriminator": adam(shared, s.discriminator_rate, ADAM_BETAS),
+            "generator": adam(generating, s.generator_rate, ADAM_BETAS),
         }
 
     def logits(self, images: Tensor) -> Tensor:

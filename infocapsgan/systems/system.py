@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from infocapsgan import data
 from infocapsgan.data import Dataset, ImageShape, image_shape
 from infocapsgan.settings import Settings
 from infocapsgan.training import Training
@@ -64,6 +65,20 @@ class System(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The modules that a step calls, which is what --compile compiles."""
+        return list(self.children())
+
+    def compile_networks(self, backend: str = "inductor") -> None:
+        """Has torch.compile compile each network; names of weights stay as they are."""
+        for network in self.networks:
+            network.compile(backend=backend, dynamic=False)
+
+    def load_data(self) -> Dataset:
+        """The data set that the settings name."""
+        return data.load(self.settings.dataset, self.settings.data_dir)
 
     def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
         """One training step on images [B, C, H, W] as uint8 and labels [B]; returns named losses."""

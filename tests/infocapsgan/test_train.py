@@ -29,9 +29,12 @@ def start(*words):
     return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
-def run(*words):
+def run(*words, seconds=240):
     process = start(*words)
-    out, err = process.communicate(timeout=240)
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
     assert process.returncode == 0, err
     return out
 
@@ -86,6 +89,7 @@ def test_a_run_directory_holds_everything(tmp_path, capsys):
     assert {file.name for file in (path / "samples").iterdir()} == {
         "samples-00000002.png",
         "samples-00000003.png",
+        "samples.gif",
     }
     assert {file.name for file in (path / "checkpoints").iterdir()} == {"step-00000002", "step-00000003"}
     assert (path / "curves.png").stat().st_size > 1000
@@ -161,8 +165,9 @@ def test_capsnet_passes_095_on_digits(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_infocapsgan_passes_kmeans_on_digits(tmp_path):
-    run("--out", tmp_path / "run")
+    run("--out", tmp_path / "run", seconds=1700)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     (kmeans,) = summary["baselines"]["unsupervised_accuracy"].values()
     assert summary["metrics"]["unsupervised_accuracy"] > kmeans

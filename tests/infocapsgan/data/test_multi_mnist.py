@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from infocapsgan.data import image_shape
-from infocapsgan.data.multi_mnist import MultiMNIST, fixed_pairs, overlaid, paired
+from infocapsgan.data import image_shape, multi_mnist
+from infocapsgan.data.dataset import to_unit
+from infocapsgan.data.multi_mnist import ByClass, draw_pairs, labels_of, of_digits, overlaid, rendered
 from infocapsgan.draw import Draw
 from infocapsgan.systems import CapsNet
 from infocapsgan.training import Training
@@ -15,6 +16,11 @@ def digits():
     images = torch.zeros(40, 1, 28, 28, dtype=torch.uint8)
     images[:, 0, 14, 14] = (10 * (labels + 1)).byte()
     return images, labels
+
+
+def paired(images, labels, first, draw):
+    pairs = draw_pairs(labels, ByClass.of(labels), first, draw)
+    return rendered(images, pairs), labels_of(labels, pairs)
 
 
 def test_a_pair_is_two_digits_of_different_classes(digits):
@@ -35,10 +41,63 @@ def test_each_digit_is_moved_by_up_to_four_pixels(digits):
 
 
 def test_test_pairs_are_always_the_same(digits):
-    first, second = fixed_pairs(*digits, 100), fixed_pairs(*digits, 100)
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
-    assert first[1][:, 0].bincount().tolist() == [10] * 10
+    first, second = (of_digits(*digits, *digits, 100) for _ in range(2))
+    assert torch.equal(first.test_images, second.test_images)
+    assert torch.equal(first.test_labels, second.test_labels)
+    assert first.test_labels[:, 0].bincount().tolist() == [10] * 10
+
+
+def test_training_pairs_are_drawn_anew(digits):
+    dataset, draw = of_digits(*digits, *digits, 10), Draw(0)
+    first, second = (dataset.train_batch(torch.arange(40), draw) for _ in range(2))
+    assert not torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
+    assert torch.equal(first[1][:, 0], second[1][:, 0])
+
+
+def test_pairs_beyond_those_stored_are_drawn_when_they_are_wanted(digits, monkeypatch):
+    whole = of_digits(*digits, *digits, 50)
+    assert whole.pairs is None
+    monkeypatch.setattr(multi_mnist, "STORED", 20)
+    dataset = of_digits(*digits, *digits, 50)
+    assert dataset.test_images.shape == (20, 2, 36, 36)
+    for size in (7, 50):
+        images, labels = (torch.cat(parts) for parts in zip(*dataset.test_batches(size), strict=True))
+        assert torch.equal(images, whole.test_images)
+        assert torch.equal(labels, whole.test_labels)
+    assert torch.equal(dataset.test_labels, whole.test_labels)
+    head = dataset.head(30)
+    assert sum(len(images) for images, _ in head.test_batches(8)) == 20
+    more = dataset.with_test_pairs(60)
+    assert torch.equal(more.test_labels[:50], dataset.test_labels)
+
+
+def test_capsnet_is_measured_on_all_test_pairs(digits, monkeypatch):
+    torch.manual_seed(0)
+    system = CapsNet(dataset="multi-mnist", width=8, test_pairs=30).eval()
+    measured = []
+    for stored in (30, 8):
+        monkeypatch.setattr(multi_mnist, "STORED", stored)
+        monkeypatch.setattr("infocapsgan.data.load", lambda *_: of_digits(*digits, *digits, 4))
+        with torch.no_grad():
+            measured.append(system.evaluate(system.load_data()))
+    assert measured[0] == measured[1]
+    assert measured[0]["digit_error"] == 1 - measured[0]["accuracy"]
+    assert measured[0]["pair_error"] * 30 == pytest.approx(round(measured[0]["pair_error"] * 30))
+
+
+def test_each_digit_is_rebuilt_by_itself(digits):
+    torch.manual_seed(0)
+    system = CapsNet(dataset="multi-mnist", width=8).eval()
+    pairs, labels = next(of_digits(*digits, *digits, 6).test_batches(6))
+    pairs = to_unit(pairs)
+    capsules = torch.rand(6, 10, 16)
+    found = system.rebuilding_error(capsules, labels, pairs, "squared")
+    alone = [
+        system.rebuilding_error(capsules, labels[:, digit], pairs[:, digit, None], "squared")
+        for digit in (0, 1)
+    ]
+    torch.testing.assert_close(found, sum(alone) / 2)
 
 
 def test_digits_are_added_and_clipped():
@@ -48,8 +107,7 @@ def test_digits_are_added_and_clipped():
 
 def test_capsnet_trains_on_pairs_and_tells_both_digits(digits):
     torch.manual_seed(0)
-    pairs, both = fixed_pairs(*digits, 20)
-    dataset = MultiMNIST("multi-mnist", *digits, pairs, both, size=36)
+    dataset = of_digits(*digits, *digits, 20)
     system = CapsNet(dataset="multi-mnist", width=8, batch_size=8)
     assert image_shape("multi-mnist") == (1, 36, 10)
     training = Training(system.optimizers, Draw(0))

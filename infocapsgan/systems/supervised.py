@@ -1,0 +1,25 @@
+"""What the systems that are trained with labels have in common."""
+
+from dataclasses import dataclass
+
+from infocapsgan.settings import Settings
+from infocapsgan.systems.system import System
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedSettings(Settings):
+    """The options of all systems that are trained with labels."""
+
+    validation: bool = False
+    """Hold out a tenth of the training images, and keep the weights with the lowest loss on them."""
+
+
+class Supervised(System):
+    """A classifier."""
+
+    headline = "accuracy"
+
+    @property
+    def validation_share(self) -> float:
+        """A tenth, where --validation asks for it."""
+        return 0.1 if self.settings.validation else 0.0
