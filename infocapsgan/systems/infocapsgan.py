@@ -131,6 +131,11 @@ class InfoCapsGAN(GAN):
             "generator": torch.optim.Adam(self.generator.parameters(), s.generator_rate, ADAM_BETAS),
         }
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Generator and encoder. What stands behind that gets no gradient in the warm-up, not one of 0."""
+        return [self.generator, self.discriminator.encoder]
+
     def logits(self, images: Tensor) -> Tensor:
         """The discriminator's logits [B] of images [B, C, H, W] in [−1, 1]: above 0 for real."""
         return self.discriminator(images).logit

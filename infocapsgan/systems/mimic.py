@@ -120,10 +120,14 @@ class Mimic(GAN):
         return {"cannot tell": 0.5}
 
     def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
-        """Five times: ten test images, and below them their copies."""
-        real = to_symmetric(dataset.test_images[:50])
-        rows = torch.stack([real.unflatten(0, (5, 10)), self.mimicked(real).unflatten(0, (5, 10))], dim=1)
-        return {"copies": ((rows.flatten(0, 2) + 1) / 2, 10)}
+        """Five times, if there are as many: ten test images, and below them their copies."""
+        columns = min(10, len(dataset.test_images))
+        rows = min(5, len(dataset.test_images) // columns)
+        real = to_symmetric(dataset.test_images[: rows * columns])
+        both = torch.stack(
+            [images.unflatten(0, (rows, columns)) for images in (real, self.mimicked(real))], dim=1
+        )
+        return {"copies": ((both.flatten(0, 2) + 1) / 2, columns)}
 
 
 def squared_error(copies: Tensor, real: Tensor) -> Tensor:

@@ -32,6 +32,19 @@ def test_a_loss_that_is_not_finite_changes_nothing(value):
     assert ours.item() == 1
 
 
+def test_without_at_once_a_bad_loss_is_found_by_check():
+    ours = weight(1.0)
+    training = Training({"ours": torch.optim.SGD([ours], 0.1)}, Draw(0))
+    training.at_once = False
+    training.update("ours", ours.sum())
+    training.check()
+    for value in (float("nan"), 1.0):
+        training.update("ours", (ours * value).sum())
+    with pytest.raises(NonFiniteLossError, match="a loss or a gradient is not finite"):
+        training.check()
+    training.check()
+
+
 def test_epochs():
     training = Training({}, Draw(0), steps_per_epoch=4)
     training.step = 6

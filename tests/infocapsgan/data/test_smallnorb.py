@@ -37,6 +37,12 @@ def test_damaged_files(tmp_path):
         read_matrix(write(tmp_path / "x.gz", b""))
 
 
+def test_the_split_is_the_published_one():
+    names = [file.name for file in smallnorb.SMALLNORB.files]
+    assert all("5x46789x9x18x6x2x96x96-training" in name for name in names[:2])
+    assert all("5x01235x9x18x6x2x96x96-testing" in name for name in names[2:])
+
+
 def test_pairs_become_images_that_are_cropped_at_random_and_in_the_middle(tmp_path, monkeypatch):
     pairs = np.random.default_rng(0).integers(0, 256, (3, 2, 96, 96))
     contents = [matrix(BYTES, pairs), matrix(INTEGERS, np.array([4, 0, 2]))] * 2

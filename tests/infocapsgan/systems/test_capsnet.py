@@ -52,6 +52,35 @@ def test_schedules_by_hand():
     assert schedule("late", 8 * math.pi) == 0.5
 
 
+def test_the_schedule_weighs_the_reconstruction_in_a_step():
+    # "early" begins with a weight of 0: the decoder then stays, and later does not.
+    torch.manual_seed(0)
+    system = CapsNet(width=8, batch_size=4, reconstruction_schedule="early", reconstruction_weight=1.0)
+    training = Training(system.optimizers, Draw(0), steps_per_epoch=1)
+    images, labels = torch.randint(256, (4, 1, 28, 28)).byte(), torch.arange(4)
+    before = [weight.clone() for weight in system.model.decoder.parameters()]
+    for training.step, stays in ((0, True), (1, False)):
+        system.step(images, labels, training)
+        now = system.model.decoder.parameters()
+        assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True)) == stays
+
+
+def test_published_initialisation():
+    torch.manual_seed(0)
+    model = CapsNet(recipe="published").model
+    assert model.encoder.classes.weight.std().item() == pytest.approx(0.002, rel=0.01)
+    conv, dense = model.encoder.conv.weight, model.decoder.layers[0].weight
+    assert conv.std().item() == pytest.approx(0.02 * math.sqrt(2 / (81 + 256 * 81)), rel=0.03)
+    assert dense.std().item() == pytest.approx(0.02 * math.sqrt(2 / (160 + 512)), rel=0.03)
+
+
+def test_test_images_are_not_augmented(monkeypatch):
+    system = CapsNet(width=8, shift=2, deform=1.0).eval()
+    monkeypatch.setattr(system, "augmented", None)
+    with torch.no_grad():
+        system.evaluate(data.load("digits").head(20))
+
+
 def test_every_augmentation_at_once():
     torch.manual_seed(0)
     system = CapsNet(width=8, shift=1, deform=1.0, flip=True, brightness=0.1, contrast=0.1)
@@ -60,6 +89,13 @@ def test_every_augmentation_at_once():
     assert changed.shape == images.shape
     assert not torch.allclose(changed, images)
     assert torch.equal(changed, system.augmented(images, Draw(0)))
+
+
+def test_published_settings():
+    s = CapsNet.defaults("published", "mnist")
+    assert (s.learning_rate, s.rate_decay, s.batch_size, s.iterations) == (1e-3, 1, 128, 3)
+    assert (s.reconstruction_weight, s.reconstruction_loss) == (0.0005, "squared")
+    assert (s.reconstruction_schedule, s.decoder, s.leaky, s.width) == ("constant", "fc", False, 256)
 
 
 def test_published_treatment_of_each_data_set():

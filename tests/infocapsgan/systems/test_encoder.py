@@ -13,6 +13,15 @@ def test_the_network_is_that_of_infocapsgan():
     assert parameter_count(encoder) == 6_813_109 - 52 * 16 * 10 - 53
 
 
+def test_the_validation_loss_is_the_margin_loss_of_the_images_held_out():
+    digits = data.load("digits")
+    system = Encoder(width=8, validation=True).eval()
+    rest, held_out = digits.hold_out(system.validation_share)
+    assert (len(rest.train_labels), len(held_out.test_labels)) == (1293, 144)
+    with torch.no_grad():
+        assert system.validation_loss(held_out) == system.evaluate(held_out)["margin_loss"]
+
+
 def test_training_lowers_the_margin_loss():
     torch.manual_seed(0)
     digits = data.load("digits")

@@ -78,8 +78,27 @@ def test_a_step_of_the_generator_does_not_train_the_discriminator(name):
 
 def test_published_settings_of_capsulegan():
     settings = CapsuleGAN.defaults("published", "mnist")
-    assert (settings.noise_dim, settings.iterations, settings.learning_rate) == (100, 5, 2e-4)
+    assert (settings.iterations, settings.learning_rate, settings.epochs) == (5, 2e-4, 30)
     assert (settings.batch_size, settings.generator, settings.width) == (16, "code", 256)
+
+
+@pytest.mark.parametrize("system", [CapsuleGAN, DCGAN])
+def test_what_was_published_as_epochs_are_steps(system):
+    settings = system.defaults("published", "mnist")
+    assert (settings.max_steps, settings.evaluate_every, settings.log_every) == (10_000, 50, 1)
+
+
+@pytest.mark.parametrize(("generator", "number"), [("code", 100), ("text", 28), ("capsule", 100)])
+def test_latents_have_as_many_values_as_published_with_the_generator(generator, number):
+    system = CapsuleGAN(generator=generator, width=8, generator_width=8)
+    assert system.fixed_latents(3).shape == (3, number)
+    assert system.generator(system.fixed_latents(3)).shape == (3, 1, 28, 28)
+
+
+@pytest.mark.parametrize("name", GANS)
+def test_a_penalty_and_compiled_networks_exclude_one_another(name):
+    with pytest.raises(ValueError, match="--compile: cannot be combined with --adversarial-loss wasserstein"):
+        SYSTEMS[name](adversarial_loss="wasserstein", compile=True)
 
 
 @pytest.mark.parametrize("generator", ["code", "text", "capsule"])
@@ -101,7 +120,7 @@ def test_parameter_counts_by_hand():
     # Conv(64), Conv(128), BN, Conv(256), BN, dense of 256 · 3 · 3
     expected = (16 * 64 + 64) + (64 * 128 * 16 + 128 + 256) + (128 * 256 * 16 + 256 + 512) + 2305
     assert parameter_count(DCGAN(recipe="published").discriminator) == expected
-    text = CapsuleGAN(recipe="published", generator="text", noise_dim=28).generator
+    text = CapsuleGAN(recipe="published", generator="text").generator
     expected = 29 * 1152 + (128 * 64 * 9 + 64) + (64 * 32 * 9 + 32) + (32 * 3 * 9 + 3) + (3 * 9 + 1)
     assert parameter_count(text) == expected
 

@@ -22,6 +22,21 @@ def test_published_settings():
     assert (settings.code_weight, settings.latent) == (0.01, "squashed")
 
 
+def test_published_initialisation():
+    torch.manual_seed(0)
+    system = InfoCapsGAN(recipe="published")
+    generator, discriminator = system.generator, system.discriminator
+    for layer, K, D, J in (
+        (generator.classes, 62, 16, 10),
+        (generator.primary, 16, 8, 1152),
+        (discriminator.encoder.classes, 8, 16, 10),
+    ):
+        assert layer.weight.std().item() == pytest.approx((3 / (K + D + J)) ** 0.5, rel=0.03)
+    assert discriminator.last.weight.std().item() == pytest.approx((2 / (16 + 52)) ** 0.5, rel=0.03)
+    fans = 81 + 256 * 81
+    assert discriminator.encoder.conv.weight.std().item() == pytest.approx((2 / fans) ** 0.5, rel=0.03)
+
+
 def test_noise_and_code_are_squashed_together_as_published():
     system = InfoCapsGAN(recipe="published", width=8)
     noise, code = torch.randn(5, 52), torch.arange(5)

@@ -30,6 +30,35 @@ def test_published_settings():
     s = InfoGAN.defaults("published", "mnist")
     assert (s.noise_dim, s.continuous_codes, s.continuous_weight, s.categorical_weight) == (62, 2, 0.5, 1)
     assert (s.batch_size, s.epochs, s.discriminator_rate, s.generator_rate) == (256, 50, 2e-4, 1e-3)
+    s = InfoGAN.defaults("published", "cifar10")
+    assert (s.noise_dim, s.continuous_weight, s.batch_size, s.epochs) == (64, 1, 256, 150)
+
+
+def test_one_continuous_code_changes_along_a_row():
+    system = InfoGAN(width=8).eval()
+    seen = []
+    system.generator.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    with torch.no_grad():
+        pictures = system.pictures(data.load("digits"))
+    assert list(pictures) == ["samples", "continuous_code_0", "continuous_code_1"]
+    for index, latents in enumerate(seen[1:]):
+        rows = latents.view(10, 10, -1)
+        code = 62 + 10 + index
+        assert (rows[:, 1:, code] > rows[:, :-1, code]).all()
+        others = [number for number in range(74) if number != code]
+        assert (rows[:, :, others] == rows[:, :1, others]).all()
+        assert rows[:, 0, 62:72].argmax(dim=1).tolist() == list(range(10))
+
+
+def test_accuracies_of_detection_are_named():
+    torch.manual_seed(0)
+    digits = data.load("digits")
+    system = InfoGAN(width=8, batch_size=16)
+    named = system.step(
+        digits.train_images[:16], digits.train_labels[:16], Training(system.optimizers, Draw(0))
+    )
+    assert set(named) >= {"discriminator", "generator", "categorical", "continuous"}
+    assert all(0 <= named[f"{kind}_accuracy"] <= 1 for kind in ("real", "generated"))
 
 
 def test_information_loss_by_hand():

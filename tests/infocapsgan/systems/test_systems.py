@@ -1,6 +1,7 @@
 """What every system must do."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from infocapsgan import checkpoint, data
 from infocapsgan.draw import Draw
 from infocapsgan.systems import SYSTEMS
+from infocapsgan.systems.gan import GAN
+from infocapsgan.systems.supervised import Supervised
 from infocapsgan.training import Training
 
 SMALL = {name: {"width": 8, "batch_size": 16} for name in SYSTEMS}
@@ -16,9 +19,27 @@ for name in ("capsulegan", "dcgan"):
     SMALL[name]["generator_width"] = 8
 
 
+# With everything on that has a state of its own or takes random numbers.
+FULL = {name: {"precision": "fp16"} for name in SYSTEMS}
+for name, system in SYSTEMS.items():
+    if issubclass(system, GAN):
+        FULL[name] |= {"spectral_norm": True, "ema": 0.9}
+FULL["encoder"] |= {"batch_norm": True}
+FULL["infocapsgan"] |= {"batch_norm": True, "smoothness_weight": 1.0}
+FULL["capsnet"] |= {"encoder_batch_norm": True, "decoder_batch_norm": True, "deform": 1.0, "flip": True}
+FULL["capsnet"] |= {"brightness": 0.1, "contrast": 0.1, "reconstruction_schedule": "early"}
+
+
 @pytest.fixture(scope="module")
 def digits():
     return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    if not os.path.isdir(os.path.join(os.environ.get("INFOCAPSGAN_DATA", ""), "mnist")):
+        pytest.skip("$INFOCAPSGAN_DATA with mnist/ is not there")
+    return data.load("mnist").head(100)
 
 
 def train(system, dataset, steps, precision="fp32"):
@@ -55,17 +76,80 @@ def test_twenty_steps_evaluation_and_pictures(name, recipe, digits):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_low_precision(name, precision, digits):
-    torch.manual_seed(0)
-    rows = train(SYSTEMS[name](precision=precision, **SMALL[name]), digits, 3, precision)
+def test_twenty_steps_in_low_precision(name, precision, digits):
+    finite_and_changed(SYSTEMS[name](precision=precision, **SMALL[name]), digits)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_twenty_steps_on_mnist(name, precision, mnist):
+    finite_and_changed(SYSTEMS[name](dataset="mnist", precision=precision, **SMALL[name]), mnist)
+
+
+def finite_and_changed(system, dataset):
+    before = {key: value.clone() for key, value in system.named_parameters()}
+    rows = train(system, dataset, 20, system.settings.precision)
     assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows)
+    now = dict(system.named_parameters())
+    assert all(torch.isfinite(value).all() for value in now.values())
+    assert all(not torch.equal(before[key], value) for key, value in now.items())
+
+
+@pytest.mark.parametrize(
+    ("dataset", "shape"), [("cifar10", (3, 32, 32)), ("smallnorb", (1, 32, 32)), ("folder", (3, 32, 32))]
+)
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_step_on_images_of_other_shapes(name, dataset, shape, tmp_path):
+    torch.manual_seed(0)
+    options = SMALL[name] | {"data_dir": tmp_path, "batch_size": 4}
+    system = SYSTEMS[name](dataset=dataset, **options)
+    images, labels = torch.randint(256, (4, *shape)).byte(), torch.arange(4)
+    named = system.step(images, labels, Training(system.optimizers, Draw(0)))
+    assert all(torch.isfinite(value) for value in named.values())
+    few = data.Dataset(dataset, images, labels, images.repeat(3, 1, 1, 1), labels.repeat(3), size=32)
+    system.eval()
+    with torch.no_grad():
+        assert all(images.shape[1:] == shape for images, _ in system.pictures(few).values())
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_restored_state_goes_on_to_the_same_numbers(name, digits, tmp_path):
+def test_compiled_networks_do_the_same(name, digits):
+    systems = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        system = SYSTEMS[name](**SMALL[name])
+        if compiled:
+            torch.compiler.reset()
+            torch._dynamo.utils.counters.clear()
+            system.compile_networks("aot_eager")
+        systems.append((system, train(system, digits, 3)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+    (eager, wanted), (compiled, found) = systems
+    assert list(eager.state_dict()) == list(compiled.state_dict())
+    for a, b in zip(wanted, found, strict=True):
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-3)
+    eager.load_state_dict(compiled.state_dict())
+    torch.compiler.reset()
+
+
+def test_no_weights_of_an_unsupervised_system_are_chosen():
+    for system in SYSTEMS.values():
+        supervised = issubclass(system, Supervised)
+        assert hasattr(system.defaults(), "validation") == supervised
+        assert system(width=8).validation_share == 0
+    for name in ("capsnet", "encoder"):
+        assert SYSTEMS[name](width=8, validation=True).validation_share == 0.1
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_restored_state_goes_on_to_the_same_numbers(name, full, digits, tmp_path):
     torch.manual_seed(0)
-    system = SYSTEMS[name](**SMALL[name])
-    training = Training(system.optimizers, Draw(0))
+    options = SMALL[name] | (FULL[name] if full else {})
+    precision = options.get("precision", "fp32")
+    system = SYSTEMS[name](**options)
+    training = Training(system.optimizers, Draw(0), precision=precision)
     images, labels = digits.train_images[:16], digits.train_labels[:16]
     for _ in range(3):
         system.step(images, labels, training)
@@ -74,15 +158,18 @@ def test_a_restored_state_goes_on_to_the_same_numbers(name, digits, tmp_path):
     wanted = system.step(images, labels, training)
 
     torch.manual_seed(1)
-    other = SYSTEMS[name](**SMALL[name])
-    resumed = Training(other.optimizers, Draw(1))
+    other = SYSTEMS[name](**options)
+    resumed = Training(other.optimizers, Draw(1), precision=precision)
     checkpoint.restore(checkpoint.load(path), other, resumed)
     assert resumed.step == 3
     found = other.step(images, labels, resumed)
     assert {key: value.item() for key, value in found.items()} == {
         key: value.item() for key, value in wanted.items()
     }
-    assert all(torch.equal(a, b) for a, b in zip(system.parameters(), other.parameters(), strict=True))
+    one, two = checkpoint.capture(system, training), checkpoint.capture(other, resumed)
+    assert one.numbers | {"step": 3} == two.numbers
+    for tensors, others in ((one.weights, two.weights), (one.training, two.training)):
+        assert all(torch.equal(tensors[key], others[key]) for key in tensors | others)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
