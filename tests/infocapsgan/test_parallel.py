@@ -67,6 +67,18 @@ def test_two_processes_equal_one(system, options, tmp_path):
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["steps"] == 4
 
 
+@pytest.mark.slow
+def test_two_processes_with_compiled_networks(tmp_path):
+    train(1, "capsnet", *OPTIONS, "--out", tmp_path / "eager")
+    train(2, "capsnet", *OPTIONS, "--compile", "--validation", "--out", tmp_path / "compiled")
+    eager, compiled = (
+        load_file(checkpoints(tmp_path / name / "checkpoints")[-1] / "weights.safetensors")
+        for name in ("eager", "compiled")
+    )
+    assert eager.keys() == compiled.keys()
+    assert (tmp_path / "compiled" / "checkpoints" / "best").is_dir()
+
+
 def test_one_process_alone():
     alone = Processes()
     batch = torch.arange(6.0)

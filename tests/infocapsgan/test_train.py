@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from infocapsgan import train as train_module
 from infocapsgan.checkpoint import checkpoints
+from infocapsgan.command_line import parse
 from infocapsgan.run import read_metrics
-from infocapsgan.systems import CapsNet, InfoCapsGAN
+from infocapsgan.systems import SYSTEMS, CapsNet, InfoCapsGAN, System
 from infocapsgan.training import NonFiniteLossError
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +147,55 @@ def test_validation_keeps_the_weights_with_the_lowest_loss(tmp_path, monkeypatch
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [row["validation_loss"] for row in rows if row["kind"] == "validation"] == [3, 1, 2]
     assert summary["metrics"]["margin_loss"] == rows[3]["margin_loss"]
+
+
+def test_a_compiled_run_resumes_to_the_same_weights_under_the_same_names(tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_networks(system):
+        compiled.append(system)
+        compile_with(system, "aot_eager")
+
+    compile_with = System.compile_networks
+    monkeypatch.setattr(System, "compile_networks", compile_networks)
+    options = {"width": 8, "batch_size": 8, "evaluate_every": 1, "compile": True, "validation": True}
+    for name, steps in (("unbroken", 3), ("resumed", 2)):
+        train_module.train(CapsNet, CapsNet(out=tmp_path / name, max_steps=steps, **options).settings)
+    train_module.train(*parse(["--resume", str(tmp_path / "resumed"), "--max-steps", "3"]))
+    assert len(compiled) == 3
+    names = sorted(CapsNet(width=8).state_dict())
+    for name in ("best", "step-00000003"):
+        one, two = (
+            (tmp_path / run / "checkpoints" / name / "weights.safetensors") for run in ("unbroken", "resumed")
+        )
+        assert one.read_bytes() == two.read_bytes()
+        assert sorted(load_file(one)) == names
+
+
+def test_weights_of_a_run_load_into_an_ordinary_module(tmp_path):
+    options = {"width": 8, "batch_size": 8, "max_steps": 1}
+    train_module.train(CapsNet, CapsNet(out=tmp_path / "run", **options).settings)
+    (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
+    system = CapsNet(width=8)
+    system.load_state_dict(load_file(saved / "weights.safetensors"))
+    capsules, rebuilt = system.model(torch.rand(2, 1, 28, 28))
+    assert (capsules.shape, rebuilt.shape) == ((2, 10, 16), (2, 1, 28, 28))
+
+
+@pytest.mark.parametrize("system", ["capsnet", "infogan"])
+def test_ten_steps_on_cifar10(system, tmp_path):
+    sample = Path(os.environ.get("INFOCAPSGAN_DATA", "")) / "cifar-10-sample"
+    if not sample.is_dir():
+        pytest.skip("$INFOCAPSGAN_DATA with cifar-10-sample/ is not there")
+    (tmp_path / "cifar-10-batches-py").symlink_to(sample.resolve())
+    settings = SYSTEMS[system](
+        dataset="cifar10", data_dir=tmp_path, width=8, batch_size=8, max_steps=10, out=tmp_path / "run"
+    ).settings
+    train_module.train(SYSTEMS[system], settings)
+    metrics, steps, rows, _ = outcome(tmp_path / "run")
+    assert steps == 10
+    assert all(0 <= value <= 1 for name, value in metrics.items() if "accuracy" in name)
+    assert rows[0]["step"] == 10
 
 
 def test_errors_are_one_line(tmp_path):
