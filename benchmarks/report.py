@@ -74,6 +74,29 @@ def markdown_table(rows: Sequence[Row]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in table]
 
 
+_PARTS = ("routing", "squash", "convolutions", "loader", "optimiser", "other", "idle")
+
+
+def parts_table(rows: Sequence[Row]) -> list[str]:
+    """Lines of Markdown: seconds of a training step, and the share of each part of it."""
+    lines = [f"| system | step | {' | '.join(_PARTS)} |", "|---" * (len(_PARTS) + 2) + "|"]
+    for row in rows:
+        name = f"{row.op}, {row.case}, {row.dtype}"
+        if row.peer:
+            lines.append(f"| {name}, {row.peer} | {_time(row.peers[row.peer])} " + "| – " * len(_PARTS) + "|")
+            lines += [
+                f"| {name}: {what} | {_time(seconds)}, {seconds / whole:.1%} " + "| – " * len(_PARTS) + "|"
+                for (what, seconds), whole in zip(
+                    row.details.items(), (row.seconds, row.peers[row.peer]), strict=True
+                )
+            ]
+            continue
+        whole = sum(row.details.values())
+        shares = [f"{row.details[part] / whole:.1%}" if part in row.details else "–" for part in _PARTS]
+        lines.append(f"| {name} | {_time(row.seconds)} | {' | '.join(shares)} |")
+    return lines
+
+
 def describe(header: dict) -> str:
     """One line that says what the rows were measured on."""
     device, versions, ceiling = header["device"], header["versions"], header["ceiling"]
@@ -93,7 +116,10 @@ def main() -> None:
     args = parser.parse_args()
     for path in args.files or sorted(RESULTS.glob("*.json")):
         header, rows = load(path)
-        print("\n".join(markdown_table([row for row in rows if args.all or row.targets])))
+        steps = [row for row in rows if row.suite == "systems"]
+        others = [row for row in rows if row not in steps and (args.all or row.targets)]
+        tables = [table(part) for table, part in ((parts_table, steps), (markdown_table, others)) if part]
+        print("\n\n".join("\n".join(lines) for lines in tables))
         print(f"\n{describe(header)}\n")
 
 

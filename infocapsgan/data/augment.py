@@ -5,11 +5,13 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from infocapsgan.data.dataset import cropped
 from infocapsgan.draw import Draw
 
 
+@record_function("augmentation")
 def moved(
     images: Tensor,
     draw: Draw,
@@ -46,18 +48,21 @@ def moved(
     return F.grid_sample(images - background, grid, align_corners=False) + background
 
 
+@record_function("augmentation")
 def shifted(images: Tensor, draw: Draw, pixels: int, background: float = 0.0) -> Tensor:
     """Each image [B, C, H, W] moved by a whole number of pixels, up to `pixels`, along each axis."""
     padded = F.pad(images, [pixels] * 4, value=background)
     return cropped(padded, draw.integers(2 * pixels + 1, len(images), 2), images.shape[-1])
 
 
+@record_function("augmentation")
 def flipped(images: Tensor, draw: Draw) -> Tensor:
     """Each image [B, C, H, W] mirrored left to right, or not, with probability ½."""
     mirrored = draw.integers(2, len(images)).bool()[:, None, None, None]
     return torch.where(mirrored, images.flip(3), images)
 
 
+@record_function("augmentation")
 def relit(images: Tensor, draw: Draw, *, brightness: float, contrast: float) -> Tensor:
     """Each image in [0, 1] brighter or darker by up to `brightness`, its contrast times 1 ± `contrast`.
 
@@ -69,6 +74,7 @@ def relit(images: Tensor, draw: Draw, *, brightness: float, contrast: float) -> 
     return (images + brightness * change[:, 1]).clamp(0, 1)
 
 
+@record_function("augmentation")
 def deformed(images: Tensor, draw: Draw, strength: float, *, smoothness: float = 4.0) -> Tensor:
     """Elastic deformation: pixels are displaced by a smooth random field (Simard, Steinkraus, Platt 2003).
 

@@ -1,0 +1,60 @@
+"""The command runs, checks what it compares, and finds the parts of a step."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import systems
+from benchmarks.report import main as report
+from benchmarks.rows import load
+from benchmarks.system_step import EinsumCapsules, SystemStep, parts
+from capsops.nn import RoutingCapsules
+from infocapsgan.systems import CapsNet
+
+
+def test_the_table_of_two_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = "capsnet dcgan --width 8 --batch-size 8 --steps 2 --warm-up 1 --threads 1 --save-results"
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["systems", *words.split()])
+    monkeypatch.setattr(systems, "RESULTS", tmp_path)
+    systems.main()
+    torch.set_num_threads(threads)
+    (path,) = tmp_path.iterdir()
+    header, (capsnet, compared, dcgan) = load(path)
+    assert header["command"] == f"python -m benchmarks.systems {words}"
+    assert set(capsnet.details) == {"routing", "squash", "convolutions", "loader", "optimiser", "other"}
+    assert all(seconds > 0 for seconds in capsnet.details.values())
+    assert dcgan.details["routing"] == 0
+    assert compared.seconds > compared.details["routing alone"] > 0
+    assert compared.peers["einsum"] > compared.details["einsum's routing alone"] > 0
+    monkeypatch.setattr(sys, "argv", ["report", str(path)])
+    capsys.readouterr()
+    report()
+    assert "capsnet, published, B=8, width 8, fp32, einsum" in capsys.readouterr().out
+
+
+def test_the_einsum_layer_is_the_routing_layer() -> None:
+    layer = RoutingCapsules(6, 3, 4, 5)
+    u = torch.randn(2, 6, 4)
+    torch.testing.assert_close(EinsumCapsules(layer)(u), layer(u))
+    with pytest.raises(ValueError, match="leaky or detach"):
+        EinsumCapsules(RoutingCapsules(6, 3, 4, 5, leaky=True))
+
+
+def test_models_that_differ_are_not_compared() -> None:
+    ours, other = CapsNet(width=8), CapsNet(width=8)
+    with pytest.raises(AssertionError, match="the two models differ"):
+        systems.check_equal(ours, other, ours.load_data())
+
+
+def test_the_parts_of_a_step_add_up() -> None:
+    system = CapsNet(width=8, batch_size=8)
+    step = SystemStep(system, system.load_data())
+    found = parts(step, 3, step.device)
+    assert step.training.step == 3
+    assert sum(found.values()) < 1
+    assert found["loader"] < sum(found.values()) / 2
