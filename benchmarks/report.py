@@ -34,14 +34,18 @@ def _mib(size: int | None) -> str:
 
 
 def _number(target: Target, value: float) -> str:
-    if target.what == "share":
+    if target.what in ("share", "routing share"):
         return f"{value:.0%}"
+    if target.what == "seconds":
+        return _time(value)
     return f"{value / MIB:.0f} MiB" if target.what == "memory" else _times(value)
 
 
 def _target(target: Target) -> str:
     sign = "≤" if target.most else "≥"
-    what = {"ratio": "", "share": " of ceiling", "memory ratio": " leaner", "memory": ""}[target.what]
+    what = {"share": " of ceiling", "memory ratio": " leaner", "routing share": " routing"}.get(
+        target.what, ""
+    )
     verdict = "met" if target.met else f"MISSED, {_number(target, target.got)}"
     return f"{sign} {_number(target, target.wanted)}{what}: {verdict}"
 
@@ -95,6 +99,12 @@ def parts_table(rows: Sequence[Row]) -> list[str]:
         shares = [f"{row.details[part] / whole:.1%}" if part in row.details else "–" for part in _PARTS]
         lines.append(f"| {name} | {_time(row.seconds)} | {' | '.join(shares)} |")
     return lines
+
+
+def parts_line(row: Row) -> str:
+    """What a step consists of, in words."""
+    seconds = ", ".join(f"{part} {_time(value)}" for part, value in row.details.items())
+    return f"{row.op}, {row.case}, {row.impl}: {seconds}"
 
 
 def describe(header: dict) -> str:

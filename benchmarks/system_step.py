@@ -42,7 +42,7 @@ class EinsumCapsules(nn.Module):
 
 
 class SystemStep:
-    """Each call is one step of the training loop, without what is written.
+    """Each call is one step of the training loop, without what is written; it returns the named losses.
 
     Args:
         system: on its device.
@@ -62,15 +62,16 @@ class SystemStep:
         )
         self.training.at_once = False
 
-    def __call__(self) -> None:
+    def __call__(self) -> dict[str, Tensor]:
         training = self.training
         if training.step % self.system.settings.log_every == 0:
             training.check()
             checkpoint.capture(self.system, training)
         with record_function("loader"):
             batch = self.dataset.train_batch(self.batches.indices(training.step), training.draw)
-        self.system.step(*batch, training)
+        named = self.system.step(*batch, training)
         training.step += 1
+        return named
 
 
 def clock(call: Callable[[], object], calls: int, device: torch.device) -> float:

@@ -40,6 +40,7 @@ def main() -> None:
 def train(system_class: type[System], settings: Settings) -> str:
     """Trains one system from its settings and returns the last line to print."""
     device = local_device(settings.device if settings.device != "auto" else _best_device())
+    torch.backends.cudnn.benchmark = True  # batches are all of one size
     processes = join(device)
     if settings.batch_size % processes.world:
         raise ValueError(
