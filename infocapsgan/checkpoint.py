@@ -90,7 +90,10 @@ def save(folder: Path, state: State, **numbers: float) -> Path:
 
 
 def save_best(folder: Path, system: System, loss: float) -> None:
-    """Writes the weights to `folder`/best unless those there have at most this validation loss."""
+    """Writes the weights to `folder`/best unless those there have at most this validation loss.
+
+    The only weights that are ever chosen: by held-out training images, in systems trained with labels.
+    """
     path = folder / BEST
     if path.is_dir() and json.loads((path / NUMBERS).read_text())["validation_loss"] <= loss:
         return

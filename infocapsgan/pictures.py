@@ -35,20 +35,6 @@ def save_png(path: Path, picture: Tensor, *, enlarge: int = 2) -> None:
         image.save(temporary, format="PNG")
 
 
-def save_animation(path: Path, frames: Sequence[Path], *, most: int = 50, seconds: float = 0.2) -> None:
-    """Writes a GIF of PNG files, `seconds` each, the last one ten times as long.
-
-    Of more than `most` frames so many are taken, evenly, the first and the last among them.
-    """
-    chosen = np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)
-    images = [Image.open(frames[index]).convert("RGB") for index in chosen]
-    durations = [round(1000 * seconds)] * (len(images) - 1) + [round(10_000 * seconds)]
-    with atomic_file(path) as temporary:
-        images[0].save(
-            temporary, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0
-        )
-
-
 def save_curves(
     path: Path, rows: Sequence[dict[str, float]], headline: str, baselines: dict[str, float]
 ) -> None:

@@ -79,16 +79,6 @@ class Run:
         """Writes curves.png anew."""
         pictures.save_curves(self.path / "curves.png", self.rows, headline, baselines)
 
-    def animate(self) -> None:
-        """Writes samples/NAME.gif of the grids of each name, where there are several."""
-        frames: dict[str, list[Path]] = {}
-        for path in sorted((self.path / "samples").glob("*.png")):
-            if found := re.fullmatch(r"(.+)-\d{8,}", path.stem):
-                frames.setdefault(found[1], []).append(path)
-        for name, paths in frames.items():
-            if len(paths) > 1:
-                pictures.save_animation(self.path / "samples" / f"{name}.gif", paths)
-
     def close(self) -> None:
         """Closes the files."""
         self._metrics.close()
@@ -103,7 +93,7 @@ class SilentRun:
     def log(self, *_: Any) -> None:
         """Nothing."""
 
-    draw = draw_curves = animate = close = log
+    draw = draw_curves = close = log
 
 
 def read_config(path: Path) -> tuple[str, dict[str, Any]]:

@@ -175,7 +175,6 @@ def fit(
         checkpoint.load_best(run.checkpoints, system)
         metrics = {}
     metrics = metrics or _measured(system, system.evaluate, centred)
-    run.animate()
     seconds = time.monotonic() - began
     if processes.writes:
         write_summary(run, system, training, metrics, baselines, seconds)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from infocapsgan.atomic import atomic_file, atomic_folder
 from infocapsgan.checkpoint import checkpoints
-from infocapsgan.pictures import grid, save_animation, save_curves, save_png
+from infocapsgan.pictures import grid, save_curves, save_png
 from infocapsgan.run import Run, RunError, read_metrics
 from infocapsgan.systems import CapsNet
 
@@ -101,27 +101,6 @@ def test_colours_stay(tmp_path):
     picture = Image.open(tmp_path / "red.png")
     assert picture.size == (6, 6)
     assert picture.getpixel((5, 5)) == (255, 0, 0)
-
-
-def test_an_animation_goes_from_the_first_picture_to_the_last(tmp_path):
-    for number in range(7):
-        Image.new("RGB", (4, 4), (40 * number,) * 3).save(tmp_path / f"{number}.png")
-    save_animation(tmp_path / "all.gif", sorted(tmp_path.glob("*.png")), most=4)
-    with Image.open(tmp_path / "all.gif") as animation:
-        shades = []
-        for frame in range(animation.n_frames):
-            animation.seek(frame)
-            shades.append(animation.convert("L").getpixel((0, 0)))
-    assert shades == pytest.approx([0, 80, 160, 240], abs=3)
-
-
-def test_each_kind_of_picture_is_animated(tmp_path):
-    run = Run.create("capsnet", settings(tmp_path / "run"))
-    for step in (1, 2):
-        run.draw(step, {"samples": (torch.rand(4, 1, 3, 3), 2), f"only-{step}": (torch.rand(1, 1, 3, 3), 1)})
-    run.close()
-    run.animate()
-    assert [path.name for path in run.path.glob("samples/*.gif")] == ["samples.gif"]
 
 
 def test_curves(tmp_path):
