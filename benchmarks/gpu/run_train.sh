@@ -27,5 +27,5 @@ rm -f "$out/train-profile.txt"
 "$python" setup.py build_ext --inplace >"$out/train-build.log" 2>&1 || { tail -30 "$out/train-build.log" && exit 1; }
 {
     "$python" -m capsops
-    "$python" -m benchmarks.gpu.train --out "$out" "$@"
+    timeout 360 "$python" -m benchmarks.gpu.train --out "$out" "$@"
 } 2>&1 | tee "$out/train.log"

@@ -70,27 +70,22 @@ def main() -> None:
     dataset = data.load("mnist").to(device)
     dataset = dataset.head(args.images) if args.images else dataset
     rows, failures = [], []
-    for case in cases:
-        if time.monotonic() - began > args.seconds:
-            failures.append(f"{case}: not begun, {args.seconds} s were over")
-            continue
-        found, failed = measure(case, impls, dataset, args)
-        print(
-            *(f"{row.case}, {row.impl}: {row.seconds:.3f} s" for row in found),
-            sep="\n",
-            flush=True,
-        )
-        rows += found
-        failures += failed
     header = {
         **machine.provenance(["python", "-m", "benchmarks.gpu.train", *sys.argv[1:]]),
         "device": describe_device(device),
         "ceiling": product_ceiling(device),
         "failures": failures,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"train-{machine.slug(header['device']['model'])}.json"
-    save(path, header, rows)
+    for case in cases:
+        if time.monotonic() - began > args.seconds:
+            failures.append(f"{case}: not begun, {args.seconds:g} s were over")
+        else:
+            found, failed = measure(case, impls, dataset, args)
+            rows += found
+            failures += failed
+            print(*(f"{row.case}, {row.impl}: {row.seconds:.3f} s" for row in found), sep="\n", flush=True)
+        save(path, header, rows)
     print("", *markdown_table(rows), "", *map(parts_line, rows), f"written to {path}", sep="\n")
     if failures:
         sys.exit("\n".join(failures))
@@ -297,7 +292,7 @@ def plan(cases: list[Case], args: argparse.Namespace) -> str:
         f"routing alone, {'' if case.compiled else 'profile'}".rstrip(", ")
         for case in cases
     ]
-    lines.append(f"no further case is begun after {args.seconds} s; results go to {args.out}")
+    lines.append(f"no further case is begun after {args.seconds:g} s; results go to {args.out}")
     return "\n".join(lines)
 
 
@@ -323,7 +318,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, help="images of an epoch [all 60,000]")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="that are timed; the faster counts")
     parser.add_argument("--warm-up", type=int, default=WARM_UP_STEPS, help="steps before")
-    parser.add_argument("--seconds", type=float, default=270, help="after which no case is begun")
+    parser.add_argument("--seconds", type=float, default=240, help="after which no case is begun")
     return parser
 
 
