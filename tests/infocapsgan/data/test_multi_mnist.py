@@ -53,6 +53,8 @@ def test_training_pairs_are_drawn_anew(digits):
     assert not torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])
     assert torch.equal(first[1][:, 0], second[1][:, 0])
+    again = dataset.train_batch(torch.arange(40), Draw(0))
+    assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
 def test_pairs_beyond_those_stored_are_drawn_when_they_are_wanted(digits, monkeypatch):
