@@ -209,8 +209,9 @@ def test_errors_are_one_line(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(800)
 def test_capsnet_passes_095_on_digits(tmp_path):
-    run("capsnet", "--out", tmp_path / "run")
+    run("capsnet", "--out", tmp_path / "run", seconds=700)
     assert outcome(tmp_path / "run")[0]["accuracy"] > 0.95
 
 
