@@ -209,8 +209,7 @@ class CapsNet(Supervised):
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """Accuracy, margin loss and squared error of the test split, rebuilt from the predicted class.
 
-        The accuracy of pairs counts digits, `digit_error` is the share of them that is wrong; `pair_error` is
-        the share of pairs in which either is wrong.
+        The accuracy of pairs counts digits; `pair_error` is the share of pairs in which either is wrong.
         """
         judged = self.judged(dataset)
         right = correct(judged["predicted"], dataset.test_labels)
@@ -220,7 +219,6 @@ class CapsNet(Supervised):
             "squared_error": judged["squared_error"].mean().item(),
         }
         if dataset.test_labels.dim() == 2:
-            metrics["digit_error"] = 1 - metrics["accuracy"]
             metrics["pair_error"] = 1 - right.all(dim=1).double().mean().item()
         return metrics
 
