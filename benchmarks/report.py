@@ -43,9 +43,13 @@ def _number(target: Target, value: float) -> str:
 
 def _target(target: Target) -> str:
     sign = "≤" if target.most else "≥"
-    what = {"share": " of ceiling", "memory ratio": " leaner", "routing share": " routing"}.get(
-        target.what, ""
-    )
+    what = {
+        "share": " of ceiling",
+        "memory ratio": " leaner",
+        "routing share": " routing",
+        "eager": " eager",
+        "compiled": " compiled",
+    }.get(target.what, "")
     verdict = "met" if target.met else f"MISSED, {_number(target, target.got)}"
     return f"{sign} {_number(target, target.wanted)}{what}: {verdict}"
 

@@ -27,6 +27,7 @@ from torch import Tensor
 import capsops
 from benchmarks import machine, peers
 from benchmarks.check import relative_error
+from benchmarks.gpu.device import describe_device
 from benchmarks.passes import FORWARD_BACKWARD, run
 from benchmarks.report import markdown_table, parts_line
 from benchmarks.rows import RESULTS, Row, Target, save
@@ -248,25 +249,6 @@ def available(device: str) -> list[str]:
     """The kernels that serve the device, or the reference where there is none."""
     found = [row.impl for row in dispatch.describe() if row.device == device and row.available]
     return [impl for impl in found if impl != "reference"] or ["reference"]
-
-
-def describe_device(device: torch.device) -> dict[str, object]:
-    """As in the files of the CPU."""
-    load = os.getloadavg()[0]
-    if device.type == "cpu":
-        return {**machine.cpu(), "load_before": load}
-    major, minor = torch.cuda.get_device_capability(device)
-    return {
-        "type": "cuda",
-        "model": torch.cuda.get_device_name(device),
-        "isa": f"sm_{major}{minor}",
-        "threads": torch.get_num_threads(),
-        "load_before": load,
-        "tf32": {
-            "convolutions": torch.backends.cudnn.allow_tf32,
-            "products": torch.backends.cuda.matmul.allow_tf32,
-        },
-    }
 
 
 def product_ceiling(device: torch.device) -> dict[str, object]:

@@ -1,0 +1,127 @@
+"""The measurements of a GPU's kernels, as far as a CPU can run them."""
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import capsops
+from benchmarks import timing
+from benchmarks.cases import RoutingCase
+from benchmarks.gpu import equivalence, kernels
+from benchmarks.gpu.clock import device_clock, in_turns, input_sets
+from benchmarks.gpu.floor import Ceilings, floor_seconds
+from benchmarks.passes import BOTH, FORWARD, FORWARD_BACKWARD
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(bandwidth=4e12, bfloat16=8e14, tf32=4e14, float32=5e13, exponentials=4e12)
+SMALL = RoutingCase(2, 5, 3, 4, 8)
+
+
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_the_scripts_plan_without_a_gpu(impl: str) -> None:
+    script = ROOT / "benchmarks" / "gpu" / f"run_{impl}.sh"
+    done = subprocess.run(["bash", script, "--plan"], capture_output=True, text=True, check=True)
+    for task in kernels.tasks(impl):
+        assert str(task) in done.stdout
+    assert "targets" in done.stdout
+
+
+def test_each_case_is_timed_once_and_those_with_targets_first() -> None:
+    for impl in ("triton", "cuda"):
+        tasks = kernels.tasks(impl)
+        keys = [(task.case, task.passes, task.tf32) for task in tasks]
+        assert len(set(keys)) == len(keys)
+        with_goals = [bool(any(vars(task.goal).values())) for task in tasks]
+        assert with_goals == sorted(with_goals, reverse=True)
+        assert with_goals[0]
+
+
+def test_a_wrong_kernel_fails_the_comparison() -> None:
+    shape = equivalence.SMALL[0]
+    found = next(
+        x for x in equivalence.comparisons("cpu", CPU, torch.float32, [shape]) if "capsule" in x.name
+    )
+    assert found(tf32=False) < 1e-5
+    wrong = replace(found, ours=lambda *inputs: 1.001 * found.ours(*inputs))
+    with pytest.raises(AssertionError, match="value is off"):
+        wrong(tf32=False)
+    restless = replace(found, ours=lambda *inputs: found.ours(*inputs) + 1e-8 * torch.rand(()))
+    with pytest.raises(AssertionError, match="two calls differ"):
+        restless(tf32=False)
+
+
+def test_failures_are_collected_and_late_ones_named() -> None:
+    outcome = equivalence.compare_all("triton", torch.device("cpu"), equivalence.SMALL[:1], 1e9)
+    if not any(s.impl == "triton" and s.device == "cpu" and s.available for s in capsops.dispatch.describe()):
+        assert len(outcome.failures) == outcome.compared > 0
+    late = equivalence.compare_all("cpu", CPU, equivalence.SMALL[:1], 0)
+    assert "not compared" in late.failures[0]
+    assert late.compared == 0
+
+
+@pytest.fixture(autouse=True)
+def short_races(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(timing, "RACE_SECONDS", 0.01)
+    monkeypatch.setattr(kernels, "Race", partial(timing.Race, sample=1e-4))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("passes", BOTH)
+def test_a_case_is_measured(passes: str) -> None:
+    task = kernels.Task(SMALL, passes, False, kernels.Goal(eager=1, share=0.5))
+    row, failures = kernels.measure(task, "reference", [], CEILINGS, CPU)
+    assert not failures
+    assert row.seconds > 0
+    assert set(row.peers) == {"matmul", "einsum", "einsum + sums"}
+    assert {target.what for target in row.targets} == {"eager", "share"}
+    assert row.error < 1e-5
+
+
+def test_peers_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernels.peers.ROUTING["einsum"]
+    monkeypatch.setitem(kernels.peers.ROUTING, "einsum", lambda *args, **options: 2 * right(*args, **options))
+    row, failures = kernels.measure(kernels.Task(SMALL, FORWARD, False), "reference", [], CEILINGS, CPU)
+    assert set(row.peers) == {"matmul", "einsum + sums"}
+    assert "differs from ours" in failures[0]
+
+
+def test_floor_counts_every_unit() -> None:
+    case = RoutingCase(128)
+    seconds, unit = floor_seconds(case, FORWARD, CEILINGS, tf32=True)
+    pairs = 128 * 1152 * 10
+    assert unit == "sums"
+    assert seconds == pytest.approx(2 * 2 * 2 * pairs * 16 / 5e13)
+    seconds, unit = floor_seconds(case, FORWARD, CEILINGS, tf32=False)
+    assert seconds == pytest.approx((4 * 2 + 3 * 2 * 8) * pairs * 16 / 5e13)
+    both, _ = floor_seconds(case, FORWARD_BACKWARD, CEILINGS, tf32=True)
+    assert both == pytest.approx((4 + 6 + 8 + 1) * 2 * pairs * 16 / 5e13)
+    slow = replace(CEILINGS, bandwidth=1e9)
+    assert floor_seconds(case, FORWARD, slow, tf32=True)[1] == "bytes"
+
+
+def test_inputs_take_turns() -> None:
+    sets = input_sets(SMALL, CPU)
+    assert len(sets) >= 2
+    assert all(torch.equal(x[0][0], sets[0][0][0]) for x in sets)
+    seen: list[int] = []
+    call = in_turns(lambda inputs, grad: seen.append(inputs[0].data_ptr()), sets)
+    assert device_clock(CPU)(call, 2) > 0
+    assert seen == [x[0][0].data_ptr() for x in sets] * 2
+    assert len(set(seen)) == len(sets)
+
+
+def test_targets_need_rivals() -> None:
+    task = kernels.Task(SMALL, FORWARD, True, kernels.Goal(eager=15, compiled=5))
+    row = partial(kernels.Row, "s", "op", "case", FORWARD)(seconds=1.0)
+    found = kernels.targets(task, row, {"einsum": 20.0, "einsum, compiled": 4.0})
+    assert [(x.what, x.got, x.met) for x in found] == [("eager", 20.0, True), ("compiled", 4.0, False)]
+    assert kernels.targets(task, row, {}) == []
