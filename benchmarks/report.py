@@ -86,22 +86,33 @@ _PARTS = ("routing", "squash", "convolutions", "loader", "optimiser", "other", "
 
 
 def parts_table(rows: Sequence[Row]) -> list[str]:
-    """Lines of Markdown: seconds of a training step, and the share of each part of it."""
+    """Lines of Markdown: seconds of each system's training step, and the share of each part of it."""
     lines = [f"| system | step | {' | '.join(_PARTS)} |", "|---" * (len(_PARTS) + 2) + "|"]
     for row in rows:
-        name = f"{row.op}, {row.case}, {row.dtype}"
-        if row.peer:
-            lines.append(f"| {name}, {row.peer} | {_time(row.peers[row.peer])} " + "| – " * len(_PARTS) + "|")
-            lines += [
-                f"| {name}: {what} | {_time(seconds)}, {seconds / whole:.1%} " + "| – " * len(_PARTS) + "|"
-                for (what, seconds), whole in zip(
-                    row.details.items(), (row.seconds, row.peers[row.peer]), strict=True
-                )
-            ]
-            continue
         whole = sum(row.details.values())
         shares = [f"{row.details[part] / whole:.1%}" if part in row.details else "–" for part in _PARTS]
-        lines.append(f"| {name} | {_time(row.seconds)} | {' | '.join(shares)} |")
+        lines.append(f"| {row.op}, {row.case}, {row.dtype} | {_time(row.seconds)} | {' | '.join(shares)} |")
+    return lines
+
+
+def turns_table(row: Row) -> list[str]:
+    """Lines of Markdown: a training step in turns with that of the same model routed by a peer."""
+    steps, routing = (row.seconds, row.peers[row.peer]), tuple(row.details.values())
+    lines = [f"| {row.op}, {row.case}, {row.dtype} | ours | {row.peer} | ratio |", "|---" * 4 + "|"]
+    for name, (ours, theirs) in (("whole step", steps), ("routing alone, forward + backward", routing)):
+        lines.append(f"| {name} | {_time(ours)} | {_time(theirs)} | {_times(theirs / ours)} |")
+    shares = [alone / whole for alone, whole in zip(routing, steps, strict=True)]
+    lines.append(
+        f"| its share of the step | {shares[0]:.1%} | {shares[1]:.1%} | {_times(shares[1] / shares[0])} |"
+    )
+    return lines
+
+
+def systems_tables(rows: Sequence[Row]) -> list[str]:
+    """Lines of Markdown: all that benchmarks.systems measures."""
+    lines = parts_table([row for row in rows if not row.peers])
+    for row in rows:
+        lines += ["", *turns_table(row)] if row.peers else []
     return lines
 
 
@@ -132,7 +143,7 @@ def main() -> None:
         header, rows = load(path)
         steps = [row for row in rows if row.suite == "systems"]
         others = [row for row in rows if row not in steps and (args.all or row.targets)]
-        tables = [table(part) for table, part in ((parts_table, steps), (markdown_table, others)) if part]
+        tables = [table(part) for table, part in ((systems_tables, steps), (markdown_table, others)) if part]
         print("\n\n".join("\n".join(lines) for lines in tables))
         print(f"\n{describe(header)}\n")
 

@@ -21,7 +21,7 @@ from benchmarks import machine, peers
 from benchmarks.ceiling import measured_ceiling
 from benchmarks.check import relative_error
 from benchmarks.passes import FORWARD_BACKWARD, run
-from benchmarks.report import describe, parts_table
+from benchmarks.report import describe, parts_table, systems_tables
 from benchmarks.rows import RESULTS, Row, save
 from benchmarks.system_step import EinsumCapsules, SystemStep, clock, parts
 from benchmarks.timing import Race
@@ -48,7 +48,7 @@ def main() -> None:
         "device": {**machine.cpu(), "load_before": load},
         "ceiling": measured_ceiling(args.threads)._asdict(),
     }
-    print("", *parts_table(rows), "", describe(header), sep="\n")
+    print("", *systems_tables(rows), "", describe(header), sep="\n")
     if args.save_results:
         path = RESULTS / f"systems-cpu-{machine.slug(machine.cpu_model())}.json"
         save(path, header, rows)
