@@ -1,13 +1,34 @@
-"""How well clusters found without labels agree with the labels."""
+"""How well predictions, and clusters found without labels, agree with the labels."""
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mutual_info_score
 from torch import Tensor
 
 from infocapsgan.data import Dataset
+
+HIGHER_IS_BETTER = frozenset(
+    {
+        "accuracy",
+        "unsupervised_accuracy",
+        "nmi",
+        "ari",
+        "sample_precision",
+        "sample_recall",
+        "slant_rank_correlation",
+        "stroke_width_rank_correlation",
+    }
+)
+LOWER_IS_BETTER = frozenset({"error", "pair_error", "margin_loss", "squared_error", "frechet_distance"})
+
+
+def best(name: str, values: list[float]) -> float | None:
+    """The best of a metric's values; None where neither more nor less of it is better."""
+    if name in HIGHER_IS_BETTER:
+        return max(values)
+    return min(values) if name in LOWER_IS_BETTER else None
 
 
 def match_clusters(clusters: Tensor, labels: Tensor, classes: int) -> np.ndarray:
@@ -45,6 +66,26 @@ def clustering_metrics(
 def accuracy(predictions: Tensor, labels: Tensor) -> float:
     """The share of predictions [N] that equal their label [N]."""
     return float((predictions == labels).double().mean())
+
+
+def confusion(predictions: Tensor, labels: Tensor, classes: int) -> dict[str, list]:
+    """The confusion matrix, and from it how well each class is recognised.
+
+    Args:
+        predictions: [N] or, of several labels an image, [N, M] in the order of the labels.
+        labels: of the same shape.
+        classes: how many there are.
+
+    Returns:
+        `confusion`: how many images of label (row) were taken for a class (column) [classes][classes];
+        `per_class_accuracy`: the share of each label's images that were recognised [classes]; None where the
+        label has no image.
+    """
+    count = confusion_matrix(
+        _numbers(labels).ravel(), _numbers(predictions).ravel(), labels=np.arange(classes)
+    )
+    per_class = [int(count[j, j]) / int(row.sum()) if row.any() else None for j, row in enumerate(count)]
+    return {"confusion": count.tolist(), "per_class_accuracy": per_class}
 
 
 def _numbers(values: Tensor) -> np.ndarray:

@@ -16,6 +16,8 @@ from infocapsgan import pictures
 from infocapsgan.atomic import atomic_file
 from infocapsgan.settings import Settings
 
+SUMMARY, EVALUATION = "summary.json", "evaluation.json"
+
 
 class RunError(RuntimeError):
     """A run directory cannot be made, or does not hold what it should."""

@@ -35,9 +35,13 @@ class Source(NamedTuple):
 
 def folders(data_dir: str | Path | None) -> list[Path]:
     """Where to look, first to last: `data_dir`, $INFOCAPSGAN_DATA, the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infocapsgan"
     named = [data_dir, os.environ.get("INFOCAPSGAN_DATA")]
-    return [Path(folder).expanduser() for folder in named if folder] + [cache]
+    return [Path(folder).expanduser() for folder in named if folder] + [cache_folder()]
+
+
+def cache_folder() -> Path:
+    """The user's cache folder: $XDG_CACHE_HOME/infocapsgan, or that in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infocapsgan"
 
 
 def find(source: Source, data_dir: str | Path | None = None) -> list[Path]:

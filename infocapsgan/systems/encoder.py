@@ -56,22 +56,30 @@ class Encoder(Supervised):
             images = moved(images, training.draw, background=-1)
         with training.autocast():
             found = lengths(self.model(images).classes)
-            loss = self.margin_loss(found, labels)
+            loss = self.margin_loss(found, labels).mean()
         training.update("model", loss)
         return {"margin": loss.detach(), "batch_accuracy": (found.argmax(dim=1) == labels).float().mean()}
 
     def margin_loss(self, found: Tensor, labels: Tensor) -> Tensor:
-        """Mean margin loss of class capsules' lengths [B, J]."""
-        return losses.margin_loss(found.float(), F.one_hot(labels, self.image_shape.classes)).mean()
+        """Margin loss of each image [B], of its class capsules' lengths [B, J]."""
+        return losses.margin_loss(found.float(), F.one_hot(labels, self.image_shape.classes))
 
-    def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """Accuracy and margin loss on the test split."""
+    def judged(self, dataset: Dataset) -> dict[str, Tensor]:
+        """For each test image its `predicted` class [N] and its `margin_loss` [N]."""
         found = torch.cat(
             [lengths(self.model(to_symmetric(part)).classes) for part in dataset.test_images.split(500)]
         )
         return {
-            "accuracy": accuracy(found.argmax(dim=1), dataset.test_labels),
-            "margin_loss": self.margin_loss(found, dataset.test_labels).item(),
+            "predicted": found.argmax(dim=1),
+            "margin_loss": self.margin_loss(found, dataset.test_labels),
+        }
+
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        """Accuracy and margin loss on the test split."""
+        judged = self.judged(dataset)
+        return {
+            "accuracy": accuracy(judged["predicted"], dataset.test_labels),
+            "margin_loss": judged["margin_loss"].mean().item(),
         }
 
     def validation_loss(self, held_out: Dataset) -> float:

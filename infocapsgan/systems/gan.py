@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from infocapsgan import losses
 from infocapsgan.data import Dataset
 from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.draw import Draw
 from infocapsgan.settings import Range, Settings, Weight
 from infocapsgan.systems.system import System
 from infocapsgan.training import Training
@@ -65,6 +66,22 @@ class GAN(System):
     def drawing_generator(self) -> nn.Module:
         """The generator that pictures and evaluations come from."""
         return self.average or self.generator
+
+    def random_latents(self, number: int, draw: Draw, images: Tensor) -> Tensor:
+        """Latent vectors [number, …] drawn as in training.
+
+        Args:
+            number: of latents.
+            draw: where the random numbers come from.
+            images: real ones [N, C, H, W] as uint8, for a generator whose latents are taken from them.
+        """
+        raise NotImplementedError
+
+    def drawn(self, latents: Tensor) -> Tensor:
+        """The images [N, C, H, W] in [0, 1] that the generator makes of latents [N, …]."""
+        parts = [self.drawing_generator(part) for part in latents.to(self.device).split(500)]
+        images = torch.cat([part[0] if isinstance(part, tuple) else part for part in parts])
+        return (images.float() + 1) / 2
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -129,6 +146,10 @@ class LatentGAN(GAN):
             "real_accuracy": (real_logit > 0).float().mean(),
             "generated_accuracy": (logit < 0).float().mean(),
         }
+
+    def random_latents(self, number: int, draw: Draw, images: Tensor) -> Tensor:
+        """Normal values [number, noise_dim]."""
+        return draw.normal(number, self.settings.noise_dim)
 
     def fixed_latents(self, number: int) -> Tensor:
         """The same latents [number, noise_dim] at every call."""

@@ -26,6 +26,7 @@ from infocapsgan import losses
 from infocapsgan.data import Dataset
 from infocapsgan.data.augment import moved
 from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.draw import Draw
 from infocapsgan.metrics import clustering_metrics, kmeans_accuracy
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules, lengths
 from infocapsgan.models.capsule_generator import CapsuleGenerator
@@ -217,6 +218,11 @@ class InfoCapsGAN(GAN):
         """The longest class capsule of each image [N], of images [N, C, H, W] as uint8."""
         found = [self.discriminator(to_symmetric(part)).capsules.classes for part in images.split(500)]
         return lengths(torch.cat(found)).argmax(dim=1)
+
+    def random_latents(self, number: int, draw: Draw, images: Tensor) -> Tensor:
+        """Latents of normal noise and evenly drawn class codes [number, noise_dim + classes]."""
+        noise = draw.normal(number, self.settings.noise_dim)
+        return self.latent(noise, draw.integers(self.image_shape.classes, number))
 
     def samples(self) -> tuple[Tensor, Capsules]:
         """Generated images in [−1, 1], a row for each code, and their capsules; always of the same noise."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from infocapsgan.data import Dataset
 from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.draw import Draw
 from infocapsgan.metrics import clustering_metrics, kmeans_accuracy
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
 from infocapsgan.settings import Count, Range, Weight, Whole
@@ -143,6 +144,34 @@ class InfoGAN(GAN):
         categorical = F.cross_entropy(categories.float(), code)
         squared = (values.float() - continuous).square().sum(dim=1).mean()
         return s.categorical_weight * categorical + s.continuous_weight * squared, categorical, squared
+
+    def random_latents(self, number: int, draw: Draw, images: Tensor) -> Tensor:
+        """Latents of normal noise, evenly drawn classes and continuous codes."""
+        s = self.settings
+        return self.latent(
+            draw.normal(number, s.noise_dim),
+            draw.integers(self.image_shape.classes, number),
+            draw.uniform(number, s.continuous_codes) * 2 - 1,
+        )
+
+    def traversal(self, index: int, values: Tensor, codes: Tensor, draw: Draw) -> Tensor:
+        """Latents of rows along which one continuous code goes through `values` and nothing else changes.
+
+        Args:
+            index: of the continuous code.
+            values: that it takes along a row [V].
+            codes: class of each row [R].
+            draw: where the noise and the other continuous codes of each row come from.
+
+        Returns:
+            [R · V, latent], row by row.
+        """
+        R, V = len(codes), len(values)
+        noise = draw.normal(R, self.settings.noise_dim).repeat_interleave(V, dim=0)
+        continuous = draw.uniform(R, self.settings.continuous_codes) * 2 - 1
+        continuous = continuous.repeat_interleave(V, dim=0)
+        continuous[:, index] = values.repeat(R)
+        return self.latent(noise, codes.repeat_interleave(V), continuous)
 
     def clusters(self, images: Tensor) -> Tensor:
         """The likeliest categorical code of each image [N], of images [N, C, H, W] as uint8."""

@@ -13,6 +13,7 @@ from torch import Tensor
 import capsops
 from infocapsgan.data import Dataset
 from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.draw import Draw
 from infocapsgan.models.capsule_generator import CapsuleGenerator
 from infocapsgan.settings import Weight
 from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings
@@ -93,6 +94,11 @@ class Mimic(GAN):
             "generated_accuracy": (logit < 0).float().mean(),
             "squared_error": squared_error(generated.detach(), real),
         }
+
+    def random_latents(self, number: int, draw: Draw, images: Tensor) -> Tensor:
+        """The discriminator's last capsule of `number` of the real images [number, 52]."""
+        chosen = images[draw.integers(len(images), number)]
+        return torch.cat([self.discriminator(to_symmetric(part)).last for part in chosen.split(500)])
 
     def mimicked(self, images: Tensor) -> Tensor:
         """What the generator draws of images [B, C, H, W] in [−1, 1]."""

@@ -1,0 +1,134 @@
+"""The classifier on whose features generated images are compared with real ones.
+
+Inception knows photographs; for the small images here the project trains a convolutional classifier of its
+own on the training split of the same data: two convolutions of 3 × 3 (32 and 64 channels, batch norm, ReLU,
+halved), a dense layer of 64, ReLU: the features; and a dense layer to the classes. Always from seed 0, with
+Adam, and kept in the user's cache folder, so that all runs on a data set are measured by the same numbers.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from infocapsgan.atomic import atomic_folder
+from infocapsgan.data import Dataset
+from infocapsgan.data.augment import shifted
+from infocapsgan.data.batches import Batches
+from infocapsgan.data.dataset import to_unit
+from infocapsgan.data.files import cache_folder
+from infocapsgan.draw import Draw
+from infocapsgan.metrics import accuracy
+
+VERSION = 1  # of the network and its training; a change of either is another classifier
+FEATURES = 64
+BATCH_SIZE, LEARNING_RATE, SHIFT = 128, 1e-3, 2
+EPOCHS, IMAGES_SEEN = 2, 40_000  # at least so many of either: a small set is passed over more often
+
+
+class FeatureClassifier(nn.Module):
+    """Images [B, C, H, W] in [0, 1] → features [B, 64]; `classify` turns features into logits.
+
+    Args:
+        channels, size, classes: of the images.
+    """
+
+    def __init__(self, channels: int, size: int, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in ((channels, 32), (32, 64)):
+            layers += [
+                nn.Conv2d(before, after, 3, padding=1),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
+        self.features = nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(64 * (size // 4) ** 2, FEATURES), nn.ReLU()
+        )
+        self.classify = nn.Linear(FEATURES, classes)
+        self.num_features = FEATURES  # what torchmetrics asks an extractor for
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images)
+
+    def of_all(self, images: Tensor) -> Tensor:
+        """Features [N, 64] of images [N, C, H, W] as uint8, or in [0, 1]."""
+        parts = images.split(500)
+        with torch.no_grad():
+            return torch.cat([self(to_unit(part) if part.dtype == torch.uint8 else part) for part in parts])
+
+
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """The classifier in evaluation mode, and what tells it from others.
+
+    Attributes:
+        classifier: on the device of the data.
+        accuracy: on the test split.
+        checksum: sha256 of its weights; figures of classifiers that differ here are not to be compared.
+    """
+
+    classifier: FeatureClassifier
+    accuracy: float
+    checksum: str
+
+
+def feature_extractor(dataset: Dataset, classes: int) -> FeatureExtractor:
+    """The classifier of a data set: trained at the first call, read from the cache at later ones."""
+    folder = cache_folder() / "features" / f"{dataset.name}-{_key(dataset)}"
+    device = dataset.train_images.device
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        classifier = FeatureClassifier(dataset.train_images.shape[1], dataset.size, classes).to(device)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _train(classifier, dataset)
+        logits = classifier.classify(classifier.of_all(dataset.test_images))
+        found = accuracy(logits.argmax(dim=1), dataset.test_labels)
+        with atomic_folder(folder) as temporary:
+            save_file(classifier.state_dict(), temporary / "weights.safetensors")
+            (temporary / "classifier.json").write_text(json.dumps({"accuracy": found}))
+    classifier.load_state_dict(load_file(folder / "weights.safetensors"))
+    return FeatureExtractor(
+        classifier.eval().requires_grad_(False),
+        json.loads((folder / "classifier.json").read_text())["accuracy"],
+        _checksum(folder / "weights.safetensors"),
+    )
+
+
+@torch.enable_grad()
+def _train(classifier: FeatureClassifier, dataset: Dataset) -> None:
+    device, images = dataset.train_images.device, dataset.train_images
+    batches = Batches(len(images), min(BATCH_SIZE, len(images)), 0, device)
+    steps = max(EPOCHS * batches.per_epoch, IMAGES_SEEN // batches.batch_size)
+    optimizer = torch.optim.Adam(classifier.parameters(), LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    draw = Draw(0, device)
+    for step in range(steps):
+        chosen = batches.indices(step)
+        seen = shifted(to_unit(images[chosen]), draw, SHIFT)
+        loss = F.cross_entropy(classifier.classify(classifier(seen)), dataset.train_labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    classifier.eval()
+
+
+def _key(dataset: Dataset) -> str:
+    """Of the classifier's version and all that it is trained and measured on."""
+    digest = hashlib.sha256(f"{VERSION} {dataset.size}".encode())
+    for tensor in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.contiguous().cpu().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -1,0 +1,44 @@
+"""Slant and width of the strokes in images of digits, from moments of the image."""
+
+import numpy as np
+import torch.nn.functional as F
+from scipy.ndimage import distance_transform_edt
+from torch import Tensor
+
+ENLARGED = 4  # so that strokes of two pixels have an inside
+
+
+def slant(images: Tensor) -> Tensor:
+    """How far a column leans to the right over a row's height: the tangent of the angle from upright, [N].
+
+    −μ₁₁ / μ₀₂ with the central moments μ_pq = Σ (x − x̄)^p (y − ȳ)^q I(x, y), y growing downwards: the shear
+    that would make the image upright. 0 where the image is empty.
+
+    Args:
+        images: [N, 1, H, W] in [0, 1], bright strokes on black.
+    """
+    mass = images[:, 0].double()
+    y, x = (np.arange(size, dtype=np.float64) for size in mass.shape[1:])
+    y, x = mass.new_tensor(y)[:, None], mass.new_tensor(x)
+    total = mass.sum((1, 2)).clamp(min=1e-12)[:, None, None]
+    x = x - (mass * x).sum((1, 2), keepdim=True) / total
+    y = y - (mass * y).sum((1, 2), keepdim=True) / total
+    return -(mass * x * y).sum((1, 2)) / (mass * y * y).sum((1, 2)).clamp(min=1e-12)
+
+
+def stroke_width(images: Tensor) -> Tensor:
+    """Mean width of the strokes in pixels, [N].
+
+    4 Σ d / Σ 1 over the pixels brighter than half, d being a pixel's distance to the nearest dark one: across
+    a stroke of width w, d rises from 0 to w/2 and falls again, w/4 in the mean. 0 where no pixel is that
+    bright.
+
+    Args:
+        images: [N, 1, H, W] in [0, 1], bright strokes on black.
+    """
+    large = F.interpolate(images.double(), scale_factor=ENLARGED, mode="bilinear", align_corners=False)
+    inside = F.pad(large, [1, 1, 1, 1]).cpu().numpy()[:, 0] > 0.5
+    # A pixel's own half is not part of the way to the border.
+    distance = np.stack([np.maximum(distance_transform_edt(image) - 0.5, 0) for image in inside])
+    count = np.maximum(inside.sum((1, 2)), 1)
+    return images.new_tensor(4 / ENLARGED * distance.sum((1, 2)) / count)

@@ -1,0 +1,83 @@
+"""What a run left behind, ready to be measured and drawn."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+
+from infocapsgan import checkpoint, data
+from infocapsgan.data import Dataset
+from infocapsgan.run import RunError, read_config
+from infocapsgan.systems import SYSTEMS
+from infocapsgan.systems.system import System
+
+
+class Weights(NamedTuple):
+    """Which of a run's checkpoints holds the weights to use."""
+
+    checkpoint: Path
+    step: int | None  # None: those that a validation loss chose
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained system in evaluation mode.
+
+    Attributes:
+        path: the run directory.
+        name: of the system.
+        system: with the weights of the last checkpoint, or of the best where the run held images out.
+        weights: where those weights are from.
+        device: where they are.
+    """
+
+    path: Path
+    name: str
+    system: System
+    weights: Weights
+    device: torch.device
+
+    def dataset(self) -> Dataset:
+        """The data that the system was trained on, cropped to the middle, on its device."""
+        settings = self.system.settings
+        return data.load(settings.dataset, settings.data_dir).to(self.device).centred()
+
+
+def load(path: Path, *, device: str = "auto", data_dir: Path | None = None) -> Trained:
+    """Reads the system of the run in `path`.
+
+    Args:
+        path: a run directory.
+        device: auto, cpu or cuda; auto takes a GPU where there is one.
+        data_dir: where the data are now, if not where the run found them.
+
+    Raises:
+        RunError: there is no run, it has no checkpoint, or another version of the package wrote it.
+    """
+    name, values = read_config(path)
+    if name not in SYSTEMS:
+        raise RunError(f"{path} holds a run of {name!r}, which is none of {', '.join(SYSTEMS)}")
+    weights = _weights(path)
+    try:
+        settings = SYSTEMS[name].Settings.from_json(values)
+        settings = replace(settings, data_dir=data_dir) if data_dir else settings
+        system = SYSTEMS[name](settings)
+        system.load_state_dict(load_file(weights.checkpoint / checkpoint.WEIGHTS))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise RunError(f"{path} was written by another version of infocapsgan: {error}") from error
+    where = torch.device(
+        "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+    )
+    return Trained(path, name, system.to(where).eval().requires_grad_(False), weights, where)
+
+
+def _weights(path: Path) -> Weights:
+    folder = path / "checkpoints"
+    if (folder / checkpoint.BEST).is_dir():
+        return Weights(folder / checkpoint.BEST, None)
+    saved = checkpoint.checkpoints(folder)
+    if not saved:
+        raise RunError(f"{path} has no checkpoint yet; train on with --resume {path}")
+    return Weights(saved[-1], int(saved[-1].name.removeprefix("step-")))

@@ -1,0 +1,181 @@
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from sklearn.metrics import accuracy_score, confusion_matrix
+
+from infocapsgan import data, evaluate
+from infocapsgan.data.dataset import to_unit
+from infocapsgan.data.multi_mnist import MultiMNIST, fixed_pairs
+from infocapsgan.metrics import match_clusters
+from infocapsgan.models.capsule_encoder import lengths
+from infocapsgan.models.decoders import masked
+from infocapsgan.systems import CapsNet
+from infocapsgan.trained import Trained, Weights
+
+
+def run_command(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words)])
+    evaluate.main()
+    return capsys.readouterr().out
+
+
+def test_classification_is_that_of_sklearn(trained_as):
+    found = trained_as("capsnet")
+    result = evaluate.evaluate(found)
+    model, test = found.system.model, found.dataset()
+    images, labels = to_unit(test.test_images), test.test_labels
+    capsules = model.encoder(images).classes
+    predicted = lengths(capsules).argmax(dim=1)
+    rebuilt = model.decoder(masked(capsules, predicted))
+    metrics = result["metrics"]
+    assert metrics["accuracy"] == accuracy_score(labels, predicted)
+    assert metrics["error"] == 1 - metrics["accuracy"]
+    wanted = (rebuilt - images).square().sum((1, 2, 3)).mean().item()
+    assert metrics["squared_error"] == pytest.approx(wanted, rel=1e-4)
+    assert metrics["margin_loss"] == pytest.approx(found.system.margin_loss(capsules, labels).mean().item())
+    count = np.array(result["classification"]["confusion"])
+    assert (count == confusion_matrix(labels, predicted)).all()
+    wanted = count.diagonal() / count.sum(1)
+    assert result["classification"]["per_class_accuracy"] == wanted.tolist()
+
+
+def test_the_command_agrees_with_the_training(trained_as):
+    for name in ("capsnet", "encoder", "infocapsgan", "infogan"):
+        found = trained_as(name)
+        summary = json.loads((found.path / "summary.json").read_text())["metrics"]
+        groups = ["classification" if name in ("capsnet", "encoder") else "clustering"]
+        metrics = evaluate.evaluate(found, groups)["metrics"]
+        for metric in set(summary) & set(metrics):
+            assert metrics[metric] == pytest.approx(summary[metric], rel=1e-6), (name, metric)
+        assert set(metrics) & {"accuracy", "unsupervised_accuracy"}
+
+
+def test_pairs_are_counted_by_digit_and_by_pair(monkeypatch):
+    system = CapsNet(dataset="multi-mnist", width=8, device="cpu").eval()
+    digits = data.load("digits")
+    images, labels = fixed_pairs(digits.test_images, digits.test_labels, 8)
+    dataset = MultiMNIST("multi-mnist", digits.train_images, digits.train_labels, images, labels, size=36)
+
+    def predicted(capsules, labels):
+        guess = labels.clone()
+        guess[0, 0] = (guess[0] + 1).max() % 10  # one digit of the first pair
+        guess[1] = (guess[1] + 1) % 10  # both of the second
+        return guess
+
+    monkeypatch.setattr(system, "predicted", predicted)
+    wrong = (predicted(None, labels) != labels).sum().item()
+    with torch.no_grad():
+        metrics, details = evaluate.classification(system, dataset, 0)
+    assert metrics["error"] == pytest.approx(wrong / 16)
+    assert metrics["pair_error"] == 2 / 8
+    assert sum(map(sum, details["confusion"])) == 16
+
+
+def test_clusters_are_matched_on_the_training_split(trained_as):
+    found = trained_as("infocapsgan")
+    result = evaluate.evaluate(found, ["clustering"])
+    dataset, details = found.dataset(), result["clustering"]
+    clusters = found.system.clusters(dataset.train_images)
+    matched = match_clusters(clusters, dataset.train_labels, 10)
+    assert details["label_of_cluster"] == matched.tolist()
+    count = np.array(details["confusion"])
+    assert result["metrics"]["unsupervised_accuracy"] == pytest.approx(count.trace() / count.sum())
+    assert count.sum(1).tolist() == dataset.test_labels.bincount().tolist()
+
+
+def test_repeated_evaluations_agree_to_the_byte(run_of, cache, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(run_of("infogan"), tmp_path / "run")
+    out = run_command(monkeypatch, capsys, run, "--device", "cpu", "--samples", 100)
+    first = (run / "evaluation.json").read_bytes()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))  # the classifier is trained anew
+    run_command(monkeypatch, capsys, run, "--device", "cpu", "--samples", 100)
+    assert (run / "evaluation.json").read_bytes() == first
+
+    result = json.loads(first)
+    assert "frechet distance" in out
+    assert set(result["metrics"]) == {
+        "unsupervised_accuracy",
+        "nmi",
+        "ari",
+        "frechet_distance",
+        "sample_precision",
+        "sample_recall",
+        "slant_rank_correlation",
+        "stroke_width_rank_correlation",
+    }
+    assert "not Inception" in result["generation"]["features"]
+    assert result["generation"]["samples"] == 100
+    training = result["generation"]["frechet_distance_of_training_images"]
+    assert 0 < training < result["metrics"]["frechet_distance"]  # four steps make no digits
+    assert len(result["codes"]["slant_of_each_code"]) == 2
+
+
+@pytest.mark.parametrize("name", ["capsulegan", "dcgan", "infocapsgan", "mimic"])
+def test_every_generator_is_measured(name, trained_as, cache):
+    result = evaluate.evaluate(trained_as(name), ["generation"], samples=100)
+    assert result["metrics"]["frechet_distance"] > 0
+    assert 0 <= result["metrics"]["sample_precision"] <= 1
+
+
+def test_rank_correlation_by_hand():
+    values = torch.tensor([-1.0, 0, 1])
+    rows = torch.tensor([[1.0, 2, 9], [3, 2, 1], [5, 5, 5], [1, 3, 2]])
+    assert evaluate.mean_rank_correlation(values, rows) == pytest.approx((1 - 1 + 0 + 0.5) / 4)
+    several = torch.randn(20, 11)
+    values = torch.linspace(-1, 1, 11)
+    wanted = np.mean([spearmanr(values, row)[0] for row in several])
+    assert evaluate.mean_rank_correlation(values, several) == pytest.approx(wanted)
+
+
+def test_a_code_that_shears_is_found(trained_as, monkeypatch):
+    system = trained_as("infogan").system
+    grid = torch.arange(28.0) - 13.5
+
+    def drawn(latents):
+        # Code 0 leans a bar, code 1 makes it wider.
+        lean, width = latents[:, -2, None, None], 2 + latents[:, -1, None, None]
+        return ((grid + lean * grid[:, None]).abs() < width).float()[:, None]
+
+    monkeypatch.setattr(system, "drawn", drawn)
+    metrics, details = evaluate.codes(system, None, 0)
+    assert metrics["slant_rank_correlation"] > 0.99
+    assert metrics["stroke_width_rank_correlation"] > 0.95
+    assert abs(details["slant_of_each_code"][1]) < 0.5
+    assert details["slant_of_each_code"][0] > 0.99
+
+
+def test_metrics_that_do_not_apply(trained_as):
+    for name, group, message in (
+        ("capsnet", "clustering", "clustering does not apply to this run of capsnet: it has no class code; "),
+        ("capsnet", "generation", "it has no generator; it takes classification"),
+        ("infocapsgan", "codes", "it has no continuous codes; it takes clustering and generation"),
+        ("dcgan", "classification", "it is not trained with labels; it takes generation"),
+    ):
+        with pytest.raises(evaluate.NotApplicableError, match=f"--metrics: .*{message}"):
+            evaluate.evaluate(trained_as(name), [group])
+
+
+def test_a_run_without_a_trained_generator(trained_as):
+    found = trained_as("infocapsgan")
+    settings = type(found.system)(adversarial_weight=0.0, width=8)
+    alone = Trained(found.path, found.name, settings.eval(), Weights(found.path, 4), found.device)
+    assert "frechet_distance" not in evaluate.evaluate(alone)["metrics"]
+    with pytest.raises(evaluate.NotApplicableError, match="generator was not trained"):
+        evaluate.evaluate(alone, ["generation"])
+
+
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match=r"^error: .* is not a run directory"):
+        run_command(monkeypatch, capsys, tmp_path)
+    for words, message in (
+        (["--samples", "7"], "--samples: got 7, takes a whole number of at least 100"),
+        (["--metrics", "beauty"], "invalid choice: 'beauty'"),
+    ):
+        with pytest.raises(SystemExit):
+            run_command(monkeypatch, capsys, tmp_path, *words)
+        assert message in capsys.readouterr().err

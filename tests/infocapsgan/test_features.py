@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from infocapsgan import data, features
+from infocapsgan.features import feature_extractor
+
+
+def test_a_classifier_is_trained_once_and_always_the_same(cache, monkeypatch):
+    monkeypatch.setattr(features, "IMAGES_SEEN", 6_000)
+    digits = data.load("digits").head(400)
+    state = torch.get_rng_state()
+    first = feature_extractor(digits, 10)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.accuracy > 0.5
+    found = first.classifier.of_all(digits.test_images)
+    assert found.shape == (360, 64)
+    assert torch.equal(found, first.classifier.of_all(digits.test_images.float() / 255))
+
+    (kept,) = (cache / "features").iterdir()
+    written = (kept / "weights.safetensors").stat().st_mtime_ns
+    assert feature_extractor(digits, 10).checksum == first.checksum
+    assert (kept / "weights.safetensors").stat().st_mtime_ns == written
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "other"))
+    assert feature_extractor(digits, 10).checksum == first.checksum
+
+
+def test_other_images_have_another_classifier(cache):
+    digits = data.load("digits").head(100)
+    feature_extractor(digits, 10)
+    feature_extractor(data.load("digits").head(101), 10)
+    assert len(list((cache / "features").iterdir())) == 2
+
+
+def test_its_accuracy_is_that_of_the_kept_weights(cache):
+    digits = data.load("digits").head(200)
+    extractor = feature_extractor(digits, 10)
+    classifier = extractor.classifier
+    found = classifier.classify(classifier.of_all(digits.test_images)).argmax(dim=1)
+    assert extractor.accuracy == pytest.approx((found == digits.test_labels).double().mean().item())

@@ -1,0 +1,198 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from infocapsgan import data, sweep
+from infocapsgan.checkpoint import checkpoints
+from infocapsgan.metrics import best
+from infocapsgan.run import read_metrics
+from infocapsgan.systems import CapsNet
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--width", "8", "--batch-size", "8", "--max-steps", "4"]
+
+
+def start(*words):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "infocapsgan.sweep", *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+def fails(capsys, *words):
+    with pytest.raises(SystemExit) as caught:
+        sweep.parse(words)
+    assert caught.value.code == 2
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def write_run(path, value, *, baseline=0.8, seconds=10.0):
+    path.mkdir(parents=True)
+    summary = {
+        "metrics": {"unsupervised_accuracy": value, "share_of_cluster_0": 0.1},
+        "baselines": {"unsupervised_accuracy": {"k-means on pixels": baseline}},
+        "seconds": seconds,
+        "device": "abacus",
+        "versions": {"torch": "2"},
+        "settings": {"dataset": "digits", "recipe": "tuned", "seed": 0, "out": "x", "epochs": 3},
+    }
+    (path / "summary.json").write_text(json.dumps(summary))
+
+
+def test_the_words_of_a_command(tmp_path):
+    found = sweep.parse(["capsnet", "--seeds", "2..4", "--epochs", "3", "--leaky", "--out", str(tmp_path)])
+    assert found.seeds == (2, 3, 4)
+    assert found.options == ("--epochs", "3", "--leaky")
+    assert (found.settings.epochs, found.settings.leaky) == (3, True)
+    assert found.path == tmp_path
+    assert sweep.parse(["capsnet", "--seeds=7,1"]).seeds == (7, 1)
+
+
+def test_the_folder_follows_from_the_settings():
+    command = ["capsnet", "--seeds", "0..2"]
+    first = sweep.parse(command).path
+    assert first.parent == Path("runs")
+    assert sweep.parse(["capsnet", "--jobs", "2", "--seeds", "0..9"]).path == first
+    assert sweep.parse([*command, "--epochs", "3"]).path != first
+
+
+def test_nothing_starts_before_all_options_are_right(capsys, monkeypatch):
+    monkeypatch.setattr(data, "load", None)
+    for words, message in (
+        ((), "the following arguments are required: --seeds"),
+        (("--seeds", "0..1"), "SYSTEM: got none, takes one of infocapsgan, mimic"),
+        (("resnet", "--seeds", "0..1"), "SYSTEM: got resnet, takes one of"),
+        (("capsnet", "--seeds", "3..1"), "--seeds: got 3..1, takes first..last"),
+        (("capsnet", "--seeds", "1,1"), "--seeds: got 1,1, takes"),
+        (("capsnet", "--seeds", "x"), "--seeds: got x, takes"),
+        (("capsnet", "--seeds", "1", "--jobs", "0"), "--jobs: got 0, takes a whole number of at least 1"),
+        (("capsnet", "--seeds", "1", "--failed-below", "95"), "--failed-below: got 95, takes a number from"),
+        (("capsnet", "--seeds", "1", "--seed", "3"), "--seed: cannot be given to a sweep"),
+        (("capsnet", "--seeds", "1", "--resume=x"), "--resume: cannot be given to a sweep"),
+        (("capsnet", "--seeds", "1", "--epochs", "0"), "--epochs: got 0, takes at least 1"),
+        (("capsnet", "--seeds", "1", "--bach-size", "3"), "Unrecognized options: --bach-size"),
+    ):
+        assert message in fails(capsys, *words), words
+
+
+def test_figures_by_hand(tmp_path):
+    found = sweep.parse(["infocapsgan", "--seeds", "0..3", "--out", str(tmp_path)])
+    for seed, value in ((0, 0.9), (1, 0.7), (2, 0.95)):
+        write_run(found.run(seed), value)
+    result = sweep.summarise(found, {3: "stopped: the loss is nan"})
+    accuracy = result["metrics"]["unsupervised_accuracy"]
+    assert accuracy["mean"] == pytest.approx(0.85)
+    assert accuracy["std"] == pytest.approx((0.05**2 + 0.15**2 + 0.1**2) ** 0.5 / 2**0.5)
+    assert accuracy["best"] == 0.95
+    assert accuracy["values"] == [0.9, 0.7, 0.95]
+    assert result["metrics"]["share_of_cluster_0"]["best"] is None
+    assert result["seeds"] == [0, 1, 2]
+    assert result["seconds"] == [10, 10, 10]
+    assert result["settings"] == {"dataset": "digits", "recipe": "tuned", "epochs": 3}
+    assert result["failed"] == {
+        "share": 0.5,
+        "below": 0.8,
+        "seeds": [1],
+        "crashed": {"3": "stopped: the loss is nan"},
+    }
+    heading, _, row = sweep.table(found, result).splitlines()
+    assert "| unsupervised accuracy, % | best, % | failed (below 80.0 % or crashed) |" in heading
+    assert "| 4 | 85.00 ± 13.23 | 95.00 | 2 of 4 | 10 |" in row
+
+
+def test_the_threshold_can_be_chosen(tmp_path):
+    words = ["infocapsgan", "--seeds", "0", "--out", str(tmp_path), "--failed-below", "0.95"]
+    found = sweep.parse(words)
+    write_run(found.run(0), 0.9)
+    result = sweep.summarise(found, {})
+    assert result["failed"] == {"share": 1, "below": 0.95, "seeds": [0], "crashed": {}}
+    assert result["metrics"]["unsupervised_accuracy"]["std"] == 0
+
+
+def test_every_run_crashed(tmp_path):
+    with pytest.raises(sweep.SweepError, match="every run crashed"):
+        sweep.summarise(sweep.parse(["capsnet", "--seeds", "0..1", "--out", str(tmp_path)]), {0: "", 1: ""})
+
+
+def test_less_is_better_of_an_error():
+    assert best("squared_error", [3.0, 2.0]) == 2
+    assert best("accuracy", [0.3, 0.2]) == 0.3
+    assert best("class_capsule_length", [0.3, 0.2]) is None
+
+
+def test_a_folder_is_for_one_sweep(tmp_path):
+    words = ["capsnet", "--seeds", "0", "--out", str(tmp_path)]
+    sweep.remember(sweep.parse(words))
+    sweep.remember(sweep.parse([*words[:2], "5..7", *words[3:]]))
+    with pytest.raises(sweep.SweepError, match="holds a sweep with other settings: epochs 15"):
+        sweep.remember(sweep.parse([*words, "--epochs", "2"]))
+    with sweep.alone(tmp_path), pytest.raises(sweep.SweepError, match="still at work"), sweep.alone(tmp_path):
+        pass
+    (tmp_path / "sweep.json").unlink()
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(sweep.SweepError, match="is not empty and holds no sweep"):
+        sweep.remember(sweep.parse(words))
+
+
+def test_a_sweep_interrupted_and_taken_up_again(tmp_path, monkeypatch, capsys):
+    words = ["capsnet", "--seeds", "0,1", "--jobs", "2", "--out", str(tmp_path / "sweep")]
+    words += [*TINY[:4], "--max-steps", "60", "--checkpoint-every", "1"]
+    process = start(*words)
+    folders = [tmp_path / "sweep" / f"seed-{seed}" / "checkpoints" for seed in (0, 1)]
+    while not all(map(checkpoints, folders)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "the same command goes on" in err
+    for seed in (0, 1):
+        assert "interrupted after step" in (tmp_path / "sweep" / f"seed-{seed}.log").read_text()
+    assert not (tmp_path / "sweep" / "result.json").exists()
+
+    process = start(*words)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    result = json.loads((tmp_path / "sweep" / "result.json").read_text())
+    keys = json.loads((ROOT / "results" / "digits.json").read_text())[0].keys()
+    assert set(keys) <= set(result)
+    assert result["seeds"] == [0, 1]
+    assert len(set(result["metrics"]["accuracy"]["values"])) == 2
+    assert "--seeds 0,1" in result["command"]
+    assert (tmp_path / "sweep" / "result.md").read_text() in out
+    rows = read_metrics(tmp_path / "sweep" / "seed-1")
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [10, 20, 30, 40, 50, 60]
+
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("seed-*/*.json")}
+    monkeypatch.setattr(sys, "argv", ["sweep", *words])
+    sweep.main()
+    assert capsys.readouterr().out.startswith("seed 0: is finished\nseed 1: is finished\n")
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+def test_a_crash_is_counted_and_the_others_go_on_and_are_evaluated(tmp_path):
+    settings = CapsNet(width=8, batch_size=8, max_steps=4).settings
+    found = sweep.Sweep(
+        name="capsnet",
+        settings=settings,
+        options=tuple(TINY),
+        seeds=(0, 1),
+        path=tmp_path,
+        jobs=1,
+        failed_below=None,
+        evaluated=True,
+    )
+    found.run(0).mkdir()
+    (found.run(0) / "config.json").write_text('{"system": "resnet", "settings": {}}')
+    outcome = sweep.run_all(found)
+    assert not outcome.interrupted
+    assert list(outcome.crashed) == [0]
+    assert "resnet" in outcome.crashed[0]
+    metrics = sweep.summarise(found, outcome.crashed)["metrics"]
+    assert metrics["error"]["values"] == [1 - metrics["accuracy"]["best"]]

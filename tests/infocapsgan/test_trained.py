@@ -1,0 +1,53 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from infocapsgan import trained
+from infocapsgan.checkpoint import checkpoints
+from infocapsgan.run import RunError
+
+
+@pytest.fixture
+def copy(run_of, tmp_path):
+    return shutil.copytree(run_of("capsnet"), tmp_path / "copy")
+
+
+def test_the_weights_are_those_of_the_last_checkpoint(run_of, trained_as):
+    found, last = trained_as("capsnet"), checkpoints(run_of("capsnet") / "checkpoints")[-1]
+    assert found.weights == (last, 4)
+    saved = load_file(last / "weights.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in found.system.state_dict().items())
+    assert not found.system.training
+    assert len(found.dataset().test_labels) == 360
+
+
+def test_weights_that_a_validation_chose_come_first(copy):
+    best = copy / "checkpoints" / "best"
+    shutil.copytree(checkpoints(copy / "checkpoints")[0], best)
+    weights = load_file(best / "weights.safetensors")
+    weights["model.encoder.conv.bias"].fill_(7)
+    save_file(weights, best / "weights.safetensors")
+    found = trained.load(copy, device="cpu")
+    assert found.weights == (best, None)
+    assert (found.system.model.encoder.conv.bias == 7).all()
+
+
+def test_what_is_no_run_or_not_readable(copy, tmp_path):
+    with pytest.raises(RunError, match="is not a run directory"):
+        trained.load(tmp_path)
+    config = json.loads((copy / "config.json").read_text())
+    for changed, message in (
+        (config | {"system": "resnet"}, "holds a run of 'resnet', which is none of infocapsgan"),
+        ({**config, "settings": config["settings"] | {"depth": 3}}, "by another version.*depth"),
+        ({**config, "settings": config["settings"] | {"width": 16}}, "by another version.*size mismatch"),
+    ):
+        (copy / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(RunError, match=f"(?s){message}"):
+            trained.load(copy)
+    (copy / "config.json").write_text(json.dumps(config))
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(RunError, match="has no checkpoint yet; train on with --resume"):
+        trained.load(copy)
