@@ -25,7 +25,7 @@ from infocapsgan.data.files import cache_folder
 from infocapsgan.draw import Draw
 from infocapsgan.metrics import accuracy
 
-VERSION = 1  # of the network and its training; a change of either is another classifier
+VERSION = 1  # of the network and what else is not in the key of the cache
 FEATURES = 64
 BATCH_SIZE, LEARNING_RATE, SHIFT = 128, 1e-3, 2
 EPOCHS, IMAGES_SEEN = 2, 40_000  # at least so many of either: a small set is passed over more often
@@ -122,8 +122,9 @@ def _train(classifier: FeatureClassifier, dataset: Dataset) -> None:
 
 
 def _key(dataset: Dataset) -> str:
-    """Of the classifier's version and all that it is trained and measured on."""
-    digest = hashlib.sha256(f"{VERSION} {dataset.size}".encode())
+    """Of how the classifier is trained, and all that it is trained and measured on."""
+    training = (VERSION, EPOCHS, IMAGES_SEEN, BATCH_SIZE, LEARNING_RATE, SHIFT, dataset.size)
+    digest = hashlib.sha256(repr(training).encode())
     for tensor in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
         digest.update(str(tuple(tensor.shape)).encode())
         digest.update(tensor.contiguous().cpu().numpy().data)

@@ -39,6 +39,18 @@ class Trained:
     weights: Weights
     device: torch.device
 
+    @property
+    def subject(self) -> str:
+        """What was trained, in words: for the title of a picture."""
+        s = self.system.settings
+        return f"{self.name} on {s.dataset} (recipe {s.recipe}, seed {s.seed})"
+
+    @property
+    def title(self) -> str:
+        """The subject and how far its training had come."""
+        step = self.weights.step
+        return f"{self.subject}, {'best weights' if step is None else f'step {step:,}'}"
+
     def dataset(self) -> Dataset:
         """The data that the system was trained on, cropped to the middle, on its device."""
         settings = self.system.settings

@@ -101,8 +101,13 @@ class InfoGAN(GAN):
         """The discriminator's logits [B] of images [B, C, H, W] in [−1, 1]: above 0 for real."""
         return self.discriminator(images)[0]
 
-    def latent(self, noise: Tensor, code: Tensor, continuous: Tensor) -> Tensor:
-        """Noise [B, noise_dim], classes [B] and continuous codes [B, …] → latent vectors."""
+    def latent(self, noise: Tensor, code: Tensor, continuous: Tensor | None = None) -> Tensor:
+        """Noise [B, noise_dim], classes [B] and continuous codes [B, …] → latent vectors.
+
+        Without continuous codes they are 0, the middle of their range.
+        """
+        if continuous is None:
+            continuous = noise.new_zeros(len(noise), self.settings.continuous_codes)
         return torch.cat([noise, F.one_hot(code, self.image_shape.classes), continuous], dim=1)
 
     def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:

@@ -1,0 +1,52 @@
+"""Test images that are taken for what they are not."""
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from infocapsgan.data import Dataset
+from infocapsgan.data.dataset import to_unit
+from infocapsgan.evaluate import NotApplicableError
+from infocapsgan.figures import sheet_figure
+from infocapsgan.metrics import match_clusters
+from infocapsgan.systems import CapsNet, Encoder, InfoCapsGAN, InfoGAN
+from infocapsgan.systems.capsnet import columns, seen
+from infocapsgan.trained import Trained
+
+
+def mistakes(found: Trained, *, images: int = 60) -> Figure:
+    """The first of the test images where the predicted class is wrong, with both classes."""
+    dataset = found.dataset()
+    predicted, means = _predicted(found, dataset)
+    right = predicted == dataset.test_labels
+    wrong = (~columns(right).all(dim=1)).nonzero()[:, 0]
+    if not len(wrong):
+        raise NotApplicableError("mistakes: every test image is taken for what it is")
+    chosen = wrong[:images]
+    captions = [
+        f"{'+'.join(map(str, true))} → {'+'.join(map(str, guess))}"
+        for true, guess in zip(
+            columns(dataset.test_labels[chosen]).tolist(), columns(predicted[chosen]).tolist(), strict=True
+        )
+    ]
+    return sheet_figure(
+        f"{found.title}\n{len(wrong)} of {len(predicted)} test images are taken for another class"
+        + (f"; the first {len(chosen)}" if len(chosen) < len(wrong) else ""),
+        seen(to_unit(dataset.test_images[chosen])),
+        min(10, len(chosen)),
+        captions=captions,
+        xlabel=f"label → {means}",
+    )
+
+
+def _predicted(found: Trained, dataset: Dataset) -> tuple[Tensor, str]:
+    """The predicted class of each test image, and what it is called."""
+    system = found.system
+    if isinstance(system, (CapsNet, Encoder)):
+        return system.judged(dataset)["predicted"], "predicted class"
+    if not isinstance(system, (InfoCapsGAN, InfoGAN)):
+        raise NotApplicableError(f"mistakes does not apply to {found.name}: it does not classify")
+    clusters = system.clusters(dataset.train_images)
+    labels = match_clusters(clusters, dataset.train_labels, system.image_shape.classes)
+    matched = torch.from_numpy(labels).to(found.device)[system.clusters(dataset.test_images)]
+    return matched, "label that its cluster was matched with on the training split"

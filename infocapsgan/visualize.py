@@ -1,0 +1,117 @@
+"""Draws what a trained system does: `python -m infocapsgan.visualize RUN KIND [options]`."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from infocapsgan import trained
+from infocapsgan.data import DataError
+from infocapsgan.evaluate import NotApplicableError, add_run_options
+from infocapsgan.figures import save_figure, save_gif
+from infocapsgan.run import RunError
+from infocapsgan.views import capsules, generated, mistakes, training
+
+KINDS: dict[str, Callable] = {
+    "grid": generated.grid,
+    "traverse": generated.traverse,
+    "morph": generated.morph,
+    "tweak": capsules.tweak,
+    "reconstruct": capsules.reconstruct,
+    "rotate": capsules.rotate,
+    "primary": capsules.primary,
+    "mistakes": mistakes.mistakes,
+    "animate": training.animate,
+    "curves": training.curves,
+}
+GIF_MILLISECONDS = 400
+
+
+def main() -> None:
+    """The command line."""
+    given = vars(_parser().parse_args())
+    run, kind, out = (given.pop(name) for name in ("run", "kind", "out"))
+    places = {name: given.pop(name) for name in ("device", "data_dir")}
+    try:
+        found = trained.load(run, **places)
+        path = visualize(found, kind, out, **given)
+    except (DataError, RunError, NotApplicableError) as error:
+        sys.exit(f"error: {error}")
+    print(f"written to {path}")
+
+
+def visualize(found: trained.Trained, kind: str, out: Path | None = None, **options) -> Path:
+    """Writes a picture of KINDS and returns its path.
+
+    Args:
+        found: what is drawn.
+        kind: which picture.
+        out: the file; None is RUN/pictures/KIND.png, or .gif for an animation.
+        options: of the kind.
+
+    Raises:
+        NotApplicableError: there is no such picture of this system.
+    """
+    path = out or found.path / "pictures" / f"{kind}.{'gif' if kind == 'animate' else 'png'}"
+    with torch.no_grad():
+        picture = KINDS[kind](found, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(picture, list):
+        save_gif(path, picture, GIF_MILLISECONDS)
+    else:
+        save_figure(path, picture)
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m infocapsgan.visualize", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    made = {}
+    for name, function in KINDS.items():
+        summary = function.__doc__.splitlines()[0]
+        made[name] = kinds.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        suffix = "gif" if name == "animate" else "png"
+        made[name].add_argument(
+            "--out", type=Path, metavar="FILE", help=f"(default: RUN/pictures/{name}.{suffix})"
+        )
+        add_run_options(made[name])
+
+    def add(option: str, names: str, default: int, text: str, least: int = 0) -> None:
+        for name in names.split():
+            made[name].add_argument(
+                option,
+                type=_at_least(least),
+                metavar="N",
+                default=default,
+                help=f"{text} (default: {default})",
+            )
+
+    add("--seed", "grid traverse morph", 0, "of the latent vectors")
+    add("--code", "traverse", 0, "class code of all images, where there are no continuous codes")
+    add("--image", "tweak rotate primary", 0, "number of the test image, from 0 on")
+    add("--degrees", "rotate", 15, "from one angle to the next", 1)
+    add("--images", "reconstruct", 10, "how many test images", 1)
+    add("--images", "mistakes", 60, "how many test images at most", 1)
+    add("--steps", "primary", 1000, "of training of the decoder, 128 images each", 1)
+    made["animate"].add_argument(
+        "--pictures", metavar="NAME", help="which of those in samples/ (default: samples, or the first)"
+    )
+    return parser
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(word: str) -> int:
+        if not word.isdecimal() or int(word) < least:
+            raise argparse.ArgumentTypeError(f"got {word}, takes a whole number of at least {least}")
+        return int(word)
+
+    return parse
+
+
+if __name__ == "__main__":
+    main()

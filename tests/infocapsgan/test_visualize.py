@@ -1,0 +1,297 @@
+import itertools
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from infocapsgan import data, primary_decoder, trained, visualize
+from infocapsgan.data.multi_mnist import MultiMNIST, fixed_pairs
+from infocapsgan.draw import Draw
+from infocapsgan.evaluate import NotApplicableError
+from infocapsgan.figures import sheet_figure
+from infocapsgan.systems import SYSTEMS, CapsNet
+from infocapsgan.trained import Trained, Weights
+from infocapsgan.views import capsules, generated, mistakes, training
+
+APPLIES = {
+    "infocapsgan": {"grid", "traverse", "morph", "mistakes", "animate", "curves"},
+    "infogan": {"grid", "traverse", "morph", "mistakes", "animate", "curves"},
+    "mimic": {"morph", "reconstruct", "animate", "curves"},
+    "capsulegan": {"grid", "traverse", "morph", "animate", "curves"},
+    "dcgan": {"grid", "traverse", "morph", "animate", "curves"},
+    "capsnet": {"tweak", "reconstruct", "rotate", "primary", "mistakes", "animate", "curves"},
+    "encoder": {"rotate", "mistakes", "animate", "curves"},
+}
+
+
+def sheets(figure):
+    """The pictures in a figure, each uint8 [H, W, 3]."""
+    images = [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
+    return [np.round(image * 255).astype(np.uint8) if image.dtype != np.uint8 else image for image in images]
+
+
+def cells(figure, columns, size=28, gap=2, number=0):
+    """The images of a sheet without captions [rows][columns]."""
+    picture, step = sheets(figure)[number][:, :, 0], size + gap
+    rows = picture.shape[0] // step
+    assert picture.shape[1] == columns * step
+    return [
+        [picture[r * step : r * step + size, c * step : c * step + size] for c in range(columns)]
+        for r in range(rows)
+    ]
+
+
+def ticks(axes):
+    found = axes.get_xticklabels(), axes.get_yticklabels()
+    return [[label.get_text() for label in labels] for labels in found]
+
+
+@pytest.mark.parametrize(("system", "kind"), [*itertools.product(SYSTEMS, visualize.KINDS)])
+def test_every_kind_is_drawn_or_says_why_not(system, kind, trained_as, tmp_path):
+    found = trained_as(system)
+    path = tmp_path / f"{kind}.png"
+    options = {"steps": 2} if kind == "primary" else {}
+    if kind not in APPLIES[system]:
+        with pytest.raises(NotApplicableError, match=kind):
+            visualize.visualize(found, kind, path, **options)
+        assert not path.exists()
+        return
+    assert visualize.visualize(found, kind, path, **options) == path
+    picture = Image.open(path)
+    assert min(picture.size) > 150
+    assert np.asarray(picture.convert("L")).std() > 10
+
+
+def test_a_sheet_by_hand():
+    images = torch.zeros(3, 1, 4, 4)
+    images[1] = 1.0
+    figure = sheet_figure("title", images, 2, rows=["a", "b"], heads=["x", "y"], xlabel="across")
+    (picture,) = sheets(figure)
+    assert picture.shape == (12, 12, 3)
+    assert (picture[:4, :4] == 0).all()
+    assert (picture[:4, 6:10] == 255).all()
+    assert (picture[6:10, :4] == 0).all()
+    assert (picture[6:, 6:] == 255).all()  # no fourth image
+    (axes,) = figure.axes
+    assert ticks(axes) == [["x", "y"], ["a", "b"]]
+    assert (axes.get_xlabel(), axes.get_title()) == ("across", "title")
+
+
+def test_rows_of_the_grid_are_class_codes(trained_as):
+    found = trained_as("infocapsgan")
+    figure = generated.grid(found)
+    images = cells(figure, 10)
+    assert not np.array_equal(images[0][0], images[1][0])
+    assert not np.array_equal(images[0][0], images[0][1])
+    assert figure.axes[0].get_ylabel() == "class code"
+    assert found.subject in figure.axes[0].get_title()
+    again, other = sheets(generated.grid(found))[0], sheets(generated.grid(found, seed=1))[0]
+    assert np.array_equal(again, sheets(figure)[0])
+    assert not np.array_equal(other, again)
+
+
+def test_each_continuous_code_has_a_sheet(trained_as):
+    found = trained_as("infogan")
+    figure = generated.traverse(found)
+    assert len(figure.axes) == 2
+    for index, axes in enumerate(figure.axes):
+        assert f"continuous code {index}" in axes.get_xlabel()
+        assert ticks(axes)[0] == ["-2", "-1.5", "-1", "-0.5", "0", "0.5", "1", "1.5", "2"]
+        images = cells(figure, 9, number=index)
+        assert not np.array_equal(images[3][0], images[3][8])
+    # In the middle of its range a code is 0, and the rest of the row is as in the first column.
+    system = found.system
+    rows = torch.arange(10)
+    latents = system.traversal(1, torch.tensor([-1.0, 0.0, 1.0]), rows, Draw(0))
+    latents = latents.view(10, 3, -1)
+    assert torch.equal(latents[:, :, -1], torch.tensor([-1.0, 0, 1]).expand(10, 3))
+    assert torch.equal(latents[:, 0, :-1], latents[:, 2, :-1])
+
+
+def test_noise_is_traversed_where_there_is_no_continuous_code(trained_as):
+    found = trained_as("infocapsgan")
+    first, other = (generated.traverse(found, code=code) for code in (0, 7))
+    images = cells(first, 9)
+    assert not np.array_equal(images[0][0], images[0][8])
+    assert not np.array_equal(sheets(first)[0], sheets(other)[0])
+    assert "class code 7" in other.axes[0].get_title()
+    with pytest.raises(NotApplicableError, match="--code: got 10, takes 0 to 9"):
+        generated.traverse(found, code=10)
+
+
+def test_lines_go_from_one_class_code_to_the_next(trained_as):
+    figure = generated.morph(trained_as("infocapsgan"))
+    images = cells(figure, 11)
+    for j in range(10):
+        assert np.array_equal(images[j][10], images[(j + 1) % 10][0])
+        assert not np.array_equal(images[j][0], images[j][5])
+    assert ticks(figure.axes[0])[1][9] == "9 → 0"
+    assert ticks(figure.axes[0])[0][3] == "0.3"
+
+
+def test_tweaks_leave_the_middle_column_as_it_was(trained_as):
+    found = trained_as("capsnet")
+    figure = capsules.tweak(found, image=3)
+    images = cells(figure, 12)
+    assert len(images) == 16
+    assert all(np.array_equal(row[6], images[0][6]) for row in images)
+    assert any(not np.array_equal(row[1], row[11]) for row in images)
+    with torch.no_grad():
+        pixels = found.dataset().test_images[3:4].float() / 255
+        rebuilt = found.system.model(pixels)[1]
+    assert np.abs(images[0][6].astype(int) - (rebuilt[0, 0].numpy() * 255)).max() <= 1
+    assert np.array_equal(images[5][0], found.dataset().test_images[3, 0].numpy())
+    assert ticks(figure.axes[0])[0][1] == "-0.25"
+    with pytest.raises(NotApplicableError, match="--image: got 360, takes 0 to 359"):
+        capsules.tweak(found, image=360)
+
+
+def test_an_image_is_turned_counter_clockwise():
+    image = torch.zeros(1, 1, 3, 3)
+    image[0, 0, 0, 1] = 1  # above the middle
+    turned = capsules.turned(image, torch.tensor([0, 90, 180, 270]))[:, 0]
+    for place, (row, column) in enumerate([(0, 1), (1, 0), (2, 1), (1, 2)]):
+        assert turned[place, row, column] == pytest.approx(1, abs=1e-5)
+
+
+def test_every_angle_is_drawn(trained_as):
+    figure = capsules.rotate(trained_as("capsnet"), degrees=30)
+    curve, axes = figure.axes
+    assert len(curve.lines[0].get_xdata()) == 12
+    first = cells(figure, 12)
+    assert len(first) == 2
+    assert not np.array_equal(first[0][0], first[0][3])
+    assert [text.split("°")[0] for text in ticks(axes)[0]] == [str(angle) for angle in range(0, 360, 30)]
+    assert len(capsules.rotate(trained_as("encoder"), degrees=25).axes) == 3
+
+
+def test_a_primary_capsule_is_scaled_from_left_to_right(run_of, tmp_path, monkeypatch):
+    found = trained.load(shutil.copytree(run_of("capsnet"), tmp_path / "run"), device="cpu")
+    figure = capsules.primary(found, steps=30)
+    images = cells(figure, 11)
+    assert len(images) == 10
+    assert np.array_equal(images[0][1], images[9][1])  # scaled by 0, all are the same
+    assert not np.array_equal(images[0][1], images[0][10])
+    assert not np.array_equal(images[0][10], images[9][10])
+    # The decoder is kept; another number of steps is another decoder.
+    monkeypatch.setattr(primary_decoder, "_train", None)
+    assert np.array_equal(sheets(capsules.primary(found, steps=30))[0], sheets(figure)[0])
+    with pytest.raises(TypeError):
+        capsules.primary(found, steps=31)
+
+
+def test_couplings_to_the_predicted_class(trained_as):
+    system, u = trained_as("capsnet").system, torch.randn(3, 36, 8)
+    found, predicted = primary_decoder.couplings_to(system, u)
+    layer = system.model.encoder.classes
+    u_hat = torch.einsum("ijdk,bik->bijd", layer.weight, u)
+    logits, wanted = torch.zeros(3, 36, 10), None
+    for _ in range(3):
+        wanted = logits.softmax(2)
+        s = (wanted[..., None] * u_hat).sum(1) + layer.bias
+        r = s.norm(dim=-1, keepdim=True)
+        v = s * r / (1 + r**2)
+        logits = logits + (u_hat * v[:, None]).sum(-1)
+    assert torch.equal(predicted, v.norm(dim=-1).argmax(1))
+    torch.testing.assert_close(found, wanted[torch.arange(3), :, predicted])
+
+
+def test_reconstructions_name_both_labels(trained_as):
+    found = trained_as("capsnet")
+    figure = capsules.reconstruct(found, images=7)
+    assert len(cells(figure, 7)) == 3
+    labels = found.dataset().test_labels[:7].tolist()
+    assert [text.split("\n")[0] for text in ticks(figure.axes[0])[0]] == [str(label) for label in labels]
+    copies = capsules.reconstruct(trained_as("mimic"), images=4)
+    assert ticks(copies.axes[0])[1] == ["image", "copy"]
+
+
+def test_pairs_of_digits(tmp_path, monkeypatch):
+    digits = data.load("digits")
+    images, labels = fixed_pairs(digits.test_images, digits.test_labels, 20)
+    pairs = MultiMNIST("multi-mnist", digits.train_images, digits.train_labels, images, labels, size=36)
+    monkeypatch.setattr(Trained, "dataset", lambda self: pairs)
+    system = CapsNet(dataset="multi-mnist", width=8).eval().requires_grad_(False)
+    found = Trained(tmp_path, "capsnet", system, Weights(tmp_path, 1), torch.device("cpu"))
+    figure = capsules.reconstruct(found, images=3)
+    assert len(cells(figure, 3, size=36)) == 5
+    assert "+" in ticks(figure.axes[0])[0][0]
+    assert "20 test images" in mistakes.mistakes(found).axes[0].get_title()
+    for view in (capsules.tweak, capsules.rotate, capsules.primary):
+        with pytest.raises(NotApplicableError, match="does not apply to pairs of digits"):
+            view(found)
+
+
+def test_mistakes_are_those_of_the_confusion_matrix(trained_as):
+    found = trained_as("encoder")
+    figure = mistakes.mistakes(found, images=12)
+    dataset = found.dataset()
+    predicted = found.system.judged(dataset)["predicted"]
+    wrong = (predicted != dataset.test_labels).nonzero()[:, 0]
+    axes = figure.axes[0]
+    assert f"{len(wrong)} of 360 test images" in axes.get_title()
+    captions = [text.get_text() for text in axes.texts]
+    assert captions == [f"{dataset.test_labels[i]} → {predicted[i]}" for i in wrong[:12]]
+
+
+def test_no_mistake_is_no_picture(trained_as, monkeypatch):
+    found = trained_as("encoder")
+    right = {"predicted": found.dataset().test_labels}
+    monkeypatch.setattr(found.system, "judged", lambda dataset: right)
+    with pytest.raises(NotApplicableError, match="every test image is taken for what it is"):
+        mistakes.mistakes(found)
+
+
+def test_an_animation_has_a_frame_for_each_picture(run_of, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(run_of("infogan"), tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["visualize", str(run), "animate", "--device", "cpu"])
+    visualize.main()
+    assert "animate.gif" in capsys.readouterr().out
+    gif = Image.open(run / "pictures" / "animate.gif")
+    assert gif.n_frames == 2
+    frames = []
+    for number in range(2):
+        gif.seek(number)
+        frames.append(np.asarray(gif.convert("L")).astype(int))
+    assert np.abs(frames[0] - frames[1]).max() > 50
+
+    found = trained.load(run, device="cpu")
+    assert list(training.kept_pictures(run)) == ["continuous_code_0", "continuous_code_1", "samples"]
+    titles = [figure.axes[0].get_title() for figure in training.animate(found, pictures="continuous_code_1")]
+    assert [title.split("\n")[1].split(",")[0] for title in titles] == ["step 2", "step 4"]
+    with pytest.raises(NotApplicableError, match="--pictures: got x, takes one of continuous_code_0, "):
+        training.animate(found, pictures="x")
+    shutil.rmtree(run / "samples")
+    with pytest.raises(NotApplicableError, match="samples holds no pictures"):
+        training.animate(found)
+
+
+def test_curves_hold_every_number(trained_as):
+    found = trained_as("infocapsgan")
+    figure = training.curves(found)
+    labels = {line.get_label() for axes in figure.axes for line in axes.lines}
+    rows = [json.loads(line) for line in (found.path / "metrics.jsonl").read_text().splitlines()]
+    names = {name for row in rows for name in row} - {"kind", "step", "epoch"}
+    assert {name.replace("_", " ") for name in names} <= labels
+    assert any(label.startswith("k-means") for label in labels)
+
+
+def test_errors_of_the_command(tmp_path, run_of, monkeypatch, capsys):
+    def fails(*words):
+        monkeypatch.setattr(sys, "argv", ["visualize", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            visualize.main()
+        return f"{caught.value.code} {capsys.readouterr().err}"
+
+    assert "error: " in fails(tmp_path, "grid")
+    assert "is not a run directory" in fails(tmp_path, "grid")
+    assert "error: grid does not apply to this run of capsnet" in fails(run_of("capsnet"), "grid")
+    assert "invalid choice: 'photo'" in fails(tmp_path, "photo")
+    assert "--image: got x, takes a whole number" in fails(tmp_path, "tweak", "--image", "x")
+    assert "--degrees: got 0, takes a whole number of at least 1" in fails(
+        tmp_path, "rotate", "--degrees", "0"
+    )
