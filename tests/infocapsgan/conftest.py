@@ -41,5 +41,12 @@ def trained_as(run_of):
 def cache(tmp_path, monkeypatch):
     """An empty cache folder, and feature classifiers that are trained for a moment only."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(features, "EPOCHS", 1)
     monkeypatch.setattr(features, "IMAGES_SEEN", 0)
     return tmp_path / "cache" / "infocapsgan"
+
+
+@pytest.fixture(scope="session")
+def kept_cache(tmp_path_factory):
+    """The path of one cache for all tests that do not ask how it is filled."""
+    return tmp_path_factory.mktemp("cache")

@@ -116,7 +116,8 @@ def test_repeated_evaluations_agree_to_the_byte(run_of, cache, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["capsulegan", "dcgan", "infocapsgan", "mimic"])
-def test_every_generator_is_measured(name, trained_as, cache):
+def test_every_generator_is_measured(name, trained_as, cache, kept_cache, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept_cache))
     result = evaluate.evaluate(trained_as(name), ["generation"], samples=100)
     assert result["metrics"]["frechet_distance"] > 0
     assert 0 <= result["metrics"]["sample_precision"] <= 1

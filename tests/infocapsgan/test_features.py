@@ -6,12 +6,12 @@ from infocapsgan.features import feature_extractor
 
 
 def test_a_classifier_is_trained_once_and_always_the_same(cache, monkeypatch):
-    monkeypatch.setattr(features, "IMAGES_SEEN", 6_000)
+    monkeypatch.setattr(features, "IMAGES_SEEN", 3_000)
     digits = data.load("digits").head(400)
     state = torch.get_rng_state()
     first = feature_extractor(digits, 10)
     assert torch.equal(torch.get_rng_state(), state)
-    assert first.accuracy > 0.5
+    assert first.accuracy > 0.3
     found = first.classifier.of_all(digits.test_images)
     assert found.shape == (360, 64)
     assert torch.equal(found, first.classifier.of_all(digits.test_images.float() / 255))
