@@ -15,6 +15,7 @@ from torch import Tensor
 from infocapsgan.atomic import atomic_file
 
 CELL = 0.52  # inches that an image is wide, if not told otherwise
+LINE = 0.3  # height of a line of a caption, as a part of the image's
 DPI = 120
 
 
@@ -41,7 +42,7 @@ def sheet(
         xlabel, ylabel: what the columns and the rows stand for.
     """
     _, _, H, W = images.shape
-    above, between = (round(0.34 * H) if captions else 0), 2
+    above, between = round(LINE * H * _lines(captions)), 2
     high, wide = H + above + between, W + between
     lines = -(-len(images) // columns)
     padded = F.pad(images.float().cpu(), [0, between, above, between], value=1.0)
@@ -61,11 +62,15 @@ def sheet(
 
 
 def sheet_size(
-    count: int, columns: int, *, cell: float = CELL, captions: bool = False
+    count: int, columns: int, *, cell: float = CELL, captions: Sequence[str] = ()
 ) -> tuple[float, float]:
     """Width and height in inches that a sheet of `count` images takes, labels included."""
-    high = cell * (1.42 if captions else 1.07)
+    high = cell * (1.07 + LINE * _lines(captions))
     return columns * cell * 1.07 + 1.1, -(-count // columns) * high + 1.1
+
+
+def _lines(captions: Sequence[str]) -> int:
+    return max((caption.count("\n") + 1 for caption in captions), default=0)
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
@@ -76,10 +81,12 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
     return figure
 
 
-def sheet_figure(title: str, images: Tensor, columns: int, **labels: str | Sequence[str]) -> Figure:
-    """A figure of one sheet; `labels` as sheet() takes them."""
-    size = sheet_size(len(images), columns, captions="captions" in labels)
-    figure = new_figure(*size)
+def sheet_figure(
+    title: str, images: Tensor, columns: int, *, cell: float = CELL, **labels: str | Sequence[str]
+) -> Figure:
+    """A figure of one sheet, its images `cell` inches wide; `labels` as sheet() takes them."""
+    captions = labels.get("captions", ())
+    figure = new_figure(*sheet_size(len(images), columns, cell=cell, captions=captions))
     axes = figure.subplots()
     sheet(axes, images, columns, **labels)
     axes.set_title(title, fontsize="medium")

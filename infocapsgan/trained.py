@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from infocapsgan import checkpoint, data
 from infocapsgan.data import Dataset
+from infocapsgan.data.class_names import class_names
 from infocapsgan.run import RunError, read_config
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.system import System
@@ -50,6 +52,11 @@ class Trained:
         """The subject and how far its training had come."""
         step = self.weights.step
         return f"{self.subject}, {'best weights' if step is None else f'step {step:,}'}"
+
+    def named(self, labels: Tensor) -> str:
+        """The class of a label, in words; of several labels, joined by +."""
+        names = class_names(self.system.settings.dataset, self.system.settings.data_dir)
+        return "+".join(names[label] for label in labels.flatten().tolist())
 
     def dataset(self) -> Dataset:
         """The data that the system was trained on, cropped to the middle, on its device."""

@@ -41,8 +41,13 @@ def load(data_dir: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Te
 
 def classes(data_dir: str | Path | None) -> int:
     """How many classes the directory has, read from its folders alone."""
+    return len(label_names(data_dir)) or CLASSES_WITHOUT_FOLDERS
+
+
+def label_names(data_dir: str | Path | None) -> list[str]:
+    """The names of its class folders, in the order of their labels; none where there are no such folders."""
     root = _root(data_dir)
-    return len(class_names(root / "train" if (root / "train").is_dir() else root)) or CLASSES_WITHOUT_FOLDERS
+    return class_names(root / "train" if (root / "train").is_dir() else root)
 
 
 def class_names(folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """What a CapsNet's capsules hold: reconstructions, and how they follow the image and the capsule."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from infocapsgan.data.dataset import to_symmetric, to_unit
 from infocapsgan.evaluate import NotApplicableError
-from infocapsgan.figures import new_figure, sheet, sheet_figure, sheet_size
+from infocapsgan.figures import CELL, new_figure, sheet, sheet_figure, sheet_size
 from infocapsgan.models.capsule_encoder import lengths
 from infocapsgan.models.decoders import masked
 from infocapsgan.primary_decoder import couplings_to, primary_decoder
@@ -40,12 +41,11 @@ def reconstruct(found: Trained, *, images: int = 10) -> Figure:
             shown.append(system.model.decoder(masked(capsules, one)))
             rows.append(f"from the {name} label" + f", digit {digit + 1}" * (classes.dim() == 2))
     heads = [
-        f"{'+'.join(map(str, true))}\n{'+'.join(map(str, guess))}"
-        for true, guess in zip(columns(labels).tolist(), columns(predicted).tolist(), strict=True)
+        f"{found.named(true)}\n{found.named(guess)}" for true, guess in zip(labels, predicted, strict=True)
     ]
     title = f"{found.title}\ntest images and their reconstructions"
     labelled = {"rows": rows, "heads": heads, "xlabel": "true label, and below the predicted one"}
-    return sheet_figure(title, torch.cat(shown), len(pixels), **labelled)
+    return sheet_figure(title, torch.cat(shown), len(pixels), cell=_cell(heads), **labelled)
 
 
 def tweak(found: Trained, *, image: int = 0) -> Figure:
@@ -54,6 +54,7 @@ def tweak(found: Trained, *, image: int = 0) -> Figure:
     pixels, label = _test_image(found, image)
     capsules = system.model.encoder(pixels).classes
     predicted = system.predicted(capsules, label)
+    taken = f"{found.named(label)}, taken for {found.named(predicted)}"
     D, count = capsules.shape[2], len(TWEAKS)
     changed = capsules.repeat(D * count, 1, 1)
     change = torch.kron(torch.eye(D), TWEAKS[:, None]).to(found.device)  # [D · count, D]
@@ -61,8 +62,7 @@ def tweak(found: Trained, *, image: int = 0) -> Figure:
     rebuilt = system.model.decoder(masked(changed, predicted.expand(len(changed)))).unflatten(0, (D, count))
     shown = torch.cat([pixels.expand(D, 1, *pixels.shape[1:]), rebuilt], dim=1)
     return sheet_figure(
-        f"{found.title}\ntest image {image}, a {label.item()} taken for a {predicted.item()}: "
-        f"each number of capsule {predicted.item()} changed",
+        f"{found.title}\ntest image {image} ({taken}): each number of its capsule changed",
         shown.flatten(0, 1),
         count + 1,
         rows=[str(d) for d in range(D)],
@@ -85,33 +85,33 @@ def rotate(found: Trained, *, image: int = 0, degrees: int = 15) -> Figure:
     capsules = model.encoder(images).classes if isinstance(system, CapsNet) else model(images * 2 - 1).classes
     longest, classes = lengths(capsules).max(dim=1)
     rebuilt = model.decoder(masked(capsules, classes)) if isinstance(system, CapsNet) else None
-    title = f"{found.title}\ntest image {image}, a {label.item()}, turned counter-clockwise"
+    title = f"{found.title}\ntest image {image} ({found.named(label)}), turned counter-clockwise"
     per_row, rows = 12, ["turned"] if rebuilt is None else ["turned", "rebuilt"]
     starts = range(0, len(angles), per_row)
     width, height = sheet_size(len(rows) * per_row, per_row, cell=0.75)
     figure = new_figure(width, 2.6 + len(starts) * height, title)
     curve, *sheets = figure.subplots(1 + len(starts), 1, height_ratios=[2.2] + [height] * len(starts))
-    _plot_lengths(curve, angles, classes.tolist(), longest.tolist())
+    _plot_lengths(curve, angles, classes, longest.tolist(), found.named)
     for start, axes in zip(starts, sheets, strict=True):
         part = slice(start, start + per_row)
         missing = [0, 0, 0, 0, 0, 0, 0, per_row - len(angles[part])]
         shown = [F.pad(one[part], missing, value=1.0) for one in (images, rebuilt) if one is not None]
         heads = [
-            f"{angle}°\n{j} ({length:.2f})"
-            for angle, j, length in zip(
-                angles[part], classes[part].tolist(), longest[part].tolist(), strict=True
-            )
+            f"{angle}°\n{found.named(j)} ({length:.2f})"
+            for angle, j, length in zip(angles[part], classes[part], longest[part].tolist(), strict=True)
         ]
         sheet(axes, torch.cat(shown), per_row, rows=rows, heads=heads)
     sheets[-1].set_xlabel("angle; predicted class (length of its capsule)")
     return figure
 
 
-def _plot_lengths(axes: Axes, angles: list[int], classes: list[int], longest: list[float]) -> None:
+def _plot_lengths(
+    axes: Axes, angles: list[int], classes: Tensor, longest: list[float], named: Callable[[Tensor], str]
+) -> None:
     axes.plot(angles, longest, color="lightgray", zorder=1)
-    for j in sorted(set(classes)):
+    for j in classes.unique():
         points = [(a, v) for a, k, v in zip(angles, classes, longest, strict=True) if k == j]
-        axes.scatter(*zip(*points, strict=True), label=f"{j}", color=f"C{j % 10}", zorder=2)
+        axes.scatter(*zip(*points, strict=True), label=named(j), color=f"C{j % 10}", zorder=2)
     axes.set(xlabel="angle in degrees", ylabel="length of the\nlongest class capsule", ylim=(0, 1.02))
     axes.set_xticks(range(0, 361, 45))
     axes.legend(
@@ -140,13 +140,13 @@ def primary(found: Trained, *, image: int = 0, steps: int = 1000) -> Figure:
         for i in chosen.tolist()
     ]
     return sheet_figure(
-        f"{found.title}\ntest image {image}, a {label.item()} taken for a {predicted.item()}: "
+        f"{found.title}\ntest image {image} ({found.named(label)}, taken for {found.named(predicted)}): "
         "rebuilt from single primary capsules",
         shown.flatten(0, 1),
         len(values) + 1,
         rows=rows,
         heads=["image", *(f"{value:.2f}" for value in values.tolist())],
-        ylabel=f"primary capsule, and its coupling with class {predicted.item()}",
+        ylabel=f"primary capsule, and its coupling with class {found.named(predicted)}",
         xlabel="coupling coefficient that the capsule is scaled by",
     )
 
@@ -159,6 +159,11 @@ def turned(image: Tensor, degrees: Tensor) -> Tensor:
     matrix = torch.stack([cosine, -sine, zero, sine, cosine, zero], dim=1).view(-1, 2, 3)
     places = F.affine_grid(matrix, [len(degrees), *image.shape[1:]], align_corners=False)
     return F.grid_sample(image.expand(len(degrees), -1, -1, -1), places, align_corners=False)
+
+
+def _cell(heads: list[str]) -> float:
+    """How wide images have to be to stand above such words, in inches."""
+    return max(CELL, 0.08 * max(len(line) for head in heads for line in head.split("\n")))
 
 
 def _capsnet(found: Trained, kind: str, *, single: bool = False) -> CapsNet:

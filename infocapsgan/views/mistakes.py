@@ -24,17 +24,16 @@ def mistakes(found: Trained, *, images: int = 60) -> Figure:
         raise NotApplicableError("mistakes: every test image is taken for what it is")
     chosen = wrong[:images]
     captions = [
-        f"{'+'.join(map(str, true))} → {'+'.join(map(str, guess))}"
-        for true, guess in zip(
-            columns(dataset.test_labels[chosen]).tolist(), columns(predicted[chosen]).tolist(), strict=True
-        )
+        f"{found.named(true)} → {found.named(guess)}"
+        for true, guess in zip(dataset.test_labels[chosen], predicted[chosen], strict=True)
     ]
+    words = max(map(len, captions)) > len("0+1 → 2+3")
     return sheet_figure(
         f"{found.title}\n{len(wrong)} of {len(predicted)} test images are taken for another class"
         + (f"; the first {len(chosen)}" if len(chosen) < len(wrong) else ""),
         seen(to_unit(dataset.test_images[chosen])),
         min(10, len(chosen)),
-        captions=captions,
+        captions=[caption.replace(" → ", "\n→ ") if words else caption for caption in captions],
         xlabel=f"label → {means}",
     )
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from infocapsgan import data, primary_decoder, trained, visualize
+from infocapsgan.data.class_names import class_names
 from infocapsgan.data.multi_mnist import MultiMNIST, fixed_pairs
 from infocapsgan.draw import Draw
 from infocapsgan.evaluate import NotApplicableError
@@ -236,6 +237,21 @@ def test_mistakes_are_those_of_the_confusion_matrix(trained_as):
     assert f"{len(wrong)} of 360 test images" in axes.get_title()
     captions = [text.get_text() for text in axes.texts]
     assert captions == [f"{dataset.test_labels[i]} → {predicted[i]}" for i in wrong[:12]]
+
+
+def test_labels_are_words_where_the_data_have_words(trained_as, tmp_path, monkeypatch):
+    for name in ("dogs", "cats"):
+        (tmp_path / name).mkdir()
+    assert class_names("digits") == [str(j) for j in range(10)]
+    assert class_names("cifar10")[3] == "cat"
+    assert class_names("folder", tmp_path) == ["cats", "dogs"]
+    for name in ("fashion-mnist", "cifar10", "smallnorb"):
+        assert len(class_names(name)) == data.image_shape(name).classes
+    monkeypatch.setattr("infocapsgan.trained.class_names", lambda *_: ["a long word"] * 10)
+    captions = [text.get_text() for text in mistakes.mistakes(trained_as("encoder")).axes[0].texts]
+    assert set(captions) == {"a long word\n→ a long word"}
+    heads = ticks(capsules.reconstruct(trained_as("capsnet")).axes[0])[0]
+    assert set(heads) == {"a long word\na long word"}
 
 
 def test_no_mistake_is_no_picture(trained_as, monkeypatch):
