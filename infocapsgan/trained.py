@@ -73,7 +73,9 @@ def load(path: Path, *, device: str = "auto", data_dir: Path | None = None) -> T
         data_dir: where the data are now, if not where the run found them.
 
     Raises:
-        RunError: there is no run, it has no checkpoint, or another version of the package wrote it.
+        RunError: there is no run, it has no checkpoint, another version of the package wrote it, or there is
+            no such device.
+        DataError: the directory of images that the system was trained on is not there.
     """
     name, values = read_config(path)
     if name not in SYSTEMS:
@@ -81,14 +83,18 @@ def load(path: Path, *, device: str = "auto", data_dir: Path | None = None) -> T
     weights = _weights(path)
     try:
         settings = SYSTEMS[name].Settings.from_json(values)
-        settings = replace(settings, data_dir=data_dir) if data_dir else settings
-        system = SYSTEMS[name](settings)
-        system.load_state_dict(load_file(weights.checkpoint / checkpoint.WEIGHTS))
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} was written by another version of infocapsgan: {error}") from error
-    where = torch.device(
-        "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-    )
+    system = SYSTEMS[name](replace(settings, data_dir=data_dir) if data_dir else settings)
+    try:
+        system.load_state_dict(load_file(weights.checkpoint / checkpoint.WEIGHTS))
+    except RuntimeError as error:
+        raise RunError(f"the weights in {weights.checkpoint} do not fit this system: {error}") from error
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device: got cuda, but torch finds no GPU")
+    where = torch.device(device)
     return Trained(path, name, system.to(where).eval().requires_grad_(False), weights, where)
 
 

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from infocapsgan import trained
 from infocapsgan.checkpoint import checkpoints
+from infocapsgan.data import DataError
 from infocapsgan.run import RunError
 
 
@@ -42,12 +43,20 @@ def test_what_is_no_run_or_not_readable(copy, tmp_path):
     for changed, message in (
         (config | {"system": "resnet"}, "holds a run of 'resnet', which is none of infocapsgan"),
         ({**config, "settings": config["settings"] | {"depth": 3}}, "by another version.*depth"),
-        ({**config, "settings": config["settings"] | {"width": 16}}, "by another version.*size mismatch"),
+        ({**config, "settings": config["settings"] | {"width": 16}}, "do not fit this system.*size mismatch"),
+        ({**config, "settings": config["settings"] | {"dataset": "x"}}, "by another version.*--dataset"),
     ):
         (copy / "config.json").write_text(json.dumps(changed))
         with pytest.raises(RunError, match=f"(?s){message}"):
             trained.load(copy)
+    folder = config["settings"] | {"dataset": "folder", "data_dir": str(tmp_path / "gone")}
+    (copy / "config.json").write_text(json.dumps(config | {"settings": folder}))
+    with pytest.raises(DataError, match="--data-dir: got .*gone, takes the directory of images"):
+        trained.load(copy)
     (copy / "config.json").write_text(json.dumps(config))
+    if not torch.cuda.is_available():
+        with pytest.raises(RunError, match="--device: got cuda, but torch finds no GPU"):
+            trained.load(copy, device="cuda")
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(RunError, match="has no checkpoint yet; train on with --resume"):
         trained.load(copy)
