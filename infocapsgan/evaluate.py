@@ -73,11 +73,14 @@ def evaluate(
     dataset, settings = found.dataset(), found.system.settings
     reasons = {group: why_not(found.system, dataset) for group, (why_not, _) in GROUPS.items()}
     applicable = [group for group, reason in reasons.items() if not reason]
+    if not applicable:
+        why = "; ".join(f"{group}: {reason}" for group, reason in reasons.items())
+        raise NotApplicableError(f"no metric applies to this run of {found.name}: {why}")
     for group in groups or ():
         if reasons[group]:
             raise NotApplicableError(
                 f"--metrics: {group} does not apply to this run of {found.name}: {reasons[group]}; "
-                f"it takes {' and '.join(applicable) or 'none'}"
+                f"it takes {' and '.join(applicable)}"
             )
     result: dict[str, Any] = {
         "system": found.name,

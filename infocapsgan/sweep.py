@@ -30,6 +30,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from infocapsgan import command_line
 from infocapsgan.atomic import atomic_file
 from infocapsgan.metrics import best
@@ -318,7 +320,7 @@ def _start(sweep: Sweep, seed: int) -> subprocess.Popen:
         words = ["infocapsgan.train", sweep.name, *sweep.options, "--seed", str(seed), "--out", str(run)]
     environment = dict(os.environ)
     if sweep.jobs > 1:
-        threads = max(1, len(os.sched_getaffinity(0)) // sweep.jobs)
+        threads = max(1, torch.get_num_threads() // sweep.jobs)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     print(f"seed {seed}: {words[0]}, output in {sweep.log(seed)}", flush=True)
     with sweep.log(seed).open("a") as log:

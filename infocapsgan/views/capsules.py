@@ -97,11 +97,11 @@ def rotate(found: Trained, *, image: int = 0, degrees: int = 15) -> Figure:
         missing = [0, 0, 0, 0, 0, 0, 0, per_row - len(angles[part])]
         shown = [F.pad(one[part], missing, value=1.0) for one in (images, rebuilt) if one is not None]
         heads = [
-            f"{angle}°\n{found.named(j)} ({length:.2f})"
+            f"{angle}°\n{found.named(j)}\n{length:.2f}"
             for angle, j, length in zip(angles[part], classes[part], longest[part].tolist(), strict=True)
         ]
         sheet(axes, torch.cat(shown), per_row, rows=rows, heads=heads)
-    sheets[-1].set_xlabel("angle; predicted class (length of its capsule)")
+    sheets[-1].set_xlabel("angle, predicted class, length of its capsule")
     return figure
 
 
@@ -111,12 +111,11 @@ def _plot_lengths(
     axes.plot(angles, longest, color="lightgray", zorder=1)
     for j in classes.unique():
         points = [(a, v) for a, k, v in zip(angles, classes, longest, strict=True) if k == j]
-        axes.scatter(*zip(*points, strict=True), label=named(j), color=f"C{j % 10}", zorder=2)
+        axes.scatter(*zip(*points, strict=True), label=f"taken for {named(j)}", color=f"C{j % 10}", zorder=2)
     axes.set(xlabel="angle in degrees", ylabel="length of the\nlongest class capsule", ylim=(0, 1.02))
     axes.set_xticks(range(0, 361, 45))
-    axes.legend(
-        title="predicted class", ncols=10, fontsize="small", title_fontsize="small", loc="lower right"
-    )
+    above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "frameon": False, "ncols": 10}
+    axes.legend(fontsize="small", **above)
 
 
 def primary(found: Trained, *, image: int = 0, steps: int = 1000) -> Figure:

@@ -37,7 +37,7 @@ def curves(found: Trained) -> Figure:
     panels = [
         (f"{split}: {kind}", rows, [name for name in _names(rows) if _kind(name) == kind])
         for split, rows in (("training batches", batches), ("test images", tests))
-        for kind in ("losses", "from 0 to 1", "share of each cluster", CAPSULES)
+        for kind in ("losses", "shares", "share of each cluster", CAPSULES)
     ]
     panels = [panel for panel in panels if panel[2]]
     figure = new_figure(
@@ -68,7 +68,7 @@ def _plot(axes: Axes, title: str, rows: Sequence[dict[str, Any]], names: Sequenc
         )
     axes.set(xlabel="step", title=title)
     axes.title.set_fontsize("medium")
-    if "from 0 to 1" in title:
+    if "shares" in title:
         axes.set_ylim(min(0, axes.get_ylim()[0]), 1.02)
     elif "cluster" in title:
         axes.set_ylim(0)
@@ -84,7 +84,7 @@ def _kind(name: str) -> str:
         return "share of each cluster"
     if re.search(r"cosine|distance|capsule_length", name):
         return CAPSULES
-    return "from 0 to 1" if re.search(r"accuracy|^nmi$|^ari$|^pair_error$", name) else "losses"
+    return "shares" if re.search(r"accuracy|^nmi$|^ari$|^pair_error$", name) else "losses"
 
 
 def _names(rows: Sequence[dict[str, Any]]) -> list[str]:

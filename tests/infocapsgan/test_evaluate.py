@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import sys
@@ -168,6 +169,21 @@ def test_a_run_without_a_trained_generator(trained_as):
     assert "frechet_distance" not in evaluate.evaluate(alone)["metrics"]
     with pytest.raises(evaluate.NotApplicableError, match="generator was not trained"):
         evaluate.evaluate(alone, ["generation"])
+
+
+def test_images_without_labels(trained_as, monkeypatch):
+    unlabelled = dataclasses.replace(
+        data.load("digits"),
+        train_labels=torch.zeros(1437, dtype=int),
+        test_labels=torch.zeros(360, dtype=int),
+    )
+    monkeypatch.setattr(Trained, "dataset", lambda self: unlabelled)
+    assert set(evaluate.evaluate(trained_as("infogan"))["metrics"]) == {
+        "slant_rank_correlation",
+        "stroke_width_rank_correlation",
+    }
+    with pytest.raises(evaluate.NotApplicableError, match="no metric applies .* its images have no labels"):
+        evaluate.evaluate(trained_as("dcgan"))
 
 
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
