@@ -1,6 +1,6 @@
 """Measures a trained system: `python -m infocapsgan.evaluate RUN [options]`.
 
-Writes RUN/evaluation.json, the same at every call on a CPU. What is measured comes in four groups:
+Writes RUN/evaluation.json, on a CPU the same at every call. It holds what the last call measured, in groups:
 
 classification   systems trained with labels: accuracy, error, margin loss, squared error of what is
                  rebuilt from the predicted class, confusion matrix; of MultiMNIST also the error of pairs
@@ -70,7 +70,7 @@ def evaluate(
     Raises:
         NotApplicableError: a group does not apply to this system.
     """
-    dataset, settings = found.dataset(), found.system.settings
+    dataset, settings = found.dataset, found.system.settings
     reasons = {group: why_not(found.system, dataset) for group, (why_not, _) in GROUPS.items()}
     applicable = [group for group, reason in reasons.items() if not reason]
     if not applicable:
@@ -261,7 +261,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What every command that reads a run can be told."""
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data are, if the run's moved")
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="where the data are, if not where the run found them"
+    )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)"
     )

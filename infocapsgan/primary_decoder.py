@@ -63,7 +63,7 @@ def couplings_to(system: CapsNet, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _train(decoder: FullyConnectedDecoder, found: Trained, system: CapsNet, steps: int) -> float:
-    images = found.dataset().train_images
+    images = found.dataset.train_images
     batches = Batches(len(images), min(BATCH_SIZE, len(images)), 0, found.device)
     optimizer = torch.optim.Adam(decoder.parameters(), LEARNING_RATE)
     generator = torch.Generator(found.device).manual_seed(0)

@@ -1,6 +1,7 @@
 """What a run left behind, ready to be measured and drawn."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +59,7 @@ class Trained:
         names = class_names(self.system.settings.dataset, self.system.settings.data_dir)
         return "+".join(names[label] for label in labels.flatten().tolist())
 
+    @cached_property
     def dataset(self) -> Dataset:
         """The data that the system was trained on, cropped to the middle, on its device."""
         settings = self.system.settings

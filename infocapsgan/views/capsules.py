@@ -25,7 +25,7 @@ SHOWN_CAPSULES = 10
 
 def reconstruct(found: Trained, *, images: int = 10) -> Figure:
     """Test images and what is rebuilt of them: from the true label, and below from the predicted one."""
-    dataset = found.dataset().head(images)
+    dataset = found.dataset.head(images)
     if isinstance(found.system, Mimic):
         real = to_symmetric(dataset.test_images)
         rows = torch.cat([real, found.system.mimicked(real)])
@@ -180,7 +180,7 @@ def _single_labels(found: Trained, kind: str) -> None:
 
 def _test_image(found: Trained, index: int) -> tuple[Tensor, Tensor]:
     """A test image [1, C, H, W] in [0, 1] and its label [1]."""
-    dataset = found.dataset()
+    dataset = found.dataset
     if not 0 <= index < len(dataset.test_labels):
         raise NotApplicableError(f"--image: got {index}, takes 0 to {len(dataset.test_labels) - 1}")
     return to_unit(dataset.test_images[index : index + 1]), dataset.test_labels[index : index + 1]

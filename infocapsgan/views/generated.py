@@ -38,7 +38,7 @@ def grid(found: Trained, *, seed: int = 0) -> Figure:
             "grid: the latents of mimic are taken from real images; its copies of them are the picture "
             "reconstruct"
         )
-    latents = system.random_latents(ROWS * COLUMNS, draw, found.dataset().train_images)
+    latents = system.random_latents(ROWS * COLUMNS, draw, found.dataset.train_images)
     return sheet_figure(
         title, system.drawn(latents), COLUMNS, xlabel=f"each from a latent vector of its own (seed {seed})"
     )
@@ -133,7 +133,7 @@ def _line_ends(found: Trained, system: System, draw: Draw) -> tuple[Tensor, Tens
         rows = [f"{j} → {(j + 1) % classes}" for j in range(classes)]
         ends = system.latent(noise, code), system.latent(noise, (code + 1) % classes)
         return *ends, rows, "class code, same noise"
-    images = found.dataset().test_images
+    images = found.dataset.test_images
     latents = system.random_latents(2 * ROWS, draw, images)
     names = "last capsules of two test images" if isinstance(system, Mimic) else "two latent vectors"
     return latents[:ROWS], latents[ROWS:], [str(row + 1) for row in range(ROWS)], names

@@ -16,7 +16,7 @@ from infocapsgan.trained import Trained
 
 def mistakes(found: Trained, *, images: int = 60) -> Figure:
     """The first of the test images where the predicted class is wrong, with both classes."""
-    dataset = found.dataset()
+    dataset = found.dataset
     predicted, means = _predicted(found, dataset)
     right = predicted == dataset.test_labels
     wrong = (~columns(right).all(dim=1)).nonzero()[:, 0]

@@ -28,7 +28,7 @@ def run_command(monkeypatch, capsys, *words):
 def test_classification_is_that_of_sklearn(trained_as):
     found = trained_as("capsnet")
     result = evaluate.evaluate(found)
-    model, test = found.system.model, found.dataset()
+    model, test = found.system.model, found.dataset
     images, labels = to_unit(test.test_images), test.test_labels
     capsules = model.encoder(images).classes
     predicted = lengths(capsules).argmax(dim=1)
@@ -80,7 +80,7 @@ def test_pairs_are_counted_by_digit_and_by_pair(monkeypatch):
 def test_clusters_are_matched_on_the_training_split(trained_as):
     found = trained_as("infocapsgan")
     result = evaluate.evaluate(found, ["clustering"])
-    dataset, details = found.dataset(), result["clustering"]
+    dataset, details = found.dataset, result["clustering"]
     clusters = found.system.clusters(dataset.train_images)
     matched = match_clusters(clusters, dataset.train_labels, 10)
     assert details["label_of_cluster"] == matched.tolist()
@@ -177,7 +177,7 @@ def test_images_without_labels(trained_as, monkeypatch):
         train_labels=torch.zeros(1437, dtype=int),
         test_labels=torch.zeros(360, dtype=int),
     )
-    monkeypatch.setattr(Trained, "dataset", lambda self: unlabelled)
+    monkeypatch.setattr(Trained, "dataset", unlabelled)
     assert set(evaluate.evaluate(trained_as("infogan"))["metrics"]) == {
         "slant_rank_correlation",
         "stroke_width_rank_correlation",

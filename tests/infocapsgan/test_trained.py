@@ -22,7 +22,7 @@ def test_the_weights_are_those_of_the_last_checkpoint(run_of, trained_as):
     saved = load_file(last / "weights.safetensors")
     assert all(torch.equal(tensor, saved[name]) for name, tensor in found.system.state_dict().items())
     assert not found.system.training
-    assert len(found.dataset().test_labels) == 360
+    assert len(found.dataset.test_labels) == 360
 
 
 def test_weights_that_a_validation_chose_come_first(copy):

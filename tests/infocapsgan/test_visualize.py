@@ -142,10 +142,10 @@ def test_tweaks_leave_the_middle_column_as_it_was(trained_as):
     assert all(np.array_equal(row[6], images[0][6]) for row in images)
     assert any(not np.array_equal(row[1], row[11]) for row in images)
     with torch.no_grad():
-        pixels = found.dataset().test_images[3:4].float() / 255
+        pixels = found.dataset.test_images[3:4].float() / 255
         rebuilt = found.system.model(pixels)[1]
     assert np.abs(images[0][6].astype(int) - (rebuilt[0, 0].numpy() * 255)).max() <= 1
-    assert np.array_equal(images[5][0], found.dataset().test_images[3, 0].numpy())
+    assert np.array_equal(images[5][0], found.dataset.test_images[3, 0].numpy())
     assert ticks(figure.axes[0])[0][1] == "-0.25"
     with pytest.raises(NotApplicableError, match="--image: got 360, takes 0 to 359"):
         capsules.tweak(found, image=360)
@@ -205,7 +205,7 @@ def test_reconstructions_name_both_labels(trained_as):
     found = trained_as("capsnet")
     figure = capsules.reconstruct(found, images=7)
     assert len(cells(figure, 7)) == 3
-    labels = found.dataset().test_labels[:7].tolist()
+    labels = found.dataset.test_labels[:7].tolist()
     assert [text.split("\n")[0] for text in ticks(figure.axes[0])[0]] == [str(label) for label in labels]
     copies = capsules.reconstruct(trained_as("mimic"), images=4)
     assert ticks(copies.axes[0])[1] == ["image", "copy"]
@@ -215,7 +215,7 @@ def test_pairs_of_digits(tmp_path, monkeypatch):
     digits = data.load("digits")
     images, labels = fixed_pairs(digits.test_images, digits.test_labels, 20)
     pairs = MultiMNIST("multi-mnist", digits.train_images, digits.train_labels, images, labels, size=36)
-    monkeypatch.setattr(Trained, "dataset", lambda self: pairs)
+    monkeypatch.setattr(Trained, "dataset", pairs)
     system = CapsNet(dataset="multi-mnist", width=8).eval().requires_grad_(False)
     found = Trained(tmp_path, "capsnet", system, Weights(tmp_path, 1), torch.device("cpu"))
     figure = capsules.reconstruct(found, images=3)
@@ -230,7 +230,7 @@ def test_pairs_of_digits(tmp_path, monkeypatch):
 def test_mistakes_are_those_of_the_confusion_matrix(trained_as):
     found = trained_as("encoder")
     figure = mistakes.mistakes(found, images=12)
-    dataset = found.dataset()
+    dataset = found.dataset
     predicted = found.system.judged(dataset)["predicted"]
     wrong = (predicted != dataset.test_labels).nonzero()[:, 0]
     axes = figure.axes[0]
@@ -256,7 +256,7 @@ def test_labels_are_words_where_the_data_have_words(trained_as, tmp_path, monkey
 
 def test_no_mistake_is_no_picture(trained_as, monkeypatch):
     found = trained_as("encoder")
-    right = {"predicted": found.dataset().test_labels}
+    right = {"predicted": found.dataset.test_labels}
     monkeypatch.setattr(found.system, "judged", lambda dataset: right)
     with pytest.raises(NotApplicableError, match="every test image is taken for what it is"):
         mistakes.mistakes(found)
