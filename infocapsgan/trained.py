@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infocapsgan import checkpoint, data
+from infocapsgan import checkpoint
 from infocapsgan.data import Dataset
 from infocapsgan.data.class_names import class_names
 from infocapsgan.run import RunError, read_config
@@ -62,8 +62,7 @@ class Trained:
     @cached_property
     def dataset(self) -> Dataset:
         """The data that the system was trained on, cropped to the middle, on its device."""
-        settings = self.system.settings
-        return data.load(settings.dataset, settings.data_dir).to(self.device).centred()
+        return self.system.load_data().to(self.device).centred()
 
 
 def load(path: Path, *, device: str = "auto", data_dir: Path | None = None) -> Trained:

@@ -149,7 +149,7 @@ class LatentGAN(GAN):
 
     def random_latents(self, number: int, draw: Draw, images: Tensor) -> Tensor:
         """Normal values [number, noise_dim]."""
-        return draw.normal(number, self.settings.noise_dim)
+        return draw.normal(number, self.noise_dim)
 
     def fixed_latents(self, number: int) -> Tensor:
         """The same latents [number, noise_dim] at every call."""

@@ -54,7 +54,7 @@ def traverse(found: Trained, *, seed: int = 0, code: int = 0) -> Figure:
         raise NotApplicableError(
             "traverse: the latents of mimic are taken from real images, none of their numbers has a range"
         )
-    noise_dim = system.settings.noise_dim
+    noise_dim = system.noise_dim if isinstance(system, LatentGAN) else system.settings.noise_dim
     base = draw.normal(1, noise_dim)
     subject = "one value of the noise varied along each row: those that change the image most"
 

@@ -22,7 +22,7 @@ def mistakes(found: Trained, *, images: int = 60) -> Figure:
     wrong = (~columns(right).all(dim=1)).nonzero()[:, 0]
     if not len(wrong):
         raise NotApplicableError("mistakes: every test image is taken for what it is")
-    chosen = wrong[:images]
+    chosen = wrong[wrong < len(dataset.test_images)][:images]  # not all of many pairs are kept as images
     captions = [
         f"{found.named(true)} → {found.named(guess)}"
         for true, guess in zip(dataset.test_labels[chosen], predicted[chosen], strict=True)

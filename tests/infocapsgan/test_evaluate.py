@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix
 
 from infocapsgan import data, evaluate
 from infocapsgan.data.dataset import to_unit
-from infocapsgan.data.multi_mnist import MultiMNIST, fixed_pairs
+from infocapsgan.data.multi_mnist import of_digits
 from infocapsgan.metrics import match_clusters
 from infocapsgan.models.capsule_encoder import lengths
 from infocapsgan.models.decoders import masked
@@ -59,8 +59,9 @@ def test_the_command_agrees_with_the_training(trained_as):
 def test_pairs_are_counted_by_digit_and_by_pair(monkeypatch):
     system = CapsNet(dataset="multi-mnist", width=8, device="cpu").eval()
     digits = data.load("digits")
-    images, labels = fixed_pairs(digits.test_images, digits.test_labels, 8)
-    dataset = MultiMNIST("multi-mnist", digits.train_images, digits.train_labels, images, labels, size=36)
+    splits = digits.train_images, digits.train_labels, digits.test_images, digits.test_labels
+    dataset = of_digits(*splits, test_pairs=8)
+    labels = dataset.test_labels
 
     def predicted(capsules, labels):
         guess = labels.clone()

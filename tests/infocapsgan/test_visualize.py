@@ -10,7 +10,7 @@ from PIL import Image
 
 from infocapsgan import data, primary_decoder, trained, visualize
 from infocapsgan.data.class_names import class_names
-from infocapsgan.data.multi_mnist import MultiMNIST, fixed_pairs
+from infocapsgan.data.multi_mnist import of_digits
 from infocapsgan.draw import Draw
 from infocapsgan.evaluate import NotApplicableError
 from infocapsgan.figures import sheet_figure
@@ -213,8 +213,8 @@ def test_reconstructions_name_both_labels(trained_as):
 
 def test_pairs_of_digits(tmp_path, monkeypatch):
     digits = data.load("digits")
-    images, labels = fixed_pairs(digits.test_images, digits.test_labels, 20)
-    pairs = MultiMNIST("multi-mnist", digits.train_images, digits.train_labels, images, labels, size=36)
+    splits = digits.train_images, digits.train_labels, digits.test_images, digits.test_labels
+    pairs = of_digits(*splits, test_pairs=20)
     monkeypatch.setattr(Trained, "dataset", pairs)
     system = CapsNet(dataset="multi-mnist", width=8).eval().requires_grad_(False)
     found = Trained(tmp_path, "capsnet", system, Weights(tmp_path, 1), torch.device("cpu"))
