@@ -1,6 +1,6 @@
 """Measures a trained system: `python -m infocapsgan.evaluate RUN [options]`.
 
-Writes RUN/evaluation.json, on a CPU the same at every call. It holds what the last call measured, in groups:
+Writes RUN/evaluation.json: on a CPU the same at every call with as many threads. What is measured, in groups:
 
 classification   systems trained with labels: accuracy, error, margin loss, squared error of what is
                  rebuilt from the predicted class, confusion matrix; of MultiMNIST also the error of pairs
@@ -246,7 +246,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument(
-        "--metrics", nargs="+", choices=GROUPS, help="groups of metrics (default: all that apply)"
+        "--metrics",
+        nargs="+",
+        choices=GROUPS,
+        help="groups of metrics, the file then holds these alone (default: all that apply)",
     )
     parser.add_argument(
         "--samples",
