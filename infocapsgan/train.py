@@ -143,7 +143,7 @@ def fit(
         except NonFiniteLossError as error:
             checkpoint.restore(before, system, training)
             if not training.at_once:
-                training.at_once = True
+                training.at_once, stop = True, False
                 continue
             save()
             raise NonFiniteLossError(

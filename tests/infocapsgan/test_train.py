@@ -133,6 +133,23 @@ def test_a_loss_that_is_not_finite_stops_at_the_state_before_it(tmp_path, monkey
         assert (saved / file).read_bytes() == (wanted / file).read_bytes()
 
 
+def test_a_signal_before_a_bad_loss_is_found_still_saves(tmp_path, monkeypatch):
+    step = CapsNet.step
+
+    def broken(self, images, labels, training):
+        named = step(self, images, labels, training)
+        if training.step == 2:
+            training.update("model", self.model.encoder.conv.bias.sum() * float("nan"))
+        if training.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return named
+
+    monkeypatch.setattr(CapsNet, "step", broken)
+    settings = CapsNet(width=8, batch_size=8, max_steps=9, out=tmp_path / "run").settings
+    assert "interrupted after step 1." in train_module.train(CapsNet, settings)
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000001"]
+
+
 def test_validation_keeps_the_weights_with_the_lowest_loss(tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(CapsNet, "validation_loss", lambda self, held_out: next(losses))
