@@ -34,7 +34,7 @@ SUITE = "systems"
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    args = _checked(_parser())
     torch.set_num_threads(args.threads)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     rows = []
@@ -113,7 +113,8 @@ def alone(system: CapsNet, step: SystemStep) -> dict[str, float]:
     step()
     hook.remove()
     u, v = seen
-    inputs = (u.requires_grad_(), layer.weight, layer.bias)
+    # Under autocast the layer works in 16 bits.
+    inputs = tuple(x.detach().to(v.dtype).requires_grad_() for x in (u, layer.weight, layer.bias))
     ours = partial(capsops.capsule_routing, iterations=layer.iterations)
     einsum = partial(peers.einsum, iterations=layer.iterations)
     race = Race(
@@ -137,6 +138,15 @@ def _row(name: str, system: System) -> Row:
 def _spread(samples: list[float]) -> float:
     low, middle, high = statistics.quantiles(samples, n=4)
     return (high - low) / 2 / middle
+
+
+def _checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    args = parser.parse_args()
+    if unknown := set(args.systems) - set(SYSTEMS):
+        parser.error(f"SYSTEM: got {', '.join(sorted(unknown))}, takes {', '.join(SYSTEMS)}")
+    if args.steps < 2:
+        parser.error(f"--steps: got {args.steps}, takes at least 2")
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

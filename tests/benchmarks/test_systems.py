@@ -44,6 +44,24 @@ def test_the_table_of_two_systems(
         assert part in shown
 
 
+def test_bfloat16(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    words = "capsnet --width 8 --batch-size 8 --steps 2 --warm-up 1 --precision bf16"
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["systems", *words.split(), "--threads", str(threads)])
+    systems.main()
+    assert "| capsnet, published, B=8, width 8, bf16 | ours | einsum | ratio |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "message"), [("resnet", "SYSTEM: got resnet"), ("--steps 1", "at least")])
+def test_what_cannot_be_measured(
+    words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["systems", *words.split()])
+    with pytest.raises(SystemExit):
+        systems.main()
+    assert message in capsys.readouterr().err
+
+
 def test_the_einsum_layer_is_the_routing_layer() -> None:
     layer = RoutingCapsules(6, 3, 4, 5)
     u = torch.randn(2, 6, 4)
