@@ -39,15 +39,28 @@ def _load_cpu() -> tuple[ModuleType | None, str]:
         return None, f"capsops._cpu cannot be imported ({error}): {_build_failure()}"
 
 
+def _load_triton() -> tuple[ModuleType | None, str]:
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return None, f"Triton cannot be imported: {error}"
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 6):
+        return None, f"Triton {triton.__version__} is too old: the kernels take 3.6 or newer"
+    return importlib.import_module("capsops.impl.triton"), ""
+
+
 _cpu, _cpu_missing = _load_cpu()
+_triton, _triton_missing = _load_triton()
 
 _MODULES: dict[str, ModuleType] = {"reference": reference}
 if _cpu is not None:
     _MODULES["cpu"] = _cpu
+if _triton is not None:
+    _MODULES["triton"] = _triton
 
 _MISSING = {
     "cpu": _cpu_missing,
-    "triton": "this version of capsops has no Triton kernels",
+    "triton": _triton_missing,
     "cuda": "this version of capsops has no CUDA kernels",
 }
 
@@ -56,6 +69,8 @@ _MISSING = {
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
 
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+if _triton is not None and _triton.INTERPRETED:
+    _DEVICES["triton"] = ("cpu", "cuda")
 
 
 def _checked(impl: str, origin: str) -> str:

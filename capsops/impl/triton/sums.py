@@ -1,0 +1,164 @@
+"""What stands between two passes: partial sums are added in a fixed order, squashed, and joined to V.
+
+Rows are pairs (b, j), D numbers each; all of it is B × J × D in size, small against a pass.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from capsops.impl.triton.launch import launch
+from capsops.impl.triton.squash import squash_rows, squash_rows_vjp
+from capsops.impl.triton.tiles import ceil_div, power_of_2
+
+_NUMBERS = 128  # numbers of s that a program makes
+_AT_ONCE = 32  # partial sums whose loads are in flight together
+
+
+@triton.jit
+def _add_partials(
+    p_partials, splits, size, at, mask, R: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """Σ over the splits of [splits, size] at `at` [R, DP], in order of blocks of AT_ONCE."""
+    b_sum = tl.zeros([R, DP], tl.float32)
+    split = tl.arange(0, AT_ONCE)
+    for first in range(0, splits, AT_ONCE):
+        n = first + split
+        p = p_partials + n.to(tl.int64)[:, None, None] * size + at[None, :, :]
+        b_sum += tl.sum(tl.load(p, mask=(n < splits)[:, None, None] & mask[None, :, :], other=0.0), 0)
+    return b_sum
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def finish_pass_kernel(
+    p_partials, p_bias, p_s, p_total, p_v, rows, splits, count,
+    J: tl.constexpr, D: tl.constexpr, HAS_BIAS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    R: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """s = Σ partials / count + β; v = squash(s); V += v, or, in the last pass, v is the result."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    d = tl.arange(0, DP)
+    at = row[:, None] * D + d[None, :]
+    mask = (row < rows)[:, None] & (d < D)[None, :]
+    b_s = _add_partials(p_partials, splits, rows.to(tl.int64) * D, at, mask, R, DP, AT_ONCE) / count
+    if HAS_BIAS:
+        b_s += tl.load(p_bias + (row % J)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(p_s + at, b_s, mask=mask)
+    b_v = squash_rows(b_s)
+    if LAST:
+        tl.store(p_v + at, b_v.to(p_v.dtype.element_ty), mask=mask)
+    else:
+        if not FIRST:
+            b_v += tl.load(p_total + at, mask=mask, other=0.0)
+        tl.store(p_total + at, b_v, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "passes"])
+def prepare_backward_kernel(
+    p_grad, p_s, p_total, p_grad_s, rows, passes,
+    D: tl.constexpr, R: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Vᵗ = Σ squash(s) of all passes but the last, and ∂s of the last, squash-vjp(s, ∂v)."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    d = tl.arange(0, DP)
+    at = row[:, None] * D + d[None, :]
+    mask = (row < rows)[:, None] & (d < D)[None, :]
+    size = rows.to(tl.int64) * D
+    b_total = tl.zeros([R, DP], tl.float32)
+    for t in range(passes - 1):
+        b_total += squash_rows(tl.load(p_s + t * size + at, mask=mask, other=0.0))
+        tl.store(p_total + t * size + at, b_total, mask=mask)
+    last = (passes - 1) * size
+    b_grad = tl.load(p_grad + at, mask=mask, other=0.0).to(tl.float32)
+    b_s = tl.load(p_s + last + at, mask=mask, other=0.0)
+    tl.store(p_grad_s + last + at, squash_rows_vjp(b_grad, b_s), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def finish_reduction_kernel(
+    p_partials, p_s, p_grad_total, p_grad_s, rows, splits,
+    D: tl.constexpr, FIRST: tl.constexpr, R: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """∂Vᵗ⁻¹ = ∂Vᵗ + Σ partials, which is ∂vᵗ⁻¹ also; ∂sᵗ⁻¹ = squash-vjp(sᵗ⁻¹, ∂vᵗ⁻¹). FIRST: ∂Vᵗ = 0."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    d = tl.arange(0, DP)
+    at = row[:, None] * D + d[None, :]
+    mask = (row < rows)[:, None] & (d < D)[None, :]
+    b_grad = _add_partials(p_partials, splits, rows.to(tl.int64) * D, at, mask, R, DP, AT_ONCE)
+    if not FIRST:
+        b_grad += tl.load(p_grad_total + at, mask=mask, other=0.0)
+    tl.store(p_grad_total + at, b_grad, mask=mask)
+    b_s = tl.load(p_s + at, mask=mask, other=0.0)
+    tl.store(p_grad_s + at, squash_rows_vjp(b_grad, b_s), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def add_rows_kernel(p_x, p_out, rows, columns, R: tl.constexpr, C: tl.constexpr):
+    """Σ over the rows of x [rows, columns], in a fixed order."""
+    column = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
+    m_column = (column < columns)[None, :]
+    b_sum = tl.zeros([C], tl.float32)
+    for first in range(0, rows, R):
+        row = first + tl.arange(0, R)
+        p = p_x + row.to(tl.int64)[:, None] * columns + column[None, :]
+        b_sum += tl.sum(tl.load(p, mask=(row < rows)[:, None] & m_column, other=0.0), 0)
+    tl.store(p_out + column, b_sum.to(p_out.dtype.element_ty), mask=column < columns)
+
+
+def _row_tile(D: int) -> tuple[int, int]:
+    DP = power_of_2(D)
+    return max(1, _NUMBERS // DP), DP
+
+
+def finish_pass(
+    partials: Tensor, bias: Tensor | None, s: Tensor, total: Tensor, v: Tensor, count: int, first: bool,
+    last: bool,
+) -> None:  # fmt: skip
+    """partials [splits, B, J, D] → s of this pass [B, J, D]; V (`total`) or, in the last pass, v."""
+    B, J, D = v.shape
+    R, DP = _row_tile(D)
+    launch(
+        finish_pass_kernel, ceil_div(B * J, R), partials, v if bias is None else bias, s, total, v, B * J,
+        partials.shape[0], float(count), J=J, D=D, HAS_BIAS=bias is not None, FIRST=first, LAST=last, R=R,
+        DP=DP, AT_ONCE=_AT_ONCE, num_warps=4,
+    )  # fmt: skip
+
+
+def prepare_backward(grad: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Vᵗ of all passes but the last [T − 1, B, J, D], and ∂s [T, B, J, D] of which the last is filled."""
+    passes, B, J, D = s.shape
+    R, DP = _row_tile(D)
+    total = s.new_empty(max(passes - 1, 1), B, J, D)
+    grad_s = torch.empty_like(s)
+    launch(
+        prepare_backward_kernel, ceil_div(B * J, R), grad, s, total, grad_s, B * J, passes, D=D, R=R, DP=DP,
+        num_warps=1,
+    )  # fmt: skip
+    return total, grad_s
+
+
+def finish_reduction(partials: Tensor, s: Tensor, grad_total: Tensor, grad_s: Tensor, first: bool) -> None:
+    """partials [splits, B, J, D] of ∂V, s of the pass before → ∂V (kept in place) and ∂s of that pass."""
+    B, J, D = s.shape
+    R, DP = _row_tile(D)
+    launch(
+        finish_reduction_kernel, ceil_div(B * J, R), partials, s, grad_total, grad_s, B * J, partials.shape[0],
+        D=D, FIRST=first, R=R, DP=DP, AT_ONCE=_AT_ONCE, num_warps=4,
+    )  # fmt: skip
+
+
+def add_rows(x: Tensor, out: Tensor) -> None:
+    """out = Σ over the leading axes of x, whose rows have as many numbers as `out`."""
+    columns = out.numel()
+    rows = x.numel() // columns
+    R = min(power_of_2(rows), 512)
+    C = min(power_of_2(columns), 4096 // R)
+    launch(add_rows_kernel, ceil_div(columns, C), x, out, rows, columns, R=R, C=C, num_warps=4)
+
+
+def bias_gradient(grad_s: Tensor, like: Tensor) -> Tensor:
+    """∂β [J, D] in the dtype of `like`: Σ over passes and samples of ∂s [passes, B, J, D]."""
+    grad_bias = like.new_empty(grad_s.shape[2:])
+    add_rows(grad_s, grad_bias)
+    return grad_bias
