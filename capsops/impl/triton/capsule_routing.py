@@ -1,14 +1,17 @@
-"""A capsule layer without û: forward and backward passes that recompute the predictions, tile by tile.
+"""A capsule layer without û: forward and backward passes that recompute what they need of it, block by block.
 
 Forward, for t = 1…T: cᵗ = softmax_j(û · Vᵗ⁻¹), sᵗ = Σ_i cᵗ û + β, Vᵗ = Vᵗ⁻¹ + squash(sᵗ).
-Backward: for t = T…2, a = û · ∂sᵗ, ∂b = c (a − Σ_j c a), ∂Vᵗ⁻¹ = ∂Vᵗ + Σ_i ∂b û; then ∂û = Σ_t (cᵗ ∂sᵗ + ∂bᵗ Vᵗ⁻¹),
-∂u = Σ_j Wᵀ ∂û, ∂W = Σ_b ∂û uᵀ.
+Backward: for t = T…2, a = û · ∂sᵗ, ∂b = c (a − Σ_j c a), ∂Vᵗ⁻¹ = ∂Vᵗ + Σ_i ∂b û; then, with
+∂û = Σ_t (cᵗ ∂sᵗ + ∂bᵗ Vᵗ⁻¹), ∂u = Σ_j Wᵀ ∂û, ∂W = Σ_b ∂û uᵀ.
 
-A program of a pass holds a tile of samples and all j (V, sums, û of one i) in registers and walks over its share of
-the input capsules: û by the matrix unit, logits as sums over d, softmax in registers. Its sums over i go to
-[splits, B, J, D], which a small kernel of sums.py adds in a fixed order and squashes. Where J × D fits no tile, one
-kernel first leaves, for each (b, i), the largest logit, 1 / Σ exp and, backward, Σ_j c a; then tiles of j need
-nothing of one another.
+û is on no side of a product here. With P_ij = W_ijᵀ V_j, a product over d, the logit û · V is u · P; Σ_i c û is the
+product of (c u) and W over all (i, k) of a block; Wᵀ ∂û is Σ_t (c Q + ∂b P), Q = Wᵀ ∂s; and ∂W is the product of
+∂s and (c u), plus that of V and (∂b u), over the batch. So all products are deep ones of blocks of a few input
+capsules, one output capsule at a time, which a matrix unit takes whatever J and K are, and the element-wise work of a
+pair (b, i, j) is K numbers, not D. The softmax over j takes a walk over all j of its own, before c is used.
+
+A program of a pass has a tile of samples and a share of the input capsules; its sums over i go to [splits, B, J, D],
+which a small kernel of sums.py adds in a fixed order and squashes.
 """
 
 import torch
@@ -18,253 +21,260 @@ from torch import Tensor
 
 from capsops.impl.triton import sums, tiles
 from capsops.impl.triton.capsules import (
-    dots,
-    input_gradient,
-    largest,
     load_inputs,
-    load_parts,
-    load_weight_parts,
-    logit_gradients,
-    logits,
-    powers,
-    predict,
+    load_outputs,
+    load_weights,
+    power,
     product,
-    products,
-    scaled,
-    scaled_capsules,
-    softmax,
-    store_parts,
-    store_weight_parts,
-    total,
-    weight_gradient,
-    weighted,
-    zero_parts,
-    zero_weight_parts,
+    project,
+    store_inputs,
+    weight_mask,
+    weight_offsets,
 )
 from capsops.impl.triton.launch import INTERPRETED, launch, on_device, precision
 from capsops.impl.triton.tiles import ceil_div
 
 
-@triton.jit(do_not_specialize=["B", "inputs", "batch_tiles", "column_tiles", "size"])
+@triton.jit(do_not_specialize=["B", "I", "batch_tiles", "column_tiles", "steps"])
 def uniform_pass_kernel(
-    p_u, p_w, p_partials, B, inputs, batch_tiles, column_tiles, size,
+    p_u, p_w, p_partials, B, I, batch_tiles, column_tiles, steps,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Q: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Σ_i û: the product of u [B, I · K] and W [I · K, N = J · D], `size` of its I · K terms a program."""
+    """Σ_i û: the product of u [B, I · K] and W [I · K, N = J · D], Q · steps of its terms a program."""
     pid = tl.program_id(0).to(tl.int64)
     row = (pid % batch_tiles) * R + tl.arange(0, R)
     n = ((pid // batch_tiles) % column_tiles) * C + tl.arange(0, C)
     part = pid // batch_tiles // column_tiles
     q = tl.arange(0, Q)
     m_row, m_n = (row < B)[:, None], (n < N)[:, None]
-    p_u = p_u + row[:, None] * inputs
+    p_u = p_u + row[:, None] * (I * K)
     p_w = p_w + n[:, None] * K
-    first = part * size
-    last = tl.minimum(first + size, inputs)
+    first = part * steps
+    inputs = I.to(tl.int64) * K
     b_sum = tl.zeros([R, C], tl.float32)
-    for at in range(first, last, Q):
-        m_q = (at + q < last)[None, :]
-        b_u = tl.load(p_u + (at + q)[None, :], mask=m_row & m_q, other=0.0)
-        i = (at + q) // K
-        k = (at + q) % K
-        b_w = tl.load(p_w + (i * (N * K) + k)[None, :], mask=m_n & m_q, other=0.0)
+    for step in range(first, tl.minimum(first + steps, tl.cdiv(inputs, Q))):
+        at = step * Q + q
+        m_q = (at < inputs)[None, :]
+        b_u = tl.load(p_u + at[None, :], mask=m_row & m_q, other=0.0)
+        b_w = tl.load(p_w + (at // K * (N * K) + at % K)[None, :], mask=m_n & m_q, other=0.0)
         b_sum += product(b_u, tl.trans(b_w), PRECISION, WIDE)
     p_partials = p_partials + (part * B + row)[:, None] * N + n[None, :]
     tl.store(p_partials, b_sum, mask=m_row & (n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["B", "I", "batch_tiles", "size"])
-def softmax_statistics_kernel(
-    p_u, p_w, p_total, p_grad_s, p_statistics, B, I, batch_tiles, size,
-    J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, R: tl.constexpr, DP: tl.constexpr,
-    PARTS: tl.constexpr, EXACT: tl.constexpr, TILES: tl.constexpr, LEAKY: tl.constexpr,
-    GRADIENT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+@triton.jit
+def softmax_over_outputs(
+    p_u, p_w, p_total, p_grad_s, row, m_row, i, b_u, I,
+    J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr,
+    KP: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """For each (b, i), over all tiles of j: the largest logit, 1 / Σ exp(b − largest), and Σ_j c a."""
-    pid = tl.program_id(0).to(tl.int64)
-    row = (pid % batch_tiles) * R + tl.arange(0, R)
-    m_row = row < B
-    first = (pid // batch_tiles) * size
-    for i in range(first, tl.minimum(first + size, I)):
-        b_u = load_inputs(p_u, (row * I + i) * K, m_row, K, KP)
-        top = tl.full([R], -float("inf"), tl.float32)
-        z = tl.zeros([R], tl.float32)
-        mean = tl.zeros([R], tl.float32)
-        if LEAKY:
-            top = tl.zeros([R], tl.float32)
-            z = tl.full([R], 1.0, tl.float32)
-        for tile in range(TILES):
-            j = tile * PARTS[0]
-            weights = load_weight_parts(p_w + i * (J * D * K), j, J, D, K, DP, KP, PARTS, EXACT)
-            u_hats = predict(b_u, weights, R, DP, PARTS, PRECISION, WIDE)
-            vs = load_parts(p_total, row * (J * D), m_row, j, J, D, DP, PARTS, EXACT)
-            bs = logits(u_hats, vs, j, J, PARTS, EXACT)
-            higher = tl.maximum(top, largest(bs, False))
-            shrink = tl.exp(top - higher)
-            es = powers(bs, higher)
-            z = z * shrink + total(es)
-            if GRADIENT:
-                grads = load_parts(p_grad_s, row * (J * D), m_row, j, J, D, DP, PARTS, EXACT)
-                mean = mean * shrink + total(products(es, dots(u_hats, grads)))
-            top = higher
-        at = row * I + i
-        size_of_one = B.to(tl.int64) * I
-        tl.store(p_statistics + at, top, mask=m_row)
-        tl.store(p_statistics + size_of_one + at, 1.0 / z, mask=m_row)
+    """Of each (b, i): the largest logit, 1 / Σ_j exp(b − largest) and, with GRADIENT, Σ_j c a; all [R, C]."""
+    top = tl.full([R, C], -float("inf"), tl.float32)
+    z = tl.zeros([R, C], tl.float32)
+    mean = tl.zeros([R, C], tl.float32)
+    if LEAKY:
+        top = tl.zeros([R, C], tl.float32)
+        z = tl.full([R, C], 1.0, tl.float32)
+    for j in range(J):
+        b_p = project(p_total, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE)
+        logit = tl.sum(b_p * b_u, 1)
+        higher = tl.maximum(top, logit)
+        shrink = tl.exp(top - higher)
+        e = power(logit - higher)
+        z = z * shrink + e
         if GRADIENT:
-            tl.store(p_statistics + 2 * size_of_one + at, mean / z, mask=m_row)
+            b_q = project(p_grad_s, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE)
+            mean = mean * shrink + e * tl.sum(b_q * b_u, 1)
+        top = higher
+    return top, 1.0 / z, mean / z
 
 
-@triton.jit
-def _couplings(bs, p_statistics, at, size, m_row, LEAKY: tl.constexpr, WHOLE: tl.constexpr):
-    """c of a tile: the softmax itself where the tile holds all j (WHOLE), else by the stored statistics."""
-    if WHOLE:
-        return softmax(bs, LEAKY)
-    else:
-        top = tl.load(p_statistics + at, mask=m_row, other=0.0)
-        factor = tl.load(p_statistics + size + at, mask=m_row, other=0.0)
-        return scaled(powers(bs, top), factor)
-
-
-@triton.jit
-def _mean(cs, agreements, p_statistics, at, size, m_row, WHOLE: tl.constexpr):
-    """Σ_j c a [R]."""
-    if WHOLE:
-        return total(products(cs, agreements))
-    else:
-        return tl.load(p_statistics + 2 * size + at, mask=m_row, other=0.0)
-
-
-@triton.jit(do_not_specialize=["B", "I", "batch_tiles", "size"])
+@triton.jit(do_not_specialize=["B", "I", "batch_tiles", "chunks"])
 def routed_pass_kernel(
-    p_u, p_w, p_total, p_grad_s, p_statistics, p_partials, B, I, batch_tiles, size,
-    J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, R: tl.constexpr, DP: tl.constexpr,
-    PARTS: tl.constexpr, EXACT: tl.constexpr, TILES: tl.constexpr, LEAKY: tl.constexpr,
-    GRADIENT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    p_u, p_w, p_total, p_grad_s, p_statistics, p_partials, B, I, batch_tiles, chunks,
+    J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr,
+    KP: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Σ_i c û, or with GRADIENT Σ_i ∂b û, over `size` input capsules, for a tile of samples and one of j."""
-    WHOLE: tl.constexpr = TILES == 1
-    pid = tl.program_id(0).to(tl.int64)
-    row = (pid % batch_tiles) * R + tl.arange(0, R)
-    m_row = row < B
-    j = ((pid // batch_tiles) % TILES).to(tl.int32) * PARTS[0]
-    if WHOLE:
-        j = 0
-    part = pid // batch_tiles // TILES
-    size_of_one = B.to(tl.int64) * I
-    vs = load_parts(p_total, row * (J * D), m_row, j, J, D, DP, PARTS, EXACT)
-    if GRADIENT:
-        grads = load_parts(p_grad_s, row * (J * D), m_row, j, J, D, DP, PARTS, EXACT)
-    sums = zero_parts(R, DP, PARTS)
-    first = part * size
-    for i in range(first, tl.minimum(first + size, I)):
-        b_u = load_inputs(p_u, (row * I + i) * K, m_row, K, KP)
-        weights = load_weight_parts(p_w + i * (J * D * K), j, J, D, K, DP, KP, PARTS, EXACT)
-        u_hats = predict(b_u, weights, R, DP, PARTS, PRECISION, WIDE)
-        bs = logits(u_hats, vs, j, J, PARTS, EXACT)
-        cs = _couplings(bs, p_statistics, row * I + i, size_of_one, m_row, LEAKY, WHOLE)
-        if GRADIENT:
-            agreements = dots(u_hats, grads)
-            mean = _mean(cs, agreements, p_statistics, row * I + i, size_of_one, m_row, WHOLE)
-            cs = logit_gradients(cs, agreements, mean)
-        sums = weighted(sums, cs, u_hats)
-    store_parts(p_partials, sums, (part * B + row) * (J * D), m_row, j, J, D, DP, PARTS, EXACT)
+    """Σ_i c û, or with GRADIENT Σ_i ∂b û, of a tile of samples over `chunks` blocks of C input capsules.
 
-
-@triton.jit
-def _prediction_gradient(
-    b_u, weights, p_total, p_grad_s, p_statistics, row, m_row, i, j, B, I, passes, first, factor,
-    J: tl.constexpr, D: tl.constexpr, R: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr,
-    EXACT: tl.constexpr, WHOLE: tl.constexpr, LEAKY: tl.constexpr, ROUTED: tl.constexpr,
-    DETACH: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """∂û of a tile: Σ_t (cᵗ ∂sᵗ + ∂bᵗ Vᵗ⁻¹); with DETACH cᵀ ∂sᵀ alone."""
-    rows = row * (J * D)
-    layer = B.to(tl.int64) * (J * D)
-    size_of_one = B.to(tl.int64) * I
-    found = zero_parts(R, DP, PARTS)
-    if not DETACH or not ROUTED:
-        found = scaled_capsules(load_parts(p_grad_s, rows, m_row, j, J, D, DP, PARTS, EXACT), factor)
-    if ROUTED:
-        u_hats = predict(b_u, weights, R, DP, PARTS, PRECISION, WIDE)
-        for t in range(first, passes):
-            vs = load_parts(p_total + (t - 1) * layer, rows, m_row, j, J, D, DP, PARTS, EXACT)
-            grads = load_parts(p_grad_s + t * layer, rows, m_row, j, J, D, DP, PARTS, EXACT)
-            bs = logits(u_hats, vs, j, J, PARTS, EXACT)
-            p_of_pass = p_statistics + (t - 1) * 3 * size_of_one
-            at = row * I + i
-            cs = _couplings(bs, p_of_pass, at, size_of_one, m_row, LEAKY, WHOLE)
-            found = weighted(found, cs, grads)
-            if not DETACH:
-                agreements = dots(u_hats, grads)
-                mean = _mean(cs, agreements, p_of_pass, at, size_of_one, m_row, WHOLE)
-                found = weighted(found, logit_gradients(cs, agreements, mean), vs)
-    return found
-
-
-@triton.jit(do_not_specialize=["B", "I", "passes", "first", "size"])
-def gradient_kernel(
-    p_u, p_w, p_total, p_grad_s, p_statistics, p_grad_u, p_grad_w, B, I, passes, first, size, factor,
-    J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, R: tl.constexpr, DP: tl.constexpr,
-    PARTS: tl.constexpr, EXACT: tl.constexpr, TILES: tl.constexpr, LEAKY: tl.constexpr,
-    ROUTED: tl.constexpr, DETACH: tl.constexpr, NEEDS_U: tl.constexpr, NEEDS_W: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """∂u and ∂W of one i over `size` samples.
-
-    With several tiles of j, a program that makes ∂u walks over all of them, one that makes ∂W has one.
+    With GRADIENT the statistics of the softmax are left for the last pass, [3, B, I].
     """
-    WHOLE: tl.constexpr = TILES == 1
-    pid = tl.program_id(0).to(tl.int64)
-    i = pid % I
-    rest = pid // I
-    if NEEDS_U:
-        part = rest
-        tile_first = 0
-        tile_last = TILES
-    else:
-        part = rest // TILES
-        tile_first = (rest % TILES).to(tl.int32)
-        tile_last = tile_first + 1
-    p_w = p_w + i * (J * D * K)
+    pid = tl.program_id(0)
+    row = (pid % batch_tiles).to(tl.int64) * R + tl.arange(0, R)
+    m_row = row < B
+    part = pid // batch_tiles
+    d = tl.arange(0, DB)
+    first = part * chunks
+    p_partials = p_partials + part.to(tl.int64) * B * (J * D)
+    for chunk in range(first, tl.minimum(first + chunks, tl.cdiv(I, C))):
+        i = chunk * C + tl.arange(0, C)
+        b_u = load_inputs(p_u, row, m_row, i, I, K, R, C, KP).to(tl.float32)
+        top, factor, mean = softmax_over_outputs(
+            p_u, p_w, p_total, p_grad_s, row, m_row, i, b_u, I, J, D, K, R, C, DB, KP, LEAKY, GRADIENT,
+            PRECISION, WIDE,
+        )  # fmt: skip
+        if GRADIENT:
+            p_bi = p_statistics + (row * I)[:, None] + i[None, :]
+            m_bi = m_row[:, None] & (i < I)[None, :]
+            size = B.to(tl.int64) * I
+            tl.store(p_bi, top, mask=m_bi)
+            tl.store(p_bi + size, factor, mask=m_bi)
+            tl.store(p_bi + 2 * size, mean, mask=m_bi)
+        for j in range(J):
+            b_p = project(p_total, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE)
+            c = power(tl.sum(b_p * b_u, 1) - top) * factor
+            if GRADIENT:
+                b_q = project(p_grad_s, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE)
+                c = c * (tl.sum(b_q * b_u, 1) - mean)
+            b_x = tl.reshape(c[:, None, :] * b_u, [R, KP * C]).to(p_w.dtype.element_ty)
+            for d_first in range(0, D, DB):
+                b_w = load_weights(p_w, i, j, d_first + d, I, J, D, K, C, DB, KP)
+                b_s = product(b_x, tl.trans(b_w), PRECISION, WIDE)
+                p_bjd = p_partials + (row * (J * D) + j * D)[:, None] + (d_first + d)[None, :]
+                m_bjd = m_row[:, None] & (d_first + d < D)[None, :]
+                b_s += tl.load(p_bjd, mask=m_bjd & (chunk > first), other=0.0)
+                tl.store(p_bjd, b_s, mask=m_bjd)
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["B", "I", "passes", "size"])
+def routed_gradient_kernel(
+    p_u, p_w, p_total, p_grad_s, p_statistics, p_grad_u, p_grad_w, B, I, passes, size, factor,
+    J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr,
+    KP: tl.constexpr, LEAKY: tl.constexpr, DETACH: tl.constexpr, NEEDS_U: tl.constexpr,
+    NEEDS_W: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """∂u and ∂W of C input capsules over `size` samples: of all passes or, with DETACH, of c ∂s in the last."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(I, C)
+    part = (pid // blocks).to(tl.int64)
+    i = (pid % blocks) * C + tl.arange(0, C)
+    d = tl.arange(0, DB)
     begin = part * size
     end = tl.minimum(begin + size, B)
-    if NEEDS_W:
-        grad_w = zero_weight_parts(DP, KP, PARTS)
-    if WHOLE or not NEEDS_U:
-        weights = load_weight_parts(p_w, tile_first * PARTS[0], J, D, K, DP, KP, PARTS, EXACT)
+    layer = B.to(tl.int64) * (J * D)
+    statistics = B.to(tl.int64) * I
+    p_grad_w = p_grad_w + part * I * (J * D * K)
     for at in range(begin, end, R):
         row = at + tl.arange(0, R)
         m_row = row < end
-        b_u = load_inputs(p_u, (row * I + i) * K, m_row, K, KP)
-        if WHOLE or not NEEDS_U:
-            grads = _prediction_gradient(
-                b_u, weights, p_total, p_grad_s, p_statistics, row, m_row, i, tile_first * PARTS[0], B, I,
-                passes, first, factor, J, D, R, DP, PARTS, EXACT, WHOLE, LEAKY, ROUTED, DETACH, PRECISION,
-                WIDE,
+        b_u = load_inputs(p_u, row, m_row, i, I, K, R, C, KP).to(tl.float32)
+        grad_u = tl.zeros([R, KP, C], tl.float32)
+        m_bi = m_row[:, None] & (i < I)[None, :]
+        p_bi = p_statistics + (row * I)[:, None] + i[None, :]
+        first = 1
+        if DETACH:
+            first = passes - 1
+            top, norm, mean = softmax_over_outputs(
+                p_u, p_w, p_total + (first - 1) * layer, p_grad_s, row, m_row, i, b_u, I, J, D, K, R, C, DB,
+                KP, LEAKY, False, PRECISION, WIDE,
             )  # fmt: skip
-            if NEEDS_W:
-                grad_w = weight_gradient(grad_w, grads, b_u, R, DP, PARTS, PRECISION, WIDE)
-            if NEEDS_U:
-                b_grad_u = input_gradient(grads, weights, R, DP, PARTS, PRECISION, WIDE)
-        else:
-            b_grad_u = tl.zeros([R, KP], tl.float32)
-            for tile in range(TILES):
-                j = tile * PARTS[0]
-                tile_weights = load_weight_parts(p_w, j, J, D, K, DP, KP, PARTS, EXACT)
-                grads = _prediction_gradient(
-                    b_u, tile_weights, p_total, p_grad_s, p_statistics, row, m_row, i, j, B, I, passes,
-                    first, factor, J, D, R, DP, PARTS, EXACT, WHOLE, LEAKY, ROUTED, DETACH, PRECISION, WIDE,
-                )  # fmt: skip
-                b_grad_u += input_gradient(grads, tile_weights, R, DP, PARTS, PRECISION, WIDE)
+        for j in range(J):
+            for d_first in range(0, D, DB):
+                # ∂W of a block of d; ∂u, which needs all d at once, in the first of them.
+                grad_w = tl.zeros([KP * C, DB], tl.float32)
+                if not DETACH:
+                    if NEEDS_W:
+                        b_s = load_outputs(p_grad_s, p_w, row, m_row, j, d_first + d, J, D)
+                        b_x = tl.reshape(factor * b_u, [R, KP * C]).to(p_w.dtype.element_ty)
+                        grad_w += product(tl.trans(b_x), b_s, PRECISION, WIDE)
+                    if NEEDS_U and d_first == 0:
+                        b_q = project(
+                            p_grad_s, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE
+                        )
+                        grad_u += factor * b_q
+                for t in range(first, passes):
+                    p_v = p_total + (t - 1) * layer
+                    p_s = p_grad_s + t * layer
+                    p_t = p_bi + (t - 1) * 3 * statistics
+                    b_p = project(p_v, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE)
+                    b_q = project(p_s, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE)
+                    logit = tl.sum(b_p * b_u, 1)
+                    if DETACH:
+                        c = power(logit - top) * norm
+                    else:
+                        b_top = tl.load(p_t, mask=m_bi, other=0.0)
+                        b_norm = tl.load(p_t + statistics, mask=m_bi, other=0.0)
+                        b_mean = tl.load(p_t + 2 * statistics, mask=m_bi, other=0.0)
+                        c = power(logit - b_top) * b_norm
+                        grad_b = c * (tl.sum(b_q * b_u, 1) - b_mean)
+                    if NEEDS_U and d_first == 0:
+                        grad_u += c[:, None, :] * b_q
+                        if not DETACH:
+                            grad_u += grad_b[:, None, :] * b_p
+                    if NEEDS_W:
+                        b_s = load_outputs(p_s, p_w, row, m_row, j, d_first + d, J, D)
+                        b_x = tl.reshape(c[:, None, :] * b_u, [R, KP * C]).to(p_w.dtype.element_ty)
+                        grad_w += product(tl.trans(b_x), b_s, PRECISION, WIDE)
+                        if not DETACH:
+                            b_v = load_outputs(p_v, p_w, row, m_row, j, d_first + d, J, D)
+                            b_y = tl.reshape(grad_b[:, None, :] * b_u, [R, KP * C]).to(p_w.dtype.element_ty)
+                            grad_w += product(tl.trans(b_y), b_v, PRECISION, WIDE)
+                if NEEDS_W:
+                    b_w = tl.permute(tl.reshape(grad_w, [KP, C, DB]), (1, 2, 0))
+                    p_ijdk = p_grad_w + weight_offsets(i, j, d_first + d, J, D, K, KP)
+                    m_ijdk = weight_mask(i, d_first + d, I, D, K, KP)
+                    b_w += tl.load(p_ijdk, mask=m_ijdk & (at > begin), other=0.0)
+                    tl.store(p_ijdk, b_w.to(p_grad_w.dtype.element_ty), mask=m_ijdk)
         if NEEDS_U:
-            k = tl.arange(0, KP)
-            p = p_grad_u + ((row * I + i) * K)[:, None] + k[None, :]
-            tl.store(p, b_grad_u.to(p_grad_u.dtype.element_ty), mask=m_row[:, None] & (k < K)[None, :])
-    if NEEDS_W:
-        p_grad_w = p_grad_w + (part * I + i) * (J * D * K)
-        store_weight_parts(p_grad_w, grad_w, tile_first * PARTS[0], J, D, K, DP, KP, PARTS)
+            store_inputs(p_grad_u, grad_u, row, m_row, i, I, K, KP)
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["B", "I", "batch_tiles", "columns", "steps"])
+def uniform_gradient_u_kernel(
+    p_grad_s, p_w, p_out, B, I, batch_tiles, columns, steps, factor,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Q: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """∂u = factor · Σ_j Wᵀ ∂s: the product of ∂s [B, N = J · D] and W, over Q · steps of the N terms a program."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = (pid % batch_tiles) * R + tl.arange(0, R)
+    at = ((pid // batch_tiles) % columns) * C + tl.arange(0, C)
+    part = pid // batch_tiles // columns
+    inputs = I.to(tl.int64) * K
+    m_row, m_at = (row < B)[:, None], (at < inputs)[None, :]
+    p_w = p_w + (at // K * (N * K) + at % K)[None, :]
+    q = tl.arange(0, Q)
+    first = part * steps
+    b_sum = tl.zeros([R, C], tl.float32)
+    for step in range(first, tl.minimum(first + steps, tl.cdiv(N, Q))):
+        n = step * Q + q
+        b_s = tl.load(p_grad_s + row[:, None] * N + n[None, :], mask=m_row & (n < N)[None, :], other=0.0)
+        b_w = tl.load(p_w + (n * K)[:, None], mask=(n < N)[:, None] & m_at, other=0.0)
+        b_sum += product(b_s.to(b_w.dtype), b_w, PRECISION, WIDE)
+    p_out = p_out + (part * B + row)[:, None] * inputs + at[None, :]
+    tl.store(p_out, (factor * b_sum).to(p_out.dtype.element_ty), mask=m_row & m_at)
+
+
+@triton.jit(do_not_specialize=["B", "I", "rows", "columns", "size"])
+def uniform_gradient_w_kernel(
+    p_grad_s, p_u, p_out, B, I, rows, columns, size, factor,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Q: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """∂W = factor · Σ_b ∂s uᵀ: the product of u [I · K, B] and ∂s [B, N = J · D], over `size` samples a program."""
+    pid = tl.program_id(0).to(tl.int64)
+    at = (pid % rows) * R + tl.arange(0, R)
+    n = ((pid // rows) % columns) * C + tl.arange(0, C)
+    part = pid // rows // columns
+    inputs = I.to(tl.int64) * K
+    q = tl.arange(0, Q)
+    first = part * size
+    last = tl.minimum(first + size, B)
+    b_sum = tl.zeros([R, C], tl.float32)
+    for begin in range(first, last, Q):
+        b = begin + q
+        m_b = (b < last)[:, None]
+        b_u = tl.load(p_u + b[:, None] * inputs + at[None, :], mask=m_b & (at < inputs)[None, :], other=0.0)
+        b_s = tl.load(p_grad_s + b[:, None] * N + n[None, :], mask=m_b & (n < N)[None, :], other=0.0)
+        b_sum += product(tl.trans(b_u), b_s.to(b_u.dtype), PRECISION, WIDE)
+    p_out = p_out + part * inputs * N + (at // K * (N * K) + at % K)[:, None] + (n * K)[None, :]
+    mask = (at < inputs)[:, None] & (n < N)[None, :]
+    tl.store(p_out, (factor * b_sum).to(p_out.dtype.element_ty), mask=mask)
 
 
 class Layer:
@@ -274,115 +284,105 @@ class Layer:
         self.u, self.weight, self.leaky = u, weight, leaky
         self.B, self.I, _ = u.shape
         _, self.J, self.D, self.K = weight.shape
-        self.tiling = tiles.capsules(self.J, self.D)
-        self.whole = self.tiling.tiles == 1
         self.products = {"PRECISION": precision(u), "WIDE": INTERPRETED}
-        self.options = {
-            "J": self.J, "D": self.D, "K": self.K, "KP": tiles.depth(self.K), "LEAKY": leaky,
-            "TILES": self.tiling.tiles, **self.tiling.options(), **self.products,
-        }  # fmt: skip
 
-    def partials(self, parts: int) -> Tensor:
+    def first_factor(self, iterations: int) -> float:
+        """What û is multiplied by in the first pass."""
+        return 1 / (self.J + self.leaky) if iterations else 1.0
+
+    def sums_of_pass(self, parts: int) -> Tensor:
         return self.u.new_empty(parts, self.B, self.J, self.D, dtype=torch.float32)
 
-    def statistics(self, passes: int) -> Tensor:
-        """Room for what softmax_statistics_kernel leaves, of so many passes."""
-        return self.u.new_empty(0 if self.whole else (passes, 3, self.B, self.I), dtype=torch.float32)
+    def routed_options(self, tile: tiles.Tile) -> dict[str, object]:
+        return {
+            "J": self.J, "D": self.D, "K": self.K, "R": tile.rows, "C": tile.inputs, "DB": tile.outputs,
+            "KP": tile.depth, "LEAKY": self.leaky, "num_warps": tile.warps, "num_stages": tile.stages,
+            **self.products,
+        }  # fmt: skip
 
     def uniform_pass(self) -> Tensor:
-        """Partial sums of û over i [splits, B, J, D]."""
-        columns, inputs = self.J * self.D, self.I * self.K
-        tile = tiles.uniform_pass(self.B, columns, inputs, self.u)
+        """Sums of û over parts of i [parts, B, J, D]."""
+        columns = self.J * self.D
+        tile = tiles.product(self.B, columns, self.I * self.K, self.u)
         batch_tiles, column_tiles = ceil_div(self.B, tile.rows), ceil_div(columns, tile.columns)
-        parts = tiles.split(inputs, batch_tiles * column_tiles, self.u, tile.depth)
-        partials = self.partials(parts.count)
+        steps = ceil_div(self.I * self.K, tile.depth)
+        parts = tiles.split(steps, batch_tiles * column_tiles, self.u)
+        found = self.sums_of_pass(parts.count)
         launch(
-            uniform_pass_kernel, batch_tiles * column_tiles * parts.count, self.u, self.weight, partials,
-            self.B, inputs, batch_tiles, column_tiles, parts.size, N=columns, K=self.K, R=tile.rows,
-            C=tile.columns, Q=tile.depth, num_warps=tile.warps, num_stages=tile.stages, **self.products,
+            uniform_pass_kernel, batch_tiles * column_tiles * parts.count, self.u, self.weight, found, self.B,
+            self.I, batch_tiles, column_tiles, parts.size, N=columns, K=self.K, **tile.options(),
+            **self.products,
         )  # fmt: skip
-        return partials
-
-    def softmax_statistics(self, total: Tensor, grad_s: Tensor | None, statistics: Tensor) -> None:
-        """Fills `statistics` [3, B, I] of the pass with V = `total`, where a tile does not hold all j."""
-        if self.whole:
-            return
-        tile = tiles.routed_pass(self.B, self.tiling.columns, grad_s is not None)
-        batch_tiles = ceil_div(self.B, tile.rows)
-        parts = tiles.split(self.I, batch_tiles, self.u)
-        launch(
-            softmax_statistics_kernel, batch_tiles * parts.count, self.u, self.weight, total,
-            total if grad_s is None else grad_s, statistics, self.B, self.I, batch_tiles, parts.size,
-            R=tile.rows, GRADIENT=grad_s is not None, num_warps=tile.warps, num_stages=tile.stages,
-            **self.options,
-        )  # fmt: skip
+        return found
 
     def routed_pass(self, total: Tensor, grad_s: Tensor | None, statistics: Tensor) -> Tensor:
-        """Partial sums over i [splits, B, J, D] of c û, or, with ∂s given, of ∂b û."""
-        self.softmax_statistics(total, grad_s, statistics)
-        tile = tiles.routed_pass(self.B, self.tiling.columns, grad_s is not None)
+        """Sums over parts of i [parts, B, J, D] of c û or, with ∂s given, of ∂b û; `statistics` are left then."""
+        tile = tiles.routed_pass(self.B, self.I, self.D, self.K, self.u)
         batch_tiles = ceil_div(self.B, tile.rows)
-        parts = tiles.split(self.I, batch_tiles * self.tiling.tiles, self.u)
-        partials = self.partials(parts.count)
+        parts = tiles.split(ceil_div(self.I, tile.inputs), batch_tiles, self.u)
+        found = self.sums_of_pass(parts.count)
         launch(
-            routed_pass_kernel, batch_tiles * self.tiling.tiles * parts.count, self.u, self.weight, total,
-            total if grad_s is None else grad_s, statistics, partials, self.B, self.I, batch_tiles,
-            parts.size, R=tile.rows, GRADIENT=grad_s is not None, num_warps=tile.warps,
-            num_stages=tile.stages, **self.options,
+            routed_pass_kernel, batch_tiles * parts.count, self.u, self.weight, total,
+            total if grad_s is None else grad_s, statistics, found, self.B, self.I, batch_tiles, parts.size,
+            GRADIENT=grad_s is not None, **self.routed_options(tile),
         )  # fmt: skip
-        return partials
+        return found
 
     def forward(self, bias: Tensor | None, iterations: int, passes: int) -> tuple[Tensor, Tensor, Tensor]:
         """v, s of the first `passes` passes of `iterations`, and V; v is set by the last pass of all."""
         v = self.u.new_empty(self.B, self.J, self.D)
-        s = self.partials(passes)
+        s = self.sums_of_pass(passes)
         total = s.new_empty(s.shape[1:])
-        statistics = self.statistics(1)
-        count = self.J + self.leaky if iterations else 1
         last = max(iterations, 1) - 1
         for t in range(passes):
-            partials = self.uniform_pass() if t == 0 else self.routed_pass(total, None, statistics)
-            sums.finish_pass(partials, bias, s[t], total, v, count if t == 0 else 1, t == 0, t == last)
+            found = self.uniform_pass() if t == 0 else self.routed_pass(total, None, total)
+            count = self.J + self.leaky if t == 0 and iterations else 1
+            sums.finish_pass(found, bias, s[t], total, v, count, t == 0, t == last)
         return v, s, total
 
-    def gradient(
-        self, total: Tensor, grad_s: Tensor, statistics: Tensor, iterations: int, detach: bool, needs_u: bool,
+    def uniform_gradient_u(self, grad_s: Tensor, factor: float) -> Tensor:
+        columns, inputs = self.J * self.D, self.I * self.K
+        tile = tiles.product(self.B, inputs, columns, self.u)
+        batch_tiles, column_tiles = ceil_div(self.B, tile.rows), ceil_div(inputs, tile.columns)
+        parts = tiles.split(ceil_div(columns, tile.depth), batch_tiles * column_tiles, self.u)
+        with sums.parts_of(self.u, parts.count) as (found, grad_u):
+            launch(
+                uniform_gradient_u_kernel, batch_tiles * column_tiles * parts.count, grad_s, self.weight,
+                found, self.B, self.I, batch_tiles, column_tiles, parts.size, factor, N=columns, K=self.K,
+                **tile.options(), **self.products,
+            )  # fmt: skip
+        return grad_u
+
+    def uniform_gradient_w(self, grad_s: Tensor, factor: float) -> Tensor:
+        columns, inputs = self.J * self.D, self.I * self.K
+        tile = tiles.product(inputs, columns, self.B, self.u)
+        row_tiles, column_tiles = ceil_div(inputs, tile.rows), ceil_div(columns, tile.columns)
+        parts = tiles.split(self.B, row_tiles * column_tiles, self.u, tile.depth)
+        with sums.parts_of(self.weight, parts.count) as (found, grad_weight):
+            launch(
+                uniform_gradient_w_kernel, row_tiles * column_tiles * parts.count, grad_s, self.u, found,
+                self.B, self.I, row_tiles, column_tiles, parts.size, factor, N=columns, K=self.K,
+                **tile.options(), **self.products,
+            )  # fmt: skip
+        return grad_weight
+
+    def routed_gradient(
+        self, total: Tensor, grad_s: Tensor, statistics: Tensor, factor: float, detach: bool, needs_u: bool,
         needs_weight: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """∂u and ∂W, given Vᵗ, ∂sᵗ and the softmax statistics of all passes."""
-        u, weight = self.u, self.weight
-        grad_u, grad_weight = (
-            torch.empty_like(x) if needed else x.new_empty(0)
-            for x, needed in ((u, needs_u), (weight, needs_weight))
-        )
-        tile = tiles.gradient(self.B, self.tiling.columns)
-        options = {
-            **self.options, "ROUTED": iterations > 1, "DETACH": detach, "R": tile.rows,
-            "num_warps": tile.warps, "num_stages": tile.stages,
-        }  # fmt: skip
-        passes = len(grad_s)
-        first = passes - 1 if detach and iterations > 1 else 1
-        factor = 1 / (self.J + self.leaky) if iterations else 1.0
-        # A program makes both gradients where one tile holds all j; else each has programs of its own.
-        both = self.whole and needs_u and needs_weight
-        if needs_u and not both:
-            parts = tiles.split(self.B, self.I, u, tile.rows)
+        """∂u and ∂W, given Vᵗ, ∂sᵗ and, without `detach`, the softmax statistics of all passes."""
+        tile = tiles.gradient(self.B, self.I, self.D, self.K, self.u)
+        chunks = ceil_div(self.I, tile.inputs)
+        parts = tiles.split(self.B, chunks, self.u, tile.rows)
+        grad_u = torch.empty_like(self.u) if needs_u else self.u.new_empty(0)
+        count = parts.count if needs_weight else 0
+        added_up = parts.size > tile.rows
+        with sums.parts_of(self.weight, count, wide=added_up) as (found, grad_weight):
             launch(
-                gradient_kernel, self.I * parts.count, u, weight, total, grad_s, statistics, grad_u, grad_u,
-                self.B, self.I, passes, first, parts.size, factor, NEEDS_U=True, NEEDS_W=False, **options,
+                routed_gradient_kernel, chunks * parts.count, self.u, self.weight, total, grad_s, statistics,
+                grad_u, found, self.B, self.I, len(grad_s), parts.size, factor, DETACH=detach,
+                NEEDS_U=needs_u, NEEDS_W=needs_weight, **self.routed_options(tile),
             )  # fmt: skip
-        if needs_weight:
-            parts = tiles.split(self.B, self.I * self.tiling.tiles, u, tile.rows)
-            partials = grad_weight
-            if parts.count > 1:
-                partials = weight.new_empty(parts.count, *weight.shape, dtype=torch.float32)
-            launch(
-                gradient_kernel, self.I * self.tiling.tiles * parts.count, u, weight, total, grad_s,
-                statistics, grad_u, partials, self.B, self.I, passes, first, parts.size, factor,
-                NEEDS_U=both, NEEDS_W=True, **options,
-            )  # fmt: skip
-            if parts.count > 1:
-                sums.add_rows(partials, grad_weight)
         return grad_u, grad_weight
 
 
@@ -407,20 +407,19 @@ def capsule_routing_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with on_device(u):
         layer = Layer(u, weight, leaky)
+        factor = layer.first_factor(iterations)
         total, grad_s = sums.prepare_backward(grad, s)
         last = len(s) - 1
-        statistics = layer.statistics(last)
-        if detach:
-            if last:
-                layer.softmax_statistics(total[last - 1], None, statistics[last - 1 :])
-            grad_bias = sums.bias_gradient(grad_s[last:], weight)
-        else:
-            grad_total = s.new_empty(s.shape[1:])
-            for t in range(last, 0, -1):
-                partials = layer.routed_pass(total[t - 1], grad_s[t], statistics[t - 1 :])
-                sums.finish_reduction(partials, s[t - 1], grad_total, grad_s[t - 1], t == last)
-            grad_bias = sums.bias_gradient(grad_s, weight)
-        grad_u, grad_weight = layer.gradient(
-            total, grad_s, statistics, iterations, detach, needs_u, needs_weight
-        )
-    return grad_u, grad_weight, grad_bias
+        if last == 0:
+            grad_u = layer.uniform_gradient_u(grad_s, factor) if needs_u else u.new_empty(0)
+            grad_weight = layer.uniform_gradient_w(grad_s, factor) if needs_weight else u.new_empty(0)
+            return grad_u, grad_weight, sums.bias_gradient(grad_s, weight)
+        statistics = s.new_empty(0 if detach else (last, 3, layer.B, layer.I))
+        if not detach:
+            sums.reduce_backward(layer.routed_pass, total, grad_s, s, statistics)
+        grad_u, grad_weight = u.new_empty(0), u.new_empty(0)
+        if needs_u or needs_weight:
+            grad_u, grad_weight = layer.routed_gradient(
+                total, grad_s, statistics, factor, detach, needs_u, needs_weight
+            )
+        return grad_u, grad_weight, sums.bias_gradient(grad_s[last if detach else 0 :], weight)

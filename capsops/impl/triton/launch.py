@@ -34,9 +34,7 @@ def _tf32_allowed() -> bool:
 
 def precision(x: Tensor) -> str:
     """`input_precision` of products of float32 tensors: TF32 where torch allows it for its own."""
-    if x.dtype == torch.float32 and x.device.type == "cuda" and torch.version.hip is None and _tf32_allowed():
-        return "tf32"
-    return "ieee"
+    return "tf32" if x.dtype == torch.float32 and torch.version.hip is None and _tf32_allowed() else "ieee"
 
 
 def launch(kernel: triton.JITFunction, programs: int, *args: object, **options: object) -> None:

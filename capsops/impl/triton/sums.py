@@ -3,6 +3,9 @@
 Rows are pairs (b, j), D numbers each; all of it is B × J × D in size, small against a pass.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 import triton
 import triton.language as tl
@@ -148,6 +151,21 @@ def finish_reduction(partials: Tensor, s: Tensor, grad_total: Tensor, grad_s: Te
     )  # fmt: skip
 
 
+def reduce_backward(
+    routed_pass: Callable[[Tensor, Tensor, Tensor], Tensor],
+    total: Tensor,
+    grad_s: Tensor,
+    s: Tensor,
+    statistics: Tensor,
+) -> None:
+    """∂s of all passes before the last, from the last down; `routed_pass` makes the sums of ∂b û over i."""
+    grad_total = s.new_empty(s.shape[1:])
+    last = len(s) - 1
+    for t in range(last, 0, -1):
+        partials = routed_pass(total[t - 1], grad_s[t], statistics[t - 1])
+        finish_reduction(partials, s[t - 1], grad_total, grad_s[t - 1], t == last)
+
+
 def add_rows(x: Tensor, out: Tensor) -> None:
     """out = Σ over the leading axes of x, whose rows have as many numbers as `out`."""
     columns = out.numel()
@@ -155,6 +173,26 @@ def add_rows(x: Tensor, out: Tensor) -> None:
     R = min(power_of_2(rows), 512)
     C = min(power_of_2(columns), 4096 // R)
     launch(add_rows_kernel, ceil_div(columns, C), x, out, rows, columns, R=R, C=C, num_warps=4)
+
+
+@contextmanager
+def parts_of(like: Tensor, count: int, wide: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Room for `count` partial results of the shape and dtype of `like`, and for their sum, made on leaving.
+
+    Both are the same where there is but one part, unless it is to be float32 (`wide`, for a kernel that adds to
+    it). No part: empty tensors.
+    """
+    if count == 0:
+        nothing = like.new_empty(0)
+        yield nothing, nothing
+        return
+    result = torch.empty_like(like)
+    if count == 1 and not (wide and like.dtype != torch.float32):
+        yield result, result
+        return
+    parts = like.new_empty(count, *like.shape, dtype=torch.float32)
+    yield parts, result
+    add_rows(parts, result)
 
 
 def bias_gradient(grad_s: Tensor, like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Tile sizes by shape class: a small table, chosen by counting registers and bytes; nothing is tried at call time.
+"""Sizes of blocks by shape class: small tables, chosen by counting; nothing is tried at call time.
 
-benchmarks/triton_resources.py prints what the compiler makes of each entry, benchmarks/triton_tiles.py measures
-other entries on a given GPU.
+benchmarks/triton_resources.py prints what the compiler makes of them, benchmarks/triton_tiles.py measures others on a
+given GPU.
 """
 
 from functools import lru_cache
@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Programs per multiprocessor that a launch is split into.
+_PROGRAMS = 4
 
 
 def power_of_2(n: int) -> int:
@@ -20,58 +23,14 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-class Capsules(NamedTuple):
-    """How a tile holds output capsules: `parts` of them (powers of two) of `dim` components, `tiles` times."""
-
-    parts: tuple[int, ...]
-    dim: int
-    tiles: int
-    exact: bool
-
-    def options(self) -> dict[str, object]:
-        return {"PARTS": self.parts, "DP": self.dim, "EXACT": self.exact}
-
-    @property
-    def columns(self) -> int:
-        return sum(self.parts) * self.dim
-
-
-# Columns (output capsules × components) of a tile that holds all j, and of one of several tiles.
-_COLUMNS, _COLUMNS_OF_MANY = 256, 128
-
-
-@lru_cache(maxsize=256)
-def capsules(J: int, D: int) -> Capsules:
-    """All j in one or two parts where they fit one tile, else equal tiles."""
-    DP = power_of_2(D)
-    if J * DP > _COLUMNS and J > 1:
-        part = max(1, _COLUMNS_OF_MANY // DP)
-        return Capsules((part,), DP, ceil_div(J, part), D == DP and J % part == 0)
-    least = max(1, 16 // DP)  # columns of a matrix unit
-    first = power_of_2(J + 1) // 2
-    if first < least:
-        parts = (least,)
-    else:
-        rest = J - first
-        parts = (first, max(power_of_2(rest), least)) if rest else (first,)
-        if len(parts) == 2 and parts[1] == first:
-            parts = (2 * first,)
-    return Capsules(parts, DP, 1, D == DP and sum(parts) == J)
-
-
-def depth(K: int) -> int:
-    """K as a matrix unit takes it: at least 16."""
-    return max(16, power_of_2(K))
-
-
 @lru_cache(maxsize=16)
 def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _wanted(x: Tensor) -> int:
+def programs(x: Tensor) -> int:
     """Programs that fill the device; for tensors that are not on a GPU those of an H100."""
-    return 4 * (_processors(x.device.index) if x.device.type == "cuda" else 132)
+    return _PROGRAMS * (_processors(x.device.index) if x.device.type == "cuda" else 132)
 
 
 class Split(NamedTuple):
@@ -81,15 +40,20 @@ class Split(NamedTuple):
     size: int
 
 
-def split(terms: int, programs: int, x: Tensor, multiple: int = 1) -> Split:
-    """Runs for a sum of `terms` that `programs` programs make side by side, so that the device is full."""
-    count = max(1, min(_wanted(x) // programs, ceil_div(terms, multiple)))
+def split(terms: int, side_by_side: int, x: Tensor, multiple: int = 1) -> Split:
+    """Runs for sums of `terms`, `side_by_side` of which are made at once, so that the device is full."""
+    count = max(1, min(programs(x) // side_by_side, ceil_div(terms, multiple)))
     size = ceil_div(ceil_div(terms, count), multiple) * multiple
     return Split(ceil_div(terms, size), size)
 
 
+def _block(n: int, most: int, least: int = 16) -> int:
+    """A block for n: a power of two, at least what a matrix unit takes."""
+    return max(least, min(power_of_2(n), most))
+
+
 class Product(NamedTuple):
-    """A tile of a plain product."""
+    """A block of a plain product, [rows, columns], `depth` terms a step."""
 
     rows: int
     columns: int
@@ -97,34 +61,43 @@ class Product(NamedTuple):
     warps: int
     stages: int
 
+    def options(self) -> dict[str, int]:
+        return {
+            "R": self.rows, "C": self.columns, "Q": self.depth, "num_warps": self.warps,
+            "num_stages": self.stages,
+        }  # fmt: skip
+
+
+def product(rows: int, columns: int, depth: int, x: Tensor) -> Product:
+    return Product(_block(rows, 64), _block(columns, 64), _block(depth, 128 // x.element_size()), 4, 3)
+
 
 class Tile(NamedTuple):
-    """Samples of a tile, warps of a program, stages of its loads."""
+    """A block of a routed pass: samples, input capsules, components of an output and of an input capsule."""
 
     rows: int
+    inputs: int
+    outputs: int
+    depth: int
     warps: int
     stages: int
 
 
-def _rows(B: int, most: int) -> int:
-    return max(16, min(power_of_2(B), most))
+# Numbers (input capsules × components) of u of one sample in a block.
+_INPUTS = 64
 
 
-def uniform_pass(B: int, columns: int, inputs: int, x: Tensor) -> Product:
-    rows = _rows(B, 64)
-    wide = min(max(power_of_2(columns), 16), 128)
-    deep = min(max(power_of_2(inputs), 16), 128 // x.element_size())
-    return Product(rows, wide, deep, 4, 3)
+def _tile(B: int, I: int, D: int, K: int, rows: int) -> Tile:  # noqa: E741
+    rows = _block(B, rows)
+    depth = power_of_2(K)
+    inputs = max(_INPUTS // depth, 1)
+    inputs = max(min(inputs, power_of_2(I)), ceil_div(16, depth))
+    return Tile(rows, inputs, _block(D, 64), depth, max(1, rows // 16), 2)
 
 
-def routed_pass(B: int, columns: int, gradient: bool) -> Tile:
-    """A thread holds V, û and the sums, each rows · columns / threads numbers; backward ∂s as well."""
-    rows = _rows(B, 32)
-    held = 20 if gradient else 40
-    return Tile(rows, max(1, min(8, power_of_2(rows * columns // (32 * held)))), 2)
+def routed_pass(B: int, I: int, D: int, K: int, x: Tensor) -> Tile:  # noqa: E741
+    return _tile(B, I, D, K, 64)
 
 
-def gradient(B: int, columns: int) -> Tile:
-    """A thread holds û, ∂û, V and ∂s, each rows · columns / threads numbers."""
-    rows = _rows(B, 32)
-    return Tile(rows, max(1, min(8, power_of_2(rows * columns // (32 * 20)))), 2)
+def gradient(B: int, I: int, D: int, K: int, x: Tensor) -> Tile:  # noqa: E741
+    return _tile(B, I, D, K, 64)

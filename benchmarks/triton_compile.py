@@ -1,0 +1,136 @@
+"""Compiles, without a GPU, exactly the kernels that a call would launch on a given one, and reads their resources.
+
+The call itself runs, on tensors without memory; each launch compiles its kernel for the target instead.
+"""
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# Shared memory that one program may have, in bytes (CUDA C++ programming guide, table of compute capabilities;
+# the local data share of CDNA 3).
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One launch: the kernel as compiled for the target, and how many programs would run."""
+
+    kernel: str
+    programs: int
+    options: dict[str, Any]
+    artifact: Any
+
+    @property
+    def title(self) -> str:
+        flags = [name.lower() for name in ("GRADIENT", "NEEDS_U", "NEEDS_W") if self.options.get(name)]
+        return " ".join([self.kernel.removesuffix("_kernel"), *flags])
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a program takes on an NVIDIA GPU: registers and stack bytes of a thread, shared bytes, instructions."""
+
+    registers: int
+    stack: int
+    shared: int
+    instructions: Counter[str]
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of local memory."""
+        return self.instructions["LDL"] + self.instructions["STL"]
+
+    @property
+    def tensor_core(self) -> int:
+        """Instructions of the matrix unit."""
+        return sum(self.instructions[name] for name in ("HMMA", "HGMMA", "UTCHMMA", "OMMA"))
+
+
+class _Driver:
+    """What Triton asks of a driver before it launches."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.target]
+
+    def get_current_device(self) -> str:
+        return self.target  # the key under which Triton keeps what it compiled
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(target: str, tf32: bool = False) -> Iterator[list[Compiled]]:
+    """Launches inside compile for the target and are listed; nothing runs. TF32 is allowed or not."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("Triton's interpreter is on (TRITON_INTERPRET): there is nothing to compile")
+    found: list[Compiled] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+        artifact = run(self, *args, grid=grid, warmup=True, **options)
+        found.append(Compiled(self.fn.__name__, grid[0], options, artifact))
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    hip = "AMD" if TARGETS[target].backend == "hip" else None
+    try:
+        with (
+            mock.patch.object(triton.runtime.driver, "_active", _Driver(target)),
+            mock.patch.object(JITFunction, "run", compile_only),
+            mock.patch.object(torch.version, "hip", hip),
+        ):
+            yield found
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _tool(name: str) -> str:
+    """A program of the CUDA toolkit: the one that Triton carries, else the one on the path."""
+    carried = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    found = str(carried) if carried.exists() else shutil.which(name)
+    if found is None:
+        raise FileNotFoundError(f"{name} comes neither with this Triton nor with a CUDA toolkit on the path")
+    return found
+
+
+def resources(compiled: Compiled) -> Resources:
+    """Reads registers, stack and instructions from the binary for an NVIDIA GPU."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.artifact.asm["cubin"])
+        file.flush()
+        tool = _tool("cuobjdump")
+        usage, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if numbers is None:
+        raise ValueError(f"cuobjdump -res-usage says nothing of registers: {usage!r}")
+    names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE)
+    shared = compiled.artifact.metadata.shared
+    return Resources(int(numbers[1]), int(numbers[2]), shared, Counter(names))
