@@ -416,7 +416,9 @@ def capsule_routing_backward(
             return grad_u, grad_weight, sums.bias_gradient(grad_s, weight)
         statistics = s.new_empty(0 if detach else (last, 3, layer.B, layer.I))
         if not detach:
-            sums.reduce_backward(layer.routed_pass, total, grad_s, s, statistics)
+            sums.reduce_backward(
+                lambda v, grad, t: layer.routed_pass(v, grad, statistics[t]), total, grad_s, s
+            )
         grad_u, grad_weight = u.new_empty(0), u.new_empty(0)
         if needs_u or needs_weight:
             grad_u, grad_weight = layer.routed_gradient(

@@ -152,17 +152,16 @@ def finish_reduction(partials: Tensor, s: Tensor, grad_total: Tensor, grad_s: Te
 
 
 def reduce_backward(
-    routed_pass: Callable[[Tensor, Tensor, Tensor], Tensor],
-    total: Tensor,
-    grad_s: Tensor,
-    s: Tensor,
-    statistics: Tensor,
+    routed_pass: Callable[[Tensor, Tensor, int], Tensor], total: Tensor, grad_s: Tensor, s: Tensor
 ) -> None:
-    """∂s of all passes before the last, from the last down; `routed_pass` makes the sums of ∂b û over i."""
+    """∂s of all passes before the last, from the last down.
+
+    `routed_pass` makes the partial sums of ∂b û over i, from V, ∂s and the number of the pass less one.
+    """
     grad_total = s.new_empty(s.shape[1:])
     last = len(s) - 1
     for t in range(last, 0, -1):
-        partials = routed_pass(total[t - 1], grad_s[t], statistics[t - 1])
+        partials = routed_pass(total[t - 1], grad_s[t], t - 1)
         finish_reduction(partials, s[t - 1], grad_total, grad_s[t - 1], t == last)
 
 

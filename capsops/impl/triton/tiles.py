@@ -29,8 +29,10 @@ def _processors(index: int) -> int:
 
 
 def programs(x: Tensor) -> int:
-    """Programs that fill the device; for tensors that are not on a GPU those of an H100."""
-    return _PROGRAMS * (_processors(x.device.index) if x.device.type == "cuda" else 132)
+    """Programs that fill the device; for tensors without memory those of an H100, for the interpreter a few."""
+    if x.device.type == "cuda":
+        return _PROGRAMS * _processors(x.device.index)
+    return _PROGRAMS * (132 if x.device.type == "meta" else 2)
 
 
 class Split(NamedTuple):
@@ -101,3 +103,46 @@ def routed_pass(B: int, I: int, D: int, K: int, x: Tensor) -> Tile:  # noqa: E74
 
 def gradient(B: int, I: int, D: int, K: int, x: Tensor) -> Tile:  # noqa: E741
     return _tile(B, I, D, K, 64)
+
+
+class Predictions(NamedTuple):
+    """A block of û of one input capsule: samples, columns (j, d), components of the input capsule."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        return {
+            "R": self.rows, "C": self.columns, "KB": self.depth, "num_warps": self.warps,
+            "num_stages": self.stages,
+        }  # fmt: skip
+
+
+def predictions(B: int, columns: int, K: int) -> Predictions:
+    return Predictions(_block(B, 64), _block(columns, 128), _block(K, 32), 4, 2)
+
+
+class Given(NamedTuple):
+    """A block of a given û: input capsules, output capsules, components."""
+
+    inputs: int
+    outputs: int
+    components: int
+    warps: int
+
+    def options(self) -> dict[str, int]:
+        return {"C": self.inputs, "JB": self.outputs, "DP": self.components, "num_warps": self.warps}
+
+
+# Numbers of û in a block, and at most so many of one input capsule.
+_GIVEN, _GIVEN_OF_ONE = 4096, 2048
+
+
+def given(I: int, J: int, D: int) -> Given:  # noqa: E741
+    components = power_of_2(D)
+    outputs = max(1, min(power_of_2(J), _GIVEN_OF_ONE // components))
+    inputs = max(1, min(power_of_2(I), _GIVEN // (outputs * components)))
+    return Given(inputs, outputs, components, 4)

@@ -1,0 +1,254 @@
+"""Routing of given predictions û [B, I, J, D]: every pass reads û once, from the memory or the cache behind it.
+
+Forward, for t = 1…T: cᵗ = softmax_j(û · Vᵗ⁻¹), sᵗ = Σ_i cᵗ û + β, Vᵗ = Vᵗ⁻¹ + squash(sᵗ).
+Backward: for t = T…2, a = û · ∂sᵗ, ∂b = c (a − Σ_j c a), ∂Vᵗ⁻¹ = ∂Vᵗ + Σ_i ∂b û; then
+∂û = Σ_t (cᵗ ∂sᵗ + ∂bᵗ Vᵗ⁻¹).
+
+A block is [C input capsules, JB output capsules, DP components] of one sample. Where it holds all j, û is loaded
+once; else a first walk over the j leaves the largest logit, Σ exp and Σ c a of each i in registers, and a second one
+finds û in the cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from capsops.impl.triton import sums, tiles
+from capsops.impl.triton.capsules import power
+from capsops.impl.triton.launch import launch, on_device
+from capsops.impl.triton.tiles import ceil_div
+
+
+@triton.jit
+def _load(p_x, row, m_row, j, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Capsules j of the rows, which begin at `row`, in float32: [rows, JB, DP]."""
+    d = tl.arange(0, DP)
+    mask = m_row[:, None, None] & (j < J)[None, :, None] & (d < D)[None, None, :]
+    p = p_x + row[:, None, None] + (j * D)[None, :, None] + d[None, None, :]
+    return tl.load(p, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_one(p_x, j, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Capsules j of one sample: [1, JB, DP]."""
+    d = tl.arange(0, DP)
+    mask = (j < J)[:, None] & (d < D)[None, :]
+    return tl.load(p_x + (j * D)[:, None] + d[None, :], mask=mask, other=0.0)[None, :, :]
+
+
+@triton.jit
+def _logits(b_u_hat, b_v, j, J: tl.constexpr):
+    """û · V [C, JB], −∞ for a j that is not."""
+    return tl.where((j < J)[None, :], tl.sum(b_u_hat * b_v, 2), -float("inf"))
+
+
+@triton.jit
+def _softmax(logits, LEAKY: tl.constexpr):
+    """c of logits of all j [C, JB]. LEAKY: one more, 0, takes part."""
+    top = tl.max(logits, 1)
+    if LEAKY:
+        top = tl.maximum(top, 0.0)
+    e = power(logits - top[:, None])
+    z = tl.sum(e, 1)
+    if LEAKY:
+        z += power(-top)
+    return e * (1.0 / z)[:, None]
+
+
+@triton.jit
+def _statistics(
+    p_u_hat, p_v, p_grad_s, row, m_row, C: tl.constexpr, J: tl.constexpr, D: tl.constexpr, JB: tl.constexpr,
+    DP: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Of each i: the largest logit, 1 / Σ_j exp(b − largest) and, with GRADIENT, Σ_j c a; all [C]."""
+    top = tl.full([C], -float("inf"), tl.float32)
+    z = tl.zeros([C], tl.float32)
+    mean = tl.zeros([C], tl.float32)
+    if LEAKY:
+        top = tl.zeros([C], tl.float32)
+        z = tl.full([C], 1.0, tl.float32)
+    for first in range(0, J, JB):
+        j = first + tl.arange(0, JB)
+        b_u_hat = _load(p_u_hat, row, m_row, j, J, D, DP)
+        b = _logits(b_u_hat, _load_one(p_v, j, J, D, DP), j, J)
+        higher = tl.maximum(top, tl.max(b, 1))
+        shrink = tl.exp(top - higher)
+        e = power(b - higher[:, None])
+        z = z * shrink + tl.sum(e, 1)
+        if GRADIENT:
+            a = tl.sum(b_u_hat * _load_one(p_grad_s, j, J, D, DP), 2)
+            mean = mean * shrink + tl.sum(e * a, 1)
+        top = higher
+    return top, 1.0 / z, mean / z
+
+
+@triton.jit(do_not_specialize=["I", "parts", "size"])
+def given_pass_kernel(
+    p_u_hat, p_total, p_grad_s, p_partials, B, I, parts, size,
+    J: tl.constexpr, D: tl.constexpr, C: tl.constexpr, JB: tl.constexpr, DP: tl.constexpr,
+    UNIFORM: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Σ_i û (UNIFORM), Σ_i c û or, with GRADIENT, Σ_i ∂b û, over `size` input capsules of one sample."""
+    pid = tl.program_id(0).to(tl.int64)
+    b = pid // parts
+    part = pid % parts
+    p_total = p_total + b * (J * D)
+    p_grad_s = p_grad_s + b * (J * D)
+    d = tl.arange(0, DP)
+    begin = part * size
+    end = tl.minimum(begin + size, I)
+    p_sum = p_partials + (part * B + b) * (J * D)
+    if UNIFORM or J <= JB:
+        # One block of j at a time, its sum in registers; for a routed pass there is one only.
+        for first in range(0, J, JB):
+            j = first + tl.arange(0, JB)
+            b_sum = tl.zeros([C, JB, DP], tl.float32)
+            if not UNIFORM:
+                b_v = _load_one(p_total, j, J, D, DP)
+                if GRADIENT:
+                    b_g = _load_one(p_grad_s, j, J, D, DP)
+            for at in range(begin, end, C):
+                i = at + tl.arange(0, C)
+                b_u_hat = _load(p_u_hat, (b * I + i) * (J * D), i < end, j, J, D, DP)
+                if UNIFORM:
+                    b_sum += b_u_hat
+                else:
+                    logits = _logits(b_u_hat, b_v, j, J)
+                    c = _softmax(logits, LEAKY)
+                    if GRADIENT:
+                        a = tl.sum(b_u_hat * b_g, 2)
+                        c = c * (a - tl.sum(c * a, 1)[:, None])
+                    b_sum += c[:, :, None] * b_u_hat
+            mask = (j < J)[:, None] & (d < D)[None, :]
+            tl.store(p_sum + (j * D)[:, None] + d[None, :], tl.sum(b_sum, 0), mask=mask)
+    else:
+        for at in range(begin, end, C):
+            i = at + tl.arange(0, C)
+            row = (b * I + i) * (J * D)
+            m_row = i < end
+            top, factor, mean = _statistics(
+                p_u_hat, p_total, p_grad_s, row, m_row, C, J, D, JB, DP, LEAKY, GRADIENT
+            )
+            for first in range(0, J, JB):
+                j = first + tl.arange(0, JB)
+                b_u_hat = _load(p_u_hat, row, m_row, j, J, D, DP)
+                logits = _logits(b_u_hat, _load_one(p_total, j, J, D, DP), j, J)
+                c = power(logits - top[:, None]) * factor[:, None]
+                if GRADIENT:
+                    a = tl.sum(b_u_hat * _load_one(p_grad_s, j, J, D, DP), 2)
+                    c = c * (a - mean[:, None])
+                mask = (j < J)[:, None] & (d < D)[None, :]
+                p_jd = p_sum + (j * D)[:, None] + d[None, :]
+                b_sum = tl.sum(c[:, :, None] * b_u_hat, 0)
+                b_sum += tl.load(p_jd, mask=mask & (at > begin), other=0.0)
+                tl.store(p_jd, b_sum, mask=mask)
+            tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["I", "parts", "passes"])
+def given_gradient_kernel(
+    p_u_hat, p_total, p_grad_s, p_grad, B, I, parts, passes, factor,
+    J: tl.constexpr, D: tl.constexpr, C: tl.constexpr, JB: tl.constexpr, DP: tl.constexpr,
+    ROUTED: tl.constexpr, LEAKY: tl.constexpr, DETACH: tl.constexpr,
+):  # fmt: skip
+    """∂û of C input capsules of one sample: factor · ∂s¹ + Σ_t (cᵗ ∂sᵗ + ∂bᵗ Vᵗ⁻¹), or c ∂s of the last pass."""
+    pid = tl.program_id(0).to(tl.int64)
+    b = pid // parts
+    i = (pid % parts) * C + tl.arange(0, C)
+    row = (b * I + i) * (J * D)
+    m_row = i < I
+    d = tl.arange(0, DP)
+    layer = B.to(tl.int64) * (J * D)
+    p_total = p_total + b * (J * D)
+    p_grad_s = p_grad_s + b * (J * D)
+    for first in range(0, J, JB):
+        j = first + tl.arange(0, JB)
+        found = tl.zeros([C, JB, DP], tl.float32)
+        if not ROUTED or not DETACH:
+            found += factor * _load_one(p_grad_s, j, J, D, DP)
+        if ROUTED:
+            b_u_hat = _load(p_u_hat, row, m_row, j, J, D, DP)
+            begin = 1
+            if DETACH:
+                begin = passes - 1
+            for t in range(begin, passes):
+                p_v = p_total + (t - 1) * layer
+                p_s = p_grad_s + t * layer
+                b_v = _load_one(p_v, j, J, D, DP)
+                b_s = _load_one(p_s, j, J, D, DP)
+                logits = _logits(b_u_hat, b_v, j, J)
+                if J <= JB:
+                    c = _softmax(logits, LEAKY)
+                    a = tl.sum(b_u_hat * b_s, 2)
+                    mean = tl.sum(c * a, 1)
+                else:
+                    top, norm, mean = _statistics(
+                        p_u_hat, p_v, p_s, row, m_row, C, J, D, JB, DP, LEAKY, not DETACH
+                    )
+                    c = power(logits - top[:, None]) * norm[:, None]
+                    a = tl.sum(b_u_hat * b_s, 2)
+                found += c[:, :, None] * b_s
+                if not DETACH:
+                    found += (c * (a - mean[:, None]))[:, :, None] * b_v
+        mask = m_row[:, None, None] & (j < J)[None, :, None] & (d < D)[None, None, :]
+        p = p_grad + row[:, None, None] + (j * D)[None, :, None] + d[None, None, :]
+        tl.store(p, found.to(p_grad.dtype.element_ty), mask=mask)
+
+
+class Given:
+    """The shapes of one call, and the launches of its passes."""
+
+    def __init__(self, u_hat: Tensor, leaky: bool) -> None:
+        self.u_hat, self.leaky = u_hat, leaky
+        self.B, self.I, self.J, self.D = u_hat.shape
+        self.tile = tiles.given(self.I, self.J, self.D)
+        self.options = {"J": self.J, "D": self.D, **self.tile.options(), "LEAKY": leaky}
+
+    def sums_of_pass(self, parts: int) -> Tensor:
+        return self.u_hat.new_empty(parts, self.B, self.J, self.D, dtype=torch.float32)
+
+    def a_pass(self, total: Tensor | None, grad_s: Tensor | None) -> Tensor:
+        """Sums over parts of i [parts, B, J, D]: of û; of c û, given V; of ∂b û, given ∂s as well."""
+        parts = tiles.split(self.I, self.B, self.u_hat, self.tile.inputs)
+        found = self.sums_of_pass(parts.count)
+        launch(
+            given_pass_kernel, self.B * parts.count, self.u_hat, found if total is None else total,
+            found if grad_s is None else grad_s, found, self.B, self.I, parts.count, parts.size,
+            UNIFORM=total is None, GRADIENT=grad_s is not None, **self.options,
+        )  # fmt: skip
+        return found
+
+
+def dynamic_routing(
+    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool
+) -> tuple[Tensor, Tensor]:
+    with on_device(u_hat):
+        given = Given(u_hat, leaky)
+        s = given.sums_of_pass(max(iterations, 1))
+        v, total = u_hat.new_empty(s.shape[1:]), s.new_empty(s.shape[1:])
+        for t in range(len(s)):
+            found = given.a_pass(None if t == 0 else total, None)
+            count = given.J + leaky if t == 0 and iterations else 1
+            sums.finish_pass(found, bias, s[t], total, v, count, t == 0, t == len(s) - 1)
+    return v, s
+
+
+def dynamic_routing_backward(
+    grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool
+) -> tuple[Tensor, Tensor]:
+    with on_device(u_hat):
+        given = Given(u_hat, leaky)
+        total, grad_s = sums.prepare_backward(grad, s)
+        last = len(s) - 1
+        if not detach:
+            sums.reduce_backward(lambda v, grad, _: given.a_pass(v, grad), total, grad_s, s)
+        grad_u_hat = torch.empty_like(u_hat)
+        parts = ceil_div(given.I, given.tile.inputs)
+        factor = 1 / (given.J + leaky) if iterations else 1.0
+        launch(
+            given_gradient_kernel, given.B * parts, u_hat, total, grad_s, grad_u_hat, given.B, given.I, parts,
+            len(s), factor, ROUTED=last > 0, DETACH=detach, **given.options,
+        )  # fmt: skip
+        grad_bias = sums.bias_gradient(grad_s[last if detach else 0 :], u_hat)
+    return grad_u_hat, grad_bias
