@@ -91,7 +91,9 @@ def compiling(target: str, tf32: bool = False) -> Iterator[list[Compiled]]:
     found: list[Compiled] = []
     run = JITFunction.run
 
-    def compile_only(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+    def compile_only(
+        self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any
+    ) -> None:
         artifact = run(self, *args, grid=grid, warmup=True, **options)
         found.append(Compiled(self.fn.__name__, grid[0], options, artifact))
 

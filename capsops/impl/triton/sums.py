@@ -97,15 +97,18 @@ def finish_reduction_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
-def add_rows_kernel(p_x, p_out, rows, columns, R: tl.constexpr, C: tl.constexpr):
-    """Σ over the rows of x [rows, columns], in a fixed order."""
+def add_rows_kernel(
+    p_x, p_out, rows, columns, R: tl.constexpr, RUN: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """Σ over the rows of x [rows, columns], in a fixed order: R at once, in runs that keep rounding small."""
     column = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
     m_column = (column < columns)[None, :]
     b_sum = tl.zeros([C], tl.float32)
     for first in range(0, rows, R):
         row = first + tl.arange(0, R)
         p = p_x + row.to(tl.int64)[:, None] * columns + column[None, :]
-        b_sum += tl.sum(tl.load(p, mask=(row < rows)[:, None] & m_column, other=0.0), 0)
+        b_x = tl.load(p, mask=(row < rows)[:, None] & m_column, other=0.0)
+        b_sum += tl.sum(tl.sum(tl.reshape(b_x, [R // RUN, RUN, C]), 1), 0)
     tl.store(p_out + column, b_sum.to(p_out.dtype.element_ty), mask=column < columns)
 
 
@@ -171,7 +174,9 @@ def add_rows(x: Tensor, out: Tensor) -> None:
     rows = x.numel() // columns
     R = min(power_of_2(rows), 512)
     C = min(power_of_2(columns), 4096 // R)
-    launch(add_rows_kernel, ceil_div(columns, C), x, out, rows, columns, R=R, C=C, num_warps=4)
+    launch(
+        add_rows_kernel, ceil_div(columns, C), x, out, rows, columns, R=R, RUN=min(R, 16), C=C, num_warps=4
+    )
 
 
 @contextmanager

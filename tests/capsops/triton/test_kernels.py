@@ -1,0 +1,323 @@
+"""Every kernel against the reference under Triton's interpreter, which is chosen before Triton is imported.
+
+So these run in a process of its own, started by test_interpreter.py, or by hand:
+`TRITON_INTERPRET=1 pytest tests/capsops/triton/test_kernels.py`.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import capsops
+from capsops import dispatch, reference
+from tests.capsops.cases import (
+    LAYOUTS,
+    LOW_PRECISION,
+    Options,
+    Shape,
+    layer_inputs,
+    routing_inputs,
+    runs_in_other_orders,
+    value_and_gradients,
+)
+from tests.capsops.compare import assert_all_low_precision, assert_low_precision
+
+triton_kernels = pytest.importorskip("capsops.impl.triton", reason="Triton is not installed")
+if not triton_kernels.INTERPRETED:
+    pytest.skip("Triton's interpreter is off", allow_module_level=True)
+
+# Sizes that divide nothing; D, K and J below and above what a block holds; several blocks of each axis.
+SHAPES = [
+    Shape(5, 9, 10, 16, 8),
+    Shape(3, 17, 3, 4, 4),
+    Shape(1, 7, 11, 8, 16),
+    Shape(2, 33, 2, 3, 5),
+    Shape(66, 3, 2, 4, 3),
+    Shape(2, 2, 3, 70, 20),
+]
+FEW_OPTIONS = [
+    Options(0, bias=True),
+    Options(1, leaky=True),
+    Options(2, leaky=True, detach=True, bias=True),
+    Options(3, bias=True),
+]
+ALL_OPTIONS = [Options(*option) for option in product(range(5), *[(False, True)] * 3)]
+SMALL = Shape(3, 5, 3, 4, 4)
+
+
+def dtypes_by_shape(shapes: list[Shape]) -> list[Any]:
+    """Every shape in float32, two of them in every dtype; the others in 16 bit are slow."""
+    return [
+        pytest.param(shape, dtype, marks=pytest.mark.slow if dtype != torch.float32 and n > 1 else ())
+        for n, shape in enumerate(shapes)
+        for dtype in LOW_PRECISION
+    ]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Memory that nothing was written to is NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def layer(options: Options, impl: str = "triton") -> Callable[..., Tensor]:
+    return partial(capsops.capsule_routing, impl=impl, **options.keywords())
+
+
+def plain_layer(options: Options) -> Callable[..., Tensor]:
+    return partial(reference.capsule_routing, **options.keywords())
+
+
+def routing(options: Options) -> Callable[..., Tensor]:
+    return partial(capsops.dynamic_routing, impl="triton", **options.keywords())
+
+
+def plain_routing(options: Options) -> Callable[..., Tensor]:
+    return partial(reference.dynamic_routing, **options.keywords())
+
+
+def double(inputs: Any) -> list[Tensor | None]:
+    return [None if x is None else x.double() for x in inputs]
+
+
+def upstream_of(shape: Shape, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape.B, shape.J, shape.D).to(dtype)
+
+
+def check_layer(shape: Shape, options: Options, dtype: torch.dtype) -> None:
+    inputs, upstream = layer_inputs(shape, options.bias, dtype), upstream_of(shape, dtype)
+    assert_all_low_precision(
+        value_and_gradients(layer(options), inputs, upstream),
+        runs_in_other_orders(plain_layer(options), inputs, (1, 0, None), upstream),
+        value_and_gradients(plain_layer(options), double(inputs), upstream.double()),
+    )
+
+
+def check_routing(shape: Shape, options: Options, dtype: torch.dtype) -> None:
+    inputs, upstream = routing_inputs(shape, options.bias, dtype), upstream_of(shape, dtype)
+    assert_all_low_precision(
+        value_and_gradients(routing(options), inputs, upstream),
+        runs_in_other_orders(plain_routing(options), inputs, (1, None), upstream),
+        value_and_gradients(plain_routing(options), double(inputs), upstream.double()),
+    )
+
+
+def test_memory_is_poisoned() -> None:
+    for x in (torch.empty(3), torch.ones(3).new_empty(3), torch.empty_like(torch.ones(3))):
+        assert x.isnan().all()
+
+
+def test_triton_serves_cpu_tensors_here() -> None:
+    assert ("triton", "cpu", True, "") in dispatch.describe()
+    assert dispatch.resolve("triton", "cpu") == "triton"
+
+
+@pytest.mark.parametrize("options", FEW_OPTIONS, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), dtypes_by_shape(SHAPES), ids=str)
+def test_capsule_routing(shape: Shape, options: Options, dtype: torch.dtype) -> None:
+    check_layer(shape, options, dtype)
+
+
+@pytest.mark.parametrize("options", ALL_OPTIONS, ids=str)
+def test_all_options_of_capsule_routing(options: Options) -> None:
+    check_layer(SMALL, options, torch.float32)
+
+
+@pytest.mark.parametrize("options", FEW_OPTIONS, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), dtypes_by_shape([*SHAPES, Shape(2, 3, 9, 300, 1)]), ids=str)
+def test_dynamic_routing(shape: Shape, options: Options, dtype: torch.dtype) -> None:
+    check_routing(shape, options, dtype)
+
+
+@pytest.mark.parametrize("options", ALL_OPTIONS, ids=str)
+def test_all_options_of_dynamic_routing(options: Options) -> None:
+    check_routing(SMALL, options, torch.float32)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), dtypes_by_shape([*SHAPES, Shape(2, 3, 9, 16, 40)]), ids=str)
+def test_predictions(shape: Shape, dtype: torch.dtype) -> None:
+    inputs = layer_inputs(shape, dtype=dtype)[:2]
+    upstream = torch.randn(shape.B, shape.I, shape.J, shape.D).to(dtype)
+    assert_all_low_precision(
+        value_and_gradients(partial(capsops.predictions, impl="triton"), inputs, upstream),
+        [value_and_gradients(reference.predictions, inputs, upstream)],
+        value_and_gradients(reference.predictions, double(inputs), upstream.double()),
+    )
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize(
+    "options", [Options(0), Options(1, leaky=True), Options(2, leaky=True), Options(3)], ids=str
+)
+@pytest.mark.parametrize("shape", [Shape(5, 9, 10, 16, 8), Shape(2, 17, 3, 3, 5)], ids=str)
+def test_couplings(shape: Shape, options: Options, dtype: torch.dtype) -> None:
+    inputs = layer_inputs(shape, True, dtype)
+    keywords = {"iterations": options.iterations, "leaky": options.leaky}
+    assert_low_precision(
+        capsops.couplings(*inputs, impl="triton", **keywords),
+        [reference.couplings(*inputs, **keywords)],
+        reference.couplings(*double(inputs), **keywords),
+        factor=2,
+    )
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((33, 7), 1), ((3, 5, 7), 1), ((7,), 0), ((2, 1500), 1), ((1500, 2), 0), ((2, 1, 3), 1)],
+)
+def test_squash(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
+    s, upstream = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    assert_all_low_precision(
+        value_and_gradients(partial(capsops.squash, dim=dim, impl="triton"), [s], upstream),
+        [value_and_gradients(partial(reference.squash, dim=dim), [s], upstream)],
+        value_and_gradients(partial(reference.squash, dim=dim), [s.double()], upstream.double()),
+    )
+
+
+@pytest.mark.parametrize("needs", [(True, False, True), (False, True, True), (False, False, True)])
+@pytest.mark.parametrize(
+    "options", [Options(1, bias=True), Options(3, bias=True), Options(2, detach=True)], ids=str
+)
+def test_gradients_that_are_not_needed(options: Options, needs: tuple[bool, ...]) -> None:
+    inputs = layer_inputs(SMALL, True, torch.float32)
+    got = value_and_gradients(layer(options), inputs, None, needs)
+    want = value_and_gradients(layer(options), inputs)
+    assert len(got) == 1 + sum(needs)
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, want[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layout_changes_nothing(layout: str) -> None:
+    arrange, dtype = LAYOUTS[layout], torch.float32
+    for function, inputs in (
+        (layer(Options(2)), layer_inputs(SMALL, True, dtype)),
+        (routing(Options(2)), routing_inputs(SMALL, True, dtype)),
+    ):
+        strided = [arrange(x) for x in inputs]
+        upstream = arrange(upstream_of(SMALL, dtype))
+        got = value_and_gradients(function, strided, upstream)
+        want = value_and_gradients(function, [x.contiguous() for x in strided], upstream.contiguous())
+        for name, tensor in want.items():
+            assert torch.equal(got[name], tensor), name
+
+
+def test_the_same_bits_every_time() -> None:
+    inputs = layer_inputs(Shape(66, 5, 2, 4, 4), True, torch.float32)
+    first, second = (value_and_gradients(layer(Options(3)), inputs) for _ in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", ["u", "weight", "bias", "grad"])
+@pytest.mark.parametrize("options", [Options(0), Options(1), Options(3, leaky=True)], ids=str)
+def test_what_is_not_finite_stays_so_and_stays_alone(options: Options, where: str, bad: float) -> None:
+    shape = Shape(17, 5, 3, 4, 3)
+    u, weight, bias = layer_inputs(shape, True, torch.float32)
+    upstream = upstream_of(shape, torch.float32)
+    broken = {"u": u, "weight": weight, "bias": bias, "grad": upstream}[where]
+    broken.view(-1)[broken.numel() // 2] = bad
+    got = value_and_gradients(layer(options), [u, weight, bias], upstream)
+    want = value_and_gradients(plain_layer(options), double([u, weight, bias]), upstream.double())
+    for name, tensor in want.items():
+        assert torch.equal(got[name].isfinite().all(-1), tensor.isfinite().all(-1)), name
+
+
+@pytest.mark.parametrize("leaky", [False, True])
+def test_large_logits(leaky: bool) -> None:
+    """Logits of ±10⁴: the softmax is all or nothing, and no gradient overflows."""
+    u, weight, _ = layer_inputs(Shape(5, 7, 3, 4, 3), dtype=torch.float32)
+    inputs, options = [u, weight * 1e4], Options(3, leaky=leaky)
+    got = value_and_gradients(layer(options), inputs)
+    want = value_and_gradients(plain_layer(options), double(inputs))
+    torch.testing.assert_close(got["value"].double(), want["value"], rtol=0, atol=1e-4)
+    assert all(x.isfinite().all() for x in got.values())
+
+
+def test_a_coupling_that_vanishes_is_zero() -> None:
+    u_hat = torch.zeros(5, 40, 2, 1)
+    u_hat[:, :, 0], u_hat[:, :, 1] = 1e35, 3e34
+    want = reference.dynamic_routing(u_hat, iterations=2)
+    assert torch.equal(capsops.dynamic_routing(u_hat, iterations=2, impl="triton"), want)
+
+
+@pytest.mark.parametrize("size", [3e38, 1e-38])
+def test_squash_at_the_ends_of_the_range(size: float) -> None:
+    s = torch.full((3, 8), size, requires_grad=True)
+    v = capsops.squash(s, impl="triton")
+    torch.testing.assert_close(v, reference.squash(s.double()).float(), rtol=1e-6, atol=0)
+    v.sum().backward()
+    assert s.grad.isfinite().all()
+
+
+def test_squash_of_zero() -> None:
+    s = torch.zeros(3, 4, requires_grad=True)
+    v = capsops.squash(s, impl="triton")
+    v.sum().backward()
+    assert torch.equal(v, torch.zeros(3, 4))
+    assert torch.equal(s.grad, torch.zeros(3, 4))
+
+
+def test_float64_is_not_served() -> None:
+    message = r"^impl='triton' serves float32, bfloat16 and float16, got torch.float64$"
+    u, weight, bias = layer_inputs(SMALL, True)
+    for call in (
+        lambda: capsops.squash(u, impl="triton"),
+        lambda: capsops.predictions(u, weight, impl="triton"),
+        lambda: capsops.dynamic_routing(torch.randn(2, 3, 4, 5).double(), impl="triton"),
+        lambda: capsops.capsule_routing(u, weight, bias, impl="triton"),
+        lambda: capsops.couplings(u, weight, bias, impl="triton"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def op_calls() -> dict[str, tuple[Any, ...]]:
+    B, I, J, D, K = 2, 3, 2, 4, 2  # noqa: E741
+    ops = torch.ops.capsops
+    u, weight, bias = (torch.randn(n, requires_grad=True) for n in ((B, I, K), (I, J, D, K), (J, D)))
+    u_hat, grad_u_hat = (torch.randn(B, I, J, D, requires_grad=True) for _ in range(2))
+    grad, s = (torch.randn(B, J, D, requires_grad=True) for _ in range(2))
+    sums = torch.randn(2, B, J, D)
+    return {
+        "squash": (ops.squash, s, 1),
+        "squash_backward": (ops.squash_backward, grad, s, 1),
+        "predictions": (ops.predictions, u, weight),
+        "predictions_backward": (ops.predictions_backward, grad_u_hat, u, weight, True, True),
+        "dynamic_routing": (ops.dynamic_routing, u_hat, bias, 2, False, False),
+        "dynamic_routing_backward": (ops.dynamic_routing_backward, grad, u_hat, bias, sums, 2, True, False),
+        "capsule_routing": (ops.capsule_routing, u, weight, bias, 2, False, False),
+        "capsule_routing_backward": (
+            ops.capsule_routing_backward, grad, u, weight, None, sums, 2, False, False, True, True,
+        ),
+        "couplings": (ops.couplings, u.detach(), weight.detach(), None, 2, False),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(op_calls()))
+def test_opcheck(name: str) -> None:
+    op, *args = op_calls()[name]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op.default, (*args, "triton"), test_utils=checks)
+
+
+def test_whole_graph_compiles() -> None:
+    """The op is opaque to torch.compile: one graph, the same bits."""
+    inputs = layer_inputs(SMALL, True, torch.float32)
+    compiled = torch.compile(layer(Options(2)), fullgraph=True, backend="aot_eager")
+    got, want = (value_and_gradients(function, inputs) for function in (compiled, layer(Options(2))))
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
