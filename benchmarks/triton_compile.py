@@ -43,7 +43,7 @@ class Compiled:
 
     @property
     def title(self) -> str:
-        flags = [name.lower() for name in ("GRADIENT", "NEEDS_U", "NEEDS_W") if self.options.get(name)]
+        flags = [name.lower() for name in ("UNIFORM", "GRADIENT", "NEEDS_U", "NEEDS_W") if self.options.get(name)]
         return " ".join([self.kernel.removesuffix("_kernel"), *flags])
 
 

@@ -174,18 +174,21 @@ def routed_gradient_kernel(
             )  # fmt: skip
         for j in range(J):
             for d_first in range(0, D, DB):
-                # ∂W of a block of d; ∂u, which needs all d at once, in the first of them.
+                # ∂W of a block of d; ∂u, which takes all d at once, counts in the first of them.
+                once = 1.0
+                if D > DB:
+                    once = tl.where(d_first == 0, 1.0, 0.0)
                 grad_w = tl.zeros([KP * C, DB], tl.float32)
                 if not DETACH:
                     if NEEDS_W:
                         b_s = load_outputs(p_grad_s, p_w, row, m_row, j, d_first + d, J, D)
                         b_x = tl.reshape(factor * b_u, [R, KP * C]).to(p_w.dtype.element_ty)
                         grad_w += product(tl.trans(b_x), b_s, PRECISION, WIDE)
-                    if NEEDS_U and d_first == 0:
+                    if NEEDS_U:
                         b_q = project(
                             p_grad_s, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE
                         )
-                        grad_u += factor * b_q
+                        grad_u += (factor * once) * b_q
                 for t in range(first, passes):
                     p_v = p_total + (t - 1) * layer
                     p_s = p_grad_s + t * layer
@@ -201,10 +204,10 @@ def routed_gradient_kernel(
                         b_mean = tl.load(p_t + 2 * statistics, mask=m_bi, other=0.0)
                         c = power(logit - b_top) * b_norm
                         grad_b = c * (tl.sum(b_q * b_u, 1) - b_mean)
-                    if NEEDS_U and d_first == 0:
-                        grad_u += c[:, None, :] * b_q
+                    if NEEDS_U:
+                        grad_u += (once * c)[:, None, :] * b_q
                         if not DETACH:
-                            grad_u += grad_b[:, None, :] * b_p
+                            grad_u += (once * grad_b)[:, None, :] * b_p
                     if NEEDS_W:
                         b_s = load_outputs(p_s, p_w, row, m_row, j, d_first + d, J, D)
                         b_x = tl.reshape(c[:, None, :] * b_u, [R, KP * C]).to(p_w.dtype.element_ty)
@@ -284,6 +287,7 @@ class Layer:
         self.u, self.weight, self.leaky = u, weight, leaky
         self.B, self.I, _ = u.shape
         _, self.J, self.D, self.K = weight.shape
+        self.sizes = self.B, self.I, self.D, self.K
         self.products = {"PRECISION": precision(u), "WIDE": INTERPRETED}
 
     def first_factor(self, iterations: int) -> float:
@@ -317,7 +321,7 @@ class Layer:
 
     def routed_pass(self, total: Tensor, grad_s: Tensor | None, statistics: Tensor) -> Tensor:
         """Sums over parts of i [parts, B, J, D] of c û or, with ∂s given, of ∂b û; `statistics` are left then."""
-        tile = tiles.routed_pass(self.B, self.I, self.D, self.K, self.u)
+        tile = tiles.routed_pass(*self.sizes, self.u, self.products["PRECISION"])
         batch_tiles = ceil_div(self.B, tile.rows)
         parts = tiles.split(ceil_div(self.I, tile.inputs), batch_tiles, self.u)
         found = self.sums_of_pass(parts.count)
@@ -371,7 +375,7 @@ class Layer:
         needs_weight: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """∂u and ∂W, given Vᵗ, ∂sᵗ and, without `detach`, the softmax statistics of all passes."""
-        tile = tiles.gradient(self.B, self.I, self.D, self.K, self.u)
+        tile = tiles.routed_gradient(*self.sizes, self.u, self.products["PRECISION"])
         chunks = ceil_div(self.I, tile.inputs)
         parts = tiles.split(self.B, chunks, self.u, tile.rows)
         grad_u = torch.empty_like(self.u) if needs_u else self.u.new_empty(0)

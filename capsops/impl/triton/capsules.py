@@ -66,10 +66,14 @@ def load_weights(
     p_w, i, j, d, I, J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, DB: tl.constexpr,
     KP: tl.constexpr,
 ):  # fmt: skip
-    """W_ij of a block of i and components d: [DB, KP · C]."""
+    """W_ij of a block of i and components d: [DB, KP · C].
+
+    Adding 0 keeps Triton from turning the block round in shared memory, where its compiler for sm_90 stops with
+    "Illegal shared layout" when C is below 8 (3.6 and 3.7).
+    """
     p = p_w + weight_offsets(i, j, d, J, D, K, KP)
     b_w = tl.load(p, mask=weight_mask(i, d, I, D, K, KP), other=0.0)
-    return tl.reshape(tl.permute(b_w, (1, 2, 0)), [DB, KP * C])
+    return tl.reshape(tl.permute(b_w, (1, 2, 0)), [DB, KP * C]) + 0.0
 
 
 @triton.jit

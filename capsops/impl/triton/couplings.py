@@ -43,7 +43,7 @@ def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, l
             return c.fill_(1 / (weight.shape[1] + leaky) if iterations else 1)
         layer = Layer(u, weight, leaky)
         _, _, total = layer.forward(bias, iterations, iterations - 1)
-        tile = tiles.routed_pass(layer.B, layer.I, layer.D, layer.K, u)
+        tile = tiles.routed_pass(*layer.sizes, u, layer.products["PRECISION"])
         batch_tiles = ceil_div(layer.B, tile.rows)
         launch(
             couplings_kernel, batch_tiles * ceil_div(layer.I, tile.inputs), u, weight, total, c, layer.B,

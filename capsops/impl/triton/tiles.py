@@ -85,24 +85,30 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Numbers (input capsules × components) of u of one sample in a block.
-_INPUTS = 64
+# Samples, numbers of u of one sample (input capsules × components), warps and stages of a block, by the unit that
+# makes the products: multiply-adds for IEEE float32, else the matrix unit. All without spills on sm_90.
+_ROUTED = {"ieee": (32, 64, 4, 2), "tf32": (64, 64, 4, 2), "16 bit": (64, 64, 4, 2)}
+_GRADIENT = {"ieee": (64, 32, 4, 2), "tf32": (32, 64, 4, 1), "16 bit": (64, 64, 4, 1)}
 
 
-def _tile(B: int, I: int, D: int, K: int, rows: int) -> Tile:  # noqa: E741
-    rows = _block(B, rows)
+def _tile(entry: tuple[int, int, int, int], B: int, I: int, D: int, K: int) -> Tile:  # noqa: E741
+    rows, numbers, warps, stages = entry
     depth = power_of_2(K)
-    inputs = max(_INPUTS // depth, 1)
-    inputs = max(min(inputs, power_of_2(I)), ceil_div(16, depth))
-    return Tile(rows, inputs, _block(D, 64), depth, max(1, rows // 16), 2)
+    inputs = max(1, min(numbers // depth, power_of_2(I)), ceil_div(16, depth))
+    fewer = _block(B, rows)
+    return Tile(fewer, inputs, _block(D, 64), depth, max(1, warps * fewer // rows), stages)
 
 
-def routed_pass(B: int, I: int, D: int, K: int, x: Tensor) -> Tile:  # noqa: E741
-    return _tile(B, I, D, K, 64)
+def _unit(x: Tensor, precision: str) -> str:
+    return precision if x.dtype == torch.float32 else "16 bit"
 
 
-def gradient(B: int, I: int, D: int, K: int, x: Tensor) -> Tile:  # noqa: E741
-    return _tile(B, I, D, K, 64)
+def routed_pass(B: int, I: int, D: int, K: int, x: Tensor, precision: str) -> Tile:  # noqa: E741
+    return _tile(_ROUTED[_unit(x, precision)], B, I, D, K)
+
+
+def routed_gradient(B: int, I: int, D: int, K: int, x: Tensor, precision: str) -> Tile:  # noqa: E741
+    return _tile(_GRADIENT[_unit(x, precision)], B, I, D, K)
 
 
 class Predictions(NamedTuple):
