@@ -1,4 +1,4 @@
-"""Compiles, without a GPU, exactly the kernels that a call would launch on a given one, and reads their resources.
+"""Compiles, without a GPU, the very kernels that a call would launch on one, and reads their resources.
 
 The call itself runs, on tensors without memory; each launch compiles its kernel for the target instead.
 """
@@ -27,8 +27,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# Shared memory that one program may have, in bytes (CUDA C++ programming guide, table of compute capabilities;
-# the local data share of CDNA 3).
+# Shared memory that one program may have, in bytes (CUDA C++ programming guide, compute capabilities; local
+# data share of CDNA 3).
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
@@ -43,13 +43,15 @@ class Compiled:
 
     @property
     def title(self) -> str:
-        flags = [name.lower() for name in ("UNIFORM", "GRADIENT", "NEEDS_U", "NEEDS_W") if self.options.get(name)]
+        flags = [
+            name.lower() for name in ("UNIFORM", "GRADIENT", "NEEDS_U", "NEEDS_W") if self.options.get(name)
+        ]
         return " ".join([self.kernel.removesuffix("_kernel"), *flags])
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a program takes on an NVIDIA GPU: registers and stack bytes of a thread, shared bytes, instructions."""
+    """What a program takes on an NVIDIA GPU: registers and stack bytes of a thread, shared bytes, code."""
 
     registers: int
     stack: int

@@ -1,8 +1,8 @@
 """`python -m benchmarks.triton_resources`: what each Triton kernel takes on each GPU, read without one.
 
-A row a kernel × dtype × shape class × target: programs of the launch, warps of a program, registers and stack bytes
-of a thread, spill instructions, shared bytes of a program, instructions in all and of the matrix unit. For AMD only
-what Triton itself says of its code.
+A row a kernel × dtype × shape class × target: programs of the launch, warps of a program, registers and stack
+bytes of a thread, spill instructions, shared bytes of a program, instructions in all and of the matrix unit.
+For AMD only what Triton itself says of its code.
 """
 
 import argparse
@@ -76,7 +76,9 @@ def rows(shapes: list[str], precisions: list[str], targets: list[str]) -> Iterat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", choices=CLASSES, default=list(CLASSES))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))

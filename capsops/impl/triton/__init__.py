@@ -1,7 +1,7 @@
 """The ops by Triton kernels: NVIDIA and AMD GPUs, and CPU tensors where Triton runs its interpreter.
 
-Serves float32, bfloat16 and float16. No atomics: every sum is made in a fixed order, so that a call gives the same
-bits every time. Nothing is tuned or synchronised at call time.
+Serves float32, bfloat16 and float16. No atomics: every sum is made in a fixed order, so that a call gives the
+same bits every time. Nothing is tuned or synchronised at call time.
 """
 
 from capsops.impl.triton.capsule_routing import capsule_routing, capsule_routing_backward

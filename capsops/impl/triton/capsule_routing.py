@@ -4,14 +4,20 @@ Forward, for t = 1…T: cᵗ = softmax_j(û · Vᵗ⁻¹), sᵗ = Σ_i cᵗ û +
 Backward: for t = T…2, a = û · ∂sᵗ, ∂b = c (a − Σ_j c a), ∂Vᵗ⁻¹ = ∂Vᵗ + Σ_i ∂b û; then, with
 ∂û = Σ_t (cᵗ ∂sᵗ + ∂bᵗ Vᵗ⁻¹), ∂u = Σ_j Wᵀ ∂û, ∂W = Σ_b ∂û uᵀ.
 
-û is on no side of a product here. With P_ij = W_ijᵀ V_j, a product over d, the logit û · V is u · P; Σ_i c û is the
-product of (c u) and W over all (i, k) of a block; Wᵀ ∂û is Σ_t (c Q + ∂b P), Q = Wᵀ ∂s; and ∂W is the product of
-∂s and (c u), plus that of V and (∂b u), over the batch. So all products are deep ones of blocks of a few input
-capsules, one output capsule at a time, which a matrix unit takes whatever J and K are, and the element-wise work of a
-pair (b, i, j) is K numbers, not D. The softmax over j takes a walk over all j of its own, before c is used.
+û is on no side of a product here. With P_ij = W_ijᵀ V_j, a product over d, the logit û · V is u · P; Σ_i c û
+is the product of (c u) and W over all (i, k) of a block; Wᵀ ∂û is Σ_t (c Q + ∂b P) with Q = Wᵀ ∂s; and ∂W is
+the product of ∂s and (c u), plus that of V and (∂b u), over the batch. So all products are deep ones of
+blocks of a few input capsules, one output capsule at a time, which a matrix unit takes whatever J and K are, and the
+element-wise work of a pair (b, i, j) is K numbers, not D. The softmax over j takes a walk over all j of its
+own, before c is used.
 
-A program of a pass has a tile of samples and a share of the input capsules; its sums over i go to [splits, B, J, D],
-which a small kernel of sums.py adds in a fixed order and squashes.
+Products of B · I · J · D · K terms, T = 3: 1 + 2 × 3 forward, 2 × 5 + 10 backward, against 3 and 5 if û were
+formed; but those have K for their depth, which the matrix unit pads to 16, and hold û, V and sums of all j in
+registers.
+
+A program of a pass has a tile of samples and a share of the input capsules; its sums over i go to
+[parts, B, J, D], which a small kernel of sums.py adds in a fixed order and squashes. The parts are as many as
+fill the device, whatever I is.
 """
 
 import torch
@@ -41,7 +47,7 @@ def uniform_pass_kernel(
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Q: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Σ_i û: the product of u [B, I · K] and W [I · K, N = J · D], Q · steps of its terms a program."""
+    """Σ_i û: the product of u [B, I · K] and W [I · K, N = J · D], Q · steps terms a program."""
     pid = tl.program_id(0).to(tl.int64)
     row = (pid % batch_tiles) * R + tl.arange(0, R)
     n = ((pid // batch_tiles) % column_tiles) * C + tl.arange(0, C)
@@ -147,7 +153,7 @@ def routed_gradient_kernel(
     KP: tl.constexpr, LEAKY: tl.constexpr, DETACH: tl.constexpr, NEEDS_U: tl.constexpr,
     NEEDS_W: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """∂u and ∂W of C input capsules over `size` samples: of all passes or, with DETACH, of c ∂s in the last."""
+    """∂u and ∂W of C input capsules over `size` samples; with DETACH of c ∂s in the last pass."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(I, C)
     part = (pid // blocks).to(tl.int64)
@@ -168,7 +174,7 @@ def routed_gradient_kernel(
         first = 1
         if DETACH:
             first = passes - 1
-            top, norm, mean = softmax_over_outputs(
+            top, norm, _ = softmax_over_outputs(
                 p_u, p_w, p_total + (first - 1) * layer, p_grad_s, row, m_row, i, b_u, I, J, D, K, R, C, DB,
                 KP, LEAKY, False, PRECISION, WIDE,
             )  # fmt: skip
@@ -233,7 +239,7 @@ def uniform_gradient_u_kernel(
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Q: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """∂u = factor · Σ_j Wᵀ ∂s: the product of ∂s [B, N = J · D] and W, over Q · steps of the N terms a program."""
+    """∂u = factor · Σ_j Wᵀ ∂s: the product of ∂s [B, N = J · D] and W, Q · steps terms a program."""
     pid = tl.program_id(0).to(tl.int64)
     row = (pid % batch_tiles) * R + tl.arange(0, R)
     at = ((pid // batch_tiles) % columns) * C + tl.arange(0, C)
@@ -259,7 +265,7 @@ def uniform_gradient_w_kernel(
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Q: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """∂W = factor · Σ_b ∂s uᵀ: the product of u [I · K, B] and ∂s [B, N = J · D], over `size` samples a program."""
+    """∂W = factor · Σ_b ∂s uᵀ: the product of u [I · K, B] and ∂s [B, N], `size` samples a program."""
     pid = tl.program_id(0).to(tl.int64)
     at = (pid % rows) * R + tl.arange(0, R)
     n = ((pid // rows) % columns) * C + tl.arange(0, C)
@@ -320,7 +326,7 @@ class Layer:
         return found
 
     def routed_pass(self, total: Tensor, grad_s: Tensor | None, statistics: Tensor) -> Tensor:
-        """Sums over parts of i [parts, B, J, D] of c û or, with ∂s given, of ∂b û; `statistics` are left then."""
+        """Sums over parts of i [parts, B, J, D] of c û or, given ∂s, of ∂b û, leaving `statistics`."""
         tile = tiles.routed_pass(*self.sizes, self.u, self.products["PRECISION"])
         batch_tiles = ceil_div(self.B, tile.rows)
         parts = tiles.split(ceil_div(self.I, tile.inputs), batch_tiles, self.u)

@@ -1,7 +1,7 @@
-"""What kernels of several ops share: blocks of capsules and of W in registers, products, one step of a softmax.
+"""What kernels of several ops share: blocks of capsules and of W in registers, products, a power.
 
-Prefixes: b_ a block, p_ a pointer, m_ a mask. Sizes of blocks are powers of two: R rows (samples), C input capsules,
-DP ≥ D and KP ≥ K components; what lies outside is 0.
+Prefixes: b_ a block, p_ a pointer, m_ a mask. Sizes of blocks are powers of two: R rows (samples), C input
+capsules, DB output components at a time, KP ≥ K components of an input capsule; what lies outside is 0.
 """
 
 import triton
@@ -68,8 +68,8 @@ def load_weights(
 ):  # fmt: skip
     """W_ij of a block of i and components d: [DB, KP · C].
 
-    Adding 0 keeps Triton from turning the block round in shared memory, where its compiler for sm_90 stops with
-    "Illegal shared layout" when C is below 8 (3.6 and 3.7).
+    Adding 0 keeps Triton from turning the block round in shared memory, where its compiler for sm_90 stops
+    with "Illegal shared layout" when C is below 8 (seen in 3.7.1).
     """
     p = p_w + weight_offsets(i, j, d, J, D, K, KP)
     b_w = tl.load(p, mask=weight_mask(i, d, I, D, K, KP), other=0.0)

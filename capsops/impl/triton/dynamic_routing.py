@@ -1,12 +1,12 @@
-"""Routing of given predictions û [B, I, J, D]: every pass reads û once, from the memory or the cache behind it.
+"""Routing of given predictions û [B, I, J, D]: every pass reads û once, from memory or the cache behind it.
 
 Forward, for t = 1…T: cᵗ = softmax_j(û · Vᵗ⁻¹), sᵗ = Σ_i cᵗ û + β, Vᵗ = Vᵗ⁻¹ + squash(sᵗ).
 Backward: for t = T…2, a = û · ∂sᵗ, ∂b = c (a − Σ_j c a), ∂Vᵗ⁻¹ = ∂Vᵗ + Σ_i ∂b û; then
 ∂û = Σ_t (cᵗ ∂sᵗ + ∂bᵗ Vᵗ⁻¹).
 
-A block is [C input capsules, JB output capsules, DP components] of one sample. Where it holds all j, û is loaded
-once; else a first walk over the j leaves the largest logit, Σ exp and Σ c a of each i in registers, and a second one
-finds û in the cache.
+A block is [C input capsules, JB output capsules, DP components] of one sample. Where it holds all j, û is
+loaded once; else a first walk over the j leaves the largest logit, Σ exp and Σ c a of each i in registers,
+and a second one finds û in the cache.
 """
 
 import torch
@@ -152,7 +152,7 @@ def given_gradient_kernel(
     J: tl.constexpr, D: tl.constexpr, C: tl.constexpr, JB: tl.constexpr, DP: tl.constexpr,
     ROUTED: tl.constexpr, LEAKY: tl.constexpr, DETACH: tl.constexpr,
 ):  # fmt: skip
-    """∂û of C input capsules of one sample: factor · ∂s¹ + Σ_t (cᵗ ∂sᵗ + ∂bᵗ Vᵗ⁻¹), or c ∂s of the last pass."""
+    """∂û of C input capsules of one sample; with DETACH c ∂s of the last pass."""
     pid = tl.program_id(0).to(tl.int64)
     b = pid // parts
     i = (pid % parts) * C + tl.arange(0, C)

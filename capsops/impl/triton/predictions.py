@@ -95,7 +95,7 @@ def predictions_gradient_w_kernel(
 
 
 def predictions(u: Tensor, weight: Tensor) -> Tensor:
-    (B, I, K), (_, J, D, _) = u.shape, weight.shape  # noqa: E741
+    (B, I, K), (_, J, D, _) = u.shape, weight.shape
     with on_device(u):
         u_hat = u.new_empty(B, I, J, D)
         tile = tiles.predictions(B, J * D, K)
@@ -110,7 +110,7 @@ def predictions(u: Tensor, weight: Tensor) -> Tensor:
 def predictions_backward(
     grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    (B, I, K), (_, J, D, _) = u.shape, weight.shape  # noqa: E741
+    (B, I, K), (_, J, D, _) = u.shape, weight.shape
     tile = tiles.predictions(B, J * D, K)
     options = {"N": J * D, "K": K, **tile.options(), "PRECISION": precision(u), "WIDE": INTERPRETED}
     with on_device(u):

@@ -1,8 +1,8 @@
 """squash and its gradient: of the rows of a tile, and of vectors of any length along any dimension.
 
-squash(s) = s · r / (1 + r²) with r = ‖s‖; beyond r = 1 as s/r · 1 / (1 + 1/r²), r from a scaled sum, so that no
-finite s overflows. Its vector-Jacobian product is f g + r f′ (n · g) n with n = s/r, f = r / (1 + r²); r f′
-changes its sign under r → 1/r.
+squash(s) = s · r / (1 + r²) with r = ‖s‖; beyond r = 1 as s/r · 1 / (1 + 1/r²), r from a scaled sum, so that
+no finite s overflows. Its vector-Jacobian product is f g + r f′ (n · g) n with n = s/r, f = r / (1 + r²);
+r f′ changes its sign under r → 1/r.
 """
 
 import torch

@@ -149,8 +149,8 @@ def finish_reduction(partials: Tensor, s: Tensor, grad_total: Tensor, grad_s: Te
     B, J, D = s.shape
     R, DP = _row_tile(D)
     launch(
-        finish_reduction_kernel, ceil_div(B * J, R), partials, s, grad_total, grad_s, B * J, partials.shape[0],
-        D=D, FIRST=first, R=R, DP=DP, AT_ONCE=_AT_ONCE, num_warps=4,
+        finish_reduction_kernel, ceil_div(B * J, R), partials, s, grad_total, grad_s, B * J,
+        partials.shape[0], D=D, FIRST=first, R=R, DP=DP, AT_ONCE=_AT_ONCE, num_warps=4,
     )  # fmt: skip
 
 
@@ -183,8 +183,8 @@ def add_rows(x: Tensor, out: Tensor) -> None:
 def parts_of(like: Tensor, count: int, wide: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """Room for `count` partial results of the shape and dtype of `like`, and for their sum, made on leaving.
 
-    Both are the same where there is but one part, unless it is to be float32 (`wide`, for a kernel that adds to
-    it). No part: empty tensors.
+    Both are the same where there is but one part, unless it is to be float32 (`wide`, for a kernel that adds
+    to it). No part: empty tensors.
     """
     if count == 0:
         nothing = like.new_empty(0)

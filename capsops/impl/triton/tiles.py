@@ -1,7 +1,7 @@
 """Sizes of blocks by shape class: small tables, chosen by counting; nothing is tried at call time.
 
-benchmarks/triton_resources.py prints what the compiler makes of them, benchmarks/triton_tiles.py measures others on a
-given GPU.
+benchmarks/triton_resources.py prints what the compiler makes of them, benchmarks/triton_tiles.py measures
+others on a given GPU.
 """
 
 from functools import lru_cache
@@ -29,7 +29,7 @@ def _processors(index: int) -> int:
 
 
 def programs(x: Tensor) -> int:
-    """Programs that fill the device; for tensors without memory those of an H100, for the interpreter a few."""
+    """Programs that fill the device; an H100 for tensors without memory, a few for the interpreter."""
     if x.device.type == "cuda":
         return _PROGRAMS * _processors(x.device.index)
     return _PROGRAMS * (132 if x.device.type == "meta" else 2)
@@ -85,13 +85,13 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Samples, numbers of u of one sample (input capsules × components), warps and stages of a block, by the unit that
-# makes the products: multiply-adds for IEEE float32, else the matrix unit. All without spills on sm_90.
+# Samples, numbers of u of one sample (input capsules × components), warps and stages of a block, by the unit
+# that makes the products: multiply-adds for IEEE float32, else the matrix unit. Without spills on sm_90.
 _ROUTED = {"ieee": (32, 64, 4, 2), "tf32": (64, 64, 4, 2), "16 bit": (64, 64, 4, 2)}
 _GRADIENT = {"ieee": (64, 32, 4, 2), "tf32": (32, 64, 4, 1), "16 bit": (64, 64, 4, 1)}
 
 
-def _tile(entry: tuple[int, int, int, int], B: int, I: int, D: int, K: int) -> Tile:  # noqa: E741
+def _tile(entry: tuple[int, int, int, int], B: int, I: int, D: int, K: int) -> Tile:
     rows, numbers, warps, stages = entry
     depth = power_of_2(K)
     inputs = max(1, min(numbers // depth, power_of_2(I)), ceil_div(16, depth))
@@ -103,11 +103,11 @@ def _unit(x: Tensor, precision: str) -> str:
     return precision if x.dtype == torch.float32 else "16 bit"
 
 
-def routed_pass(B: int, I: int, D: int, K: int, x: Tensor, precision: str) -> Tile:  # noqa: E741
+def routed_pass(B: int, I: int, D: int, K: int, x: Tensor, precision: str) -> Tile:
     return _tile(_ROUTED[_unit(x, precision)], B, I, D, K)
 
 
-def routed_gradient(B: int, I: int, D: int, K: int, x: Tensor, precision: str) -> Tile:  # noqa: E741
+def routed_gradient(B: int, I: int, D: int, K: int, x: Tensor, precision: str) -> Tile:
     return _tile(_GRADIENT[_unit(x, precision)], B, I, D, K)
 
 
@@ -147,7 +147,7 @@ class Given(NamedTuple):
 _GIVEN, _GIVEN_OF_ONE = 4096, 2048
 
 
-def given(I: int, J: int, D: int) -> Given:  # noqa: E741
+def given(I: int, J: int, D: int) -> Given:
     components = power_of_2(D)
     outputs = max(1, min(power_of_2(J), _GIVEN_OF_ONE // components))
     inputs = max(1, min(power_of_2(I), _GIVEN // (outputs * components)))

@@ -1,0 +1,128 @@
+"""Every kernel compiles for every target without a GPU, and the code for NVIDIA's takes what it should.
+
+Under Triton's interpreter (TRITON_INTERPRET) there is nothing to compile.
+"""
+
+from itertools import product
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from benchmarks.triton_compile import SHARED_LIMIT, TARGETS, compiling  # noqa: E402
+from benchmarks.triton_resources import CLASSES, PRECISIONS, rows  # noqa: E402
+from capsops.impl.triton.launch import precision  # noqa: E402
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("Triton's interpreter is on", allow_module_level=True)
+
+# Kernels with products; the others sum and multiply numbers.
+PRODUCTS = {
+    "predictions",
+    "predictions_gradient_u",
+    "predictions_gradient_w",
+    "uniform_pass",
+    "uniform_gradient_u",
+    "uniform_gradient_w",
+    "routed_pass",
+    "routed_pass gradient",
+    "routed_gradient needs_u needs_w",
+    "couplings",
+}
+OTHERS = {
+    "squash",
+    "squash gradient",
+    "given_pass",
+    "given_pass uniform",
+    "given_pass gradient",
+    "given_gradient",
+    "finish_pass",
+    "prepare_backward",
+    "finish_reduction",
+    "add_rows",
+}
+FAST = {
+    ("MNIST", "float32, TF32 allowed", "sm_90"),
+    ("MNIST", "bfloat16", "sm_90"),
+    ("odd", "float32", "sm_80"),
+    ("odd", "bfloat16", "gfx942"),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "target"),
+    [
+        pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
+        for case in product(CLASSES, PRECISIONS, TARGETS)
+    ],
+)
+def test_resources(shape: str, name: str, target: str) -> None:
+    kernels = set()
+    for row in rows([shape], [name], [target]):
+        title, found = row.compiled.title, row.resources
+        kernels.add(title)
+        assert row.compiled.artifact.metadata.shared <= SHARED_LIMIT[target], title
+        if found is None:
+            assert row.compiled.artifact.asm["hsaco"]
+            continue
+        assert found.instructions.total() > 50, f"{title}: the disassembly was not understood"
+        if target == "sm_90" and shape in ("MNIST", "small batch", "large"):
+            assert (found.spills, found.stack) == (0, 0), title
+        matrix_unit = title in PRODUCTS and name != "float32"
+        assert (found.tensor_core > 0) == matrix_unit, f"{title}: {found.tensor_core}"
+    assert kernels == PRODUCTS | OTHERS
+
+
+def test_spills_are_found() -> None:
+    """The table tells a kernel that spills from one that does not."""
+    from capsops.impl.triton import tiles
+
+    huge = tiles.Tile(64, 64, 16, 8, 1, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "routed_pass", lambda *sizes: huge)
+        spills = {
+            row.compiled.title: row.resources.spills
+            for row in rows(["MNIST"], ["bfloat16"], ["sm_90"])
+            if row.compiled.title in ("couplings", "predictions")
+        }
+    assert spills["couplings"] > 0
+    assert spills["predictions"] == 0
+
+
+def test_what_torch_allows_decides_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, half = torch.zeros(1), torch.zeros(1, dtype=torch.float16)
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, wanted in (
+            ("highest", "ieee"),
+            ("high", "tf32"),
+            ("medium", "tf32"),
+            ("highest", "ieee"),
+        ):
+            torch.set_float32_matmul_precision(setting)
+            assert precision(x) == wanted, setting
+        for allowed in (True, False):
+            matmul.allow_tf32 = allowed
+            assert precision(x) == ("tf32" if allowed else "ieee")
+        if hasattr(matmul, "fp32_precision"):
+            for setting in ("tf32", "ieee"):
+                matmul.fp32_precision = setting
+                assert precision(x) == setting
+        torch.set_float32_matmul_precision("high")
+        assert precision(half) == "ieee"
+        monkeypatch.setattr(torch.version, "hip", "6.0")
+        assert precision(x) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_nothing_is_launched_while_compiling() -> None:
+    from capsops.impl import triton as kernels
+
+    with compiling("sm_90") as found:
+        kernels.squash(torch.empty(3, 4, device="meta"), 1)
+    (launch,) = found
+    assert launch.kernel == "squash_kernel"
+    assert launch.artifact.asm["cubin"]
