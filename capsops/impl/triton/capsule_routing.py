@@ -7,9 +7,9 @@ Backward: for t = T…2, a = û · ∂sᵗ, ∂b = c (a − Σ_j c a), ∂Vᵗ�
 û is on no side of a product here. With P_ij = W_ijᵀ V_j, a product over d, the logit û · V is u · P; Σ_i c û
 is the product of (c u) and W over all (i, k) of a block; Wᵀ ∂û is Σ_t (c Q + ∂b P) with Q = Wᵀ ∂s; and ∂W is
 the product of ∂s and (c u), plus that of V and (∂b u), over the batch. So all products are deep ones of
-blocks of a few input capsules, one output capsule at a time, which a matrix unit takes whatever J and K are, and the
-element-wise work of a pair (b, i, j) is K numbers, not D. The softmax over j takes a walk over all j of its
-own, before c is used.
+blocks of a few input capsules, one output capsule at a time, which a matrix unit takes whatever J and K are,
+and the element-wise work of a pair (b, i, j) is K numbers, not D. The softmax over j takes a walk over all j
+of its own, before c is used.
 
 Products of B · I · J · D · K terms, T = 3: 1 + 2 × 3 forward, 2 × 5 + 10 backward, against 3 and 5 if û were
 formed; but those have K for their depth, which the matrix unit pads to 16, and hold û, V and sums of all j in
@@ -18,6 +18,8 @@ registers.
 A program of a pass has a tile of samples and a share of the input capsules; its sums over i go to
 [parts, B, J, D], which a small kernel of sums.py adds in a fixed order and squashes. The parts are as many as
 fill the device, whatever I is.
+
+Input capsules of more than LARGEST_INPUT components, which no block holds, are the exception: û is made.
 """
 
 import torch
@@ -37,8 +39,12 @@ from capsops.impl.triton.capsules import (
     weight_mask,
     weight_offsets,
 )
+from capsops.impl.triton.dynamic_routing import dynamic_routing, dynamic_routing_backward
 from capsops.impl.triton.launch import INTERPRETED, launch, on_device, precision
+from capsops.impl.triton.predictions import predictions, predictions_backward
 from capsops.impl.triton.tiles import ceil_div
+
+LARGEST_INPUT = 256
 
 
 @triton.jit(do_not_specialize=["B", "I", "batch_tiles", "column_tiles", "steps"])
@@ -399,6 +405,8 @@ class Layer:
 def capsule_routing(
     u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool
 ) -> tuple[Tensor, Tensor]:
+    if weight.shape[3] > LARGEST_INPUT:
+        return dynamic_routing(predictions(u, weight), bias, iterations, leaky)
     with on_device(u):
         v, s, _ = Layer(u, weight, leaky).forward(bias, iterations, max(iterations, 1))
     return v, s
@@ -415,6 +423,10 @@ def capsule_routing_backward(
     needs_u: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if weight.shape[3] > LARGEST_INPUT:
+        u_hat = predictions(u, weight)
+        grad_u_hat, grad_bias = dynamic_routing_backward(grad, u_hat, s, iterations, leaky, detach)
+        return *predictions_backward(grad_u_hat, u, weight, needs_u, needs_weight), grad_bias
     with on_device(u):
         layer = Layer(u, weight, leaky)
         factor = layer.first_factor(iterations)

@@ -6,9 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from capsops.impl.triton import tiles
-from capsops.impl.triton.capsule_routing import Layer, softmax_over_outputs
+from capsops.impl.triton.capsule_routing import LARGEST_INPUT, Layer, softmax_over_outputs
 from capsops.impl.triton.capsules import load_inputs, power, project
+from capsops.impl.triton.dynamic_routing import couplings_of
 from capsops.impl.triton.launch import launch, on_device
+from capsops.impl.triton.predictions import predictions
 from capsops.impl.triton.tiles import ceil_div
 
 
@@ -41,6 +43,8 @@ def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, l
         c = torch.empty(*u.shape[:2], weight.shape[1], dtype=u.dtype, device=u.device)
         if iterations <= 1:
             return c.fill_(1 / (weight.shape[1] + leaky) if iterations else 1)
+        if weight.shape[3] > LARGEST_INPUT:
+            return couplings_of(predictions(u, weight), bias, iterations, leaky)
         layer = Layer(u, weight, leaky)
         _, _, total = layer.forward(bias, iterations, iterations - 1)
         tile = tiles.routed_pass(*layer.sizes, u, layer.products["PRECISION"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Programs per multiprocessor that a launch is split into.
-_PROGRAMS = 4
+PROGRAMS = 4
 
 
 def power_of_2(n: int) -> int:
@@ -31,8 +31,8 @@ def _processors(index: int) -> int:
 def programs(x: Tensor) -> int:
     """Programs that fill the device; an H100 for tensors without memory, a few for the interpreter."""
     if x.device.type == "cuda":
-        return _PROGRAMS * _processors(x.device.index)
-    return _PROGRAMS * (132 if x.device.type == "meta" else 2)
+        return PROGRAMS * _processors(x.device.index)
+    return PROGRAMS * (132 if x.device.type == "meta" else 2)
 
 
 class Split(NamedTuple):
@@ -87,8 +87,8 @@ class Tile(NamedTuple):
 
 # Samples, numbers of u of one sample (input capsules × components), warps and stages of a block, by the unit
 # that makes the products: multiply-adds for IEEE float32, else the matrix unit. Without spills on sm_90.
-_ROUTED = {"ieee": (32, 64, 4, 2), "tf32": (64, 64, 4, 2), "16 bit": (64, 64, 4, 2)}
-_GRADIENT = {"ieee": (64, 32, 4, 2), "tf32": (32, 64, 4, 1), "16 bit": (64, 64, 4, 1)}
+ROUTED = {"ieee": (32, 64, 4, 2), "tf32": (64, 64, 4, 2), "16 bit": (64, 64, 4, 2)}
+GRADIENT = {"ieee": (64, 32, 4, 2), "tf32": (32, 64, 4, 1), "16 bit": (64, 64, 4, 1)}
 
 
 def _tile(entry: tuple[int, int, int, int], B: int, I: int, D: int, K: int) -> Tile:
@@ -99,16 +99,17 @@ def _tile(entry: tuple[int, int, int, int], B: int, I: int, D: int, K: int) -> T
     return Tile(fewer, inputs, _block(D, 64), depth, max(1, warps * fewer // rows), stages)
 
 
-def _unit(x: Tensor, precision: str) -> str:
+def unit(x: Tensor, precision: str) -> str:
+    """The key of ROUTED and GRADIENT."""
     return precision if x.dtype == torch.float32 else "16 bit"
 
 
 def routed_pass(B: int, I: int, D: int, K: int, x: Tensor, precision: str) -> Tile:
-    return _tile(_ROUTED[_unit(x, precision)], B, I, D, K)
+    return _tile(ROUTED[unit(x, precision)], B, I, D, K)
 
 
 def routed_gradient(B: int, I: int, D: int, K: int, x: Tensor, precision: str) -> Tile:
-    return _tile(_GRADIENT[_unit(x, precision)], B, I, D, K)
+    return _tile(GRADIENT[unit(x, precision)], B, I, D, K)
 
 
 class Predictions(NamedTuple):

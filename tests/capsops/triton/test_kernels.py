@@ -172,6 +172,18 @@ def test_couplings(shape: Shape, options: Options, dtype: torch.dtype) -> None:
     )
 
 
+def test_input_capsules_that_no_block_holds() -> None:
+    shape, options = Shape(2, 3, 3, 4, 300), Options(2, bias=True)
+    check_layer(shape, options, torch.float32)
+    inputs = layer_inputs(shape, True, torch.float32)
+    assert_low_precision(
+        capsops.couplings(*inputs, iterations=2, impl="triton"),
+        [reference.couplings(*inputs, iterations=2)],
+        reference.couplings(*double(inputs), iterations=2),
+        factor=2,
+    )
+
+
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize(
     ("shape", "dim"),

@@ -1,0 +1,114 @@
+"""`python -m benchmarks.triton_tiles`: times other block sizes of the routed kernels on the GPU at hand.
+
+For each precision and batch, forward and backward are timed with every candidate, by graph replay; what does
+not compile or fit is listed with its reason. Each candidate compiles for seconds. The best entries are those to
+write into capsops/impl/triton/tiles.py (ROUTED from the forward times, GRADIENT from the backward ones).
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from triton.errors import TritonError
+
+import capsops
+from benchmarks.cases import RoutingCase
+from benchmarks.triton_resources import PRECISIONS
+from capsops.impl.triton import tiles
+
+# Samples, numbers of u of one sample, warps, stages.
+CANDIDATES = list(itertools.product((32, 64, 128), (32, 64, 128), (2, 4, 8), (1, 2)))
+
+
+def sensible(entry: tuple[int, int, int, int]) -> bool:
+    """A warp has 16 samples at most and 8 to 64 numbers a thread."""
+    rows, numbers, warps, _ = entry
+    return warps <= rows // 8 and 8 <= rows * numbers // (32 * warps) <= 64
+
+
+def milliseconds(call: Callable[[], object], replays: int = 20) -> float:
+    """Median time of a replay of the call as a graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times = []
+    for _ in range(replays):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times)[replays // 2]
+
+
+def measure(case: RoutingCase, precision: str, programs: int) -> list[dict[str, object]]:
+    """Times of every candidate."""
+    kernels = capsops.dispatch.module("triton")
+    dtype, tf32 = PRECISIONS[precision]
+    (u, weight), grad = case.inputs("cuda")
+    u, weight, grad = (x.detach().to(dtype) for x in (u, weight, grad))
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    unit = tiles.unit(u, "tf32" if tf32 else "ieee")
+
+    def forward() -> object:
+        return kernels.capsule_routing(u, weight, None, case.iterations, False)
+
+    def backward() -> object:
+        return kernels.capsule_routing_backward(grad, u, weight, s, case.iterations, False, False, True, True)
+
+    found = []
+    with mock.patch.object(tiles, "PROGRAMS", programs):
+        _, s = kernels.capsule_routing(u, weight, None, case.iterations, False)
+        for entry in filter(sensible, CANDIDATES):
+            row: dict[str, object] = {"case": str(case), "precision": precision, "programs": programs}
+            row["entry"] = entry
+            for call, table in ((forward, tiles.ROUTED), (backward, tiles.GRADIENT)):
+                with mock.patch.dict(table, {unit: entry}):
+                    try:
+                        row[call.__name__] = milliseconds(call)
+                    except (TritonError, RuntimeError) as error:  # does not compile, or does not fit
+                        row[call.__name__] = float("inf")
+                        row[f"{call.__name__} failed"] = str(error).partition("\n")[0]
+            found.append(row)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batches", nargs="+", type=int, default=[16, 128, 512])
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS)[:3])
+    parser.add_argument(
+        "--programs", nargs="+", type=int, default=[tiles.PROGRAMS], help="per multiprocessor"
+    )
+    parser.add_argument("--out", type=Path, help="a JSON file for all rows")
+    parser.add_argument("--plan", action="store_true", help="say what would be measured, and stop")
+    chosen = parser.parse_args()
+    entries = [entry for entry in CANDIDATES if sensible(entry)]
+    cases = list(itertools.product(chosen.batches, chosen.precisions, chosen.programs))
+    print(f"{len(cases)} cases × {len(entries)} entries, each compiled once and timed twice")
+    if chosen.plan:
+        return
+    everything = []
+    for batch, precision, programs in cases:
+        rows = measure(RoutingCase(batch), precision, programs)
+        everything += rows
+        for name in ("forward", "backward"):
+            for row in sorted(rows, key=lambda row: row[name])[:3]:
+                print(f"B={batch} {precision} {programs} programs: {name} {row[name]:.4f} ms {row['entry']}")
+        if chosen.out:
+            chosen.out.write_text(json.dumps(everything, indent=1))
+
+
+if __name__ == "__main__":
+    main()
