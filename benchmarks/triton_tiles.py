@@ -1,8 +1,8 @@
 """`python -m benchmarks.triton_tiles`: times other block sizes of the routed kernels on the GPU at hand.
 
 For each precision and batch, forward and backward are timed with every candidate, by graph replay; what does
-not compile or fit is listed with its reason. Each candidate compiles for seconds. The best entries are those to
-write into capsops/impl/triton/tiles.py (ROUTED from the forward times, GRADIENT from the backward ones).
+not compile or fit is listed with its reason. Each candidate compiles for seconds. The best entries are those
+to write into capsops/impl/triton/tiles.py (ROUTED from the forward times, GRADIENT from the backward ones).
 """
 
 import argparse
