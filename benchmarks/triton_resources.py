@@ -28,7 +28,7 @@ CLASSES = {
     "small batch": RoutingCase(16),
     "large": RoutingCase(128, 3872, 196),
     "odd": RoutingCase(65, 3, 11, 17, 5),
-    "large vectors": RoutingCase(64, 10, 3, 100, 62),
+    "large vectors": RoutingCase(64, 10, 3, 100, 200),
 }
 
 

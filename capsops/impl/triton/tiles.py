@@ -95,8 +95,13 @@ def _tile(entry: tuple[int, int, int, int], B: int, I: int, D: int, K: int) -> T
     rows, numbers, warps, stages = entry
     depth = power_of_2(K)
     inputs = max(1, min(numbers // depth, power_of_2(I)), ceil_div(16, depth))
+    outputs = _block(D, 32)
+    if torch.version.hip is not None or depth > numbers:  # less shared memory; or long rows
+        rows, outputs = min(rows, 32), _block(D, 16)
+    if depth > 2 * numbers:
+        rows = 16
     fewer = _block(B, rows)
-    return Tile(fewer, inputs, _block(D, 64), depth, max(1, warps * fewer // rows), stages)
+    return Tile(fewer, inputs, outputs, depth, max(1, warps * fewer // rows), stages)
 
 
 def unit(x: Tensor, precision: str) -> str:
