@@ -10,7 +10,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks.triton_compile import SHARED_LIMIT, TARGETS, compiling  # noqa: E402
+from benchmarks.triton_compile import SHARED_LIMIT, TARGETS, compiling, resources  # noqa: E402
 from benchmarks.triton_resources import CLASSES, PRECISIONS, rows  # noqa: E402
 from capsops.impl.triton.launch import precision  # noqa: E402
 
@@ -45,7 +45,7 @@ OTHERS = {
 FAST = {
     ("MNIST", "float32, TF32 allowed", "sm_90"),
     ("MNIST", "bfloat16", "sm_90"),
-    ("odd", "float32", "sm_80"),
+    ("odd", "bfloat16", "sm_80"),
     ("odd", "bfloat16", "gfx942"),
 }
 
@@ -74,20 +74,17 @@ def test_resources(shape: str, name: str, target: str) -> None:
     assert kernels == PRODUCTS | OTHERS
 
 
-def test_spills_are_found() -> None:
+@pytest.mark.parametrize(("inputs", "spills"), [(8, False), (32, True)])
+def test_spills_are_found(inputs: int, spills: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table tells a kernel that spills from one that does not."""
+    from capsops.impl import triton as kernels
     from capsops.impl.triton import tiles
 
-    huge = tiles.Tile(64, 64, 16, 8, 1, 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "routed_pass", lambda *sizes: huge)
-        spills = {
-            row.compiled.title: row.resources.spills
-            for row in rows(["MNIST"], ["bfloat16"], ["sm_90"])
-            if row.compiled.title in ("couplings", "predictions")
-        }
-    assert spills["couplings"] > 0
-    assert spills["predictions"] == 0
+    monkeypatch.setattr(tiles, "routed_pass", lambda *sizes: tiles.Tile(64, inputs, 16, 8, 4, 1))
+    u, weight = torch.empty(64, 32, 8, device="meta"), torch.empty(32, 10, 16, 8, device="meta")
+    with compiling("sm_90", tf32=True) as found:
+        kernels.couplings(u, weight, None, 2, False)
+    assert (resources(found[-1]).spills > 0) == spills
 
 
 def test_what_torch_allows_decides_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:

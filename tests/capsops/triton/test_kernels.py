@@ -51,9 +51,9 @@ SMALL = Shape(3, 5, 3, 4, 4)
 
 
 def dtypes_by_shape(shapes: list[Shape]) -> list[Any]:
-    """Every shape in float32, two of them in every dtype; the others in 16 bit are slow."""
+    """Every shape in float32, the first in every dtype; the others in 16 bit are slow."""
     return [
-        pytest.param(shape, dtype, marks=pytest.mark.slow if dtype != torch.float32 and n > 1 else ())
+        pytest.param(shape, dtype, marks=pytest.mark.slow if dtype != torch.float32 and n > 0 else ())
         for n, shape in enumerate(shapes)
         for dtype in LOW_PRECISION
     ]
@@ -135,7 +135,7 @@ def test_all_options_of_capsule_routing(options: Options) -> None:
 
 
 @pytest.mark.parametrize("options", FEW_OPTIONS, ids=str)
-@pytest.mark.parametrize(("shape", "dtype"), dtypes_by_shape([*SHAPES, Shape(2, 3, 9, 300, 1)]), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), dtypes_by_shape([*SHAPES[:4], Shape(2, 3, 9, 300, 1)]), ids=str)
 def test_dynamic_routing(shape: Shape, options: Options, dtype: torch.dtype) -> None:
     check_routing(shape, options, dtype)
 
