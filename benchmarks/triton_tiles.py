@@ -57,7 +57,7 @@ def measure(case: RoutingCase, precision: str, programs: int) -> list[dict[str, 
     (u, weight), grad = case.inputs("cuda")
     u, weight, grad = (x.detach().to(dtype) for x in (u, weight, grad))
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    unit = tiles.unit(u, "tf32" if tf32 else "ieee")
+    unit = tiles.unit(u, "tf32" if tf32 else "ieee", case.batch)
 
     def forward() -> object:
         return kernels.capsule_routing(u, weight, None, case.iterations, False)

@@ -87,8 +87,18 @@ class Tile(NamedTuple):
 
 # Samples, numbers of u of one sample (input capsules × components), warps and stages of a block, by the unit
 # that makes the products: multiply-adds for IEEE float32, else the matrix unit. Without spills on sm_90.
-ROUTED = {"ieee": (32, 64, 4, 2), "tf32": (64, 64, 4, 2), "16 bit": (64, 64, 4, 2)}
-GRADIENT = {"ieee": (64, 32, 4, 2), "tf32": (32, 64, 4, 1), "16 bit": (64, 64, 4, 1)}
+ROUTED = {
+    "ieee": (32, 64, 4, 2),
+    "ieee, few samples": (16, 32, 2, 2),
+    "tf32": (64, 64, 4, 2),
+    "16 bit": (64, 64, 4, 2),
+}
+GRADIENT = {
+    "ieee": (64, 32, 4, 2),
+    "ieee, few samples": (16, 32, 2, 2),
+    "tf32": (32, 64, 4, 1),
+    "16 bit": (64, 64, 4, 1),
+}
 
 
 def _tile(entry: tuple[int, int, int, int], B: int, I: int, D: int, K: int) -> Tile:
@@ -104,17 +114,19 @@ def _tile(entry: tuple[int, int, int, int], B: int, I: int, D: int, K: int) -> T
     return Tile(fewer, inputs, outputs, depth, max(1, warps * fewer // rows), stages)
 
 
-def unit(x: Tensor, precision: str) -> str:
+def unit(x: Tensor, precision: str, B: int) -> str:
     """The key of ROUTED and GRADIENT."""
-    return precision if x.dtype == torch.float32 else "16 bit"
+    if x.dtype != torch.float32:
+        return "16 bit"
+    return "ieee, few samples" if precision == "ieee" and B <= 16 else precision
 
 
 def routed_pass(B: int, I: int, D: int, K: int, x: Tensor, precision: str) -> Tile:
-    return _tile(ROUTED[unit(x, precision)], B, I, D, K)
+    return _tile(ROUTED[unit(x, precision, B)], B, I, D, K)
 
 
 def routed_gradient(B: int, I: int, D: int, K: int, x: Tensor, precision: str) -> Tile:
-    return _tile(GRADIENT[unit(x, precision)], B, I, D, K)
+    return _tile(GRADIENT[unit(x, precision, B)], B, I, D, K)
 
 
 class Predictions(NamedTuple):
@@ -155,6 +167,8 @@ _GIVEN, _GIVEN_OF_ONE = 4096, 2048
 
 def given(I: int, J: int, D: int) -> Given:
     components = power_of_2(D)
-    outputs = max(1, min(power_of_2(J), _GIVEN_OF_ONE // components))
-    inputs = max(1, min(power_of_2(I), _GIVEN // (outputs * components)))
+    outputs, numbers = power_of_2(J), _GIVEN
+    if outputs * components > _GIVEN_OF_ONE:
+        outputs, numbers = max(1, _GIVEN_OF_ONE // 2 // components), _GIVEN // 2
+    inputs = max(1, min(power_of_2(I), numbers // (outputs * components)))
     return Given(inputs, outputs, components, 4)
