@@ -1,0 +1,106 @@
+// The module capsops._cuda: passes raw pointers and the raw stream on to the kernels.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace capsops;
+
+typedef uintptr_t Address;
+
+template <typename T = void>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Stream stream_of(Address stream) { return reinterpret_cast<Stream>(stream); }
+
+RoutingCall routing_shape(int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations,
+                          bool leaky, bool detach, int storage, bool tf32) {
+    RoutingCall call{};
+    call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
+    call.iterations = iterations, call.leaky = leaky, call.detach = detach;
+    call.storage = Storage(storage), call.tf32 = tf32;
+    return call;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+    m.doc() =
+        "Kernels for CUDA devices. Pointers are addresses of contiguous tensors on the device; shapes are "
+        "the "
+        "caller's to check. Every call returns once its kernels are queued on the stream.";
+    const py::call_guard<py::gil_scoped_release> without_gil;
+
+    m.def("device_count", &device_count, "How many CUDA devices there are; 0 without a driver.");
+    m.def(
+        "squash",
+        [](Address s, Address grad, Address out, int64_t outer, int64_t n, int64_t inner, int storage,
+           int device, Address stream) {
+            use_device(device);
+            const SquashCall call{pointer(s), pointer(grad), pointer(out), outer, n, inner, Storage(storage)};
+            (grad == 0 ? squash : squash_backward)(call, stream_of(stream));
+        },
+        without_gil, "squash, or its vector-Jacobian product where `grad` is not 0.");
+    m.def(
+        "predictions",
+        [](Address u, Address weight, Address u_hat, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
+           int storage, int device, Address stream) {
+            PredictionsCall call{};
+            call.u = pointer(u), call.weight = pointer(weight), call.u_hat = pointer(u_hat);
+            call.B = B, call.I = I, call.J = J, call.D = D, call.K = K, call.storage = Storage(storage);
+            predictions(call, use_device(device), stream_of(stream));
+        },
+        without_gil);
+    m.def(
+        "predictions_backward",
+        [](Address grad, Address u, Address weight, Address grad_u, Address grad_weight, int64_t B, int64_t I,
+           int64_t J, int64_t D, int64_t K, int storage, int device, Address stream) {
+            PredictionsCall call{};
+            call.u = pointer(u), call.weight = pointer(weight), call.grad = pointer(grad);
+            call.grad_u = pointer(grad_u), call.grad_weight = pointer(grad_weight);
+            call.B = B, call.I = I, call.J = J, call.D = D, call.K = K, call.storage = Storage(storage);
+            predictions_backward(call, use_device(device), stream_of(stream));
+        },
+        without_gil);
+
+    py::enum_<RoutingOp>(m, "RoutingOp")
+        .value("forward", RoutingOp::forward)
+        .value("backward", RoutingOp::backward)
+        .value("couplings", RoutingOp::couplings);
+    py::class_<RoutingCall>(
+        m, "RoutingCall", "One call of routing. Without `weight`, `u` is the given predictions [B, I, J, D].")
+        .def(py::init(&routing_shape), py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"), py::arg("K"),
+             py::arg("iterations"), py::arg("leaky"), py::arg("detach"), py::arg("storage"), py::arg("tf32"))
+        .def(
+            "point",
+            [](RoutingCall& call, Address u, Address weight, Address bias, Address s, Address v,
+               Address couplings, Address grad, Address grad_u, Address grad_weight, Address grad_bias) {
+                call.u = pointer(u), call.weight = pointer(weight), call.bias = pointer(bias);
+                call.s = pointer<float>(s), call.v = pointer(v), call.couplings = pointer(couplings);
+                call.grad = pointer(grad), call.grad_u = pointer(grad_u);
+                call.grad_weight = pointer(grad_weight), call.grad_bias = pointer(grad_bias);
+            },
+            py::kw_only(), py::arg("u"), py::arg("weight") = 0, py::arg("bias") = 0, py::arg("s") = 0,
+            py::arg("v") = 0, py::arg("couplings") = 0, py::arg("grad") = 0, py::arg("grad_u") = 0,
+            py::arg("grad_weight") = 0, py::arg("grad_bias") = 0, "Sets the addresses of the tensors.")
+        .def(
+            "workspace",
+            [](const RoutingCall& call, RoutingOp op, int device) {
+                return routing_workspace(op, call, use_device(device));
+            },
+            "Bytes of workspace that the call takes on this device.")
+        .def(
+            "run",
+            [](RoutingCall& call, RoutingOp op, Address workspace, int device, Address stream) {
+                call.workspace = pointer(workspace);
+                routing(op, call, use_device(device), stream_of(stream));
+            },
+            without_gil, "Queues the kernels on the stream.");
+}
