@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "plan.h"
 
 namespace py = pybind11;
 
@@ -21,12 +22,34 @@ T* pointer(Address address) {
 Stream stream_of(Address stream) { return reinterpret_cast<Stream>(stream); }
 
 RoutingCall routing_shape(int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations,
-                          bool leaky, bool detach, int storage, bool tf32) {
+                          bool leaky, bool detach, int storage, bool tf32, bool cooperative) {
     RoutingCall call{};
     call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
     call.iterations = iterations, call.leaky = leaky, call.detach = detach;
-    call.storage = Storage(storage), call.tf32 = tf32;
+    call.storage = Storage(storage), call.tf32 = tf32, call.cooperative = cooperative;
     return call;
+}
+
+py::dict described(const Tiling& t) {
+    py::dict found;
+    found["n"] = t.n, found["m"] = t.m, found["groups"] = t.groups, found["tile_j"] = t.tile_j;
+    found["warps"] = t.warps, found["chunk"] = t.chunk, found["steps"] = t.steps, found["stride"] = t.stride;
+    found["tiles_b"] = t.tiles_b, found["tiles_j"] = t.tiles_j, found["splits"] = t.splits;
+    found["length"] = t.length, found["stage"] = t.stage, found["shared"] = t.shared,
+    found["items"] = t.items;
+    return found;
+}
+
+// What plan.h says of a shape on a device; None where the fused kernels do not serve it.
+py::object fused_plan(bool gradients, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int element,
+                      bool tensor_cores, int passes, int multiprocessors, int64_t shared_per_block,
+                      int resident_blocks) {
+    const FusedShape shape{B, I, J, D, K, element, tensor_cores, passes};
+    const FusedLimits limits{multiprocessors, shared_per_block};
+    Tiling tiling{};
+    const bool served = gradients ? plan_gradients(shape, limits, tiling)
+                                  : plan_passes(shape, limits, resident_blocks, tiling);
+    return served ? py::object(described(tiling)) : py::none();
 }
 
 }  // namespace
@@ -38,6 +61,13 @@ PYBIND11_MODULE(_cuda, m) {
         "caller's to check. Every call returns once its kernels are queued on the stream.";
     const py::call_guard<py::gil_scoped_release> without_gil;
 
+    m.def("fused_plan", &fused_plan, py::arg("gradients"), py::arg("B"), py::arg("I"), py::arg("J"),
+          py::arg("D"), py::arg("K"), py::arg("element") = 4, py::arg("tensor_cores") = true,
+          py::arg("passes") = 2, py::arg("multiprocessors") = 132, py::arg("shared_per_block") = 232448,
+          py::arg("resident_blocks") = 1,
+          "How the fused passes, or the fused gradients, of capsule_routing divide the work on a device (by "
+          "default "
+          "an H200): a dict, or None where the general kernels serve the shape. Needs no device.");
     m.def("device_count", &device_count, "How many CUDA devices there are; 0 without a driver.");
     m.def(
         "squash",
@@ -70,14 +100,16 @@ PYBIND11_MODULE(_cuda, m) {
         },
         without_gil);
 
-    py::enum_<RoutingOp>(m, "RoutingOp")
+    py::enum_<RoutingOp>(m, "RoutingOp", py::module_local())
         .value("forward", RoutingOp::forward)
         .value("backward", RoutingOp::backward)
         .value("couplings", RoutingOp::couplings);
     py::class_<RoutingCall>(
-        m, "RoutingCall", "One call of routing. Without `weight`, `u` is the given predictions [B, I, J, D].")
+        m, "RoutingCall", py::module_local(),
+        "One call of routing. Without `weight`, `u` is the given predictions [B, I, J, D].")
         .def(py::init(&routing_shape), py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"), py::arg("K"),
-             py::arg("iterations"), py::arg("leaky"), py::arg("detach"), py::arg("storage"), py::arg("tf32"))
+             py::arg("iterations"), py::arg("leaky"), py::arg("detach"), py::arg("storage"), py::arg("tf32"),
+             py::arg("cooperative") = true)
         .def(
             "point",
             [](RoutingCall& call, Address u, Address weight, Address bias, Address s, Address v,

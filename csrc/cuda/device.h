@@ -12,8 +12,11 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #if defined(__CUDACC__)
 #include <cooperative_groups.h>
@@ -22,6 +25,8 @@
 
 #define CAPSOPS_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define CAPSOPS_DEVICE __device__ __forceinline__
+#define CAPSOPS_CALLED __device__ __noinline__  // a call, whose registers do not add to the caller's
+#define CAPSOPS_PARAMETER const __grid_constant__
 
 namespace capsops {
 
@@ -29,6 +34,13 @@ CAPSOPS_DEVICE int thread_index() { return threadIdx.x; }
 CAPSOPS_DEVICE int thread_count() { return blockDim.x; }
 CAPSOPS_DEVICE int64_t block_index() { return blockIdx.x; }
 CAPSOPS_DEVICE int64_t block_count() { return gridDim.x; }
+
+// x, of which the compiler knows no more than its type: what follows from x is not computed ahead of this
+// place and kept in registers until it is wanted.
+CAPSOPS_DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 // The dynamic shared memory of the block.
 CAPSOPS_DEVICE char* shared_memory() {
@@ -46,8 +58,7 @@ CAPSOPS_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xf
 // c += a b with a 16 x 8, b 8 x 8, in TF32. With g = lane / 4 and q = lane % 4 a lane holds a (g, q), (g + 8,
 // q), (g, q + 4), (g + 8, q + 4); b (q, g), (q + 4, g); c (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
 CAPSOPS_DEVICE void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
@@ -83,6 +94,14 @@ typedef __half Float16;
 CAPSOPS_DEVICE float widen(float x) { return x; }
 CAPSOPS_DEVICE float widen(Bfloat16 x) { return __bfloat162float(x); }
 CAPSOPS_DEVICE float widen(Float16 x) { return __half2float(x); }
+// Two neighbours; x is aligned to both together.
+CAPSOPS_DEVICE float2 load_pair(const float* x) { return *reinterpret_cast<const float2*>(x); }
+CAPSOPS_DEVICE float2 load_pair(const Bfloat16* x) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(x));
+}
+CAPSOPS_DEVICE float2 load_pair(const Float16* x) {
+    return __half22float2(*reinterpret_cast<const __half2*>(x));
+}
 CAPSOPS_DEVICE void narrow(float x, float& to) { to = x; }
 CAPSOPS_DEVICE void narrow(float x, Bfloat16& to) { to = __float2bfloat16_rn(x); }
 CAPSOPS_DEVICE void narrow(float x, Float16& to) { to = __float2half_rn(x); }
@@ -134,10 +153,18 @@ void allow_shared(void (*kernel)(Parameters), const char* name, int64_t shared) 
 // How many blocks one multiprocessor holds at a time; 0 where even one does not fit.
 template <typename Parameters>
 int resident_blocks(void (*kernel)(Parameters), const char* name, int threads, int64_t shared) {
+    static std::mutex mutex;
+    static std::map<std::tuple<int, const void*, int, int64_t>, int> known;
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto key = std::make_tuple(device, reinterpret_cast<const void*>(kernel), threads, shared);
+    const auto found = known.find(key);
+    if (found != known.end()) return found->second;
     allow_shared(kernel, name, shared);
     int blocks = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, size_t(shared)), name);
-    return blocks;
+    return known[key] = blocks;
 }
 
 struct Launch {

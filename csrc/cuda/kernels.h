@@ -47,7 +47,8 @@ struct RoutingCall {
     int64_t iterations;
     bool leaky, detach;
     Storage storage;
-    bool tf32;  // float32 products may be rounded to TF32
+    bool tf32;         // float32 products may be rounded to TF32
+    bool cooperative;  // one launch for all passes where the device can; else one launch for each step
 };
 
 void squash(const SquashCall& call, Stream stream);

@@ -1,4 +1,5 @@
 // Routing from beginning to end: workspace, the passes in their order, the gradient of the bias.
+#include "fused.h"
 #include "routing.h"
 #include "routing_general.h"
 
@@ -9,18 +10,18 @@ constexpr int threads = 256;
 
 template <typename S>
 CAPSOPS_KERNEL(threads, 2)
-finish_forward_kernel(Routing p) {
-    finish_forward<S>(p);
+finish_forward_kernel(CAPSOPS_PARAMETER Routing p) {
+    finish_forward<S>(p, p.t);
 }
 
 template <typename S>
 CAPSOPS_KERNEL(threads, 2)
-begin_backward_kernel(Routing p) {
+begin_backward_kernel(CAPSOPS_PARAMETER Routing p) {
     begin_backward<S>(p);
 }
 
 CAPSOPS_KERNEL(threads, 2)
-finish_backward_kernel(Routing p) { finish_backward(p); }
+finish_backward_kernel(CAPSOPS_PARAMETER Routing p) { finish_backward(p, p.t); }
 
 // dbias = sum over passes and batch of ds: lanes lie along [J, D], the warps of a block share the rows.
 template <typename S>
@@ -84,9 +85,81 @@ class Pieces {
     int64_t used_ = 0;
 };
 
+// to = the sum of `parts` arrays of `count` numbers.
+struct Parts {
+    const float* from;
+    void* to;
+    int64_t count, parts;
+};
+
+template <typename S>
+CAPSOPS_KERNEL(threads, 4)
+add_parts_kernel(Parts p) {
+    for (int64_t n = block_index() * threads + thread_index(); n < p.count; n += block_count() * threads) {
+        float sum = 0.0f;
+#pragma unroll 4
+        for (int64_t part = 0; part < p.parts; ++part) sum += p.from[part * p.count + n];
+        narrow(sum, static_cast<S*>(p.to)[n]);
+    }
+}
+
+void add_parts(const float* from, void* to, int64_t count, int64_t parts, Storage storage, Stream stream) {
+    with_storage(storage, [&](auto type) {
+        launch(add_parts_kernel<decltype(type)>,
+               Launch{"add_parts", blocks_for(count, threads), threads, 0, stream},
+               Parts{from, to, count, parts});
+    });
+}
+
+// How a call is served: by the fused kernels where they take the shape, else by the general ones.
+struct Plan {
+    Fused passes, gradients;
+    FusedKernels kernels;
+    bool fused_passes, fused_gradients;
+    int64_t blocks;  // of the passes: what the device holds at one time
+};
+
+Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
+    Plan plan{};
+    Fused& passes = plan.passes;
+    passes.p = parameters(op, call);
+    passes.couplings = op == RoutingOp::couplings;
+    const int element = call.storage == Storage::float32 ? 4 : 2;
+    const auto aligned = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
+    passes.vectors = call.K * element % 16 == 0 && aligned(call.u) && aligned(call.weight);
+    const int last = passes.p.iterations - 1, logits = call.detach ? last > 0 : last;
+    const FusedShape shape{call.B, call.I, call.J, call.D, call.K, element, element == 2 || call.tf32,
+                           logits};
+    const FusedLimits limits{device.multiprocessors, device.shared_per_block};
+    plan.fused_passes = call.weight != nullptr && plan_passes(shape, limits, 1, passes.tiling);
+    if (!plan.fused_passes) {
+        passes.p.splits = general_splits(passes.p, device);
+        plan.gradients = passes;
+        return plan;
+    }
+    const auto choose = call.storage == Storage::bfloat16  ? fused_bfloat16
+                        : call.storage == Storage::float16 ? fused_float16
+                        : call.tf32                        ? fused_tf32
+                                                           : fused_float32;
+    plan.kernels = choose(passes.tiling, passes.p.backward, logits);
+    const auto resident = [&] {
+        const Tiling& tiling = passes.tiling;
+        return resident_blocks(plan.kernels.passes, "routing passes", tiling.warps * warp_size,
+                               tiling.shared);
+    };
+    plan_passes(shape, limits, resident(), passes.tiling);
+    const int64_t most = int64_t(device.multiprocessors) * resident();
+    plan.blocks = passes.tiling.items < most ? passes.tiling.items : most;
+    passes.p.splits = passes.tiling.splits;
+    plan.gradients = passes;
+    plan.fused_gradients = passes.p.backward && plan_gradients(shape, limits, plan.gradients.tiling);
+    return plan;
+}
+
 // Divides the workspace; returns the bytes it takes.
-int64_t place(Routing& p, RoutingOp op, void* workspace) {
+int64_t place(Plan& plan, RoutingOp op, void* workspace) {
     Pieces pieces(workspace);
+    Routing& p = plan.passes.p;
     p.total_v = pieces.take<float>(p.iterations * p.capsules());
     p.partial = pieces.take<float>(p.splits * p.capsules());
     if (p.backward) {
@@ -94,37 +167,90 @@ int64_t place(Routing& p, RoutingOp op, void* workspace) {
         p.grad_total_v = pieces.take<float>(p.capsules());
     }
     if (op == RoutingOp::couplings) p.s = pieces.take<float>(p.iterations * p.capsules());
-    p.softmax = pieces.take<Softmax>((p.backward ? p.iterations : 1) * p.B * p.I);
+    if (p.backward || !plan.fused_passes || plan.passes.tiling.tiles_j > 1) {
+        p.softmax = pieces.take<Softmax>((p.backward ? p.iterations : 1) * p.B * p.I);
+    }
+    Fused& gradients = plan.gradients;
+    gradients.p = p;
+    if (plan.fused_gradients && p.grad_weight != nullptr && gradients.tiling.splits > 1) {
+        gradients.partial_w = pieces.take<float>(gradients.tiling.splits * p.I * p.J * p.D * p.K);
+    }
+    if (plan.fused_gradients && p.grad_u != nullptr && gradients.tiling.tiles_j > 1) {
+        gradients.partial_u = pieces.take<float>(gradients.tiling.tiles_j * p.B * p.I * p.K);
+    }
     return pieces.used();
 }
 
-Routing plan(RoutingOp op, const RoutingCall& call, const Device& device) {
-    Routing p = parameters(op, call);
-    p.splits = general_splits(p, device);
-    return p;
+// Steps first ... last - 1 of the sequence: together where the device holds all blocks at one time.
+void launch_passes(const Plan& plan, int first, int last, bool cooperative, Stream stream) {
+    Fused f = plan.passes;
+    Launch how{f.p.backward ? "routing_backward_passes" : "routing_passes",
+               plan.blocks,
+               f.tiling.warps * warp_size,
+               f.tiling.shared,
+               stream,
+               cooperative && last - first > 1};
+    const int stride = how.cooperative ? last - first : 1;
+    for (int step = first; step < last; step += stride) {
+        f.first_step = step, f.last_step = step + stride;
+        launch(plan.kernels.passes, how, f);
+    }
 }
 
-void forward(Routing p, int passes, Storage storage, Stream stream) {
-    for (p.t = 0; p.t < passes; ++p.t) {
-        general_sums(p, storage, stream);
-        with_storage(storage, [&](auto type) {
+void forward(const Plan& plan, RoutingOp op, const RoutingCall& call, bool cooperative, Stream stream) {
+    Routing p = plan.passes.p;
+    const bool couplings = op == RoutingOp::couplings;
+    if (plan.fused_passes) {
+        const int of_pass = plan.passes.tiling.tiles_j > 1 ? 3 : 2;
+        launch_passes(plan, 0, of_pass * p.iterations - couplings, cooperative, stream);
+        return;
+    }
+    for (p.t = 0; p.t < p.iterations - couplings; ++p.t) {
+        general_sums(p, call.storage, stream);
+        with_storage(call.storage, [&](auto type) {
             for_capsules(finish_forward_kernel<decltype(type)>, "finish_forward", p, stream);
         });
     }
+    if (couplings) general_couplings(p, call.storage, stream);
 }
 
-void backward(Routing p, Storage storage, Stream stream) {
-    with_storage(storage, [&](auto type) {
+void backward_passes(const Plan& plan, const RoutingCall& call, bool cooperative, Stream stream) {
+    Routing p = plan.passes.p;
+    if (plan.fused_passes) {
+        const int of_pass = plan.passes.tiling.tiles_j > 1 ? 3 : 2, logits = p.iterations - 1;
+        launch_passes(plan, 0, 1 + (p.detach ? logits > 0 : logits * of_pass), cooperative, stream);
+        return;
+    }
+    with_storage(call.storage, [&](auto type) {
         for_capsules(begin_backward_kernel<decltype(type)>, "begin_backward", p, stream);
     });
     p.t = p.iterations - 1;
-    if (p.detach && p.t > 0) general_softmax(p, storage, stream);
+    if (p.detach && p.t > 0) general_softmax(p, call.storage, stream);
     for (; !p.detach && p.t > 0; --p.t) {
-        general_sums(p, storage, stream);
+        general_sums(p, call.storage, stream);
         for_capsules(finish_backward_kernel, "finish_backward", p, stream);
     }
-    general_gradients(p, storage, stream);
-    with_storage(storage, [&](auto type) {
+}
+
+void gradients(const Plan& plan, const RoutingCall& call, Stream stream) {
+    const Fused& f = plan.gradients;
+    const Routing& p = f.p;
+    if (!plan.fused_gradients) {
+        general_gradients(p, call.storage, stream);
+    } else if (p.grad_u != nullptr || p.grad_weight != nullptr) {
+        const Launch how{"routing_gradients", blocks_for(f.tiling.items, 1), f.tiling.warps * warp_size,
+                         f.tiling.shared, stream};
+        launch(plan.kernels.gradients, how, f);
+        if (f.partial_w != nullptr) {
+            const int64_t count = p.I * p.J * p.D * p.K;
+            add_parts(f.partial_w, p.grad_weight, count, f.tiling.splits, call.storage, stream);
+        }
+        if (f.partial_u != nullptr) {
+            const int64_t count = p.B * p.I * p.K;
+            add_parts(f.partial_u, p.grad_u, count, f.tiling.tiles_j, call.storage, stream);
+        }
+    }
+    with_storage(call.storage, [&](auto type) {
         const Launch how{"grad_bias", blocks_for(p.J * p.D, warp_size), threads,
                          threads * int64_t(sizeof(float)), stream};
         launch(grad_bias_kernel<decltype(type)>, how, p);
@@ -134,18 +260,19 @@ void backward(Routing p, Storage storage, Stream stream) {
 }  // namespace
 
 int64_t routing_workspace(RoutingOp op, const RoutingCall& call, const Device& device) {
-    Routing p = plan(op, call, device);
-    return place(p, op, nullptr);
+    Plan made = plan(op, call, device);
+    return place(made, op, nullptr);
 }
 
 void routing(RoutingOp op, const RoutingCall& call, const Device& device, Stream stream) {
-    Routing p = plan(op, call, device);
-    place(p, op, call.workspace);
-    if (op == RoutingOp::backward) return backward(p, call.storage, stream);
-    forward(p, op == RoutingOp::forward ? p.iterations : p.iterations - 1, call.storage, stream);
-    if (op == RoutingOp::couplings) {
-        p.t = p.iterations - 1;
-        general_couplings(p, call.storage, stream);
+    Plan made = plan(op, call, device);
+    place(made, op, call.workspace);
+    const bool cooperative = call.cooperative && device.cooperative;
+    if (op == RoutingOp::backward) {
+        backward_passes(made, call, cooperative, stream);
+        gradients(made, call, stream);
+    } else {
+        forward(made, op, call, cooperative, stream);
     }
 }
 

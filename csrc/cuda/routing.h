@@ -37,7 +37,7 @@ struct Routing {
     float* grad_s;        // ds of each pass [T, B, J, D], backward only
     float* grad_total_v;  // dV [B, J, D], backward only
     float* partial;       // [splits, B, J, D]
-    Softmax* softmax;     // [T, B, I]: all passes backward, else that of the pass at hand
+    Softmax* softmax;     // [T, I, B]: all passes backward, else that of the pass at hand
     int64_t splits;
 
     // The pass at hand.
@@ -46,7 +46,7 @@ struct Routing {
 
     CAPSOPS_SHARED int64_t capsules() const { return B * J * D; }
     CAPSOPS_SHARED int64_t softmax_at(int pass, int64_t b, int64_t i) const {
-        return ((backward ? pass : 0) * B + b) * I + i;
+        return ((backward ? pass : 0) * I + i) * B + b;
     }
 };
 
@@ -110,11 +110,11 @@ CAPSOPS_DEVICE void backward_through_squash(const Routing& p, const CapsuleLanes
 
 // Forward: s, then V of the next pass or, after the last, v.
 template <typename S>
-CAPSOPS_DEVICE void finish_forward(const Routing& p) {
+CAPSOPS_CALLED void finish_forward(const Routing& p, int t) {
     const CapsuleLanes lanes(p.D);
     for_warps(p.B * p.J, [&](int64_t capsule) {
         const int64_t at = capsule * p.D, j = capsule % p.J;
-        float* const s = p.s + p.t * p.capsules() + at;
+        float* const s = p.s + t * p.capsules() + at;
         for (int64_t base = 0; base < p.D; base += lanes.dims) {
             const int64_t d = base + lanes.d;
             float sum = sum_of_splits(p, lanes, at + d, d < p.D);
@@ -124,15 +124,15 @@ CAPSOPS_DEVICE void finish_forward(const Routing& p) {
         warp_barrier();
         const Squash f = squash_of(p.D, lanes, [s](int64_t d) { return load_written(s + d); });
         if (lanes.split > 0) return;
-        const bool last = p.t + 1 == p.iterations;
+        const bool last = t + 1 == p.iterations;
         for (int64_t d = lanes.d; d < p.D; d += lanes.dims) {
             const float v = f.value(load_written(s + d));
             if (p.v != nullptr && last) {
                 narrow(v, static_cast<S*>(p.v)[at + d]);
             } else {
-                const float* const before = p.total_v + p.t * p.capsules() + at + d;
-                float* const after = p.total_v + (p.t + 1) * p.capsules() + at + d;
-                *after = (p.t == 0 ? 0.0f : load_written(before)) + v;
+                const float* const before = p.total_v + t * p.capsules() + at + d;
+                float* const after = p.total_v + (t + 1) * p.capsules() + at + d;
+                *after = (t == 0 ? 0.0f : load_written(before)) + v;
             }
         }
     });
@@ -140,7 +140,7 @@ CAPSOPS_DEVICE void finish_forward(const Routing& p) {
 
 // Backward, before the first pass: V of all passes, and ds of the last.
 template <typename S>
-CAPSOPS_DEVICE void begin_backward(const Routing& p) {
+CAPSOPS_CALLED void begin_backward(const Routing& p) {
     const CapsuleLanes lanes(p.D);
     for_warps(p.B * p.J, [&](int64_t capsule) {
         const int64_t at = capsule * p.D;
@@ -158,7 +158,7 @@ CAPSOPS_DEVICE void begin_backward(const Routing& p) {
 }
 
 // Backward, after the sums of pass t: dV, and from it ds of pass t - 1.
-CAPSOPS_DEVICE void finish_backward(const Routing& p) {
+static CAPSOPS_CALLED void finish_backward(const Routing& p, int t) {
     const CapsuleLanes lanes(p.D);
     for_warps(p.B * p.J, [&](int64_t capsule) {
         const int64_t at = capsule * p.D;
@@ -166,11 +166,11 @@ CAPSOPS_DEVICE void finish_backward(const Routing& p) {
             const int64_t d = base + lanes.d;
             float sum = sum_of_splits(p, lanes, at + d, d < p.D);
             if (d >= p.D || lanes.split > 0) continue;
-            if (p.t + 1 < p.iterations) sum += load_written(p.grad_total_v + at + d);
+            if (t + 1 < p.iterations) sum += load_written(p.grad_total_v + at + d);
             p.grad_total_v[at + d] = sum;
         }
         warp_barrier();
-        backward_through_squash(p, lanes, p.t - 1, capsule,
+        backward_through_squash(p, lanes, t - 1, capsule,
                                 [&](int64_t d) { return load_written(p.grad_total_v + at + d); });
     });
 }

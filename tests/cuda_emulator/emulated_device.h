@@ -16,6 +16,8 @@
 
 #define CAPSOPS_KERNEL(threads, blocks) void
 #define CAPSOPS_DEVICE inline
+#define CAPSOPS_CALLED inline
+#define CAPSOPS_PARAMETER const
 
 namespace emulator {
 
@@ -29,6 +31,8 @@ void grid_barrier();
 
 // Every lane of the warp gives `size` bytes and gets those of all lanes, lane by lane.
 const char* exchange(const char* instruction, const void* mine, int size);
+
+void check_alignment(const void* address, size_t bytes);
 
 void run(const char* name, int64_t blocks, int threads, int64_t shared, bool cooperative,
          const std::function<void()>& kernel);
@@ -57,6 +61,8 @@ struct alignas(16) float4 {
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+inline int opaque(int x) { return x; }
 
 using emulator::block_barrier;
 using emulator::block_count;
@@ -119,8 +125,10 @@ inline void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
 }
 
 inline void copy_async(void* shared, const void* global, bool valid) {
+    emulator::check_alignment(shared, 16);
+    emulator::check_alignment(global, 16);
     if (valid) {
-        std::memcpy(__builtin_assume_aligned(shared, 16), __builtin_assume_aligned(global, 16), 16);
+        std::memcpy(shared, global, 16);
     } else {
         std::memset(shared, 0, 16);
     }
@@ -139,6 +147,11 @@ struct Float16 {
 inline float widen(float x) { return x; }
 inline float widen(Bfloat16 x) { return float_of(uint32_t(x.bits) << 16); }
 inline float widen(Float16 x) { return float(x.value); }
+template <typename S>
+inline float2 load_pair(const S* x) {
+    emulator::check_alignment(x, 2 * sizeof(S));
+    return {widen(x[0]), widen(x[1])};
+}
 inline void narrow(float x, float& to) { to = x; }
 inline void narrow(float x, Bfloat16& to) {
     const uint32_t bits = bits_of(x);

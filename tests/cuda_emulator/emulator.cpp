@@ -257,6 +257,12 @@ const char* exchange(const char* instruction, const void* mine, int size) {
     return slots;
 }
 
+void check_alignment(const void* address, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+        fail("an address is not aligned to " + std::to_string(bytes) + " bytes");
+    }
+}
+
 void run(const char* name, int64_t blocks, int threads, int64_t shared, bool cooperative,
          const std::function<void()>& kernel) {
     if (blocks < 1 || blocks > 0x7fffffff || threads < 1 || threads > 1024 || threads % 32 != 0 ||

@@ -118,8 +118,15 @@ def test_predictions(emulated: Emulated, shape: Shape, dtype: torch.dtype) -> No
     check(got, reference.predictions, [u, weight])
 
 
+# D = 40 and T = 6 are for the general kernels, the rest for the fused ones.
 SHAPES = [
-    *(Shape(1, 1, 1, 1, 1), Shape(3, 7, 3, 5, 3), Shape(2, 5, 2, 40, 9)),
+    Shape(1, 1, 1, 1, 1),
+    Shape(2, 5, 2, 40, 9),
+    Shape(7, 9, 20, 6, 8),
+    Shape(5, 9, 3, 4, 2),
+    Shape(9, 5, 4, 30, 17),
+    Shape(17, 6, 10, 16, 8),
+    Shape(40, 11, 2, 8, 16),
 ]
 OPTIONS = [
     Options(0, bias=True),
@@ -127,6 +134,8 @@ OPTIONS = [
     Options(2, leaky=True, detach=True, bias=True),
     Options(3, bias=True),
     Options(4, leaky=True),
+    Options(5, bias=True),
+    Options(6),
 ]
 
 
@@ -136,6 +145,121 @@ def test_capsule_routing(emulated: Emulated, shape: Shape, options: Options) -> 
     inputs = layer_inputs(shape, options.bias, torch.float32)
     got = capsule_routing(emulated, inputs, options)
     check(got, lambda *x: reference.capsule_routing(*x, **options.keywords()), inputs, [1, 0, None])
+
+
+SOME = [Options(0), Options(3, leaky=True, bias=True), Options(3, detach=True), Options(5)]
+SOME_SHAPES = [Shape(5, 6, 18, 3, 3), Shape(18, 5, 10, 16, 8), Shape(17, 3, 3, 20, 16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", SOME, ids=str)
+@pytest.mark.parametrize("shape", SOME_SHAPES, ids=str)
+def test_capsule_routing_in_16_bit(
+    emulated: Emulated, shape: Shape, options: Options, dtype: torch.dtype
+) -> None:
+    inputs = layer_inputs(shape, options.bias, dtype)
+    got = capsule_routing(emulated, inputs, options)
+    check(got, lambda *x: reference.capsule_routing(*x, **options.keywords()), inputs, [1, 0, None])
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """To 10 bits behind the point, in the way of every product on tensor cores; the gradient as well."""
+    bits = (x.detach().view(torch.int32) + 0x1000) & ~0x1FFF
+    rounded = x + (bits.view(torch.float32) - x).detach()
+    if rounded.requires_grad:
+        rounded.register_hook(to_tf32)
+    return rounded
+
+
+@pytest.mark.parametrize("options", SOME, ids=str)
+@pytest.mark.parametrize("shape", SOME_SHAPES, ids=str)
+def test_capsule_routing_in_tf32(
+    emulated: Emulated, shape: Shape, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch's setting allows TF32: the error is that of plain torch on inputs rounded to it."""
+    monkeypatch.setattr(emulated.implementation, "_allows_tf32", lambda: True)
+    inputs = layer_inputs(shape, options.bias, torch.float32)
+    got = capsule_routing(emulated, inputs, options)
+
+    def plain(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if u.dtype == torch.float32:
+            u, weight = to_tf32(u), to_tf32(weight)
+        return reference.capsule_routing(u, weight, bias, **options.keywords())
+
+    check(got, plain, inputs, [1, 0, None])
+    exact = value_and_gradients(plain, [None if x is None else x.double() for x in inputs])["value"]
+    assert (got["value"] - exact).abs().max() > 1e-5  # it is TF32 that was tested
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        {"multiprocessors": 1},
+        {"multiprocessors": 16},
+        {"cooperative": False},
+        {"shared_per_block": 16 * 1024},
+        {"shared_per_block": 64 * 1024, "multiprocessors": 2},
+    ],
+    ids=str,
+)
+def test_capsule_routing_on_other_devices(emulated: Emulated, device: dict[str, int | bool]) -> None:
+    """More work than blocks, splits of everything, a launch for each step, little shared memory."""
+    for shape, options in (
+        (Shape(70, 13, 3, 5, 8), Options(3, bias=True)),
+        (Shape(3, 19, 18, 16, 8), Options(2, leaky=True)),
+    ):
+        inputs = layer_inputs(shape, options.bias, torch.float32)
+        got = capsule_routing(emulated, inputs, options, **device)
+        check(got, lambda *x, o=options: reference.capsule_routing(*x, **o.keywords()), inputs, [1, 0, None])
+
+
+def test_gradients_that_are_not_needed(emulated: Emulated) -> None:
+    u, weight, _ = layer_inputs(Shape(5, 6, 3, 4, 8), dtype=torch.float32)
+    v, s = emulated.call("capsule_routing", u, weight, None, 3, False)
+    arguments = (upstream(v), u, weight, s, 3, False, False)
+    whole = emulated.call("capsule_routing_backward", *arguments, True, True)
+    for needs in ((True, False), (False, True), (False, False)):
+        part = emulated.call("capsule_routing_backward", *arguments, *needs)
+        for n in range(3):
+            assert torch.equal(part[n], whole[n] if n == 2 or needs[n] else torch.empty(0))
+
+
+def test_inputs_that_are_not_aligned(emulated: Emulated) -> None:
+    """Contiguous, but at an odd address: the copies of 16 bytes give way to single numbers."""
+    inputs = layer_inputs(Shape(5, 6, 3, 16, 8), True, torch.bfloat16)
+    want = capsule_routing(emulated, inputs, Options(3))
+    guarded = emulated.guarded
+
+    def shifted(x: object) -> object:
+        if not isinstance(x, Tensor):
+            return x
+        return guarded(torch.cat([x.new_zeros(1), x.flatten()]))[1:].view(x.shape)
+
+    emulated.guarded = shifted
+    try:
+        got = capsule_routing(emulated, inputs, Options(3))
+    finally:
+        del emulated.guarded
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_so(emulated: Emulated, bad: float) -> None:
+    """In the samples that have it, and in no other."""
+    inputs = layer_inputs(Shape(20, 6, 3, 4, 8), dtype=torch.float32)
+    inputs[0][17, 3, 5] = bad
+    got = capsule_routing(emulated, inputs, Options(3))
+    fine = torch.arange(20) != 17
+    assert got["value"][fine].isfinite().all()
+    assert not got["value"][17].isfinite().any()
+    assert got["gradient 0"][fine].isfinite().all()
+    assert not got["gradient 0"][17].isfinite().any()
+    assert not got["gradient 1"].isfinite().any()
+
+
+def test_float64_is_refused(emulated: Emulated) -> None:
+    with pytest.raises(ValueError, match="impl='cuda' takes float32, bfloat16 or float16, got torch.float64"):
+        emulated.call("squash", torch.randn(3, 4, dtype=torch.float64), 1)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
