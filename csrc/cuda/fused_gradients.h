@@ -145,9 +145,8 @@ struct Gradients {
         // Of this lane's own row: c and db of the passes with logits.
         float c[most_passes], grad_b[most_passes];
         {
-            const float none[2 * M] = {};
             Tile u_hat[M][N] = {};
-            Math::template predict<M, N, false>(u_hat, u, weight, tiling.stride, tiling.steps, none);
+            Math::template predict<M, N>(u_hat, u, weight, tiling.stride, tiling.steps);
             const int q = lane_index() % 4, row = b + lane_index() / 4 + 8 * (M == 2 ? q : q % 2);
 #pragma unroll
             for (int x = 0; x < most_passes; ++x) {

@@ -156,13 +156,12 @@ struct Passes {
     // The logits, and a, of this warp's output capsule.
     CAPSOPS_DEVICE void agreements(int stage, int count, const Tile (&v)[M][N],
                                    const Tile (&grad_s)[M][N]) const {
-        const float none[2 * M] = {};
         const int row = own_group() * samples + lane_index() / 4 + 8 * (lane_index() % 4);
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
             Tile u_hat[M][N] = {};
-            Math::template predict<M, N, false>(u_hat, u_tile(stage) + u_at(i), w_tile(stage) + w_at(i),
-                                                tiling.stride, tiling.steps, none);
+            Math::template predict<M, N>(u_hat, u_tile(stage) + u_at(i), w_tile(stage) + w_at(i),
+                                         tiling.stride, tiling.steps);
             const int at = (i * tiling.tile_j + own_j()) * rows + row;
             const float logit = quad_dot(u_hat, v);
             const bool stores = lane_index() % 4 < 2 * M;
@@ -226,21 +225,35 @@ struct Passes {
         }
     }
 
-    // Adds coefficient times u_hat of this warp's output capsule.
+    // Adds coefficient times u_hat of this warp's output capsule. On tensor cores u is scaled, and the
+    // product adds up; by multiply-adds each u_hat is made first: fewer roundings at the size of the sum.
     CAPSOPS_DEVICE void accumulate(int stage, int count, Tile (&sum)[M][N]) const {
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
             const S* const u = u_tile(stage) + u_at(i);
             const S* const w = w_tile(stage) + w_at(i);
-            float c[2 * M] = {};
-            if (t > 0) {
-                const float* const x =
-                    logits + (i * tiling.tile_j + own_j()) * rows + own_group() * samples + lane_index() / 4;
+            float c[2 * M];
+            const float* const x =
+                logits + (i * tiling.tile_j + own_j()) * rows + own_group() * samples + lane_index() / 4;
 #pragma unroll
-                for (int r = 0; r < 2 * M; ++r) c[r] = x[8 * r];
-                Math::template predict<M, N, true>(sum, u, w, tiling.stride, tiling.steps, c);
+            for (int r = 0; r < 2 * M; ++r) c[r] = t > 0 ? x[8 * r] : 1.0f;
+            if constexpr (Math::tensor_cores) {
+                if (t > 0) {
+                    Math::template predict_scaled<M, N>(sum, u, w, tiling.stride, tiling.steps, c);
+                } else {
+                    Math::template predict<M, N>(sum, u, w, tiling.stride, tiling.steps);
+                }
             } else {
-                Math::template predict<M, N, false>(sum, u, w, tiling.stride, tiling.steps, c);
+                Tile u_hat[M][N] = {};
+                Math::template predict<M, N>(u_hat, u, w, tiling.stride, tiling.steps);
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+#pragma unroll
+                    for (int n = 0; n < N; ++n) {
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) sum[m][n][e] += c[2 * m + e / 2] * u_hat[m][n][e];
+                    }
+                }
             }
         }
     }

@@ -5,7 +5,7 @@
 // 2q + 1). u [samples, stride] and W_ij [D, stride] lie in shared memory, rows along k, padded with 0 to a
 // multiple of 8; the stride is an odd multiple of 8, which keeps lanes in different banks.
 //
-//   predict:  u_hat[b, d] += scale[b] sum_k u[b, k] W[d, k]
+//   predict:  u_hat[b, d] += sum_k u[b, k] W[d, k], or scale[b] times it
 //   grad_u:   du[b, k] += sum_d grad[b, d] W[d, k], for 8 components k, laid out as a tile
 //   grad_w:   dW[d, k] += sum_b grad[b, d] u[b, k], for 16 components d and 8 components k, 4 numbers in each
 //   lane
@@ -43,8 +43,8 @@ struct TensorCores {
 
     // The k axis goes in the order 0 2 4 6 1 3 5 7, so that a lane's two numbers are neighbours in memory.
     template <int M, int N, bool scaled>
-    static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const S* u, const S* w, int stride, int steps,
-                                       const float (&scale)[2 * M]) {
+    static CAPSOPS_DEVICE void multiply(Tile (&out)[M][N], const S* u, const S* w, int stride, int steps,
+                                        const float (&scale)[2 * M]) {
         const int g = lane_index() / 4, q = lane_index() % 4;
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {
@@ -68,6 +68,18 @@ struct TensorCores {
                 for (int n = 0; n < N; ++n) mma_tf32(out[m][n], a, b[n]);
             }
         }
+    }
+
+    template <int M, int N>
+    static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const S* u, const S* w, int stride, int steps) {
+        const float none[2 * M] = {};
+        multiply<M, N, false>(out, u, w, stride, steps, none);
+    }
+
+    template <int M, int N>
+    static CAPSOPS_DEVICE void predict_scaled(Tile (&out)[M][N], const S* u, const S* w, int stride,
+                                              int steps, const float (&scale)[2 * M]) {
+        multiply<M, N, true>(out, u, w, stride, steps, scale);
     }
 
     // A tile turns into a left operand in place when d goes in the order 0 2 4 6 1 3 5 7.
@@ -149,9 +161,9 @@ struct MultiplyAdds {
         quarter(to + 4, from + 4);
     }
 
-    template <int M, int N, bool scaled>
+    template <int M, int N>
     static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const float* u, const float* w, int stride,
-                                       int steps, const float (&scale)[2 * M]) {
+                                       int steps) {
         const int g = lane_index() / 4, q = lane_index() % 4;
 #pragma unroll 1
         for (int first = 0; first < steps * 8; first += 4) {
@@ -159,8 +171,6 @@ struct MultiplyAdds {
 #pragma unroll
             for (int r = 0; r < 2 * M; ++r) {
                 quarter(a[r], u + (8 * r + g) * stride + first);
-#pragma unroll
-                for (int k = 0; k < 4; ++k) a[r][k] *= scaled ? scale[r] : 1.0f;
             }
 #pragma unroll
             for (int n = 0; n < N; ++n) {
