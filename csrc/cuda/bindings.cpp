@@ -42,9 +42,9 @@ py::dict described(const Tiling& t) {
 
 // What plan.h says of a shape on a device; None where the fused kernels do not serve it.
 py::object fused_plan(bool gradients, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int element,
-                      bool tensor_cores, int passes, int multiprocessors, int64_t shared_per_block,
-                      int resident_blocks) {
-    const FusedShape shape{B, I, J, D, K, element, tensor_cores, passes};
+                      bool tensor_cores, bool given, int passes, int multiprocessors,
+                      int64_t shared_per_block, int resident_blocks) {
+    const FusedShape shape{B, I, J, D, K, element, tensor_cores, given, passes};
     const FusedLimits limits{multiprocessors, shared_per_block};
     Tiling tiling{};
     const bool served = gradients ? plan_gradients(shape, limits, tiling)
@@ -63,8 +63,8 @@ PYBIND11_MODULE(_cuda, m) {
 
     m.def("fused_plan", &fused_plan, py::arg("gradients"), py::arg("B"), py::arg("I"), py::arg("J"),
           py::arg("D"), py::arg("K"), py::arg("element") = 4, py::arg("tensor_cores") = true,
-          py::arg("passes") = 2, py::arg("multiprocessors") = 132, py::arg("shared_per_block") = 232448,
-          py::arg("resident_blocks") = 1,
+          py::arg("given") = false, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
+          py::arg("shared_per_block") = 232448, py::arg("resident_blocks") = 1,
           "How the fused passes, or the fused gradients, of capsule_routing divide the work on a device (by "
           "default "
           "an H200): a dict, or None where the general kernels serve the shape. Needs no device.");
@@ -73,7 +73,7 @@ PYBIND11_MODULE(_cuda, m) {
         "squash",
         [](Address s, Address grad, Address out, int64_t outer, int64_t n, int64_t inner, int storage,
            int device, Address stream) {
-            use_device(device);
+            const CurrentDevice current(device);
             const SquashCall call{pointer(s), pointer(grad), pointer(out), outer, n, inner, Storage(storage)};
             (grad == 0 ? squash : squash_backward)(call, stream_of(stream));
         },
@@ -85,7 +85,8 @@ PYBIND11_MODULE(_cuda, m) {
             PredictionsCall call{};
             call.u = pointer(u), call.weight = pointer(weight), call.u_hat = pointer(u_hat);
             call.B = B, call.I = I, call.J = J, call.D = D, call.K = K, call.storage = Storage(storage);
-            predictions(call, use_device(device), stream_of(stream));
+            const CurrentDevice current(device);
+            predictions(call, current.limits(), stream_of(stream));
         },
         without_gil);
     m.def(
@@ -96,7 +97,8 @@ PYBIND11_MODULE(_cuda, m) {
             call.u = pointer(u), call.weight = pointer(weight), call.grad = pointer(grad);
             call.grad_u = pointer(grad_u), call.grad_weight = pointer(grad_weight);
             call.B = B, call.I = I, call.J = J, call.D = D, call.K = K, call.storage = Storage(storage);
-            predictions_backward(call, use_device(device), stream_of(stream));
+            const CurrentDevice current(device);
+            predictions_backward(call, current.limits(), stream_of(stream));
         },
         without_gil);
 
@@ -125,14 +127,15 @@ PYBIND11_MODULE(_cuda, m) {
         .def(
             "workspace",
             [](const RoutingCall& call, RoutingOp op, int device) {
-                return routing_workspace(op, call, use_device(device));
+                return routing_workspace(op, call, CurrentDevice(device).limits());
             },
             "Bytes of workspace that the call takes on this device.")
         .def(
             "run",
             [](RoutingCall& call, RoutingOp op, Address workspace, int device, Address stream) {
                 call.workspace = pointer(workspace);
-                routing(op, call, use_device(device), stream_of(stream));
+                const CurrentDevice current(device);
+                routing(op, call, current.limits(), stream_of(stream));
             },
             without_gil, "Queues the kernels on the stream.");
 }

@@ -131,17 +131,33 @@ inline int device_count() {
     return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
-// Makes the device the current one of this thread and reads its limits.
-inline Device use_device(int index) {
-    const auto attribute = [index](cudaDeviceAttr name) {
-        int value = 0;
-        check(cudaDeviceGetAttribute(&value, name, index), "cudaDeviceGetAttribute");
-        return value;
-    };
-    check(cudaSetDevice(index), "cudaSetDevice");
-    return {index, attribute(cudaDevAttrMultiProcessorCount),
-            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), attribute(cudaDevAttrCooperativeLaunch) != 0};
-}
+// Makes a device the current one of this thread for as long as it lives.
+class CurrentDevice {
+  public:
+    explicit CurrentDevice(int index) : index_(index) {
+        check(cudaGetDevice(&before_), "cudaGetDevice");
+        if (before_ != index) check(cudaSetDevice(index), "cudaSetDevice");
+    }
+    ~CurrentDevice() {
+        if (before_ != index_) cudaSetDevice(before_);
+    }
+    CurrentDevice(const CurrentDevice&) = delete;
+    CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+    Device limits() const {
+        const auto attribute = [this](cudaDeviceAttr name) {
+            int value = 0;
+            check(cudaDeviceGetAttribute(&value, name, index_), "cudaDeviceGetAttribute");
+            return value;
+        };
+        return {index_, attribute(cudaDevAttrMultiProcessorCount),
+                attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                attribute(cudaDevAttrCooperativeLaunch) != 0};
+    }
+
+  private:
+    int index_, before_ = 0;
+};
 
 template <typename Parameters>
 void allow_shared(void (*kernel)(Parameters), const char* name, int64_t shared) {

@@ -18,7 +18,7 @@ struct Fused {
     float* partial_u;           // [tiles_j, B, I, K] where the gradient of u comes in tiles of j
 };
 
-// The kernels for one way to multiply.
+// The kernels for one way to multiply, or for given predictions (which have no fused gradients).
 struct FusedKernels {
     void (*passes)(Fused);
     void (*gradients)(Fused);
@@ -29,5 +29,6 @@ FusedKernels fused_float32(const Tiling& tiling, bool backward, int logits);
 FusedKernels fused_tf32(const Tiling& tiling, bool backward, int logits);
 FusedKernels fused_bfloat16(const Tiling& tiling, bool backward, int logits);
 FusedKernels fused_float16(const Tiling& tiling, bool backward, int logits);
+FusedKernels fused_given(Storage storage, const Tiling& tiling, bool backward);
 
 }  // namespace capsops

@@ -1,4 +1,4 @@
-// The passes of capsule_routing, forward and backward: sums over i of c u_hat, or of db u_hat.
+// The passes of routing, forward and backward: sums over i of c u_hat, or of db u_hat.
 //
 // One chunk of input capsules at a time, in a block: every warp makes the logits of its output capsule from
 // u_hat tiles (and backward a = u_hat . ds); all threads together make the softmax over j; every warp makes
@@ -46,9 +46,15 @@ struct Passes {
     CAPSOPS_DEVICE int own_j() const { return warp_index() % tiling.tile_j; }
     CAPSOPS_DEVICE int own_group() const { return warp_index() / tiling.tile_j; }
     CAPSOPS_DEVICE S* u_tile(int stage) const { return stages + stage * int(tiling.stage / int(sizeof(S))); }
-    CAPSOPS_DEVICE S* w_tile(int stage) const { return u_tile(stage) + tiling.chunk * rows * tiling.stride; }
+    CAPSOPS_DEVICE S* w_tile(int stage) const {
+        return u_tile(stage) + (Math::given ? 0 : tiling.chunk * rows * tiling.stride);
+    }
     CAPSOPS_DEVICE int u_at(int i) const { return (i * rows + own_group() * samples) * tiling.stride; }
-    CAPSOPS_DEVICE int w_at(int i) const { return (i * tiling.tile_j + own_j()) * N * 8 * tiling.stride; }
+    // Of W_ij, or of the given predictions of this warp's samples.
+    CAPSOPS_DEVICE int w_at(int i) const {
+        const int ij = i * tiling.tile_j + own_j();
+        return (Math::given ? ij * rows + own_group() * samples : ij * N * 8) * tiling.stride;
+    }
 
     // What no copy writes, the padding of K and D, must be 0.
     CAPSOPS_DEVICE void clear_stages() const {
@@ -76,8 +82,32 @@ struct Passes {
         }
     }
 
+    // Begins to copy the given predictions of this warp's output capsule and samples.
+    CAPSOPS_DEVICE void copy_given(int stage, int i, int count, int any_b, int tile_j) const {
+        const int b = opaque(any_b) + own_group() * samples, j = tile_j * tiling.tile_j + own_j(),
+                  D = int(p.D);
+        if (j >= int(p.J)) return;
+        constexpr int piece = 16 / int(sizeof(S));
+        const int pieces = f.vectors ? D / piece : D;
+#pragma unroll 1
+        for (int n = lane_index(); n < count * samples * pieces; n += warp_size) {
+            const int chunk_i = n / (samples * pieces), sample = n / pieces % samples, d = n % pieces;
+            const bool valid = b + sample < int(p.B);
+            const int64_t at = valid ? ((int64_t(b + sample) * p.I + i + chunk_i) * p.J + j) * D : 0;
+            const S* const from = static_cast<const S*>(p.u) + at;
+            S* const to = w_tile(stage) + w_at(chunk_i) + sample * tiling.stride;
+            if (f.vectors) {
+                copy_async(to + d * piece, from + d * piece, valid);
+            } else {
+                S zero{};
+                to[d] = valid ? from[d] : zero;
+            }
+        }
+    }
+
     // Begins to copy u and W of input capsules i ... i + count - 1 for a tile of samples and one of j.
     CAPSOPS_DEVICE void copy(int stage, int i, int count, int any_b, int tile_j) const {
+        if constexpr (Math::given) return copy_given(stage, i, count, any_b, tile_j);
         const int b = opaque(any_b);
         const S* const u = static_cast<const S*>(p.u);
         const S* const w = static_cast<const S*>(p.weight);

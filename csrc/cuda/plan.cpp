@@ -20,8 +20,8 @@ bool common(const FusedShape& shape, Tiling& to) {
     // The kernels count samples, capsules and items of work in 32 bits.
     if (to.n == 0 || shape.K > 1024 || shape.B >= 1 << 24 || shape.J >= 1 << 16 || shape.I >= 1 << 30)
         return false;
-    to.steps = int(divide_up(shape.K, 8));
-    to.stride = row_stride(shape.K);
+    to.steps = shape.given ? 0 : int(divide_up(shape.K, 8));
+    to.stride = row_stride(shape.given ? shape.D : shape.K);
     return true;
 }
 
@@ -49,7 +49,8 @@ bool plan_passes(const FusedShape& shape, const FusedLimits& limits, int residen
     for (const int64_t most : {limits.shared_per_block / 2 - 1024, limits.shared_per_block}) {
         for (int chunk = 8; chunk > 0; chunk /= 2) {
             to.chunk = int(divide_up(to.length, divide_up(to.length, chunk)));
-            to.stage = aligned(to.chunk * (rows + int64_t(to.tile_j) * to.n * 8) * to.stride * shape.element);
+            const int64_t rows_of_i = shape.given ? to.tile_j * rows : rows + int64_t(to.tile_j) * to.n * 8;
+            to.stage = aligned(to.chunk * rows_of_i * to.stride * shape.element);
             const int64_t logits = to.chunk * to.tile_j * rows * 4, softmax = to.chunk * rows * 12;
             to.shared = 2 * to.stage + 2 * logits + softmax;
             if (to.shared <= most) return true;
@@ -59,7 +60,8 @@ bool plan_passes(const FusedShape& shape, const FusedLimits& limits, int residen
 }
 
 bool plan_gradients(const FusedShape& shape, const FusedLimits& limits, Tiling& to) {
-    if (!common(shape, to) || shape.passes > 4 || (to.n == 4 && shape.passes > 2)) return false;
+    if (!common(shape, to) || shape.given || shape.passes > 4 || (to.n == 4 && shape.passes > 2))
+        return false;
     to.m = to.n * (shape.passes > 2 ? 9 : 5) > 10 ? 1 : 2;
     to.groups = 1;
     const int64_t rows = 16 * to.m, row_bytes = int64_t(to.stride) * shape.element;

@@ -14,6 +14,7 @@ struct FusedShape {
     int64_t B, I, J, D, K;
     int element;  // bytes of a number in u and W
     bool tensor_cores;
+    bool given;  // the predictions are: no u and W, K does not matter
     int passes;  // with logits, at most: what the gradient kernel must know at once
 };
 

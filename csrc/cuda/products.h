@@ -37,7 +37,7 @@ CAPSOPS_DEVICE float quad_sum(const float (&x)[2 * M]) {
 template <typename Storage>
 struct TensorCores {
     typedef Storage S;
-    static constexpr bool tensor_cores = true;
+    static constexpr bool tensor_cores = true, given = false;
 
     static CAPSOPS_DEVICE float operand(float x) { return sizeof(S) == 4 ? round_tf32(x) : x; }
 
@@ -149,7 +149,7 @@ struct TensorCores {
 // In float32. The same layouts, so that the kernels need not know.
 struct MultiplyAdds {
     typedef float S;
-    static constexpr bool tensor_cores = false;
+    static constexpr bool tensor_cores = false, given = false;
 
     static CAPSOPS_DEVICE void quarter(float* to, const float* from) {
         const float4 x = *reinterpret_cast<const float4*>(from);
@@ -264,6 +264,26 @@ struct MultiplyAdds {
 
     static CAPSOPS_DEVICE int weight_d(int e) { return 8 * (e / 2) + 2 * (lane_index() % 4) + e % 2; }
     static CAPSOPS_DEVICE int weight_k(int) { return lane_index() / 4; }
+};
+
+// No product: the predictions are given, and lie in shared memory as [samples, stride].
+template <typename Storage>
+struct GivenPredictions {
+    typedef Storage S;
+    static constexpr bool tensor_cores = false, given = true;
+
+    template <int M, int N>
+    static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const S*, const S* u_hat, int stride, int) {
+        const int g = lane_index() / 4, q = lane_index() % 4;
+#pragma unroll
+        for (int r = 0; r < 2 * M; ++r) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const float2 x = load_pair(u_hat + (8 * r + g) * stride + 8 * n + 2 * q);
+                out[r / 2][n][r % 2 * 2] += x.x, out[r / 2][n][r % 2 * 2 + 1] += x.y;
+            }
+        }
+    }
 };
 
 }  // namespace capsops

@@ -126,12 +126,13 @@ Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
     passes.couplings = op == RoutingOp::couplings;
     const int element = call.storage == Storage::float32 ? 4 : 2;
     const auto aligned = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
-    passes.vectors = call.K * element % 16 == 0 && aligned(call.u) && aligned(call.weight);
+    const bool given = call.weight == nullptr;
+    passes.vectors = (given ? call.D : call.K) * element % 16 == 0 && aligned(call.u) && aligned(call.weight);
     const int last = passes.p.iterations - 1, logits = call.detach ? last > 0 : last;
     const FusedShape shape{call.B, call.I, call.J, call.D, call.K, element, element == 2 || call.tf32,
-                           logits};
+                           given,  logits};
     const FusedLimits limits{device.multiprocessors, device.shared_per_block};
-    plan.fused_passes = call.weight != nullptr && plan_passes(shape, limits, 1, passes.tiling);
+    plan.fused_passes = plan_passes(shape, limits, 1, passes.tiling);
     if (!plan.fused_passes) {
         passes.p.splits = general_splits(passes.p, device);
         plan.gradients = passes;
@@ -141,7 +142,8 @@ Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
                         : call.storage == Storage::float16 ? fused_float16
                         : call.tf32                        ? fused_tf32
                                                            : fused_float32;
-    plan.kernels = choose(passes.tiling, passes.p.backward, logits);
+    plan.kernels = given ? fused_given(call.storage, passes.tiling, passes.p.backward)
+                         : choose(passes.tiling, passes.p.backward, logits);
     const auto resident = [&] {
         const Tiling& tiling = passes.tiling;
         return resident_blocks(plan.kernels.passes, "routing passes", tiling.warps * warp_size,
@@ -168,7 +170,7 @@ int64_t place(Plan& plan, RoutingOp op, void* workspace) {
     }
     if (op == RoutingOp::couplings) p.s = pieces.take<float>(p.iterations * p.capsules());
     if (p.backward || !plan.fused_passes || plan.passes.tiling.tiles_j > 1) {
-        p.softmax = pieces.take<Softmax>((p.backward ? p.iterations : 1) * p.B * p.I);
+        p.softmax = pieces.take<Softmax>((p.backward ? p.iterations - 1 : 1) * p.B * p.I);
     }
     Fused& gradients = plan.gradients;
     gradients.p = p;

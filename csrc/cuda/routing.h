@@ -37,7 +37,7 @@ struct Routing {
     float* grad_s;        // ds of each pass [T, B, J, D], backward only
     float* grad_total_v;  // dV [B, J, D], backward only
     float* partial;       // [splits, B, J, D]
-    Softmax* softmax;     // [T, I, B]: all passes backward, else that of the pass at hand
+    Softmax* softmax;     // [T - 1, I, B]: all passes but the first backward, else that of the pass at hand
     int64_t splits;
 
     // The pass at hand.
@@ -46,7 +46,7 @@ struct Routing {
 
     CAPSOPS_SHARED int64_t capsules() const { return B * J * D; }
     CAPSOPS_SHARED int64_t softmax_at(int pass, int64_t b, int64_t i) const {
-        return ((backward ? pass : 0) * I + i) * B + b;
+        return ((backward ? pass - 1 : 0) * I + i) * B + b;
     }
 };
 

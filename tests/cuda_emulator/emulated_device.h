@@ -168,10 +168,17 @@ struct Device {
 };
 
 inline int device_count() { return 1; }
-inline Device use_device(int index) {
-    return {index, emulator::settings.multiprocessors, emulator::settings.shared_per_block,
-            emulator::settings.cooperative};
-}
+class CurrentDevice {
+  public:
+    explicit CurrentDevice(int index) : index_(index) {}
+    Device limits() const {
+        return {index_, emulator::settings.multiprocessors, emulator::settings.shared_per_block,
+                emulator::settings.cooperative};
+    }
+
+  private:
+    int index_;
+};
 
 template <typename Parameters>
 int resident_blocks(void (*)(Parameters), const char*, int, int64_t shared) {

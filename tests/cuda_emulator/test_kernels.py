@@ -264,7 +264,17 @@ def test_float64_is_refused(emulated: Emulated) -> None:
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("shape", [Shape(3, 7, 3, 5, 1), Shape(2, 9, 2, 40, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(2, 9, 2, 40, 1),
+        Shape(3, 7, 3, 5, 1),
+        Shape(33, 5, 2, 8, 1),
+        Shape(5, 4, 14, 16, 1),
+        Shape(5, 9, 4, 24, 1),
+    ],
+    ids=str,
+)
 def test_dynamic_routing(emulated: Emulated, shape: Shape, options: Options, dtype: torch.dtype) -> None:
     inputs = routing_inputs(shape, options.bias, dtype)
     got = dynamic_routing(emulated, inputs, options)
