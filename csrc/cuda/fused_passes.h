@@ -229,6 +229,7 @@ struct Passes {
                 s.sum *= shrink, s.mean *= shrink;
                 for (int j = 0; j < js; ++j) {
                     const float e = expf(x[j * rows] - s.largest);
+                    x[j * rows] = e;
                     s.sum += e;
                     if (backward) s.mean += e * y[j * rows];
                 }
@@ -243,8 +244,9 @@ struct Passes {
             }
             if (step == Step::whole) s.mean /= s.sum;
             if (backward && step == Step::whole) p.softmax[known] = s;
+            const float inverse = 1.0f / s.sum;
             for (int j = 0; j < js; ++j) {
-                const float c = expf(x[j * rows] - s.largest) / s.sum;
+                const float c = (step == Step::whole ? x[j * rows] : expf(x[j * rows] - s.largest)) * inverse;
                 x[j * rows] = backward ? c * (y[j * rows] - s.mean) : c;
                 if (!backward && f.couplings && t + 1 == p.iterations) {
                     const int64_t at =
