@@ -23,20 +23,21 @@ class Service(NamedTuple):
     reason: str
 
 
-def _build_failure() -> str:
-    """What the build recorded when it could not make an extension."""
+def _build_failure(extension: str) -> str:
+    """What the build recorded when it could not make capsops._<extension>."""
     record = Path(__file__).with_name("_build.json")
     if not record.exists():
         return "the extension was not built (no build record); run: pip install -e ."
-    failure = json.loads(record.read_text()).get("cpu", {}).get("reason")
+    failure = json.loads(record.read_text()).get(extension, {}).get("reason")
     return failure or "its build succeeded; run: pip install -e ."
 
 
-def _load_cpu() -> tuple[ModuleType | None, str]:
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """capsops.impl.<name>, which stands on the extension capsops._<name>; or None and why."""
     try:
-        return importlib.import_module("capsops.impl.cpu"), ""
+        return importlib.import_module(f"capsops.impl.{name}"), ""
     except ImportError as error:
-        return None, f"capsops._cpu cannot be imported ({error}): {_build_failure()}"
+        return None, f"capsops._{name} cannot be imported ({error}): {_build_failure(name)}"
 
 
 def _load_triton() -> tuple[ModuleType | None, str]:
@@ -49,20 +50,16 @@ def _load_triton() -> tuple[ModuleType | None, str]:
     return importlib.import_module("capsops.impl.triton"), ""
 
 
-_cpu, _cpu_missing = _load_cpu()
+_cpu, _cpu_missing = _load("cpu")
 _triton, _triton_missing = _load_triton()
+_cuda, _cuda_missing = _load("cuda")
 
-_MODULES: dict[str, ModuleType] = {"reference": reference}
-if _cpu is not None:
-    _MODULES["cpu"] = _cpu
-if _triton is not None:
-    _MODULES["triton"] = _triton
+_loaded = {"reference": reference, "cpu": _cpu, "triton": _triton, "cuda": _cuda}
+_MODULES: dict[str, ModuleType] = {name: found for name, found in _loaded.items() if found is not None}
 
-_MISSING = {
-    "cpu": _cpu_missing,
-    "triton": _triton_missing,
-    "cuda": "this version of capsops has no CUDA kernels",
-}
+_MISSING = {"cpu": _cpu_missing, "triton": _triton_missing, "cuda": _cuda_missing}
+
+_NO_DEVICE = "torch sees no CUDA device"
 
 # "auto" takes the first that is available; a kernel stands before the reference on a CUDA device only where
 # a row of benchmarks/results/GPU_LEDGER.md shows it right and faster on real hardware.
@@ -121,6 +118,8 @@ def resolve(impl: str, device: str) -> str:
     if impl not in _MODULES:
         _checked(impl, "impl")
         raise RuntimeError(f"impl={impl!r} is not available: {_MISSING[impl]}")
+    if impl == "cuda" and device != "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"impl={impl!r} is not available: {_NO_DEVICE}")
     devices = _DEVICES.get(impl)
     if devices is not None and device not in devices:
         raise ValueError(f"impl={impl!r} serves tensors on {', '.join(devices)}, got tensors on {device}")
@@ -136,7 +135,7 @@ def describe() -> list[Service]:
     """The table of implementations and devices, with the reason where one is not available."""
     rows = []
     for device in ("cpu", "cuda"):
-        no_device = "torch sees no CUDA device" if device == "cuda" and not torch.cuda.is_available() else ""
+        no_device = _NO_DEVICE if device == "cuda" and not torch.cuda.is_available() else ""
         for impl in IMPLS[1:]:
             if device in _DEVICES.get(impl, ("cpu", "cuda")):
                 reason = no_device if impl in _MODULES else _MISSING[impl]

@@ -1,0 +1,231 @@
+// All that the kernels ask of the device, one small function each: indices, barriers, exchange within a warp,
+// tensor cores, asynchronous copies, and the launch. tests/cuda_emulator has a twin that runs on a CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "../capsule_math.h"
+
+#if defined(CAPSOPS_EMULATED)
+#include "emulated_device.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#if defined(__CUDACC__)
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define CAPSOPS_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define CAPSOPS_DEVICE __device__ __forceinline__
+#define CAPSOPS_CALLED __device__ __noinline__  // a call, whose registers do not add to the caller's
+#define CAPSOPS_PARAMETER const __grid_constant__
+
+namespace capsops {
+
+CAPSOPS_DEVICE int thread_index() { return threadIdx.x; }
+CAPSOPS_DEVICE int thread_count() { return blockDim.x; }
+CAPSOPS_DEVICE int64_t block_index() { return blockIdx.x; }
+CAPSOPS_DEVICE int64_t block_count() { return gridDim.x; }
+
+// x, of which the compiler knows no more than its type: what follows from x is not computed ahead of this
+// place and kept in registers until it is wanted.
+CAPSOPS_DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// The dynamic shared memory of the block.
+CAPSOPS_DEVICE char* shared_memory() {
+    extern __shared__ __align__(16) char memory[];
+    return memory;
+}
+
+CAPSOPS_DEVICE void block_barrier() { __syncthreads(); }
+CAPSOPS_DEVICE void warp_barrier() { __syncwarp(); }
+CAPSOPS_DEVICE void grid_barrier() { cooperative_groups::this_grid().sync(); }
+
+CAPSOPS_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
+CAPSOPS_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
+
+// c += a b with a 16 x 8, b 8 x 8, in TF32. With g = lane / 4 and q = lane % 4 a lane holds a (g, q), (g + 8,
+// q), (g, q + 4), (g + 8, q + 4); b (q, g), (q + 4, g); c (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
+CAPSOPS_DEVICE void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+
+// Nearest, ties away from zero. The tensor core itself ignores the last 13 bits.
+CAPSOPS_DEVICE float round_tf32(float x) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return __uint_as_float(bits);
+}
+
+// Copies 16 bytes to shared memory, or writes 16 bytes of 0, without waiting. Both addresses are aligned
+// to 16.
+CAPSOPS_DEVICE void copy_async(void* shared, const void* global, bool valid) {
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
+        "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
+        : "memory");
+}
+
+// Waits for all asynchronous copies of this thread; a barrier then shows them to the others.
+CAPSOPS_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Numbers that another block has written since the kernel began: past the multiprocessor's own cache.
+CAPSOPS_DEVICE float load_written(const float* x) { return __ldcg(x); }
+CAPSOPS_DEVICE float2 load_written(const float2* x) { return __ldcg(x); }
+
+// Storage types and the float32 that is computed with.
+typedef __nv_bfloat16 Bfloat16;
+typedef __half Float16;
+CAPSOPS_DEVICE float widen(float x) { return x; }
+CAPSOPS_DEVICE float widen(Bfloat16 x) { return __bfloat162float(x); }
+CAPSOPS_DEVICE float widen(Float16 x) { return __half2float(x); }
+// Two neighbours; x is aligned to both together.
+CAPSOPS_DEVICE float2 load_pair(const float* x) { return *reinterpret_cast<const float2*>(x); }
+CAPSOPS_DEVICE float2 load_pair(const Bfloat16* x) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(x));
+}
+CAPSOPS_DEVICE float2 load_pair(const Float16* x) {
+    return __half22float2(*reinterpret_cast<const __half2*>(x));
+}
+CAPSOPS_DEVICE void narrow(float x, float& to) { to = x; }
+CAPSOPS_DEVICE void narrow(float x, Bfloat16& to) { to = __float2bfloat16_rn(x); }
+CAPSOPS_DEVICE void narrow(float x, Float16& to) { to = __float2half_rn(x); }
+
+}  // namespace capsops
+#endif
+
+namespace capsops {
+
+typedef cudaStream_t Stream;
+
+inline void check(cudaError_t status, const char* what) {
+    if (status != cudaSuccess) {
+        throw std::runtime_error(std::string("CUDA error in ") + what + ": " + cudaGetErrorString(status));
+    }
+}
+
+struct Device {
+    int index;
+    int multiprocessors;
+    int64_t shared_per_block;
+    bool cooperative;
+};
+
+inline int device_count() {
+    int count = 0;
+    return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+// Makes a device the current one of this thread for as long as it lives.
+class CurrentDevice {
+  public:
+    explicit CurrentDevice(int index) : index_(index) {
+        check(cudaGetDevice(&before_), "cudaGetDevice");
+        if (before_ != index) check(cudaSetDevice(index), "cudaSetDevice");
+    }
+    ~CurrentDevice() {
+        if (before_ != index_) cudaSetDevice(before_);
+    }
+    CurrentDevice(const CurrentDevice&) = delete;
+    CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+    Device limits() const {
+        const auto attribute = [this](cudaDeviceAttr name) {
+            int value = 0;
+            check(cudaDeviceGetAttribute(&value, name, index_), "cudaDeviceGetAttribute");
+            return value;
+        };
+        return {index_, attribute(cudaDevAttrMultiProcessorCount),
+                attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                attribute(cudaDevAttrCooperativeLaunch) != 0};
+    }
+
+  private:
+    int index_, before_ = 0;
+};
+
+template <typename Parameters>
+void allow_shared(void (*kernel)(Parameters), const char* name, int64_t shared) {
+    if (shared > 48 * 1024) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name);
+    }
+}
+
+// How many blocks one multiprocessor holds at a time; 0 where even one does not fit.
+template <typename Parameters>
+int resident_blocks(void (*kernel)(Parameters), const char* name, int threads, int64_t shared) {
+    static std::mutex mutex;
+    static std::map<std::tuple<int, const void*, int, int64_t>, int> known;
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto key = std::make_tuple(device, reinterpret_cast<const void*>(kernel), threads, shared);
+    const auto found = known.find(key);
+    if (found != known.end()) return found->second;
+    allow_shared(kernel, name, shared);
+    int blocks = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, size_t(shared)), name);
+    return known[key] = blocks;
+}
+
+struct Launch {
+    const char* name;
+    int64_t blocks;
+    int threads;
+    int64_t shared;
+    Stream stream;
+    bool cooperative = false;  // all blocks run at the same time and meet in grid_barrier()
+};
+
+template <typename Parameters>
+void launch(void (*kernel)(Parameters), const Launch& how, Parameters parameters) {
+    allow_shared(kernel, how.name, how.shared);
+    void* arguments[] = {&parameters};
+    const void* function = reinterpret_cast<const void*>(kernel);
+    const dim3 grid{unsigned(how.blocks)}, block{unsigned(how.threads)};
+    const size_t shared = size_t(how.shared);
+    check(how.cooperative ? cudaLaunchCooperativeKernel(function, grid, block, arguments, shared, how.stream)
+                          : cudaLaunchKernel(function, grid, block, arguments, shared, how.stream),
+          how.name);
+}
+
+}  // namespace capsops
+#endif
+
+#if defined(__CUDACC__) || defined(CAPSOPS_EMULATED)
+namespace capsops {
+
+constexpr int warp_size = 32;
+
+CAPSOPS_DEVICE int lane_index() { return thread_index() % warp_size; }
+CAPSOPS_DEVICE int warp_index() { return thread_index() / warp_size; }
+CAPSOPS_DEVICE int warp_count() { return thread_count() / warp_size; }
+
+// Sum over the lanes whose index differs in the bits of `span - 1`, times `step`: all of them have it.
+CAPSOPS_DEVICE float lane_sum(float x, int span = warp_size, int step = 1) {
+    for (int mask = step; mask < span * step; mask *= 2) x += shuffle_xor(x, mask);
+    return x;
+}
+
+CAPSOPS_DEVICE float lane_max(float x, int span = warp_size, int step = 1) {
+    for (int mask = step; mask < span * step; mask *= 2) x = fmaxf(x, shuffle_xor(x, mask));
+    return x;
+}
+
+}  // namespace capsops
+#endif

@@ -1,0 +1,9 @@
+#include "fused_kernels.h"
+
+namespace capsops {
+
+FusedKernels fused_bfloat16(const Tiling& tiling, bool backward, int logits) {
+    return fused_kernels<TensorCores<Bfloat16>>(tiling, backward, logits);
+}
+
+}  // namespace capsops

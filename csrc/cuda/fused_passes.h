@@ -1,0 +1,379 @@
+// The passes of routing, forward and backward: sums over i of c u_hat, or of db u_hat.
+//
+// One chunk of input capsules at a time, in a block: every warp makes the logits of its output capsule from
+// u_hat tiles (and backward a = u_hat . ds); all threads together make the softmax over j; every warp makes
+// its u_hat tiles again, with u scaled by the coefficients, and adds them up. The tensor core makes u_hat
+// faster than registers could keep it.
+#pragma once
+
+#include "fused.h"
+#include "products.h"
+
+namespace capsops {
+
+enum class Step {
+    whole,
+    statistics,
+    given
+};  // of the softmax: all j in the block; its sums alone; those known
+
+template <typename Math, int M, int N, bool backward>
+struct Passes {
+    typedef typename Math::S S;
+    static constexpr int samples = 16 * M;  // of one warp
+
+    const Fused& f;
+    const Routing& p;
+    const Tiling& tiling;
+    const int t;
+    const int rows;  // samples of the block
+    S* const stages;
+    float* const logits;     // [chunk, tile_j, rows]; then the coefficients
+    float* const a;          // the same, backward
+    Softmax* const softmax;  // [chunk, rows], while tiles of j go by
+
+    CAPSOPS_DEVICE Passes(const Fused& f, int t)
+        : f(f),
+          p(f.p),
+          tiling(f.tiling),
+          t(t),
+          rows(samples * tiling.groups),
+          stages(reinterpret_cast<S*>(shared_memory())),
+          logits(reinterpret_cast<float*>(shared_memory() + 2 * tiling.stage)),
+          a(logits + tiling.chunk * tiling.tile_j * rows),
+          softmax(reinterpret_cast<Softmax*>(a + tiling.chunk * tiling.tile_j * rows)) {}
+
+    CAPSOPS_DEVICE int own_j() const { return warp_index() % tiling.tile_j; }
+    CAPSOPS_DEVICE int own_group() const { return warp_index() / tiling.tile_j; }
+    CAPSOPS_DEVICE S* u_tile(int stage) const { return stages + stage * int(tiling.stage / int(sizeof(S))); }
+    CAPSOPS_DEVICE S* w_tile(int stage) const {
+        return u_tile(stage) + (Math::given ? 0 : tiling.chunk * rows * tiling.stride);
+    }
+    CAPSOPS_DEVICE int u_at(int i) const { return (i * rows + own_group() * samples) * tiling.stride; }
+    // Of W_ij, or of the given predictions of this warp's samples.
+    CAPSOPS_DEVICE int w_at(int i) const {
+        const int ij = i * tiling.tile_j + own_j();
+        return (Math::given ? ij * rows + own_group() * samples : ij * N * 8) * tiling.stride;
+    }
+
+    // What no copy writes, the padding of K and D, must be 0.
+    CAPSOPS_DEVICE void clear_stages() const {
+        float* const words = reinterpret_cast<float*>(stages);
+        for (int n = thread_index(); n < int(2 * tiling.stage / 4); n += thread_count()) words[n] = 0.0f;
+        block_barrier();
+    }
+
+    // Copies `rows` rows of K numbers that follow one another; lanes share the pieces.
+    CAPSOPS_DEVICE void copy_rows(S* to, const S* from, int count, bool valid) const {
+        const int K = opaque(int(p.K));
+        if (f.vectors) {
+            constexpr int piece = 16 / int(sizeof(S));
+            const int pieces = K / piece;
+#pragma unroll 1
+            for (int n = lane_index(); n < count * pieces; n += warp_size) {
+                copy_async(to + n / pieces * tiling.stride + n % pieces * piece, from + n * piece, valid);
+            }
+        } else {
+#pragma unroll 1
+            for (int n = lane_index(); n < count * K; n += warp_size) {
+                S zero{};
+                to[n / K * tiling.stride + n % K] = valid ? from[n] : zero;
+            }
+        }
+    }
+
+    // Begins to copy the given predictions of this warp's output capsule and samples.
+    CAPSOPS_DEVICE void copy_given(int stage, int i, int count, int any_b, int tile_j) const {
+        const int b = opaque(any_b) + own_group() * samples, j = tile_j * tiling.tile_j + own_j(),
+                  D = int(p.D);
+        if (j >= int(p.J)) return;
+        constexpr int piece = 16 / int(sizeof(S));
+        const int pieces = f.vectors ? D / piece : D;
+#pragma unroll 1
+        for (int n = lane_index(); n < count * samples * pieces; n += warp_size) {
+            const int chunk_i = n / (samples * pieces), sample = n / pieces % samples, d = n % pieces;
+            const bool valid = b + sample < int(p.B);
+            const int64_t at = valid ? ((int64_t(b + sample) * p.I + i + chunk_i) * p.J + j) * D : 0;
+            const S* const from = static_cast<const S*>(p.u) + at;
+            S* const to = w_tile(stage) + w_at(chunk_i) + sample * tiling.stride;
+            if (f.vectors) {
+                copy_async(to + d * piece, from + d * piece, valid);
+            } else {
+                S zero{};
+                to[d] = valid ? from[d] : zero;
+            }
+        }
+    }
+
+    // Begins to copy u and W of input capsules i ... i + count - 1 for a tile of samples and one of j.
+    CAPSOPS_DEVICE void copy(int stage, int i, int count, int any_b, int tile_j) const {
+        if constexpr (Math::given) return copy_given(stage, i, count, any_b, tile_j);
+        const int b = opaque(any_b);
+        const S* const u = static_cast<const S*>(p.u);
+        const S* const w = static_cast<const S*>(p.weight);
+        const int K = opaque(int(p.K));
+        constexpr int piece = 16 / int(sizeof(S));
+        const int pieces = f.vectors ? K / piece : K, of_sample = count * pieces;
+#pragma unroll 1
+        for (int n = thread_index(); n < rows * of_sample; n += thread_count()) {
+            const int sample = n / of_sample, rest = n % of_sample, chunk_i = rest / pieces,
+                      k = rest % pieces;
+            const bool valid = b + sample < int(p.B);
+            S* const to = u_tile(stage) + (chunk_i * rows + sample) * tiling.stride;
+            const S* const from = u + (valid ? (int64_t(b + sample) * int(p.I) + i + chunk_i) * K : 0);
+            if (f.vectors) {
+                copy_async(to + k * piece, from + k * piece, valid);
+            } else {
+                S zero{};
+                to[k] = valid ? from[k] : zero;
+            }
+        }
+        const int j = tile_j * tiling.tile_j + own_j();
+        if (j >= int(p.J)) return;
+#pragma unroll 1
+        for (int n = own_group(); n < count; n += tiling.groups) {
+            copy_rows(w_tile(stage) + w_at(n), w + (int64_t(i + n) * int(p.J) + j) * (int(p.D) * K), int(p.D),
+                      true);
+        }
+    }
+
+    // The numbers of x [B, J, D] that this lane has of u_hat's tiles: function(number, address, whether it
+    // exists).
+    template <typename Pointer, typename Function>
+    CAPSOPS_DEVICE void for_tiles(Tile (&tiles)[M][N], Pointer x, int b, int j, Function function) const {
+        const int g = lane_index() / 4, q = lane_index() % 4, D = int(p.D), row_size = int(p.J) * D;
+        const int row = opaque(b) + own_group() * samples + g;
+        Pointer at = x + int64_t(row) * row_size + (j * D + 2 * q);
+#pragma unroll
+        for (int r = 0; r < 2 * M; ++r, at += 8 * row_size) {
+            const bool inside = row + 8 * r < int(p.B) && j < int(p.J);
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const bool valid = inside && 8 * n + 2 * q + e < D;
+                    function(tiles[r / 2][n][r % 2 * 2 + e], at + (8 * n + e), valid);
+                }
+            }
+        }
+    }
+
+    CAPSOPS_DEVICE void load_tiles(Tile (&to)[M][N], const float* x, int b, int j) const {
+        for_tiles(to, x, b, j,
+                  [](float& to, const float* from, bool valid) { to = valid ? load_written(from) : 0.0f; });
+    }
+
+    CAPSOPS_DEVICE void store_partial(Tile (&sum)[M][N], int split, int b, int j) const {
+        const float scale = t == 0 ? p.first : 1.0f;
+        for_tiles(sum, p.partial + split * p.capsules(), b, j, [scale](float from, float* to, bool valid) {
+            if (valid) *to = from * scale;
+        });
+    }
+
+    CAPSOPS_DEVICE static float quad_dot(const Tile (&x)[M][N], const Tile (&y)[M][N]) {
+        float sum[2 * M] = {};
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sum[2 * m + e / 2] += x[m][n][e] * y[m][n][e];
+            }
+        }
+        return quad_sum<M>(sum);
+    }
+
+    // The logits, and a, of this warp's output capsule.
+    CAPSOPS_DEVICE void agreements(int stage, int count, const Tile (&v)[M][N],
+                                   const Tile (&grad_s)[M][N]) const {
+        const int row = own_group() * samples + lane_index() / 4 + 8 * (lane_index() % 4);
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) {
+            Tile u_hat[M][N] = {};
+            Math::template predict<M, N>(u_hat, u_tile(stage) + u_at(i), w_tile(stage) + w_at(i),
+                                         tiling.stride, tiling.steps);
+            const int at = (i * tiling.tile_j + own_j()) * rows + row;
+            const float logit = quad_dot(u_hat, v);
+            const bool stores = lane_index() % 4 < 2 * M;
+            if (stores) logits[at] = logit;
+            if (backward) {
+                const float x = quad_dot(u_hat, grad_s);
+                if (stores) a[at] = x;
+            }
+        }
+    }
+
+    // Softmax over j: logits become coefficients, or its sums are kept. A warp has one input capsule of the
+    // chunk and 32 of the block's samples (16 in half of its lanes).
+    CAPSOPS_DEVICE void couple(Step step, int i, int count, int any_b, int tile_j) const {
+        const int b = opaque(any_b);
+        const int sets = (rows + warp_size - 1) / warp_size;
+        const int left = int(p.J) - tile_j * tiling.tile_j, js = left < tiling.tile_j ? left : tiling.tile_j;
+#pragma unroll 1
+        for (int n = warp_index(); n < count * sets; n += warp_count()) {
+            const int chunk_i = n / sets, row = n % sets * warp_size + lane_index();
+            if (row >= rows || b + row >= int(p.B)) continue;
+            float* const x = logits + chunk_i * tiling.tile_j * rows + row;
+            float* const y = a + chunk_i * tiling.tile_j * rows + row;
+            const int64_t known = p.softmax_at(t, b + row, i + chunk_i);
+            Softmax s{p.leaky ? 0.0f : -INFINITY, p.leaky ? 1.0f : 0.0f, 0.0f};
+            if (step == Step::statistics && tile_j > 0) s = softmax[chunk_i * rows + row];
+            if (step == Step::given) {
+                s.largest = load_written(&p.softmax[known].largest);
+                s.sum = load_written(&p.softmax[known].sum);
+                s.mean = load_written(&p.softmax[known].mean);
+            } else {
+                const float before = s.largest;
+                for (int j = 0; j < js; ++j) s.largest = fmaxf(s.largest, x[j * rows]);
+                const float shrink = before == s.largest ? 1.0f : expf(before - s.largest);
+                s.sum *= shrink, s.mean *= shrink;
+                for (int j = 0; j < js; ++j) {
+                    const float e = expf(x[j * rows] - s.largest);
+                    x[j * rows] = e;
+                    s.sum += e;
+                    if (backward) s.mean += e * y[j * rows];
+                }
+            }
+            if (step == Step::statistics) {
+                if (tile_j + 1 < int(tiling.tiles_j)) {
+                    softmax[chunk_i * rows + row] = s;
+                } else {
+                    p.softmax[known] = {s.largest, s.sum, s.mean / s.sum};
+                }
+                continue;
+            }
+            if (step == Step::whole) s.mean /= s.sum;
+            if (backward && step == Step::whole) p.softmax[known] = s;
+            const float inverse = 1.0f / s.sum;
+            for (int j = 0; j < js; ++j) {
+                const float c = (step == Step::whole ? x[j * rows] : expf(x[j * rows] - s.largest)) * inverse;
+                x[j * rows] = backward ? c * (y[j * rows] - s.mean) : c;
+                if (!backward && f.couplings && t + 1 == p.iterations) {
+                    const int64_t at =
+                        (int64_t(b + row) * p.I + i + chunk_i) * p.J + tile_j * tiling.tile_j + j;
+                    narrow(c, static_cast<S*>(p.couplings)[at]);
+                }
+            }
+        }
+    }
+
+    // Adds coefficient times u_hat of this warp's output capsule. On tensor cores u is scaled, and the
+    // product adds up; by multiply-adds each u_hat is made first: fewer roundings at the size of the sum.
+    CAPSOPS_DEVICE void accumulate(int stage, int count, Tile (&sum)[M][N]) const {
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) {
+            const S* const u = u_tile(stage) + u_at(i);
+            const S* const w = w_tile(stage) + w_at(i);
+            float c[2 * M];
+            const float* const x =
+                logits + (i * tiling.tile_j + own_j()) * rows + own_group() * samples + lane_index() / 4;
+#pragma unroll
+            for (int r = 0; r < 2 * M; ++r) c[r] = t > 0 ? x[8 * r] : 1.0f;
+            if constexpr (Math::tensor_cores) {
+                if (t > 0) {
+                    Math::template predict_scaled<M, N>(sum, u, w, tiling.stride, tiling.steps, c);
+                } else {
+                    Math::template predict<M, N>(sum, u, w, tiling.stride, tiling.steps);
+                }
+            } else {
+                Tile u_hat[M][N] = {};
+                Math::template predict<M, N>(u_hat, u, w, tiling.stride, tiling.steps);
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+#pragma unroll
+                    for (int n = 0; n < N; ++n) {
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) sum[m][n][e] += c[2 * m + e / 2] * u_hat[m][n][e];
+                    }
+                }
+            }
+        }
+    }
+
+    // One step of pass t over all of the block's items.
+    CAPSOPS_DEVICE void run(Step step) const {
+        const bool statistics = step == Step::statistics;
+        const int all_tiles = int(tiling.tiles_j), splits = int(tiling.splits), length = int(tiling.length);
+        const int tiles_j = statistics ? 1 : all_tiles;
+        const int inner = statistics ? all_tiles : 1;  // tiles of j that one item goes through
+        const bool sums = !statistics && !(f.couplings && t + 1 == p.iterations);
+        for (int item = int(block_index()); item < int(tiling.tiles_b) * tiles_j * splits;
+             item += int(block_count())) {
+            const int split = item % splits, b = item / splits / tiles_j * rows,
+                      outer_j = item / splits % tiles_j;
+            const int begin = split * length, end = begin + length < int(p.I) ? begin + length : int(p.I);
+            int i = begin, tile = outer_j, stage = 0;
+            Tile v[M][N], grad_s[M][N], sum[M][N] = {};
+            copy(0, begin, count_of(begin, end), b, outer_j);
+            while (i < end) {
+                const int count = count_of(i, end), j = tile * tiling.tile_j + own_j();
+                if (t > 0 && (inner > 1 || i == begin)) {
+                    load_tiles(v, p.total_v + t * p.capsules(), b, j);
+                    if (backward) load_tiles(grad_s, p.grad_s + t * p.capsules(), b, j);
+                }
+                const bool last_tile = tile + 1 == outer_j + inner;
+                const int next_tile = last_tile ? outer_j : tile + 1,
+                          next_i = last_tile ? i + tiling.chunk : i;
+                wait_for_copies();
+                block_barrier();
+                if (next_i < end) copy(1 - stage, next_i, count_of(next_i, end), b, next_tile);
+                if (t > 0) {
+                    if (j < int(p.J)) agreements(stage, count, v, grad_s);
+                    block_barrier();
+                    couple(step, i, count, b, tile);
+                    block_barrier();
+                }
+                if (sums && j < int(p.J)) accumulate(stage, count, sum);
+                i = next_i, tile = next_tile, stage = 1 - stage;
+            }
+            block_barrier();  // before the next item's first copy
+            if (sums) store_partial(sum, split, b, outer_j * tiling.tile_j + own_j());
+        }
+    }
+    CAPSOPS_DEVICE int count_of(int i, int end) const {
+        return end - i < tiling.chunk ? end - i : tiling.chunk;
+    }
+};
+
+// The sequence of steps. Forward, for each pass: the softmax where j comes in tiles, the sums, what becomes
+// of them. Backward, after one step that begins: the same, for the passes from the last to the second.
+struct Sequence {
+    int t;
+    bool begins, finishes;
+    Step step;
+
+    CAPSOPS_DEVICE Sequence(const Fused& f, bool backward, int n) : begins(backward && n == 0) {
+        const int apart = f.tiling.tiles_j > 1, of_pass = apart + 2;
+        const int m = backward ? n - 1 : n, rest = m % of_pass;
+        t = backward ? f.p.iterations - 1 - m / of_pass : m / of_pass;
+        finishes = rest + 1 == of_pass;
+        step = apart == 0 ? Step::whole : rest == 0 ? Step::statistics : Step::given;
+        // With detach the gradient needs the softmax of the last pass, and no sums.
+        if (backward && f.p.detach) step = Step::statistics, finishes = false;
+    }
+};
+
+// All steps in one launch, if its blocks run at the same time: a barrier of the grid parts them.
+template <typename Math, int M, int N, bool backward>
+CAPSOPS_KERNEL(most_warps* warp_size, 1)
+passes_kernel(CAPSOPS_PARAMETER Fused f) {
+    typedef typename Math::S S;
+    Passes<Math, M, N, backward>(f, 0).clear_stages();
+    for (int n = f.first_step; n < f.last_step; ++n) {
+        if (n > f.first_step) grid_barrier();
+        const Sequence at(f, backward, opaque(n));
+        if (at.begins) {
+            if constexpr (backward) begin_backward<S>(f.p);
+        } else if (at.finishes) {
+            if constexpr (backward) {
+                finish_backward(f.p, at.t);
+            } else {
+                finish_forward<S>(f.p, at.t);
+            }
+        } else if (at.t > 0 || at.step != Step::statistics) {
+            Passes<Math, M, N, backward>(f, at.t).run(at.step);
+        }
+    }
+}
+
+}  // namespace capsops

@@ -1,0 +1,9 @@
+#include "fused_kernels.h"
+
+namespace capsops {
+
+FusedKernels fused_tf32(const Tiling& tiling, bool backward, int logits) {
+    return fused_kernels<TensorCores<float>>(tiling, backward, logits);
+}
+
+}  // namespace capsops

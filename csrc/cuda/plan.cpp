@@ -1,0 +1,102 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace capsops {
+namespace {
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t aligned(int64_t bytes) { return divide_up(bytes, 16) * 16; }
+
+// Rows lie an odd multiple of 8 numbers apart: 8 rows then begin in 8 different groups of banks.
+int row_stride(int64_t K) {
+    const int64_t eights = divide_up(K, 8);
+    return int(8 * (eights % 2 == 0 ? eights + 1 : eights));
+}
+
+bool common(const FusedShape& shape, Tiling& to) {
+    to.n = tiles_of_d(shape.D);
+    // The kernels count samples, capsules and items of work in 32 bits.
+    if (to.n == 0 || shape.K > 1024 || shape.B >= 1 << 24 || shape.J >= 1 << 16 || shape.I >= 1 << 30)
+        return false;
+    to.steps = shape.given ? 0 : int(divide_up(shape.K, 8));
+    to.stride = row_stride(shape.given ? shape.D : shape.K);
+    return true;
+}
+
+}  // namespace
+
+bool plan_passes(const FusedShape& shape, const FusedLimits& limits, int resident_blocks, Tiling& to) {
+    if (!common(shape, to)) return false;
+    to.m = to.n == 4 ? 1 : 2;
+    to.tiles_j = divide_up(shape.J, most_warps);
+    to.tile_j = int(divide_up(shape.J, to.tiles_j));
+    const int64_t samples = 16 * to.m, wanted = divide_up(shape.B, samples);
+    to.groups = int(std::max<int64_t>(1, std::min<int64_t>(most_warps / to.tile_j, wanted)));
+    to.warps = to.tile_j * to.groups;
+    const int64_t rows = samples * to.groups;
+    to.tiles_b = divide_up(shape.B, rows);
+    const int64_t tiles = to.tiles_b * to.tiles_j;
+    const int64_t blocks = int64_t(limits.multiprocessors) * std::max(resident_blocks, 1);
+    const int64_t splits = std::min(std::max<int64_t>(blocks / tiles, 1), shape.I);
+    to.length = divide_up(shape.I, splits);
+    to.splits = divide_up(shape.I, to.length);
+    to.items = tiles * to.splits;
+    if (to.items >= 1 << 30) return false;
+    // Two blocks of a multiprocessor hide one another's waiting, so a chunk takes half of the memory if it
+    // can.
+    for (const int64_t most : {limits.shared_per_block / 2 - 1024, limits.shared_per_block}) {
+        for (int chunk = 8; chunk > 0; chunk /= 2) {
+            to.chunk = int(divide_up(to.length, divide_up(to.length, chunk)));
+            const int64_t rows_of_i = shape.given ? to.tile_j * rows : rows + int64_t(to.tile_j) * to.n * 8;
+            to.stage = aligned(to.chunk * rows_of_i * to.stride * shape.element);
+            const int64_t logits = to.chunk * to.tile_j * rows * 4, softmax = to.chunk * rows * 12;
+            to.shared = 2 * to.stage + 2 * logits + softmax;
+            if (to.shared <= most) return true;
+        }
+    }
+    return false;
+}
+
+bool plan_gradients(const FusedShape& shape, const FusedLimits& limits, Tiling& to) {
+    if (!common(shape, to) || shape.given || shape.passes > 4 || (to.n == 4 && shape.passes > 2))
+        return false;
+    to.m = to.n * (shape.passes > 2 ? 9 : 5) > 10 ? 1 : 2;
+    to.groups = 1;
+    const int64_t rows = 16 * to.m, row_bytes = int64_t(to.stride) * shape.element;
+    to.tiles_b = divide_up(shape.B, rows);
+    const int most = most_gradient_warps(shape.tensor_cores);
+    double best = 0;
+    Tiling tiling = to;
+    // Fewer tiles of j first: every tile reads u again and makes a part of du that has to be added.
+    for (int64_t tiles_j = 1; tiles_j <= shape.J && best == 0; ++tiles_j) {
+        tiling.tile_j = int(divide_up(shape.J, tiles_j));
+        if (divide_up(shape.J, tiling.tile_j) != tiles_j) continue;
+        tiling.tiles_j = tiles_j;
+        tiling.warps = int(divide_up(tiling.tile_j, divide_up(tiling.tile_j, most)));
+        for (int64_t chunk = std::min<int64_t>(shape.I, 16); chunk > 0; --chunk) {
+            tiling.chunk = int(chunk);
+            const int64_t weights = aligned(chunk * tiling.tile_j * to.n * 8 * row_bytes);
+            const int64_t grad_w = chunk * tiling.tile_j * divide_up(to.n, 2) * to.steps * 512;
+            const int64_t grad_u = tiling.warps * chunk * to.m * to.steps * 512;
+            tiling.stage = aligned(chunk * rows * row_bytes);
+            tiling.shared = 2 * tiling.stage + weights + grad_w + grad_u;
+            if (tiling.shared > limits.shared_per_block) continue;
+            const int64_t items = divide_up(shape.I, chunk) * tiles_j;
+            // The batch is split only where there are too few items without, since the parts of dW are added
+            // later.
+            const int64_t splits = std::min(std::max<int64_t>(limits.multiprocessors / items, 1), to.tiles_b);
+            tiling.length = divide_up(to.tiles_b, splits);
+            tiling.splits = divide_up(to.tiles_b, tiling.length);
+            tiling.items = items * tiling.splits;
+            // What one multiprocessor does: rounds of items, each with a fixed cost beside that of its chunk.
+            const double rounds = double(divide_up(tiling.items, limits.multiprocessors));
+            const double cost = rounds * double(tiling.length) * (double(chunk) + 0.5);
+            if (best == 0 || cost < best) best = cost, to = tiling;
+        }
+    }
+    return best > 0;
+}
+
+}  // namespace capsops

@@ -1,0 +1,289 @@
+// The small matrix products of routing, by one warp: on tensor cores in TF32, or in float32 by multiply-adds.
+//
+// A tile is 16 samples of the batch x 8 components d of an output capsule, 4 numbers in each lane, laid out
+// as the tensor core's result: with g = lane / 4 and q = lane % 4, (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8,
+// 2q + 1). u [samples, stride] and W_ij [D, stride] lie in shared memory, rows along k, padded with 0 to a
+// multiple of 8; the stride is an odd multiple of 8, which keeps lanes in different banks.
+//
+//   predict:  u_hat[b, d] += sum_k u[b, k] W[d, k], or scale[b] times it
+//   grad_u:   du[b, k] += sum_d grad[b, d] W[d, k], for 8 components k, laid out as a tile
+//   grad_w:   dW[d, k] += sum_b grad[b, d] u[b, k], for 16 components d and 8 components k, 4 numbers in each
+//   lane
+#pragma once
+
+#include "device.h"
+
+namespace capsops {
+
+typedef float Tile[4];
+
+// Sum over the 4 lanes of equal g: from M tiles' rows (g + 8 r is row r of `x`), lane q gets the sum of x[q].
+// With M = 1 there are two rows, and lanes 2 and 3 get what lanes 0 and 1 get.
+template <int M>
+CAPSOPS_DEVICE float quad_sum(const float (&x)[2 * M]) {
+    const bool odd = lane_index() & 1;
+    if constexpr (M == 1) {
+        const float sum = (odd ? x[1] : x[0]) + shuffle_xor(odd ? x[0] : x[1], 1);
+        return sum + shuffle_xor(sum, 2);
+    } else {
+        const bool high = lane_index() & 2;
+        const float first = (high ? x[2] : x[0]) + shuffle_xor(high ? x[0] : x[2], 2);
+        const float second = (high ? x[3] : x[1]) + shuffle_xor(high ? x[1] : x[3], 2);
+        return (odd ? second : first) + shuffle_xor(odd ? first : second, 1);
+    }
+}
+
+// On tensor cores. Numbers of 16 bits are exact in TF32; those of 32 are rounded to it.
+template <typename Storage>
+struct TensorCores {
+    typedef Storage S;
+    static constexpr bool tensor_cores = true, given = false;
+
+    static CAPSOPS_DEVICE float operand(float x) { return sizeof(S) == 4 ? round_tf32(x) : x; }
+
+    // The k axis goes in the order 0 2 4 6 1 3 5 7, so that a lane's two numbers are neighbours in memory.
+    template <int M, int N, bool scaled>
+    static CAPSOPS_DEVICE void multiply(Tile (&out)[M][N], const S* u, const S* w, int stride, int steps,
+                                        const float (&scale)[2 * M]) {
+        const int g = lane_index() / 4, q = lane_index() % 4;
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+            const int k = step * 8 + 2 * q;
+            float b[N][2];
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const float2 x = load_pair(w + (8 * n + g) * stride + k);
+                b[n][0] = operand(x.x), b[n][1] = operand(x.y);
+            }
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                const float2 low = load_pair(u + (16 * m + g) * stride + k);
+                const float2 high = load_pair(u + (16 * m + 8 + g) * stride + k);
+                float a[4] = {low.x, high.x, low.y, high.y};
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    a[e] = scaled ? round_tf32(a[e] * scale[2 * m + e % 2]) : operand(a[e]);
+                }
+#pragma unroll
+                for (int n = 0; n < N; ++n) mma_tf32(out[m][n], a, b[n]);
+            }
+        }
+    }
+
+    template <int M, int N>
+    static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const S* u, const S* w, int stride, int steps) {
+        const float none[2 * M] = {};
+        multiply<M, N, false>(out, u, w, stride, steps, none);
+    }
+
+    template <int M, int N>
+    static CAPSOPS_DEVICE void predict_scaled(Tile (&out)[M][N], const S* u, const S* w, int stride,
+                                              int steps, const float (&scale)[2 * M]) {
+        multiply<M, N, true>(out, u, w, stride, steps, scale);
+    }
+
+    // A tile turns into a left operand in place when d goes in the order 0 2 4 6 1 3 5 7.
+    template <int N>
+    static CAPSOPS_DEVICE void grad_u(Tile& out, const Tile (&grad)[N], const S* w, int stride) {
+        const int g = lane_index() / 4, q = lane_index() % 4;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            const float a[4] = {round_tf32(grad[n][0]), round_tf32(grad[n][2]), round_tf32(grad[n][1]),
+                                round_tf32(grad[n][3])};
+            const float b[2] = {operand(widen(w[(8 * n + 2 * q) * stride + g])),
+                                operand(widen(w[(8 * n + 2 * q + 1) * stride + g]))};
+            mma_tf32(out, a, b);
+        }
+    }
+
+    // Rows of 8 samples, as left operand of a product over the batch: the transpose of (low, high), which
+    // hold samples along g and components along q. Lanes offer what the lane that asks in each of two rounds
+    // needs.
+    static CAPSOPS_DEVICE void transpose(float& first, float& second, float even, float odd) {
+        const int g = lane_index() / 4, q = lane_index() % 4;
+        const int source = 4 * q + g / 2;
+        const bool upper = g >= 4, right = g & 1;
+        const float one = shuffle(upper ? odd : even, right ? source + 16 : source);
+        const float other = shuffle(upper ? even : odd, right ? source : source + 16);
+        first = right ? other : one, second = right ? one : other;
+    }
+
+    template <int M>
+    struct Turned {
+        float a[2 * M][4];
+    };
+
+    template <int M, int N>
+    static CAPSOPS_DEVICE Turned<M> turn(const Tile (&grad)[M][N], int pair) {
+        Turned<M> to;
+#pragma unroll
+        for (int r = 0; r < 2 * M; ++r) {
+            const Tile& low = grad[r / 2][2 * pair];
+            const int e = r % 2 * 2;
+            transpose(to.a[r][0], to.a[r][2], round_tf32(low[e]), round_tf32(low[e + 1]));
+            to.a[r][1] = 0.0f, to.a[r][3] = 0.0f;
+            if (2 * pair + 1 < N) {
+                const Tile& high = grad[r / 2][N > 1 ? 2 * pair + 1 : 0];
+                transpose(to.a[r][1], to.a[r][3], round_tf32(high[e]), round_tf32(high[e + 1]));
+            }
+        }
+        return to;
+    }
+
+    template <int M>
+    static CAPSOPS_DEVICE void grad_w(Tile& out, const Turned<M>& grad, const S* u, int stride) {
+        const int g = lane_index() / 4, q = lane_index() % 4;
+#pragma unroll
+        for (int r = 0; r < 2 * M; ++r) {
+            const float b[2] = {operand(widen(u[(8 * r + q) * stride + g])),
+                                operand(widen(u[(8 * r + q + 4) * stride + g]))};
+            mma_tf32(out, grad.a[r], b);
+        }
+    }
+
+    // Where number e of grad_w's result lies in the 16 x 8 block of dW.
+    static CAPSOPS_DEVICE int weight_d(int e) { return lane_index() / 4 + 8 * (e / 2); }
+    static CAPSOPS_DEVICE int weight_k(int e) { return 2 * (lane_index() % 4) + e % 2; }
+};
+
+// In float32. The same layouts, so that the kernels need not know.
+struct MultiplyAdds {
+    typedef float S;
+    static constexpr bool tensor_cores = false, given = false;
+
+    static CAPSOPS_DEVICE void quarter(float* to, const float* from) {
+        const float4 x = *reinterpret_cast<const float4*>(from);
+        to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+    }
+
+    static CAPSOPS_DEVICE void row(float (&to)[8], const float* from) {
+        quarter(to, from);
+        quarter(to + 4, from + 4);
+    }
+
+    template <int M, int N>
+    static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const float* u, const float* w, int stride,
+                                       int steps) {
+        const int g = lane_index() / 4, q = lane_index() % 4;
+#pragma unroll 1
+        for (int first = 0; first < steps * 8; first += 4) {
+            float a[2 * M][4];
+#pragma unroll
+            for (int r = 0; r < 2 * M; ++r) {
+                quarter(a[r], u + (8 * r + g) * stride + first);
+            }
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    float b[4];
+                    quarter(b, w + (8 * n + 2 * q + e) * stride + first);
+#pragma unroll
+                    for (int r = 0; r < 2 * M; ++r) {
+#pragma unroll
+                        for (int k = 0; k < 4; ++k) out[r / 2][n][r % 2 * 2 + e] += a[r][k] * b[k];
+                    }
+                }
+            }
+        }
+    }
+
+    // Adds up what lanes that differ in the bit `mask` hold, and halves: x[0 ... n / 2) is then the lower
+    // half of x where the bit is 0, the upper half where it is 1.
+    template <int n>
+    static CAPSOPS_DEVICE void halve(float (&x)[8], int mask) {
+        const bool upper = lane_index() & mask;
+#pragma unroll
+        for (int k = 0; k < n / 2; ++k) {
+            const float sent = upper ? x[k] : x[k + n / 2], kept = upper ? x[k + n / 2] : x[k];
+            x[k] = kept + shuffle_xor(sent, mask);
+        }
+    }
+
+    template <int N>
+    static CAPSOPS_DEVICE void grad_u(Tile& out, const Tile (&grad)[N], const float* w, int stride) {
+        const int q = lane_index() % 4;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float sum[8] = {};  // over the components d of this lane, then over the lanes
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    float b[8];
+                    row(b, w + (8 * n + 2 * q + e) * stride);
+#pragma unroll
+                    for (int k = 0; k < 8; ++k) sum[k] += grad[n][2 * r + e] * b[k];
+                }
+            }
+            halve<8>(sum, 2);
+            halve<4>(sum, 1);
+            out[2 * r] += sum[0], out[2 * r + 1] += sum[1];
+        }
+    }
+
+    template <int M>
+    struct Turned {
+        float grad[2][2 * M][2];  // of two tiles along d: rows, components
+    };
+
+    template <int M, int N>
+    static CAPSOPS_DEVICE Turned<M> turn(const Tile (&grad)[M][N], int pair) {
+        Turned<M> to;
+#pragma unroll
+        for (int r = 0; r < 2 * M; ++r) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                to.grad[0][r][e] = grad[r / 2][2 * pair][r % 2 * 2 + e];
+                to.grad[1][r][e] =
+                    2 * pair + 1 < N ? grad[r / 2][N > 1 ? 2 * pair + 1 : 0][r % 2 * 2 + e] : 0.0f;
+            }
+        }
+        return to;
+    }
+
+    template <int M>
+    static CAPSOPS_DEVICE void grad_w(Tile& out, const Turned<M>& grad, const float* u, int stride) {
+        const int g = lane_index() / 4;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            float sum[8] = {};  // over the samples of this lane, then over the lanes
+#pragma unroll
+            for (int r = 0; r < 2 * M; ++r) {
+                float b[8];
+                row(b, u + (8 * r + g) * stride);
+#pragma unroll
+                for (int k = 0; k < 8; ++k) sum[k] += grad.grad[e / 2][r][e % 2] * b[k];
+            }
+            halve<8>(sum, 16);
+            halve<4>(sum, 8);
+            halve<2>(sum, 4);
+            out[e] += sum[0];
+        }
+    }
+
+    static CAPSOPS_DEVICE int weight_d(int e) { return 8 * (e / 2) + 2 * (lane_index() % 4) + e % 2; }
+    static CAPSOPS_DEVICE int weight_k(int) { return lane_index() / 4; }
+};
+
+// No product: the predictions are given, and lie in shared memory as [samples, stride].
+template <typename Storage>
+struct GivenPredictions {
+    typedef Storage S;
+    static constexpr bool tensor_cores = false, given = true;
+
+    template <int M, int N>
+    static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const S*, const S* u_hat, int stride, int) {
+        const int g = lane_index() / 4, q = lane_index() % 4;
+#pragma unroll
+        for (int r = 0; r < 2 * M; ++r) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const float2 x = load_pair(u_hat + (8 * r + g) * stride + 8 * n + 2 * q);
+                out[r / 2][n][r % 2 * 2] += x.x, out[r / 2][n][r % 2 * 2 + 1] += x.y;
+            }
+        }
+    }
+};
+
+}  // namespace capsops

@@ -1,0 +1,146 @@
+"""impl="cuda" on a CUDA device, through the public functions. Without a device nothing of this runs.
+
+The kernels' logic is tested on every machine by tests/cuda_emulator; what only a device can show is here.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import capsops
+from capsops import reference
+from tests.capsops.cases import (
+    GRID,
+    LAYOUTS,
+    LOW_PRECISION,
+    Options,
+    Shape,
+    layer_inputs,
+    value_and_gradients,
+)
+from tests.capsops.compare import assert_all_low_precision
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+MNIST = Shape(128, 1152, 10, 16, 8)
+LARGE = Shape(16, 3872, 196, 16, 8)
+
+
+@pytest.fixture(autouse=True)
+def ieee() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def on_device(inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    return [None if x is None else x.cuda() for x in inputs]
+
+
+def check_layer(shape: Shape, options: Options, dtype: torch.dtype, layout: str | None = None) -> None:
+    inputs = on_device(layer_inputs(shape, options.bias, dtype))
+    if layout is not None:
+        inputs = [None if x is None else LAYOUTS[layout](x.cpu()).cuda() for x in inputs]
+    keywords = options.keywords()
+    exact = value_and_gradients(
+        lambda *x: reference.capsule_routing(*x, **keywords),
+        [None if x is None else x.double() for x in inputs],
+    )
+    low = value_and_gradients(lambda *x: reference.capsule_routing(*x, **keywords), inputs)
+    got = value_and_gradients(lambda *x: capsops.capsule_routing(*x, impl="cuda", **keywords), inputs)
+    assert_all_low_precision(got, [low], exact)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize(("shape", "options"), GRID, ids=str)
+def test_capsule_routing(shape: Shape, options: Options, dtype: torch.dtype) -> None:
+    check_layer(shape, options, dtype)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("shape", [MNIST, LARGE], ids=str)
+def test_capsule_routing_at_full_size(shape: Shape, dtype: torch.dtype) -> None:
+    """Against the kernels of the CPU, in float64."""
+    inputs = layer_inputs(shape, True, dtype)
+    exact = value_and_gradients(capsops.capsule_routing, [x.double() for x in inputs])
+    got = value_and_gradients(lambda *x: capsops.capsule_routing(*x, impl="cuda"), on_device(inputs))
+    for name, want in exact.items():
+        error = (got[name].cpu().double() - want).norm() / want.norm()
+        assert error < 20 * torch.finfo(dtype).eps, f"{name}: {error}"
+
+
+def test_same_bits_every_time() -> None:
+    inputs = on_device(layer_inputs(MNIST, True, torch.float32))
+    runs = [
+        value_and_gradients(lambda *x: capsops.capsule_routing(*x, impl="cuda"), inputs) for _ in range(5)
+    ]
+    for run in runs[1:]:
+        assert all(torch.equal(run[name], runs[0][name]) for name in run)
+
+
+def test_tf32_follows_the_setting_of_torch() -> None:
+    u, weight, _ = on_device(layer_inputs(MNIST, dtype=torch.float32))
+    exact = reference.capsule_routing(u.double(), weight.double())
+    errors = []
+    for allowed in (False, True):
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        v = capsops.capsule_routing(u, weight, impl="cuda")
+        errors.append((v.double() - exact).abs().max().item())
+    assert errors[0] < 1e-5 < errors[1] < 1e-2
+
+
+def test_on_a_stream_and_in_a_graph() -> None:
+    u, weight, bias = on_device(layer_inputs(Shape(33, 100, 10, 16, 8), True, torch.float32))
+    grad = torch.randn(33, 10, 16, device="cuda")
+
+    def step() -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in (u, weight, bias)]
+        v = capsops.capsule_routing(*leaves, impl="cuda")
+        return v, *torch.autograd.grad(v, leaves, grad)
+
+    want = step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(aside, want, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    u.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+def test_on_a_device_that_is_not_the_current_one() -> None:
+    u, weight, _ = on_device(layer_inputs(Shape(5, 9, 10, 16, 8), dtype=torch.float32))
+    other = capsops.capsule_routing(u.to("cuda:1"), weight.to("cuda:1"), impl="cuda")
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(other.cpu(), capsops.capsule_routing(u, weight, impl="cuda").cpu())
+
+
+def test_memory() -> None:
+    """Beside results: less than a tenth of û."""
+    u, weight, _ = on_device(layer_inputs(MNIST, dtype=torch.float32))
+    leaves = [x.requires_grad_() for x in (u, weight)]
+    capsops.capsule_routing(*leaves, impl="cuda").sum().backward()
+    for leaf in leaves:
+        leaf.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    capsops.capsule_routing(*leaves, impl="cuda").sum().backward()
+    kept = u.nbytes + weight.nbytes
+    beside = torch.cuda.max_memory_allocated() - before - kept
+    assert beside < 128 * 1152 * 10 * 16 * 4 / 10
+
+
+def test_float64_is_refused() -> None:
+    with pytest.raises(ValueError, match="impl='cuda' takes float32, bfloat16 or float16"):
+        capsops.squash(torch.ones(3, dtype=torch.float64, device="cuda"), impl="cuda")

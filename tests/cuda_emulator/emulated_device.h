@@ -1,0 +1,203 @@
+// The twin of csrc/cuda/device.h: runs the same kernels on a CPU, each thread a fiber.
+//
+// Emulated: the threads of a block, or in a cooperative launch of all blocks, interleaved in a forward or a
+// backward order; barriers of warp, block and grid; exchange within a warp; the tensor core with its fragment
+// layout and rounding; dynamic shared memory, poisoned with NaN. A barrier that some threads never reach,
+// lanes of a warp that meet in different instructions, and an access outside an allocation are errors.
+//
+// Not shown: the PTX itself, memory fences and caches, copies in flight (they are done at once), warps that
+// run truly at the same time, the tensor core's order of summation, limits on registers.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define CAPSOPS_KERNEL(threads, blocks) void
+#define CAPSOPS_DEVICE inline
+#define CAPSOPS_CALLED inline
+#define CAPSOPS_PARAMETER const
+
+namespace emulator {
+
+int thread_index();
+int thread_count();
+int64_t block_index();
+int64_t block_count();
+char* shared_memory();
+void block_barrier();
+void grid_barrier();
+
+// Every lane of the warp gives `size` bytes and gets those of all lanes, lane by lane.
+const char* exchange(const char* instruction, const void* mine, int size);
+
+void check_alignment(const void* address, size_t bytes);
+
+void run(const char* name, int64_t blocks, int threads, int64_t shared, bool cooperative,
+         const std::function<void()>& kernel);
+
+struct Settings {
+    int multiprocessors = 3;
+    int64_t shared_per_block = 227 * 1024;
+    bool cooperative = true;
+    bool backwards = false;  // the order in which the fibers, and the blocks of a plain launch, run
+};
+extern Settings settings;
+
+constexpr int slot_size = 32;  // bytes that one lane can give in an exchange
+
+}  // namespace emulator
+
+namespace capsops {
+
+typedef const void* Stream;
+
+struct float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+inline int opaque(int x) { return x; }
+
+using emulator::block_barrier;
+using emulator::block_count;
+using emulator::block_index;
+using emulator::grid_barrier;
+using emulator::shared_memory;
+using emulator::thread_count;
+using emulator::thread_index;
+
+inline void warp_barrier() { emulator::exchange("warp_barrier", nullptr, 0); }
+
+inline float lane_value(const char* slots, int lane, int at = 0) {
+    float x;
+    std::memcpy(&x, slots + lane * emulator::slot_size + at * int(sizeof(float)), sizeof(float));
+    return x;
+}
+
+inline float shuffle(float x, int lane) {
+    return lane_value(emulator::exchange("shuffle", &x, sizeof x), lane & 31);
+}
+
+inline float shuffle_xor(float x, int mask) {
+    return lane_value(emulator::exchange("shuffle_xor", &x, sizeof x),
+                      (emulator::thread_index() ^ mask) & 31);
+}
+
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
+inline float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline float truncate_tf32(float x) { return float_of(bits_of(x) & 0xffffe000); }
+
+inline float round_tf32(float x) {
+    const uint32_t bits = bits_of(x);
+    return (bits & 0x7f800000) == 0x7f800000 ? x : float_of((bits + 0x1000) & 0xffffe000);
+}
+
+inline void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+    const float mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    const char* slots = emulator::exchange("mma_tf32", mine, sizeof mine);
+    const int g = emulator::thread_index() % 32 / 4, q = emulator::thread_index() % 4;
+    for (int e = 0; e < 4; ++e) {
+        const int column = 2 * q + e % 2;
+        double sum = c[e];
+        for (int k = 0; k < 8; ++k) {
+            const float left = lane_value(slots, 4 * g + k % 4, e / 2 + 2 * (k / 4));
+            const float right = lane_value(slots, 4 * column + k % 4, 4 + k / 4);
+            sum += double(truncate_tf32(left)) * truncate_tf32(right);
+        }
+        c[e] = float(sum);
+    }
+}
+
+inline void copy_async(void* shared, const void* global, bool valid) {
+    emulator::check_alignment(shared, 16);
+    emulator::check_alignment(global, 16);
+    if (valid) {
+        std::memcpy(shared, global, 16);
+    } else {
+        std::memset(shared, 0, 16);
+    }
+}
+inline void wait_for_copies() {}
+
+inline float load_written(const float* x) { return *x; }
+inline float2 load_written(const float2* x) { return *x; }
+
+struct Bfloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    _Float16 value;
+};
+inline float widen(float x) { return x; }
+inline float widen(Bfloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+inline float widen(Float16 x) { return float(x.value); }
+template <typename S>
+inline float2 load_pair(const S* x) {
+    emulator::check_alignment(x, 2 * sizeof(S));
+    return {widen(x[0]), widen(x[1])};
+}
+inline void narrow(float x, float& to) { to = x; }
+inline void narrow(float x, Bfloat16& to) {
+    const uint32_t bits = bits_of(x);
+    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    to.bits = uint16_t(nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void narrow(float x, Float16& to) { to.value = _Float16(x); }
+
+struct Device {
+    int index;
+    int multiprocessors;
+    int64_t shared_per_block;
+    bool cooperative;
+};
+
+inline int device_count() { return 1; }
+class CurrentDevice {
+  public:
+    explicit CurrentDevice(int index) : index_(index) {}
+    Device limits() const {
+        return {index_, emulator::settings.multiprocessors, emulator::settings.shared_per_block,
+                emulator::settings.cooperative};
+    }
+
+  private:
+    int index_;
+};
+
+template <typename Parameters>
+int resident_blocks(void (*)(Parameters), const char*, int, int64_t shared) {
+    return shared > emulator::settings.shared_per_block ? 0 : 1;
+}
+
+struct Launch {
+    const char* name;
+    int64_t blocks;
+    int threads;
+    int64_t shared;
+    Stream stream;
+    bool cooperative = false;
+};
+
+template <typename Parameters>
+void launch(void (*kernel)(Parameters), const Launch& how, Parameters parameters) {
+    emulator::run(how.name, how.blocks, how.threads, how.shared, how.cooperative,
+                  [kernel, parameters] { kernel(parameters); });
+}
+
+}  // namespace capsops

@@ -1,0 +1,100 @@
+#include "faults.h"
+
+#include "cuda/device.h"
+
+namespace emulator {
+namespace {
+
+using namespace capsops;
+
+struct Parameters {
+    const float* in;
+    float* out;
+    int n;
+    bool sound;
+};
+
+// out[i] = in[n - 1 - i] by way of shared memory.
+void reverse(Parameters p) {
+    float* shared = reinterpret_cast<float*>(shared_memory());
+    shared[thread_index()] = p.in[thread_index()];
+    if (p.sound) block_barrier();
+    p.out[thread_index()] = shared[thread_count() - 1 - thread_index()];
+}
+
+// Every block adds what the previous one has written in the step before.
+void neighbours(Parameters p) {
+    p.out[block_index()] = p.in[block_index()];
+    if (p.sound) grid_barrier();
+    const float before = load_written(p.out + (block_index() + block_count() - 1) % block_count());
+    grid_barrier();
+    if (thread_index() == 0) p.out[block_index()] += before;
+}
+
+// The faulty one reads one element too many.
+void shift(Parameters p) {
+    const int i = thread_index();
+    if (i < p.n) p.out[i] = i + 1 < p.n + (p.sound ? 0 : 1) ? p.in[i + 1] : 0.0f;
+}
+
+// The faulty one writes one element too many to shared memory.
+void shared_overrun(Parameters p) {
+    float* shared = reinterpret_cast<float*>(shared_memory());
+    shared[thread_index() + (p.sound ? 0 : 1)] = p.in[thread_index()];
+    block_barrier();
+    p.out[thread_index()] = 1.0f;
+}
+
+// out [16, 8] = in [16, 8] times its first 8 rows transposed; the faulty one has two fragments exchanged.
+void product(Parameters p) {
+    const int g = lane_index() / 4, q = lane_index() % 4;
+    const float a[4] = {p.in[g * 8 + q], p.in[(g + 8) * 8 + q], p.in[g * 8 + q + 4],
+                        p.in[(g + 8) * 8 + q + 4]};
+    const float b[2] = {p.in[g * 8 + q], p.in[g * 8 + q + 4]};
+    const float wrong[4] = {a[0], a[2], a[1], a[3]};
+    float c[4] = {0, 0, 0, 0};
+    mma_tf32(c, p.sound ? a : wrong, b);
+    p.out[g * 8 + 2 * q] = c[0], p.out[g * 8 + 2 * q + 1] = c[1];
+    p.out[(g + 8) * 8 + 2 * q] = c[2], p.out[(g + 8) * 8 + 2 * q + 1] = c[3];
+}
+
+// In the faulty one half of the threads leave before the barrier.
+void deserted(Parameters p) {
+    if (!p.sound && thread_index() % 2 == 0) return;
+    block_barrier();
+    p.out[thread_index()] = 1.0f;
+}
+
+// In the faulty one the odd lanes exchange by another instruction.
+void divergent(Parameters p) {
+    const float x = p.in[thread_index()];
+    p.out[thread_index()] = p.sound || thread_index() % 2 == 0 ? shuffle_xor(x, 1) : shuffle(x, 0);
+}
+
+struct Named {
+    const char* name;
+    void (*kernel)(Parameters);
+};
+
+constexpr Named kernels[] = {{"reverse", reverse},
+                             {"neighbours", neighbours},
+                             {"shift", shift},
+                             {"product", product},
+                             {"deserted", deserted},
+                             {"divergent", divergent},
+                             {"shared_overrun", shared_overrun}};
+
+}  // namespace
+
+void define_faults(pybind11::module_& m) {
+    for (const Named& named : kernels) {
+        m.def(named.name, [named](uintptr_t in, uintptr_t out, int n, int blocks, int threads, bool sound) {
+            const Launch how{named.name, blocks,    threads, int64_t(threads * sizeof(float)),
+                             nullptr,    blocks > 1};
+            launch(named.kernel, how,
+                   Parameters{reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), n, sound});
+        });
+    }
+}
+
+}  // namespace emulator

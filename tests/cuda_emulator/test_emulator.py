@@ -1,0 +1,90 @@
+"""The emulator catches what it is there to catch: each kernel with a fault, beside its sound twin."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda_emulator.emulated import Emulated
+
+
+def run(emulated: Emulated, name: str, size: int, threads: int, sound: bool, **options: int | bool) -> Tensor:
+    """What the kernel makes of 0, 1, 2, …; one block, or `blocks` of them in a cooperative launch."""
+    blocks = options.pop("blocks", 1)
+    emulated.device.set(**options)
+    emulated.at_end = not options.get("backwards", False)
+    try:
+        numbers = emulated.guarded(torch.arange(size, dtype=torch.float32))
+        out = emulated._empty((size,), torch.float32)
+        kernel = getattr(emulated.device, name)
+        kernel(numbers.data_ptr(), out.data_ptr(), size, blocks, threads, sound)
+        return out.clone()
+    finally:
+        emulated.device.check_and_free()
+
+
+@pytest.mark.parametrize(("name", "size", "blocks"), [("reverse", 64, 1), ("neighbours", 3, 3)])
+def test_missing_barrier(emulated: Emulated, name: str, size: int, blocks: int) -> None:
+    threads = 32 if blocks > 1 else size
+    sound, faulty = (
+        [
+            run(emulated, name, size, threads, is_sound, blocks=blocks, backwards=backwards)
+            for backwards in (False, True)
+        ]
+        for is_sound in (True, False)
+    )
+    wanted = torch.arange(size).flip(0) if name == "reverse" else torch.tensor([2, 1, 3])
+    assert torch.equal(sound[0], wanted.float())
+    assert torch.equal(sound[0], sound[1])
+    assert not torch.equal(faulty[0], faulty[1])
+
+
+def test_read_outside_an_allocation(emulated: Emulated) -> None:
+    """Beyond the end of a tensor that fills 16-byte units; of one that does not, the next number is NaN."""
+    assert run(emulated, "shift", 32, 64, True)[-1] == 0
+    with pytest.raises(RuntimeError, match="shift: access outside an allocation, by thread 31 of block 0"):
+        run(emulated, "shift", 32, 64, False)
+    assert run(emulated, "shift", 33, 64, False)[-1].isnan()
+
+
+def test_write_outside_an_allocation(emulated: Emulated) -> None:
+    run(emulated, "reverse", 64, 64, True)
+    with pytest.raises(RuntimeError, match="access outside an allocation"):
+        run(emulated, "reverse", 60, 64, True)
+    with pytest.raises(RuntimeError, match="wrote outside an allocation"):
+        run(emulated, "reverse", 31, 32, True)
+
+
+def test_write_outside_shared_memory(emulated: Emulated) -> None:
+    run(emulated, "shared_overrun", 64, 64, True)
+    with pytest.raises(RuntimeError, match="shared_overrun: access outside an allocation, by thread 63"):
+        run(emulated, "shared_overrun", 64, 64, False)
+
+
+def test_fragment_layout(emulated: Emulated) -> None:
+    numbers = torch.arange(128.0).view(16, 8)
+    wanted = numbers @ numbers[:8].T
+    assert torch.equal(run(emulated, "product", 128, 32, True).view(16, 8), wanted)
+    assert not torch.equal(run(emulated, "product", 128, 32, False).view(16, 8), wanted)
+
+
+def test_barrier_that_not_all_reach(emulated: Emulated) -> None:
+    assert run(emulated, "deserted", 64, 64, True).eq(1).all()
+    with pytest.raises(RuntimeError, match="threads wait at a barrier that the others never reach"):
+        run(emulated, "deserted", 64, 64, False)
+
+
+def test_lanes_in_different_instructions(emulated: Emulated) -> None:
+    assert run(emulated, "divergent", 32, 32, True)[0] == 1
+    with pytest.raises(RuntimeError, match="lanes of one warp meet in shuffle_xor and in shuffle"):
+        run(emulated, "divergent", 32, 32, False)
+
+
+def test_limits_of_a_launch(emulated: Emulated) -> None:
+    with pytest.raises(RuntimeError, match="cannot launch 1 blocks of 2048 threads"):
+        run(emulated, "reverse", 2048, 2048, True)
+    with pytest.raises(RuntimeError, match="256 bytes of shared memory"):
+        run(emulated, "reverse", 64, 64, True, shared_per_block=128)
+    with pytest.raises(RuntimeError, match="too many blocks for a cooperative launch"):
+        run(emulated, "neighbours", 4, 32, True, blocks=4)
+    with pytest.raises(RuntimeError, match="too many blocks for a cooperative launch"):
+        run(emulated, "neighbours", 3, 32, True, blocks=3, cooperative=False)

@@ -1,0 +1,305 @@
+"""Every CUDA kernel against the reference, on the emulated device."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from capsops import reference
+from tests.capsops.cases import (
+    LOW_PRECISION,
+    Options,
+    Shape,
+    layer_inputs,
+    routing_inputs,
+    runs_in_other_orders,
+    value_and_gradients,
+)
+from tests.capsops.compare import assert_all_low_precision, assert_low_precision
+from tests.cuda_emulator.emulated import Emulated
+
+Run = dict[str, Tensor]
+
+
+def check(
+    got: Run,
+    formula: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    axes: Sequence[int | None] | None = None,
+    needs: Sequence[bool] | None = None,
+) -> None:
+    """At most twice the error of the formula in plain torch, gradients three times.
+
+    With `axes`, where the input capsules lie, plain torch's error is that of several orders of summation.
+    """
+    exact = value_and_gradients(formula, [None if x is None else x.double() for x in inputs], needs=needs)
+    if axes is None:
+        lows = [value_and_gradients(formula, inputs, needs=needs)]
+    else:
+        lows = runs_in_other_orders(formula, inputs, axes, None, needs)
+    assert_all_low_precision(got, lows, exact)
+
+
+def upstream(value: Tensor) -> Tensor:
+    """That of value_and_gradients."""
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(value.shape, generator=draw, dtype=torch.float64).to(value.dtype)
+
+
+def capsule_routing(
+    emulated: Emulated, inputs: Sequence[Tensor | None], options: Options, **device: int | bool
+) -> Run:
+    """Value and gradients by the kernels."""
+    u, weight, bias = inputs
+    v, s = emulated.call("capsule_routing", u, weight, bias, options.iterations, options.leaky, **device)
+    grads = emulated.call(
+        "capsule_routing_backward",
+        *(upstream(v), u, weight, s, options.iterations, options.leaky, options.detach, True, True),
+        **device,
+    )
+    named = {f"gradient {n}": grad for n, grad in enumerate(grads) if inputs[n] is not None}
+    return {"value": v, **named}
+
+
+def dynamic_routing(emulated: Emulated, inputs: Sequence[Tensor | None], options: Options) -> Run:
+    u_hat, bias = inputs
+    v, s = emulated.call("dynamic_routing", u_hat, bias, options.iterations, options.leaky)
+    grads = emulated.call(
+        "dynamic_routing_backward",
+        *(upstream(v), u_hat, s, options.iterations, options.leaky, options.detach),
+    )
+    named = {f"gradient {n}": grad for n, grad in enumerate(grads) if inputs[n] is not None}
+    return {"value": v, **named}
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [
+        ((3, 16), 1),
+        ((7, 5, 8), 2),
+        ((5, 3), 1),
+        ((2, 1), 1),
+        ((33, 7), 0),
+        ((3, 19, 5), 1),
+        ((2, 200), 1),
+        ((4,), 0),
+    ],
+)
+def test_squash(emulated: Emulated, shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
+    s = torch.randn(shape, dtype=torch.float64).to(dtype)
+    (v,) = emulated.call("squash", s, dim)
+    (grad,) = emulated.call("squash_backward", upstream(v), s, dim)
+    check({"value": v, "gradient 0": grad}, lambda x: reference.squash(x, dim), [s])
+
+
+def test_squash_of_extremes(emulated: Emulated) -> None:
+    """Zero, lengths whose squares leave float32, infinity and NaN."""
+    s = torch.tensor([[0, 0], [3e38, 3e38], [1e-30, 0], [1e-45, 1e-45], [torch.inf, 0], [torch.nan, 1]])
+    (v,) = emulated.call("squash", s, 1)
+    torch.testing.assert_close(v[:4], reference.squash(s[:4]))
+    assert v[4:].isnan().any(1).all()
+    (grad,) = emulated.call("squash_backward", torch.ones_like(s), s, 1)
+    assert grad[:4].isfinite().all()
+    assert torch.equal(grad[0], torch.zeros(2))
+    assert grad[4:].isnan().any(1).all()
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize(
+    "shape", [Shape(5, 3, 2, 4, 8), Shape(9, 2, 3, 5, 3), Shape(1, 1, 1, 1, 1), Shape(3, 2, 5, 8, 19)]
+)
+def test_predictions(emulated: Emulated, shape: Shape, dtype: torch.dtype) -> None:
+    u, weight, _ = layer_inputs(shape, dtype=dtype)
+    (u_hat,) = emulated.call("predictions", u, weight)
+    grads = emulated.call("predictions_backward", upstream(u_hat), u, weight, True, True)
+    got = {"value": u_hat, "gradient 0": grads[0], "gradient 1": grads[1]}
+    check(got, reference.predictions, [u, weight])
+
+
+# D = 40 and T = 6 are for the general kernels, the rest for the fused ones.
+SHAPES = [
+    Shape(1, 1, 1, 1, 1),
+    Shape(2, 5, 2, 40, 9),
+    Shape(6, 9, 20, 6, 8),
+    Shape(5, 9, 3, 4, 2),
+    Shape(9, 5, 4, 30, 17),
+    Shape(17, 6, 10, 16, 8),
+    Shape(40, 11, 2, 8, 16),
+]
+OPTIONS = [
+    Options(0, bias=True),
+    Options(1, leaky=True),
+    Options(2, leaky=True, detach=True, bias=True),
+    Options(3, bias=True),
+    Options(4, leaky=True),
+    Options(5, bias=True),
+    Options(6),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_capsule_routing(emulated: Emulated, shape: Shape, options: Options) -> None:
+    inputs = layer_inputs(shape, options.bias, torch.float32)
+    got = capsule_routing(emulated, inputs, options)
+    check(got, lambda *x: reference.capsule_routing(*x, **options.keywords()), inputs, [1, 0, None])
+
+
+SOME = [Options(0), Options(3, leaky=True, bias=True), Options(3, detach=True), Options(5)]
+SOME_SHAPES = [Shape(5, 6, 18, 3, 3), Shape(18, 5, 10, 16, 8), Shape(17, 3, 3, 20, 16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", SOME, ids=str)
+@pytest.mark.parametrize("shape", SOME_SHAPES, ids=str)
+def test_capsule_routing_in_16_bit(
+    emulated: Emulated, shape: Shape, options: Options, dtype: torch.dtype
+) -> None:
+    inputs = layer_inputs(shape, options.bias, dtype)
+    got = capsule_routing(emulated, inputs, options)
+    check(got, lambda *x: reference.capsule_routing(*x, **options.keywords()), inputs, [1, 0, None])
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """To 10 bits behind the point, in the way of every product on tensor cores; the gradient as well."""
+    bits = (x.detach().view(torch.int32) + 0x1000) & ~0x1FFF
+    rounded = x + (bits.view(torch.float32) - x).detach()
+    if rounded.requires_grad:
+        rounded.register_hook(to_tf32)
+    return rounded
+
+
+@pytest.mark.parametrize("options", SOME, ids=str)
+@pytest.mark.parametrize("shape", SOME_SHAPES, ids=str)
+def test_capsule_routing_in_tf32(
+    emulated: Emulated, shape: Shape, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch's setting allows TF32: the error is that of plain torch on inputs rounded to it."""
+    monkeypatch.setattr(emulated.implementation, "_allows_tf32", lambda: True)
+    inputs = layer_inputs(shape, options.bias, torch.float32)
+    got = capsule_routing(emulated, inputs, options)
+
+    def plain(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if u.dtype == torch.float32:
+            u, weight = to_tf32(u), to_tf32(weight)
+        return reference.capsule_routing(u, weight, bias, **options.keywords())
+
+    check(got, plain, inputs, [1, 0, None])
+    exact = value_and_gradients(plain, [None if x is None else x.double() for x in inputs])["value"]
+    assert (got["value"] - exact).abs().max() > 1e-5  # it is TF32 that was tested
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        {"multiprocessors": 1},
+        {"multiprocessors": 16},
+        {"cooperative": False},
+        {"shared_per_block": 16 * 1024},
+        {"shared_per_block": 64 * 1024, "multiprocessors": 2},
+    ],
+    ids=str,
+)
+def test_capsule_routing_on_other_devices(emulated: Emulated, device: dict[str, int | bool]) -> None:
+    """More work than blocks, splits of everything, a launch for each step, little shared memory."""
+    for shape, options in (
+        (Shape(70, 13, 3, 5, 8), Options(3, bias=True)),
+        (Shape(3, 19, 18, 16, 8), Options(2, leaky=True)),
+    ):
+        inputs = layer_inputs(shape, options.bias, torch.float32)
+        got = capsule_routing(emulated, inputs, options, **device)
+        check(got, lambda *x, o=options: reference.capsule_routing(*x, **o.keywords()), inputs, [1, 0, None])
+
+
+def test_gradients_that_are_not_needed(emulated: Emulated) -> None:
+    u, weight, _ = layer_inputs(Shape(5, 6, 3, 4, 8), dtype=torch.float32)
+    v, s = emulated.call("capsule_routing", u, weight, None, 3, False)
+    arguments = (upstream(v), u, weight, s, 3, False, False)
+    whole = emulated.call("capsule_routing_backward", *arguments, True, True)
+    for needs in ((True, False), (False, True), (False, False)):
+        part = emulated.call("capsule_routing_backward", *arguments, *needs)
+        for n in range(3):
+            assert torch.equal(part[n], whole[n] if n == 2 or needs[n] else torch.empty(0))
+
+
+def test_inputs_that_are_not_aligned(emulated: Emulated) -> None:
+    """Contiguous, but at an odd address: the copies of 16 bytes give way to single numbers."""
+    inputs = layer_inputs(Shape(5, 6, 3, 16, 8), True, torch.bfloat16)
+    want = capsule_routing(emulated, inputs, Options(3))
+    guarded = emulated.guarded
+
+    def shifted(x: object) -> object:
+        if not isinstance(x, Tensor):
+            return x
+        return guarded(torch.cat([x.new_zeros(1), x.flatten()]))[1:].view(x.shape)
+
+    emulated.guarded = shifted
+    try:
+        got = capsule_routing(emulated, inputs, Options(3))
+    finally:
+        del emulated.guarded
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_so(emulated: Emulated, bad: float) -> None:
+    """In the samples that have it, and in no other."""
+    inputs = layer_inputs(Shape(20, 6, 3, 4, 8), dtype=torch.float32)
+    inputs[0][17, 3, 5] = bad
+    got = capsule_routing(emulated, inputs, Options(3))
+    fine = torch.arange(20) != 17
+    assert got["value"][fine].isfinite().all()
+    assert not got["value"][17].isfinite().any()
+    assert got["gradient 0"][fine].isfinite().all()
+    assert not got["gradient 0"][17].isfinite().any()
+    assert not got["gradient 1"].isfinite().any()
+
+
+def test_float64_is_refused(emulated: Emulated) -> None:
+    with pytest.raises(ValueError, match="impl='cuda' takes float32, bfloat16 or float16, got torch.float64"):
+        emulated.call("squash", torch.randn(3, 4, dtype=torch.float64), 1)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(2, 9, 2, 40, 1),
+        Shape(3, 7, 3, 5, 1),
+        Shape(33, 5, 2, 8, 1),
+        Shape(5, 4, 14, 16, 1),
+        Shape(5, 9, 4, 24, 1),
+    ],
+    ids=str,
+)
+def test_dynamic_routing(emulated: Emulated, shape: Shape, options: Options, dtype: torch.dtype) -> None:
+    inputs = routing_inputs(shape, options.bias, dtype)
+    got = dynamic_routing(emulated, inputs, options)
+    check(got, lambda *x: reference.dynamic_routing(*x, **options.keywords()), inputs, [1, None])
+
+
+def couplings_in_orders(inputs: Sequence[Tensor | None], options: Options) -> tuple[Tensor, list[Tensor]]:
+    """The exact couplings, and those of plain torch for several orders of the sums over i and d."""
+    keywords = {"iterations": options.iterations, "leaky": options.leaky}
+    exact = reference.couplings(*(None if x is None else x.double() for x in inputs), **keywords)
+    u, weight, bias = inputs
+    lows = []
+    for _ in range(6):
+        i, d = torch.randperm(weight.shape[0]), torch.randperm(weight.shape[2])
+        turned = None if bias is None else bias[:, d]
+        c = reference.couplings(u[:, i], weight[i][:, :, d], turned, **keywords)
+        lows.append(c[:, i.argsort()])
+    return exact, lows
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_couplings(emulated: Emulated, shape: Shape, options: Options) -> None:
+    inputs = layer_inputs(shape, options.bias, torch.float32)
+    u, weight, bias = inputs
+    (c,) = emulated.call("couplings", u, weight, bias, options.iterations, options.leaky)
+    exact, lows = couplings_in_orders(inputs, options)
+    assert_low_precision(c, lows, exact, 2)

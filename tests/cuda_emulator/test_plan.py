@@ -1,0 +1,97 @@
+"""The planner of the fused kernels: all of the work once, within the limits of the device."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+_cuda = pytest.importorskip("capsops._cuda")
+
+# Shared memory that a block may have, and multiprocessors: A100, RTX 3090 and 4090, H100 and H200.
+DEVICES = {"sm_80": (166912, 108), "sm_86": (101376, 82), "sm_89": (101376, 128), "sm_90": (232448, 132)}
+
+shapes = st.fixed_dictionaries(
+    {
+        "B": st.integers(1, 600),
+        "I": st.integers(1, 4000),
+        "J": st.integers(1, 200),
+        "D": st.integers(1, 32),
+        "K": st.integers(1, 40),
+        "element": st.sampled_from([2, 4]),
+        "tensor_cores": st.booleans(),
+        "given": st.booleans(),
+        "passes": st.integers(0, 4),
+    }
+)
+
+
+def covers(parts: int, length: int, whole: int) -> bool:
+    """`parts` pieces of `length`, the last one shorter, are the whole, and none is empty."""
+    return (parts - 1) * length < whole <= parts * length
+
+
+@given(shape=shapes, device=st.sampled_from(sorted(DEVICES)), resident=st.integers(1, 4))
+def test_passes(shape: dict[str, int], device: str, resident: int) -> None:
+    shared, multiprocessors = DEVICES[device]
+    plan = _cuda.fused_plan(
+        False, **shape, multiprocessors=multiprocessors, shared_per_block=shared, resident_blocks=resident
+    )
+    assert plan is not None
+    assert covers(plan["tiles_b"], 16 * plan["m"] * plan["groups"], shape["B"])
+    assert covers(plan["tiles_j"], plan["tile_j"], shape["J"])
+    assert covers(plan["splits"], plan["length"], shape["I"])
+    assert plan["items"] == plan["tiles_b"] * plan["tiles_j"] * plan["splits"]
+    assert 8 * plan["n"] >= shape["D"]
+    check_block(plan, shape, shared)
+    assert plan["warps"] == plan["tile_j"] * plan["groups"]
+    # Partial sums stay within what the device holds at a time: workspace does not grow with I.
+    assert plan["splits"] == 1 or plan["items"] <= multiprocessors * resident
+
+
+@given(shape=shapes, device=st.sampled_from(sorted(DEVICES)))
+def test_gradients(shape: dict[str, int], device: str) -> None:
+    shared, multiprocessors = DEVICES[device]
+    plan = _cuda.fused_plan(True, **shape, multiprocessors=multiprocessors, shared_per_block=shared)
+    if shape["given"] or (shape["D"] > 16 and shape["passes"] > 2):
+        assert plan is None
+        return
+    assert plan is not None
+    assert covers(plan["tiles_b"], 16 * plan["m"], shape["B"])
+    assert covers(plan["tiles_j"], plan["tile_j"], shape["J"])
+    assert covers(plan["splits"], plan["length"], plan["tiles_b"])
+    assert plan["items"] == -(-shape["I"] // plan["chunk"]) * plan["tiles_j"] * plan["splits"]
+    check_block(plan, shape, shared)
+    assert plan["warps"] <= plan["tile_j"]
+    assert plan["splits"] == 1 or plan["items"] <= multiprocessors
+
+
+def check_block(plan: dict[str, int], shape: dict[str, int], shared: int) -> None:
+    assert 1 <= plan["warps"] <= 12
+    assert 1 <= plan["chunk"] <= 16
+    assert plan["shared"] <= shared
+    assert plan["stage"] % 16 == 0
+    assert plan["stride"] >= (shape["D"] if shape["given"] else shape["K"])
+    assert 8 * plan["steps"] >= (0 if shape["given"] else shape["K"])
+    assert plan["stride"] % 16 == 8  # an odd multiple of 8: rows begin in different banks
+
+
+@pytest.mark.parametrize(
+    ("shape", "gradients"),
+    [
+        ({"B": 1, "I": 1, "J": 1, "D": 33, "K": 8}, False),
+        ({"B": 1, "I": 1, "J": 1, "D": 16, "K": 1025}, False),
+        ({"B": 1, "I": 1, "J": 1 << 16, "D": 16, "K": 8}, False),
+        ({"B": 1 << 24, "I": 1, "J": 1, "D": 16, "K": 8}, False),
+        ({"B": 1, "I": 1, "J": 1, "D": 16, "K": 8, "passes": 5}, True),
+    ],
+)
+def test_what_is_left_to_the_general_kernels(shape: dict[str, int], gradients: bool) -> None:
+    assert _cuda.fused_plan(gradients, **shape) is None
+
+
+def test_a_capsule_network_fills_an_h200() -> None:
+    """MNIST's capsule layer: B = 128, I = 1152, J = 10, D = 16, K = 8."""
+    passes = _cuda.fused_plan(False, 128, 1152, 10, 16, 8)
+    assert passes["items"] >= 0.95 * 132
+    gradients = _cuda.fused_plan(True, 128, 1152, 10, 16, 8)
+    assert gradients["items"] >= 0.95 * 132
+    assert gradients["splits"] == gradients["tiles_j"] == 1  # nothing to add up afterwards

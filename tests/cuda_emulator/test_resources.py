@@ -1,0 +1,101 @@
+"""What the compiler made of the CUDA kernels, read from the extension as it was installed."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ARCHS = ("sm_80", "sm_90")
+
+
+def disassembler() -> str:
+    """cuobjdump, of the CUDA toolkit or as it comes with triton."""
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        bundled = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
+        if bundled.exists():
+            return str(bundled)
+    return shutil.which("cuobjdump") or pytest.skip("there is no cuobjdump")
+
+
+def dump(*options: str) -> str:
+    spec = importlib.util.find_spec("capsops._cuda")
+    if spec is None or spec.origin is None:
+        pytest.skip("capsops._cuda is not built")
+    command = [disassembler(), *options, spec.origin]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def resources(arch: str) -> dict[str, dict[str, int]]:
+    """Registers, stack, shared and local memory of each kernel."""
+    found = {}
+    for name, numbers in re.findall(
+        r"Function (\S+):\s*\n(.*)", dump("--dump-resource-usage", "-arch", arch)
+    ):
+        found[name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def instructions(arch: str) -> dict[str, list[str]]:
+    """The instructions of each function, without operands and predicates."""
+    functions = re.split(r"\n\s*Function : ", dump("--dump-sass", "-arch", arch))
+    pattern = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
+    return {text.split(maxsplit=1)[0]: pattern.findall(text) for text in functions[1:]}
+
+
+def test_every_kernel_is_there(resources: dict[str, dict[str, int]]) -> None:
+    """Passes: 3 sizes of D, forward and backward, 4 ways to multiply and 3 storages of given predictions.
+
+    Gradients: 5 for each way to multiply.
+    """
+    names = " ".join(resources)
+    assert names.count("passes_kernel") == 42
+    assert names.count("gradients_kernel") == 20
+    for kernel in ("squash_kernel", "predictions_kernel", "sums_kernel", "grad_bias_kernel"):
+        assert kernel in names
+
+
+def test_no_spills_and_no_stack(resources: dict[str, dict[str, int]]) -> None:
+    for name, numbers in resources.items():
+        assert numbers["STACK"] == 0, name
+        assert numbers["LOCAL"] == 0, name
+
+
+def test_registers_let_the_planned_blocks_run(resources: dict[str, dict[str, int]]) -> None:
+    """65536 registers of a multiprocessor, given to warps in units of 256, four warps at a time."""
+    for name, numbers in resources.items():
+        warps = 12 if "passes_kernel" in name or "gradients_kernel" in name else 8
+        if "gradients_kernel" in name and "MultiplyAdds" in name:
+            warps = 8
+        registers = -(-numbers["REG"] // 8) * 8
+        assert registers * 32 * warps <= 65536, f"{name}: {numbers['REG']} registers, {warps} warps"
+
+
+def test_no_local_memory_in_the_machine_code(instructions: dict[str, list[str]]) -> None:
+    for name, code in instructions.items():
+        touched = {op for op in code if op.split(".")[0] in ("LDL", "STL")}
+        assert not touched, f"{name}: {touched}"
+
+
+def test_tensor_cores(instructions: dict[str, list[str]]) -> None:
+    """In the kernels for them, and in no other; asynchronous copies in all fused ones."""
+    fused = {name: code for name, code in instructions.items() if re.search("passes_|gradients_", name)}
+    assert len(fused) == 62
+    for name, code in fused.items():
+        assert any(op.startswith("LDGSTS") for op in code), f"{name}: no asynchronous copy"
+        matrix = [op for op in code if op.startswith("HMMA")]
+        if "TensorCores" in name:
+            assert matrix, f"{name}: no tensor core"
+            assert all("TF32" in op for op in matrix), name
+        else:
+            assert not matrix, name
