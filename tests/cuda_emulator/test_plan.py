@@ -44,7 +44,7 @@ def test_passes(shape: dict[str, int], device: str, resident: int) -> None:
     check_block(plan, shape, shared)
     assert plan["warps"] == plan["tile_j"] * plan["groups"]
     # Partial sums stay within what the device holds at a time: workspace does not grow with I.
-    assert plan["splits"] == 1 or plan["items"] <= multiprocessors * resident
+    assert plan["splits"] <= 8 or plan["items"] <= multiprocessors * resident
 
 
 @given(shape=shapes, device=st.sampled_from(sorted(DEVICES)))
@@ -95,3 +95,10 @@ def test_a_capsule_network_fills_an_h200() -> None:
     gradients = _cuda.fused_plan(True, 128, 1152, 10, 16, 8)
     assert gradients["items"] >= 0.95 * 132
     assert gradients["splits"] == gradients["tiles_j"] == 1  # nothing to add up afterwards
+
+
+def test_many_output_capsules_fill_an_h200() -> None:
+    """I = 3872, J = 196: tiles of j and splits of i together, in rounds of which none is half empty."""
+    plan = _cuda.fused_plan(False, 128, 3872, 196, 16, 8)
+    rounds = -(-plan["items"] // 132)
+    assert plan["items"] >= 0.75 * 132 * rounds
