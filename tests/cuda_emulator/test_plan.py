@@ -35,7 +35,11 @@ def test_passes(shape: dict[str, int], device: str, resident: int) -> None:
     plan = _cuda.fused_plan(
         False, **shape, multiprocessors=multiprocessors, shared_per_block=shared, resident_blocks=resident
     )
-    assert plan is not None
+    if plan is None:  # W of one input capsule is too large for this device: the general kernels serve it
+        assert device in ("sm_86", "sm_89")
+        assert min(shape["D"], shape["J"]) > 8
+        assert shape["K"] > 24
+        return
     assert covers(plan["tiles_b"], 16 * plan["m"] * plan["groups"], shape["B"])
     assert covers(plan["tiles_j"], plan["tile_j"], shape["J"])
     assert covers(plan["splits"], plan["length"], shape["I"])
