@@ -293,7 +293,9 @@ struct Passes {
     // One step of pass t over all of the block's items.
     CAPSOPS_DEVICE void run(Step step) const {
         const bool statistics = step == Step::statistics;
-        const int all_tiles = int(tiling.tiles_j), splits = int(tiling.splits), length = int(tiling.length);
+        // The statistics make no partial sums, so that i can be split as finely as there are chunks.
+        const int all_tiles = int(tiling.tiles_j), length = statistics ? tiling.chunk : int(tiling.length);
+        const int splits = (int(p.I) + length - 1) / length;
         const int tiles_j = statistics ? 1 : all_tiles;
         const int inner = statistics ? all_tiles : 1;  // tiles of j that one item goes through
         const bool sums = !statistics && !(f.couplings && t + 1 == p.iterations);

@@ -39,21 +39,28 @@ bool plan_passes(const FusedShape& shape, const FusedLimits& limits, int residen
     to.tiles_b = divide_up(shape.B, rows);
     const int64_t tiles = to.tiles_b * to.tiles_j;
     const int64_t blocks = int64_t(limits.multiprocessors) * std::max(resident_blocks, 1);
-    const int64_t splits = std::min(std::max<int64_t>(blocks / tiles, 1), shape.I);
-    to.length = divide_up(shape.I, splits);
+    // As many splits as make the rounds of blocks short; each has a cost of its own, and makes partial sums.
+    const int64_t most = std::min(std::max<int64_t>(blocks / tiles, 8), shape.I);
+    double best = 0;
+    for (int64_t splits = 1; splits <= most; ++splits) {
+        const int64_t length = divide_up(shape.I, splits);
+        const double cost =
+            double(divide_up(tiles * divide_up(shape.I, length), blocks)) * double(length + 4);
+        if (best == 0 || cost < best) best = cost, to.length = length;
+    }
     to.splits = divide_up(shape.I, to.length);
     to.items = tiles * to.splits;
     if (to.items >= 1 << 30) return false;
     // Two blocks of a multiprocessor hide one another's waiting, so a chunk takes half of the memory if it
     // can.
-    for (const int64_t most : {limits.shared_per_block / 2 - 1024, limits.shared_per_block}) {
+    for (const int64_t bytes : {limits.shared_per_block / 2 - 1024, limits.shared_per_block}) {
         for (int chunk = 8; chunk > 0; chunk /= 2) {
             to.chunk = int(divide_up(to.length, divide_up(to.length, chunk)));
             const int64_t rows_of_i = shape.given ? to.tile_j * rows : rows + int64_t(to.tile_j) * to.n * 8;
             to.stage = aligned(to.chunk * rows_of_i * to.stride * shape.element);
             const int64_t logits = to.chunk * to.tile_j * rows * 4, softmax = to.chunk * rows * 12;
             to.shared = 2 * to.stage + 2 * logits + softmax;
-            if (to.shared <= most) return true;
+            if (to.shared <= bytes) return true;
         }
     }
     return false;

@@ -35,7 +35,11 @@ def test_passes(shape: dict[str, int], device: str, resident: int) -> None:
     plan = _cuda.fused_plan(
         False, **shape, multiprocessors=multiprocessors, shared_per_block=shared, resident_blocks=resident
     )
-    assert plan is not None
+    if plan is None:  # W of one input capsule is too large for this device: the general kernels serve it
+        assert device in ("sm_86", "sm_89")
+        assert min(shape["D"], shape["J"]) > 8
+        assert shape["K"] > 24
+        return
     assert covers(plan["tiles_b"], 16 * plan["m"] * plan["groups"], shape["B"])
     assert covers(plan["tiles_j"], plan["tile_j"], shape["J"])
     assert covers(plan["splits"], plan["length"], shape["I"])
@@ -44,7 +48,7 @@ def test_passes(shape: dict[str, int], device: str, resident: int) -> None:
     check_block(plan, shape, shared)
     assert plan["warps"] == plan["tile_j"] * plan["groups"]
     # Partial sums stay within what the device holds at a time: workspace does not grow with I.
-    assert plan["splits"] == 1 or plan["items"] <= multiprocessors * resident
+    assert plan["splits"] <= 8 or plan["items"] <= multiprocessors * resident
 
 
 @given(shape=shapes, device=st.sampled_from(sorted(DEVICES)))
@@ -95,3 +99,10 @@ def test_a_capsule_network_fills_an_h200() -> None:
     gradients = _cuda.fused_plan(True, 128, 1152, 10, 16, 8)
     assert gradients["items"] >= 0.95 * 132
     assert gradients["splits"] == gradients["tiles_j"] == 1  # nothing to add up afterwards
+
+
+def test_many_output_capsules_fill_an_h200() -> None:
+    """I = 3872, J = 196: tiles of j and splits of i together, in rounds of which none is half empty."""
+    plan = _cuda.fused_plan(False, 128, 3872, 196, 16, 8)
+    rounds = -(-plan["items"] // 132)
+    assert plan["items"] >= 0.75 * 132 * rounds
