@@ -16,9 +16,9 @@ def moved(
     images: Tensor,
     draw: Draw,
     *,
-    degrees: float = 15.0,
-    scale: float = 0.15,
-    shear: float = 0.2,
+    degrees: float = 20.0,
+    scale: float = 0.25,
+    shear: float = 0.5,
     shift: float = 0.1,
     background: float = 0.0,
 ) -> Tensor:
@@ -46,6 +46,21 @@ def moved(
         align_corners=False,
     )
     return F.grid_sample(images - background, grid, align_corners=False) + background
+
+
+@record_function("augmentation")
+def erased(images: Tensor, draw: Draw, *, share: float, background: float = 0.0) -> Tensor:
+    """Each image [B, C, H, W] with one rectangle of background in it (Zhong et al. 2017, random erasing).
+
+    Its height and width are each drawn from 0 to `share` of the image's; its centre is anywhere in the image.
+    """
+    near = []
+    for side in images.shape[2:]:
+        centre, reach = side * draw.uniform(len(images)), 0.5 * share * side * draw.uniform(len(images))
+        place = torch.arange(side, device=images.device) + 0.5
+        near.append((place - centre[:, None]).abs() < reach[:, None])
+    rows, columns = near
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], background)
 
 
 @record_function("augmentation")

@@ -5,11 +5,13 @@ image. On a real image the longest class capsule is then its cluster: MNIST digi
 Source: the public InfoCapsGAN code; its settings are the recipe `published`, its bugs mended.
 
 The recipe `tuned` first finds the classes on real images alone (warm_up): predictions are certain, evenly
-used over the classes (IMSAT), and the same for an image and a moved copy of it. Then the generator comes in.
-From the first step on it would disturb them: classes form around its early, arbitrary images. A small weight
-of the code leaves it to the real images what a class is; a large one is satisfied by images that are no
-digits. Without batch norm the discriminator sees real and generated images on one scale, so the generator
-must match their contrast.
+used over the classes (IMSAT), and the same for an image and a moved copy of it with a part erased. Slant and
+width, along which classes would else divide, are what the copies change. Once classes have formed
+(smoothness_after), the worst small change of an image must not leave its class either: rare forms of a digit
+that had joined another, a 7 with a bar, come back. Then the generator comes in. From the first step on it
+would disturb the classes: they form around its early, arbitrary images. A small weight of the code leaves it
+to the real images what a class is; a large one is satisfied by images that are no digits. Without batch norm
+the discriminator sees real and generated images on one scale, so the generator must match their contrast.
 """
 
 import math
@@ -24,13 +26,13 @@ import capsops
 from capsops.nn import RoutingCapsules
 from infocapsgan import losses
 from infocapsgan.data import Dataset
-from infocapsgan.data.augment import moved
+from infocapsgan.data.augment import erased, moved
 from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.draw import Draw
 from infocapsgan.metrics import clustering_metrics, kmeans_accuracy
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules, lengths
 from infocapsgan.models.capsule_generator import CapsuleGenerator
-from infocapsgan.settings import Count, Weight, Whole
+from infocapsgan.settings import Count, Share, Weight, Whole
 from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings
 from infocapsgan.training import Training
 
@@ -50,22 +52,28 @@ class InfoCapsGANSettings(GANSettings):
     """Learning rate of the generator."""
     discriminator_rate: Weight = 1e-3
     """Learning rate of the discriminator."""
+    settled_rate: Share = 0.2
+    """The encoder's rate falls in a straight line, over the warm-up, to this share of the discriminator's."""
     adversarial_weight: Weight = 1.0
     """Weight of real against generated; 0 trains the discriminator on real images alone, no generator."""
-    warm_up: Whole = 120
+    warm_up: Whole = 500
     """Steps on real images alone, before the generator comes in."""
     code_weight: Weight = 0.003
     """Weight of the margin loss, summed over the batch, that recognises the code of generated images."""
-    information_weight: Weight = 0.4
+    information_weight: Weight = 0.3
     """Weight of the mutual information between real images and their classes (IMSAT, IIC)."""
-    balance: Weight = 4.0
+    balance: Weight = 3.0
     """How much even use of the classes counts in it, against certainty about each image."""
     consistency_weight: Weight = 1.0
     """Weight of: a real image and a moved copy of it belong to the same class."""
-    smoothness_weight: Weight = 0.0
+    erased: Share = 0.5
+    """Height and width of what is erased from that copy, at most, as a share of the image's."""
+    smoothness_weight: Weight = 1.0
     """Weight of: the worst small change of a real image leaves its class (virtual adversarial training)."""
-    smoothness_radius: Weight = 2.5
+    smoothness_radius: Weight = 4.0
     """Length of that change, in units of pixels in [−1, 1]."""
+    smoothness_after: Whole = 250
+    """Steps before that weight counts: classes form faster without it. It ends with the warm-up."""
     temperature: Weight = 20.0
     """Class probabilities of a real image are the softmax of this times its class capsules' lengths."""
     batch_norm: bool = False
@@ -101,7 +109,7 @@ class InfoCapsGAN(GAN):
 
     Settings = InfoCapsGANSettings
     recipes: ClassVar = {
-        "tuned": {},
+        "tuned": {"ema": 0.98},
         "published": {
             "batch_size": 100,
             "latent": "squashed",
@@ -109,12 +117,14 @@ class InfoCapsGAN(GAN):
             "discriminator_rate": 2e-5,
             "information_weight": 0.0,
             "consistency_weight": 0.0,
+            "smoothness_weight": 0.0,
+            "settled_rate": 1.0,
             "batch_norm": True,
             "warm_up": 0,
             "code_weight": 0.01,
         },
     }
-    tuned: ClassVar = {"digits": {"width": 32, "epochs": 40}}
+    tuned: ClassVar = {"digits": {"width": 32, "epochs": 40, "warm_up": 260, "smoothness_after": 150}}
     headline = "unsupervised_accuracy"
 
     def __init__(self, settings: Settings | None = None, **options) -> None:
@@ -125,9 +135,13 @@ class InfoCapsGAN(GAN):
         if s.recipe == "published":
             self.apply(initialise_as_published)
         self.stabilise()
+        encoder = set(self.discriminator.encoder.parameters())
+        verdict = [weight for weight in self.discriminator.parameters() if weight not in encoder]
         self.optimizers = {
             "discriminator": torch.optim.Adam(
-                self.discriminator.parameters(), s.discriminator_rate, ADAM_BETAS
+                [{"params": list(self.discriminator.encoder.parameters())}, {"params": verdict}],
+                s.discriminator_rate,
+                ADAM_BETAS,
             ),
             "generator": torch.optim.Adam(self.generator.parameters(), s.generator_rate, ADAM_BETAS),
         }
@@ -157,6 +171,7 @@ class InfoCapsGAN(GAN):
         noise, code = draw.normal(B, s.noise_dim), draw.integers(self.image_shape.classes, B)
         generating = s.adversarial_weight > 0 and training.step >= s.warm_up
         named = {}
+        self.set_encoder_rate(training)
 
         with training.autocast():
             seen = self.discriminator(real)
@@ -182,6 +197,13 @@ class InfoCapsGAN(GAN):
             self.update_average()
         return {name: value.detach() for name, value in named.items()}
 
+    def set_encoder_rate(self, training: Training) -> None:
+        """The encoder's learning rate on its line from the first step to the end of the warm-up."""
+        s = self.settings
+        done = min(1.0, training.step / s.warm_up) if s.warm_up else 1.0
+        rate = s.discriminator_rate * (1 - (1 - s.settled_rate) * done)
+        self.optimizers["discriminator"].param_groups[0]["lr"] = rate
+
     def code_loss(self, judged: Verdict, code: Tensor) -> Tensor:
         """How badly the class capsules' lengths tell the code that the generator was given."""
         target = F.one_hot(code, self.image_shape.classes)
@@ -200,10 +222,14 @@ class InfoCapsGAN(GAN):
             balanced = losses.mutual_information(p, balance=s.balance, mean=mean)
             loss = loss - s.information_weight * balanced
         if s.consistency_weight:
-            copy = self.discriminator(moved(real, training.draw, background=-1))
+            copy = erased(
+                moved(real, training.draw, background=-1), training.draw, share=s.erased, background=-1
+            )
+            copy = self.discriminator(copy)
             named["consistency"] = losses.divergence(p.detach(), self.class_log_probabilities(copy.capsules))
             loss = loss + s.consistency_weight * named["consistency"]
-        if s.smoothness_weight:
+        alone = not s.adversarial_weight or training.step < s.warm_up
+        if s.smoothness_weight and alone and training.step >= s.smoothness_after:
             named["smoothness"] = losses.adversarial_smoothness(
                 lambda x: self.class_log_probabilities(self.discriminator(x).capsules),
                 real,
