@@ -1,6 +1,6 @@
 import torch
 
-from infocapsgan.data.augment import deformed, flipped, moved, relit, shifted
+from infocapsgan.data.augment import deformed, erased, flipped, moved, relit, shifted
 from infocapsgan.draw import Draw
 
 
@@ -32,6 +32,21 @@ def test_the_background_comes_in_from_outside():
     images = torch.full((8, 1, 6, 6), -1.0)
     torch.testing.assert_close(moved(images, Draw(0), background=-1), images)
     torch.testing.assert_close(shifted(images, Draw(0), 3, background=-1), images)
+
+
+def test_one_rectangle_is_erased_from_each_image():
+    images = torch.ones(256, 2, 20, 12)
+    copies = erased(images, Draw(0), share=0.5, background=-1)
+    gone = copies == -1
+    assert torch.equal(gone[:, 0], gone[:, 1])
+    assert ((copies == 1) | gone).all()
+    rows, columns = gone[:, 0].any(2), gone[:, 0].any(1)
+    assert torch.equal(gone[:, 0], rows[:, :, None] & columns[:, None, :])
+    assert 8 <= rows.sum(1).max() <= 10
+    assert 5 <= columns.sum(1).max() <= 6
+    assert rows.any(0).all()
+    assert columns.any(0).all()
+    assert torch.equal(erased(images, Draw(0), share=0.0), images)
 
 
 def test_half_of_the_images_are_mirrored():

@@ -52,7 +52,13 @@ def test_training_lowers_the_losses(recipe, loss):
     torch.manual_seed(0)
     digits = data.load("digits")
     system = InfoCapsGAN(
-        recipe=recipe, width=8, batch_size=32, discriminator_rate=1e-3, generator_rate=1e-3, warm_up=0
+        recipe=recipe,
+        width=8,
+        batch_size=32,
+        discriminator_rate=1e-3,
+        settled_rate=1.0,
+        generator_rate=1e-3,
+        warm_up=0,
     )
     training = Training(system.optimizers, Draw(0))
     rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(60)]
@@ -71,7 +77,7 @@ def test_the_labels_are_not_looked_at():
 
 def test_without_the_adversarial_part_the_generator_rests():
     torch.manual_seed(0)
-    system = InfoCapsGAN(width=8, batch_size=16, adversarial_weight=0, smoothness_weight=1)
+    system = InfoCapsGAN(width=8, batch_size=16, adversarial_weight=0, smoothness_after=0)
     before = [weight.clone() for weight in system.generator.parameters()]
     digits = data.load("digits")
     training = Training(system.optimizers, Draw(0))
@@ -90,6 +96,47 @@ def test_the_generator_comes_in_after_the_warm_up():
     named.append(set(system.step(digits.train_images[:16], digits.train_labels[:16], training)))
     assert named[0] == {"information", "consistency"}
     assert named[1] == named[0] | {"discriminator", "code", "generator"}
+
+
+def test_smoothness_counts_between_the_forming_of_classes_and_the_end_of_the_warm_up():
+    torch.manual_seed(0)
+    digits = data.load("digits")
+    system = InfoCapsGAN(width=8, batch_size=16, smoothness_after=1, warm_up=2)
+    training = Training(system.optimizers, Draw(0))
+    for step, counts in enumerate((False, True, False)):
+        training.step = step
+        named = system.step(digits.train_images[:16], digits.train_labels[:16], training)
+        assert ("smoothness" in named) == counts
+
+
+def test_before_the_generator_comes_in_it_is_as_if_there_were_none():
+    digits = data.load("digits")
+    weights = []
+    for weight in (0, 1):
+        torch.manual_seed(0)
+        system = InfoCapsGAN(width=8, batch_size=16, adversarial_weight=weight, warm_up=4, smoothness_after=2)
+        training = Training(system.optimizers, Draw(0))
+        for step in range(4):
+            training.step = step
+            system.step(digits.train_images[:16], digits.train_labels[:16], training)
+        weights.append(list(system.discriminator.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_the_encoder_settles_over_the_warm_up_and_the_verdict_does_not():
+    system = InfoCapsGAN(width=8, discriminator_rate=1e-2, settled_rate=0.2, warm_up=100)
+    optimizer = system.optimizers["discriminator"]
+    training = Training(system.optimizers, Draw(0))
+    rates = []
+    for step in (0, 50, 100, 1000):
+        training.step = step
+        system.set_encoder_rate(training)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    assert [encoder for encoder, _ in rates] == pytest.approx([1e-2, 6e-3, 2e-3, 2e-3])
+    assert {verdict for _, verdict in rates} == {1e-2}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(
+        list(system.discriminator.parameters())
+    )
 
 
 def test_capsules_compared_by_hand():
