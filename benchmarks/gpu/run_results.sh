@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Full-size results on MNIST on a GPU, seed by seed; see results/ for those at small width on a CPU.
+#
+#   benchmarks/gpu/run_results.sh --plan                    every command of every part; needs no GPU
+#   benchmarks/gpu/run_results.sh infocapsgan               one part: it ends within eight minutes
+#   SEEDS="3 4" benchmarks/gpu/run_results.sh infocapsgan   other seeds than 0 1 2 3 4
+#
+# Parts: infocapsgan, information (mutual information on real images alone), encoder (with labels), capsnet.
+# After each seed $OUT/PART-mnist.json holds the mean over the seeds so far; $OUT is by default build/gpu. A
+# seed that the time cuts short has no result; on the same disk the same command goes on with it. No network is
+# needed: MNIST's four gz files lie in $INFOCAPSGAN_DATA/mnist (default: .data/mnist, which git ignores).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+python=${PYTHON:-python3}
+out=${OUT:-build/gpu}
+limit=450
+read -ra seeds <<<"${SEEDS:-0 1 2 3 4}"
+export INFOCAPSGAN_DATA=${INFOCAPSGAN_DATA:-$PWD/.data} PYTHONUNBUFFERED=1
+
+command_of() {
+    local options
+    case $1 in
+        infocapsgan) options="infocapsgan --epochs 10" ;;
+        information) options="infocapsgan --epochs 10 --adversarial-weight 0" ;;
+        encoder) options="encoder --epochs 10" ;;
+        capsnet) options="capsnet --epochs 50" ;;
+        *) echo "PART: got $1, takes infocapsgan, information, encoder or capsnet" >&2 && exit 2 ;;
+    esac
+    echo "$python -m infocapsgan.sweep $options --dataset mnist --device cuda --out build/results/$1"
+}
+
+if [[ ${1:-} == --plan ]]; then
+    echo "build: $python setup.py build_ext --inplace"
+    for part in infocapsgan information encoder capsnet; do
+        echo "$part, $limit s at most, kept in $out/$part-mnist.json after each seed:"
+        for ((n = 1; n <= ${#seeds[@]}; n++)); do
+            chosen=("${seeds[@]:0:n}")
+            echo "    $(command_of "$part") --seeds $(IFS=, && echo "${chosen[*]}")"
+        done
+    done
+    exit
+fi
+[ $# -eq 1 ] || { echo "usage: $0 --plan | PART" >&2 && exit 2; }
+part=$1
+command=$(command_of "$part")
+
+for name in train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx1; do
+    file=$INFOCAPSGAN_DATA/mnist/$name-ubyte.gz
+    [ -f "$file" ] || { echo "$file is missing" >&2 && exit 1; }
+done
+mkdir -p "$out" build/results
+"$python" setup.py build_ext --inplace >"$out/results-build.log" 2>&1 || { tail -30 "$out/results-build.log" && exit 1; }
+{
+    "$python" -m capsops
+    for ((n = 1; n <= ${#seeds[@]}; n++)); do
+        left=$((limit - SECONDS))
+        [ "$left" -gt 30 ] || { echo "no time is left for seed ${seeds[n - 1]}" && break; }
+        chosen=("${seeds[@]:0:n}")
+        # shellcheck disable=SC2086 # the command is words
+        timeout --kill-after=20 "$left" $command --seeds "$(IFS=, && echo "${chosen[*]}")"
+        cp "build/results/$part/result.json" "$out/$part-mnist.json"
+    done
+} 2>&1 | tee "$out/results-$part.log"
