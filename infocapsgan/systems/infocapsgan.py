@@ -8,7 +8,7 @@ The recipe `tuned` first finds the classes on real images alone (warm_up): predi
 used over the classes (IMSAT), and the same for an image and a moved copy of it with a part erased. Slant and
 width, along which classes would else divide, are what the copies change. Once classes have formed
 (smoothness_after), the worst small change of an image must not leave its class either: rare forms of a digit
-that had joined another, a 7 with a bar, come back. Then the generator comes in. From the first step on it
+that had joined another come back. Then the generator comes in. From the first step on it
 would disturb the classes: they form around its early, arbitrary images. A small weight of the code leaves it
 to the real images what a class is; a large one is satisfied by images that are no digits. Without batch norm
 the discriminator sees real and generated images on one scale, so the generator must match their contrast.
@@ -62,7 +62,7 @@ class InfoCapsGANSettings(GANSettings):
     """Weight of the margin loss, summed over the batch, that recognises the code of generated images."""
     information_weight: Weight = 0.3
     """Weight of the mutual information between real images and their classes (IMSAT, IIC)."""
-    balance: Weight = 3.0
+    balance: Weight = 4.0
     """How much even use of the classes counts in it, against certainty about each image."""
     consistency_weight: Weight = 1.0
     """Weight of: a real image and a moved copy of it belong to the same class."""
@@ -124,7 +124,7 @@ class InfoCapsGAN(GAN):
             "code_weight": 0.01,
         },
     }
-    tuned: ClassVar = {"digits": {"width": 32, "epochs": 40, "warm_up": 260, "smoothness_after": 150}}
+    tuned: ClassVar = {"digits": {"width": 32, "epochs": 60, "warm_up": 260, "smoothness_after": 150}}
     headline = "unsupervised_accuracy"
 
     def __init__(self, settings: Settings | None = None, **options) -> None:
