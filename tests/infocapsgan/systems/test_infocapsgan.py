@@ -57,6 +57,7 @@ def test_training_lowers_the_losses(recipe, loss):
         batch_size=32,
         discriminator_rate=1e-3,
         settled_rate=1.0,
+        code_weight=0.01,
         generator_rate=1e-3,
         warm_up=0,
     )
