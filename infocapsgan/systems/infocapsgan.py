@@ -6,7 +6,7 @@ Source: the public InfoCapsGAN code; its settings are the recipe `published`, it
 
 The recipe `tuned` first finds the classes on real images alone (warm_up): predictions are certain, evenly
 used over the classes (IMSAT), and the same for an image and a moved copy of it with a part erased. Slant and
-width, along which classes would else divide, are what the copies change. Once classes have formed
+size, along which classes would else divide, are what the copies change. Once classes have formed
 (smoothness_after), the worst small change of an image must not leave its class either: rare forms of a digit
 that had joined another come back. Then the generator comes in. From the first step on it
 would disturb the classes: they form around its early, arbitrary images. A small weight of the code leaves it
