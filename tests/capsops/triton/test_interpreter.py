@@ -34,6 +34,7 @@ def run(selection: str) -> int:
     return int(passed[1])
 
 
+@pytest.mark.timeout(900)
 def test_every_kernel_equals_the_reference() -> None:
     assert run("not slow") > 200
 
