@@ -29,7 +29,8 @@ def test_the_table_of_two_systems(
     assert set(capsnet.details) == {"routing", "squash", "convolutions", "loader", "optimiser", "other"}
     assert all(seconds > 0 for seconds in capsnet.details.values())
     assert dcgan.details["routing"] == 0
-    assert compared.seconds > compared.details["routing alone"] > 0
+    assert compared.seconds > 0
+    assert compared.details["routing alone"] > 0
     assert compared.peers["einsum"] > compared.details["einsum's routing alone"] > 0
     monkeypatch.setattr(sys, "argv", ["report", str(path)])
     capsys.readouterr()
