@@ -31,7 +31,8 @@ def test_the_table_of_two_systems(
     assert dcgan.details["routing"] == 0
     assert compared.seconds > 0
     assert compared.details["routing alone"] > 0
-    assert compared.peers["einsum"] > compared.details["einsum's routing alone"] > 0
+    assert compared.peers["einsum"] > 0
+    assert compared.details["einsum's routing alone"] > 0
     monkeypatch.setattr(sys, "argv", ["report", str(path)])
     capsys.readouterr()
     report()
