@@ -24,6 +24,7 @@ from torch import Tensor
 
 from infocapsgan import strokes, trained
 from infocapsgan.data import DataError, Dataset
+from infocapsgan.data.dataset import evenly
 from infocapsgan.draw import Draw
 from infocapsgan.features import FEATURES, feature_extractor
 from infocapsgan.fidelity import frechet_distance, precision_recall
@@ -139,7 +140,7 @@ def generation(system: GAN, dataset: Dataset, samples: int) -> Found:
     generated = system.drawn(system.random_latents(number, draw, dataset.train_images))
     real, of_training, of_generated = (
         extractor.classifier.of_all(images)
-        for images in (_evenly(dataset.test_images, number), _evenly(dataset.train_images, number), generated)
+        for images in (evenly(dataset.test_images, number), evenly(dataset.train_images, number), generated)
     )
     precision, recall = precision_recall(real, of_generated)
     metrics = {
@@ -181,11 +182,6 @@ def mean_rank_correlation(values: Tensor, rows: Tensor) -> float:
         spearmanr(values.cpu().numpy(), row).statistic if np.ptp(row) else 0.0 for row in rows.cpu().numpy()
     ]
     return float(np.mean(found))
-
-
-def _evenly(images: Tensor, number: int) -> Tensor:
-    """`number` of the images, spread over all of them: files may be sorted by class."""
-    return images[torch.linspace(0, len(images) - 1, number, dtype=torch.float64).round().long()]
 
 
 def _no_labels_learned(system: System, dataset: Dataset) -> str:

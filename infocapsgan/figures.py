@@ -17,6 +17,7 @@ from infocapsgan.atomic import atomic_file
 CELL = 0.52  # inches that an image is wide, if not told otherwise
 LINE = 0.3  # height of a line of a caption, as a part of the image's
 DPI = 120
+LOG_FROM = 30  # values that differ more than so many times are drawn on a logarithmic axis
 
 
 def sheet(

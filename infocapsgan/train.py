@@ -160,6 +160,8 @@ def fit(
             if held_out:
                 validate()
             metrics = _measured(system, system.evaluate, centred if last else centred.head(10_000))
+            if processes.writes:
+                metrics |= _measured(system, system.fidelity, centred)
             run.log("evaluation", training.step, training.epoch, metrics)
             run.draw(training.step, _measured(system, system.pictures, centred))
             run.draw_curves(system.headline, baselines)

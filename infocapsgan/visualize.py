@@ -101,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     made["animate"].add_argument(
         "--pictures", metavar="NAME", help="which of those in samples/ (default: samples, or the first)"
     )
+    made["curves"].add_argument("--metric", metavar="NAME", help="one number alone, against epochs")
+    made["curves"].add_argument(
+        "--beside", type=Path, nargs="+", metavar="RUN", default=(), help="runs whose metric is drawn too"
+    )
+    made["curves"].add_argument(
+        "--reach", type=float, nargs="+", metavar="VALUE", default=(), help="tell when each run reached them"
+    )
     return parser
 
 

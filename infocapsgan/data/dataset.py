@@ -79,6 +79,11 @@ class Dataset:
         )
 
 
+def evenly(images: Tensor, number: int) -> Tensor:
+    """`number` of the images, spread over all of them: files may be sorted by class."""
+    return images[torch.linspace(0, len(images) - 1, number, dtype=torch.float64).round().long()]
+
+
 def cropped(images: Tensor, corners: Tensor, size: int) -> Tensor:
     """The size × size pixels of each image [B, C, H, W] from its corner [B, 2] (row, column) on."""
     rows, columns = (corners[:, :, None] + torch.arange(size, device=images.device)).unbind(1)

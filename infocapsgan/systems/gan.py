@@ -10,9 +10,11 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from infocapsgan import losses
 from infocapsgan.data import Dataset
-from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.data.dataset import evenly, to_symmetric
 from infocapsgan.draw import Draw
-from infocapsgan.settings import Range, Settings, Weight
+from infocapsgan.features import feature_extractor
+from infocapsgan.fidelity import frechet_distance
+from infocapsgan.settings import Range, Settings, Weight, Whole
 from infocapsgan.systems.system import System
 from infocapsgan.training import Training
 
@@ -31,9 +33,13 @@ class GANSettings(Settings):
     """Whether the discriminator's convolutions and dense layers have spectral norm 1."""
     ema: Annotated[float, Range(0, 0.9999)] = 0.0
     """Pictures come from a moving average of the generator that keeps this much at each step; 0: none."""
+    frechet_samples: Whole = 0
+    """Images generated at each evaluation to log their Fréchet distance to test images; 0: not measured."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if 0 < self.frechet_samples < 100:
+            raise ValueError(f"--frechet-samples: got {self.frechet_samples}, takes 0 or at least 100")
         if self.compile and self.adversarial_loss == "wasserstein":
             raise ValueError(
                 "--compile: cannot be combined with --adversarial-loss wasserstein, "
@@ -82,6 +88,27 @@ class GAN(System):
         parts = [self.drawing_generator(part) for part in latents.to(self.device).split(500)]
         images = torch.cat([part[0] if isinstance(part, tuple) else part for part in parts])
         return (images.float() + 1) / 2
+
+    def load_data(self) -> Dataset:
+        """The data set that the settings name; with labels, where a classifier's features are needed."""
+        dataset = super().load_data()
+        if self.settings.frechet_samples and dataset.train_labels.unique().numel() < 2:
+            raise ValueError(
+                "--frechet-samples: the features are those of a classifier, and these images have no labels"
+            )
+        return dataset
+
+    def fidelity(self, dataset: Dataset) -> dict[str, float]:
+        """The Fréchet distance of --frechet-samples generated images to as many test images."""
+        number = min(self.settings.frechet_samples, len(dataset.test_images))
+        if not number:
+            return {}
+        classifier = feature_extractor(dataset, self.image_shape.classes).classifier
+        generated = self.drawn(self.random_latents(number, Draw(0, self.device), dataset.train_images))
+        real, generated = (
+            classifier.of_all(images) for images in (evenly(dataset.test_images, number), generated)
+        )
+        return {"frechet_distance": frechet_distance(real, generated)}
 
     @torch.no_grad()
     def update_average(self) -> None:

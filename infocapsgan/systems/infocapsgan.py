@@ -79,6 +79,11 @@ class InfoCapsGANSettings(GANSettings):
     batch_norm: bool = False
     """Whether the discriminator normalises after its first convolution."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.frechet_samples and not self.adversarial_weight:
+            raise ValueError("--frechet-samples: takes 0 with --adversarial-weight 0, without a generator")
+
 
 class Verdict(NamedTuple):
     """What the discriminator says of images."""

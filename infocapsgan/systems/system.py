@@ -88,6 +88,10 @@ class System(nn.Module):
         """Metrics on the whole of `dataset`; no random number of the training is used."""
         raise NotImplementedError
 
+    def fidelity(self, dataset: Dataset) -> dict[str, float]:
+        """How near generated images come to those of `dataset`, where the settings ask for it."""
+        return {}
+
     @property
     def validation_share(self) -> float:
         """The share of the training images that is held out to choose weights by; 0: none."""

@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from infocapsgan.evaluate import NotApplicableError
-from infocapsgan.figures import new_figure
+from infocapsgan.figures import LOG_FROM, new_figure
 from infocapsgan.run import SUMMARY, read_metrics
 from infocapsgan.systems import InfoCapsGAN, InfoGAN
 from infocapsgan.trained import Trained
+from infocapsgan.views.comparison import comparison
 
-LOG_FROM = 30  # losses that differ more than so many times are drawn on a logarithmic axis
 CAPSULES = "capsules of generator and discriminator"
 WHAT_A_PICTURE_SHOWS = {
     "morph": "along each row a straight line from one latent vector to another, the same in every frame",
@@ -27,8 +27,17 @@ WHAT_A_PICTURE_SHOWS = {
 }
 
 
-def curves(found: Trained) -> Figure:
-    """Losses and shares of the training batches, and metrics of the test split, against steps."""
+def curves(
+    found: Trained, *, metric: str | None = None, beside: Sequence[Path] = (), reach: Sequence[float] = ()
+) -> Figure:
+    """Losses and shares of the training batches, and metrics of the test split, against steps.
+
+    With `metric` that number alone, against epochs, of this run and those beside it; see comparison.
+    """
+    if metric:
+        return comparison(found, metric, beside, reach)
+    if beside or reach:
+        raise NotApplicableError("--beside, --reach: take --metric, the number to compare")
     rows = read_metrics(found.path)
     batches = [row for row in rows if row["kind"] == "train"]
     tests = [row for row in rows if row["kind"] != "train"]

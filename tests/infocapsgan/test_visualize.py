@@ -2,13 +2,14 @@ import itertools
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from infocapsgan import data, primary_decoder, trained, visualize
+from infocapsgan import data, metrics, primary_decoder, trained, visualize
 from infocapsgan.data.class_names import class_names
 from infocapsgan.data.multi_mnist import of_digits
 from infocapsgan.draw import Draw
@@ -294,6 +295,38 @@ def test_curves_hold_every_number(trained_as):
     names = {name for row in rows for name in row} - {"kind", "step", "epoch"}
     assert {name.replace("_", " ") for name in names} <= labels
     assert any(label.startswith("k-means") for label in labels)
+
+
+def test_runs_are_compared(trained_as, run_of, tmp_path, monkeypatch):
+    others = []
+    for name, values in (("dcgan", (30.0, 9.0, 12.0)), ("dcgan", (40.0, 20.0, 15.0)), ("capsulegan", (8.0,))):
+        path = tmp_path / f"{name}-{len(others)}"
+        path.mkdir()
+        shutil.copy(run_of(name) / "config.json", path)
+        rows = [
+            {"kind": "evaluation", "step": 2 * n, "epoch": n / 2, "distance": d} for n, d in enumerate(values)
+        ]
+        rows.append({"kind": "train", "step": 9, "epoch": 9.0, "loss": 0.5})
+        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        others.append(path)
+    monkeypatch.setattr(metrics, "LOWER_IS_BETTER", {"distance"})
+    found = replace(trained_as("dcgan"), path=others[0])
+    figure = training.curves(found, metric="distance", beside=others[1:], reach=[10, 2])
+    (axes,) = figure.axes
+    assert [list(line.get_ydata()) for line in axes.lines[:3]] == [[30, 9, 12], [40, 20, 15], [8]]
+    assert list(axes.lines[0].get_xdata()) == [0, 0.5, 1]
+    assert len({line.get_color() for line in axes.lines[:2]}) == 1
+    assert axes.lines[2].get_color() != axes.lines[0].get_color()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "dcgan on digits, 2 runs\n10: 0.5, –\n2: –, –",
+        "capsulegan on digits, 1 run\n10: 0.0\n2: –",
+    ]
+    with pytest.raises(NotApplicableError, match="--reach: neither more nor less of loss is better"):
+        training.curves(found, metric="loss", reach=[1])
+    with pytest.raises(NotApplicableError, match="--metric: .* holds no size"):
+        training.curves(found, metric="size")
+    with pytest.raises(NotApplicableError, match="--beside, --reach: take --metric"):
+        training.curves(found, reach=[1])
 
 
 def test_errors_of_the_command(tmp_path, run_of, monkeypatch, capsys):

@@ -1,12 +1,18 @@
 """What the generative adversarial systems have in common."""
 
+import json
+
 import pytest
 import torch
+from PIL import Image
 
-from infocapsgan import data
+from infocapsgan import data, trained
 from infocapsgan.draw import Draw
+from infocapsgan.evaluate import evaluate
+from infocapsgan.run import read_metrics
 from infocapsgan.systems import DCGAN, SYSTEMS, CapsuleGAN, Mimic
 from infocapsgan.systems.gan import GAN, morph
+from infocapsgan.train import train
 from infocapsgan.training import Training, parameter_count
 
 GANS = [name for name, system in SYSTEMS.items() if issubclass(system, GAN)]
@@ -143,3 +149,26 @@ def test_mimic():
 def test_the_line_between_two_latents():
     start, end = torch.zeros(2), torch.tensor([4.0, 8.0])
     assert morph(start, end, 5).tolist() == [[0, 0], [1, 2], [2, 4], [3, 6], [4, 8]]
+
+
+@pytest.mark.parametrize("name", ["mimic", "capsulegan"])
+def test_the_frechet_distance_of_a_training_is_that_of_its_evaluation(name, tmp_path, cache, monkeypatch):
+    options = {"frechet_samples": 120, "max_steps": 2, "evaluate_every": 1, "out": tmp_path / "run"}
+    train(SYSTEMS[name], SYSTEMS[name](device="cpu", **options, **SMALL[name]).settings)
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "evaluation"]
+    assert len({row["frechet_distance"] for row in rows}) == 2
+    found = evaluate(trained.load(tmp_path / "run", device="cpu"), ["generation"], samples=120)
+    assert rows[-1]["frechet_distance"] == pytest.approx(found["metrics"]["frechet_distance"], rel=1e-6)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["metrics"]["frechet_distance"] == rows[-1]["frechet_distance"]
+
+
+def test_the_frechet_distance_needs_labels_a_generator_and_enough_images(tmp_path):
+    with pytest.raises(ValueError, match="--frechet-samples: got 99, takes 0 or at least 100"):
+        DCGAN(frechet_samples=99)
+    with pytest.raises(ValueError, match="--frechet-samples: takes 0 with --adversarial-weight 0"):
+        SYSTEMS["infocapsgan"](frechet_samples=100, adversarial_weight=0.0)
+    Image.new("L", (28, 28)).save(tmp_path / "one.png")
+    Image.new("L", (28, 28), 255).save(tmp_path / "two.png")
+    with pytest.raises(ValueError, match="--frechet-samples: .* these images have no labels"):
+        DCGAN(dataset="folder", data_dir=tmp_path, frechet_samples=100).load_data()
