@@ -28,6 +28,13 @@ def test_adversarial_losses_by_hand():
     assert losses.generator_loss(-large).item() == 100
 
 
+def test_mode_seeking_is_the_ratio_of_mean_distances_of_neighbours():
+    images, latents = torch.rand(5, 1, 2, 2), torch.rand(5, 3)  # the fifth has no neighbour
+    far = [(x[0] - x[1]).abs().mean() + (x[2] - x[3]).abs().mean() for x in (images, latents)]
+    assert losses.mode_seeking(images, latents).item() == pytest.approx((far[1] / far[0]).item(), rel=1e-3)
+    assert losses.mode_seeking(torch.zeros(4, 1, 2, 2), latents[:4]).item() == pytest.approx(1e5)
+
+
 def test_mutual_information_of_certain_and_even_predictions_is_log_of_the_classes():
     assert losses.mutual_information(torch.eye(4)).item() == pytest.approx(math.log(4))
     assert losses.mutual_information(torch.full((5, 4), 0.25)).item() == pytest.approx(0, abs=1e-6)

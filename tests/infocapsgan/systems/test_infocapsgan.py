@@ -96,7 +96,38 @@ def test_the_generator_comes_in_after_the_warm_up():
     training.step = 1
     named.append(set(system.step(digits.train_images[:16], digits.train_labels[:16], training)))
     assert named[0] == {"information", "consistency"}
-    assert named[1] == named[0] | {"discriminator", "code", "generator"}
+    assert named[1] == named[0] | {"discriminator", "code", "generator", "diversity"}
+
+
+def test_neighbours_are_of_one_class_where_their_images_are_kept_apart(monkeypatch):
+    codes, latent = [], InfoCapsGAN.latent
+    monkeypatch.setattr(InfoCapsGAN, "latent", lambda *given: codes.append(given[2]) or latent(*given))
+    digits = data.load("digits")
+    for weight, B in ((0.0, 16), (0.5, 16), (0.5, 7)):
+        torch.manual_seed(0)
+        system = InfoCapsGAN(width=8, batch_size=B, warm_up=0, diversity_weight=weight)
+        training = Training(system.optimizers, Draw(0))
+        named = system.step(digits.train_images[:B], digits.train_labels[:B], training)
+        code = codes.pop()
+        assert len(code) == B
+        assert code.unique().numel() > 2
+        together = torch.equal(code[: B // 2 * 2 : 2], code[1::2])
+        assert (together, "diversity" in named) == (bool(weight), bool(weight))
+
+
+@pytest.mark.parametrize("details", [True, False])
+def test_the_verdict_reads_the_primary_capsules_where_told(details):
+    torch.manual_seed(0)
+    system = InfoCapsGAN(width=8, details=details)
+    discriminator = system.discriminator
+    images = torch.rand(3, 1, 28, 28)
+    logit, last, capsules = discriminator(images)
+    wanted = discriminator.verdict(last).flatten()
+    if details:
+        weight, bias = discriminator.details.weight, discriminator.details.bias
+        wanted = wanted + capsules.primary.flatten(1) @ weight[0] + bias
+    torch.testing.assert_close(logit, wanted)
+    assert any(key.startswith("discriminator.details") for key in system.state_dict()) == details
 
 
 def test_smoothness_counts_between_the_forming_of_classes_and_the_end_of_the_warm_up():
