@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../capsule_math.h"
 
@@ -105,6 +106,84 @@ CAPSOPS_DEVICE float2 load_pair(const Float16* x) {
 CAPSOPS_DEVICE void narrow(float x, float& to) { to = x; }
 CAPSOPS_DEVICE void narrow(float x, Bfloat16& to) { to = __float2bfloat16_rn(x); }
 CAPSOPS_DEVICE void narrow(float x, Float16& to) { to = __float2half_rn(x); }
+
+// Two numbers of 16 bits in one register, the first in its lower half.
+CAPSOPS_DEVICE uint32_t pack_bfloat16(float first, float second) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+
+// c += a b with a 16 x 16, b 16 x 8, of 16-bit numbers. A lane holds pairs, named by their first: a (g, 2q),
+// (g + 8, 2q), (g, 2q + 8), (g + 8, 2q + 8), neighbours along the row; b (2q, g), (2q + 8, g), neighbours
+// along the column; c as above.
+template <typename S>
+CAPSOPS_DEVICE void mma_16_bit(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (std::is_same<S, Bfloat16>::value) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+            "{%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+            "{%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+}
+
+// The same with a 16 x 8, b 8 x 8: the first half of what the lanes hold.
+template <typename S>
+CAPSOPS_DEVICE void mma_16_bit(float (&c)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+    if constexpr (std::is_same<S, Bfloat16>::value) {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+    } else {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+    }
+}
+
+// Matrices of 8 x 8 numbers of 16 bits from shared memory: lane 8 m + r gives the address of row r of matrix
+// m, aligned to 16. Of each a lane gets the pair (g, 2q), (g, 2q + 1).
+CAPSOPS_DEVICE void load_matrices(uint32_t (&to)[1], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                 : "=r"(to[0])
+                 : "r"(uint32_t(__cvta_generic_to_shared(row))));
+}
+CAPSOPS_DEVICE void load_matrices(uint32_t (&to)[2], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1])
+                 : "r"(uint32_t(__cvta_generic_to_shared(row))));
+}
+CAPSOPS_DEVICE void load_matrices(uint32_t (&to)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(uint32_t(__cvta_generic_to_shared(row))));
+}
+
+// The same, transposed: a lane gets the pair (2q, g), (2q + 1, g) of each.
+CAPSOPS_DEVICE void load_transposed(uint32_t (&to)[1], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                 : "=r"(to[0])
+                 : "r"(uint32_t(__cvta_generic_to_shared(row))));
+}
+CAPSOPS_DEVICE void load_transposed(uint32_t (&to)[2], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1])
+                 : "r"(uint32_t(__cvta_generic_to_shared(row))));
+}
+
+// The transpose of a matrix of which each lane holds the pair (g, 2q), (g, 2q + 1).
+CAPSOPS_DEVICE uint32_t transpose_pairs(uint32_t x) {
+    uint32_t turned;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(x));
+    return turned;
+}
 
 }  // namespace capsops
 #endif

@@ -3,7 +3,7 @@
 namespace capsops {
 
 FusedKernels fused_bfloat16(const Tiling& tiling, bool backward, int logits) {
-    return fused_kernels<TensorCores<Bfloat16>>(tiling, backward, logits);
+    return fused_kernels<SixteenBit<Bfloat16>>(tiling, backward, logits);
 }
 
 }  // namespace capsops

@@ -3,7 +3,7 @@
 namespace capsops {
 
 FusedKernels fused_float16(const Tiling& tiling, bool backward, int logits) {
-    return fused_kernels<TensorCores<Float16>>(tiling, backward, logits);
+    return fused_kernels<SixteenBit<Float16>>(tiling, backward, logits);
 }
 
 }  // namespace capsops

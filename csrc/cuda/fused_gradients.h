@@ -9,6 +9,7 @@
 
 #include "fused.h"
 #include "products.h"
+#include "products_16_bit.h"
 
 namespace capsops {
 
@@ -204,6 +205,7 @@ struct Gradients {
             const S* const weight = w + (n * tiling.tile_j + own_j) * N * 8 * tiling.stride;
             Tile grad[M][N];
             make_grad(grad, known, u, weight, i + n, b);
+            const auto operand = Math::template gradient<M, N>(grad);
             if (p.grad_u != nullptr) {
                 float4* to =
                     grad_u + (warp_index() * tiling.chunk + n) * M * tiling.steps * warp_size + lane_index();
@@ -213,7 +215,7 @@ struct Gradients {
                     for (int step = 0; step < tiling.steps; ++step, to += warp_size) {
                         Tile sum = {};
                         if (own_j >= warp_count()) load(sum, *to);
-                        Math::template grad_u<N>(sum, grad[m], weight + step * 8, tiling.stride);
+                        Math::template grad_u<M, N>(sum, operand, m, weight + step * 8, tiling.stride);
                         *to = make_float4(sum[0], sum[1], sum[2], sum[3]);
                     }
                 }
@@ -223,7 +225,7 @@ struct Gradients {
                     grad_w + (n * tiling.tile_j + own_j) * blocks_d * tiling.steps * warp_size + lane_index();
 #pragma unroll
                 for (int pair = 0; pair < blocks_d; ++pair) {
-                    const auto turned = Math::template turn<M, N>(grad, pair);
+                    const auto turned = Math::template turn<M, N>(operand, pair);
 #pragma unroll 1
                     for (int step = 0; step < tiling.steps; ++step, to += warp_size) {
                         Tile sum;

@@ -8,6 +8,7 @@
 
 #include "fused.h"
 #include "products.h"
+#include "products_16_bit.h"
 
 namespace capsops {
 
@@ -257,24 +258,33 @@ struct Passes {
         }
     }
 
-    // Adds coefficient times u_hat of this warp's output capsule. On tensor cores u is scaled, and the
-    // product adds up; by multiply-adds each u_hat is made first: fewer roundings at the size of the sum.
+    // Adds coefficient times u_hat of this warp's output capsule. In TF32 u is scaled, and the product adds
+    // up. Else u_hat is made first, and multiplied in float32: c u would have to be rounded to 16 bits, and
+    // multiply-adds make fewer roundings at the size of the sum. The first pass has no coefficients.
     CAPSOPS_DEVICE void accumulate(int stage, int count, Tile (&sum)[M][N]) const {
+        int i = 0;
+        if constexpr (Math::pairs) {  // two input capsules of 8 components make one of 16
 #pragma unroll 1
-        for (int i = 0; i < count; ++i) {
+            for (; t == 0 && tiling.steps == 1 && i + 1 < count; i += 2) {
+                Math::template multiply<M, N>(sum, u_tile(stage) + u_at(i), w_tile(stage) + w_at(i),
+                                              tiling.stride, u_at(i + 1) - u_at(i), w_at(i + 1) - w_at(i));
+            }
+        }
+#pragma unroll 1
+        for (; i < count; ++i) {
             const S* const u = u_tile(stage) + u_at(i);
             const S* const w = w_tile(stage) + w_at(i);
+            if (Math::tensor_cores && t == 0) {
+                Math::template predict<M, N>(sum, u, w, tiling.stride, tiling.steps);
+                continue;
+            }
             float c[2 * M];
             const float* const x =
                 logits + (i * tiling.tile_j + own_j()) * rows + own_group() * samples + lane_index() / 4;
 #pragma unroll
             for (int r = 0; r < 2 * M; ++r) c[r] = t > 0 ? x[8 * r] : 1.0f;
-            if constexpr (Math::tensor_cores) {
-                if (t > 0) {
-                    Math::template predict_scaled<M, N>(sum, u, w, tiling.stride, tiling.steps, c);
-                } else {
-                    Math::template predict<M, N>(sum, u, w, tiling.stride, tiling.steps);
-                }
+            if constexpr (Math::scales_u) {
+                Math::template predict_scaled<M, N>(sum, u, w, tiling.stride, tiling.steps, c);
             } else {
                 Tile u_hat[M][N] = {};
                 Math::template predict<M, N>(u_hat, u, w, tiling.stride, tiling.steps);

@@ -1,4 +1,5 @@
-// The small matrix products of routing, by one warp: on tensor cores in TF32, or in float32 by multiply-adds.
+// The small matrix products of routing, by one warp: of float32 on tensor cores in TF32, or by multiply-adds.
+// Those of 16-bit numbers are in products_16_bit.h.
 //
 // A tile is 16 samples of the batch x 8 components d of an output capsule, 4 numbers in each lane, laid out
 // as the tensor core's result: with g = lane / 4 and q = lane % 4, (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8,
@@ -33,63 +34,39 @@ CAPSOPS_DEVICE float quad_sum(const float (&x)[2 * M]) {
     }
 }
 
-// On tensor cores. Numbers of 16 bits are exact in TF32; those of 32 are rounded to it.
-template <typename Storage>
-struct TensorCores {
-    typedef Storage S;
-    static constexpr bool tensor_cores = true, given = false;
-
+// Products with a gradient on tensor cores, in TF32: numbers of 16 bits are exact in it, those of 32 are
+// rounded to it.
+template <typename S>
+struct Tf32Gradients {
     static CAPSOPS_DEVICE float operand(float x) { return sizeof(S) == 4 ? round_tf32(x) : x; }
 
-    // The k axis goes in the order 0 2 4 6 1 3 5 7, so that a lane's two numbers are neighbours in memory.
-    template <int M, int N, bool scaled>
-    static CAPSOPS_DEVICE void multiply(Tile (&out)[M][N], const S* u, const S* w, int stride, int steps,
-                                        const float (&scale)[2 * M]) {
-        const int g = lane_index() / 4, q = lane_index() % 4;
-#pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
-            const int k = step * 8 + 2 * q;
-            float b[N][2];
+    template <int M, int N>
+    struct Operand {
+        Tile x[M][N];
+    };
+
+    template <int M, int N>
+    static CAPSOPS_DEVICE Operand<M, N> gradient(const Tile (&grad)[M][N]) {
+        Operand<M, N> to;
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
 #pragma unroll
             for (int n = 0; n < N; ++n) {
-                const float2 x = load_pair(w + (8 * n + g) * stride + k);
-                b[n][0] = operand(x.x), b[n][1] = operand(x.y);
-            }
 #pragma unroll
-            for (int m = 0; m < M; ++m) {
-                const float2 low = load_pair(u + (16 * m + g) * stride + k);
-                const float2 high = load_pair(u + (16 * m + 8 + g) * stride + k);
-                float a[4] = {low.x, high.x, low.y, high.y};
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    a[e] = scaled ? round_tf32(a[e] * scale[2 * m + e % 2]) : operand(a[e]);
-                }
-#pragma unroll
-                for (int n = 0; n < N; ++n) mma_tf32(out[m][n], a, b[n]);
+                for (int e = 0; e < 4; ++e) to.x[m][n][e] = round_tf32(grad[m][n][e]);
             }
         }
-    }
-
-    template <int M, int N>
-    static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const S* u, const S* w, int stride, int steps) {
-        const float none[2 * M] = {};
-        multiply<M, N, false>(out, u, w, stride, steps, none);
-    }
-
-    template <int M, int N>
-    static CAPSOPS_DEVICE void predict_scaled(Tile (&out)[M][N], const S* u, const S* w, int stride,
-                                              int steps, const float (&scale)[2 * M]) {
-        multiply<M, N, true>(out, u, w, stride, steps, scale);
+        return to;
     }
 
     // A tile turns into a left operand in place when d goes in the order 0 2 4 6 1 3 5 7.
-    template <int N>
-    static CAPSOPS_DEVICE void grad_u(Tile& out, const Tile (&grad)[N], const S* w, int stride) {
+    template <int M, int N>
+    static CAPSOPS_DEVICE void grad_u(Tile& out, const Operand<M, N>& grad, int m, const S* w, int stride) {
         const int g = lane_index() / 4, q = lane_index() % 4;
 #pragma unroll
         for (int n = 0; n < N; ++n) {
-            const float a[4] = {round_tf32(grad[n][0]), round_tf32(grad[n][2]), round_tf32(grad[n][1]),
-                                round_tf32(grad[n][3])};
+            const Tile& x = grad.x[m][n];
+            const float a[4] = {x[0], x[2], x[1], x[3]};
             const float b[2] = {operand(widen(w[(8 * n + 2 * q) * stride + g])),
                                 operand(widen(w[(8 * n + 2 * q + 1) * stride + g]))};
             mma_tf32(out, a, b);
@@ -114,17 +91,17 @@ struct TensorCores {
     };
 
     template <int M, int N>
-    static CAPSOPS_DEVICE Turned<M> turn(const Tile (&grad)[M][N], int pair) {
+    static CAPSOPS_DEVICE Turned<M> turn(const Operand<M, N>& grad, int pair) {
         Turned<M> to;
 #pragma unroll
         for (int r = 0; r < 2 * M; ++r) {
-            const Tile& low = grad[r / 2][2 * pair];
+            const Tile& low = grad.x[r / 2][2 * pair];
             const int e = r % 2 * 2;
-            transpose(to.a[r][0], to.a[r][2], round_tf32(low[e]), round_tf32(low[e + 1]));
+            transpose(to.a[r][0], to.a[r][2], low[e], low[e + 1]);
             to.a[r][1] = 0.0f, to.a[r][3] = 0.0f;
             if (2 * pair + 1 < N) {
-                const Tile& high = grad[r / 2][N > 1 ? 2 * pair + 1 : 0];
-                transpose(to.a[r][1], to.a[r][3], round_tf32(high[e]), round_tf32(high[e + 1]));
+                const Tile& high = grad.x[r / 2][N > 1 ? 2 * pair + 1 : 0];
+                transpose(to.a[r][1], to.a[r][3], high[e], high[e + 1]);
             }
         }
         return to;
@@ -146,10 +123,58 @@ struct TensorCores {
     static CAPSOPS_DEVICE int weight_k(int e) { return 2 * (lane_index() % 4) + e % 2; }
 };
 
+// On tensor cores, float32 rounded to TF32.
+struct Tf32 : Tf32Gradients<float> {
+    typedef float S;
+    static constexpr bool tensor_cores = true, scales_u = true, pairs = false, given = false;
+
+    // The k axis goes in the order 0 2 4 6 1 3 5 7, so that a lane's two numbers are neighbours in memory.
+    template <int M, int N, bool scaled>
+    static CAPSOPS_DEVICE void multiply(Tile (&out)[M][N], const float* u, const float* w, int stride,
+                                        int steps, const float (&scale)[2 * M]) {
+        const int g = lane_index() / 4, q = lane_index() % 4;
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+            const int k = step * 8 + 2 * q;
+            float b[N][2];
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const float2 x = load_pair(w + (8 * n + g) * stride + k);
+                b[n][0] = round_tf32(x.x), b[n][1] = round_tf32(x.y);
+            }
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                const float2 low = load_pair(u + (16 * m + g) * stride + k);
+                const float2 high = load_pair(u + (16 * m + 8 + g) * stride + k);
+                float a[4] = {low.x, high.x, low.y, high.y};
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    a[e] = round_tf32(scaled ? a[e] * scale[2 * m + e % 2] : a[e]);
+                }
+#pragma unroll
+                for (int n = 0; n < N; ++n) mma_tf32(out[m][n], a, b[n]);
+            }
+        }
+    }
+
+    template <int M, int N>
+    static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const float* u, const float* w, int stride,
+                                       int steps) {
+        const float none[2 * M] = {};
+        multiply<M, N, false>(out, u, w, stride, steps, none);
+    }
+
+    template <int M, int N>
+    static CAPSOPS_DEVICE void predict_scaled(Tile (&out)[M][N], const float* u, const float* w, int stride,
+                                              int steps, const float (&scale)[2 * M]) {
+        multiply<M, N, true>(out, u, w, stride, steps, scale);
+    }
+};
+
 // In float32. The same layouts, so that the kernels need not know.
 struct MultiplyAdds {
     typedef float S;
-    static constexpr bool tensor_cores = false, given = false;
+    static constexpr bool tensor_cores = false, scales_u = false, pairs = false, given = false;
 
     static CAPSOPS_DEVICE void quarter(float* to, const float* from) {
         const float4 x = *reinterpret_cast<const float4*>(from);
@@ -200,8 +225,28 @@ struct MultiplyAdds {
         }
     }
 
-    template <int N>
-    static CAPSOPS_DEVICE void grad_u(Tile& out, const Tile (&grad)[N], const float* w, int stride) {
+    template <int M, int N>
+    struct Operand {
+        Tile x[M][N];
+    };
+
+    template <int M, int N>
+    static CAPSOPS_DEVICE Operand<M, N> gradient(const Tile (&grad)[M][N]) {
+        Operand<M, N> to;
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) to.x[m][n][e] = grad[m][n][e];
+            }
+        }
+        return to;
+    }
+
+    template <int M, int N>
+    static CAPSOPS_DEVICE void grad_u(Tile& out, const Operand<M, N>& grad, int m, const float* w,
+                                      int stride) {
         const int q = lane_index() % 4;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -213,7 +258,7 @@ struct MultiplyAdds {
                     float b[8];
                     row(b, w + (8 * n + 2 * q + e) * stride);
 #pragma unroll
-                    for (int k = 0; k < 8; ++k) sum[k] += grad[n][2 * r + e] * b[k];
+                    for (int k = 0; k < 8; ++k) sum[k] += grad.x[m][n][2 * r + e] * b[k];
                 }
             }
             halve<8>(sum, 2);
@@ -228,15 +273,15 @@ struct MultiplyAdds {
     };
 
     template <int M, int N>
-    static CAPSOPS_DEVICE Turned<M> turn(const Tile (&grad)[M][N], int pair) {
+    static CAPSOPS_DEVICE Turned<M> turn(const Operand<M, N>& grad, int pair) {
         Turned<M> to;
 #pragma unroll
         for (int r = 0; r < 2 * M; ++r) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                to.grad[0][r][e] = grad[r / 2][2 * pair][r % 2 * 2 + e];
+                to.grad[0][r][e] = grad.x[r / 2][2 * pair][r % 2 * 2 + e];
                 to.grad[1][r][e] =
-                    2 * pair + 1 < N ? grad[r / 2][N > 1 ? 2 * pair + 1 : 0][r % 2 * 2 + e] : 0.0f;
+                    2 * pair + 1 < N ? grad.x[r / 2][N > 1 ? 2 * pair + 1 : 0][r % 2 * 2 + e] : 0.0f;
             }
         }
         return to;
@@ -270,7 +315,7 @@ struct MultiplyAdds {
 template <typename Storage>
 struct GivenPredictions {
     typedef Storage S;
-    static constexpr bool tensor_cores = false, given = true;
+    static constexpr bool tensor_cores = false, scales_u = false, pairs = false, given = true;
 
     template <int M, int N>
     static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const S*, const S* u_hat, int stride, int) {

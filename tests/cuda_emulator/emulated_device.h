@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 
 #define CAPSOPS_KERNEL(threads, blocks) void
 #define CAPSOPS_DEVICE inline
@@ -124,6 +125,106 @@ inline void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
     }
 }
 
+// ---- 16 bits: pairs of numbers in one register, the first in its lower half
+
+struct Bfloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    _Float16 value;
+};
+inline float widen(float x) { return x; }
+inline float widen(Bfloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+inline float widen(Float16 x) { return float(x.value); }
+inline void narrow(float x, float& to) { to = x; }
+inline void narrow(float x, Bfloat16& to) {
+    const uint32_t bits = bits_of(x);
+    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    to.bits = uint16_t(nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void narrow(float x, Float16& to) { to.value = _Float16(x); }
+
+inline uint32_t pack_bfloat16(float first, float second) {
+    Bfloat16 low, high;
+    narrow(first, low), narrow(second, high);
+    return low.bits | uint32_t(high.bits) << 16;
+}
+
+// One half of register `at` of a lane.
+template <typename S>
+float half_value(const char* slots, int lane, int at, int half) {
+    S x;
+    std::memcpy(&x, slots + lane * emulator::slot_size + at * 4 + half * 2, 2);
+    return widen(x);
+}
+
+template <typename S, int depth>
+void mma_of_pairs(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+    constexpr int halves = depth / 8;
+    uint32_t mine[3 * halves];
+    std::memcpy(mine, a, 8 * halves), std::memcpy(mine + 2 * halves, b, 4 * halves);
+    const char* slots = emulator::exchange("mma_16_bit", mine, sizeof mine);
+    const int g = emulator::thread_index() % 32 / 4, q = emulator::thread_index() % 4;
+    for (int e = 0; e < 4; ++e) {
+        const int column = 2 * q + e % 2;
+        double sum = c[e];
+        for (int k = 0; k < depth; ++k) {
+            const float left = half_value<S>(slots, 4 * g + k % 8 / 2, e / 2 + 2 * (k / 8), k % 2);
+            const float right = half_value<S>(slots, 4 * column + k % 8 / 2, 2 * halves + k / 8, k % 2);
+            sum += double(left) * right;
+        }
+        c[e] = float(sum);
+    }
+}
+
+template <typename S>
+void mma_16_bit(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_of_pairs<S, 16>(c, a, b);
+}
+template <typename S>
+void mma_16_bit(float (&c)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+    mma_of_pairs<S, 8>(c, a, b);
+}
+
+// Two neighbours of row (or, transposed, of column) g of a matrix whose rows lie at the addresses of 8 lanes.
+inline uint32_t matrix_pair(const char* slots, int matrix, bool transposed) {
+    const int g = emulator::thread_index() % 32 / 4, q = emulator::thread_index() % 4;
+    uint32_t pair = 0;
+    for (int half = 0; half < 2; ++half) {
+        const int row = transposed ? 2 * q + half : g, column = transposed ? g : 2 * q + half;
+        const uint16_t* address;
+        std::memcpy(&address, slots + (8 * matrix + row) * emulator::slot_size, sizeof address);
+        pair |= uint32_t(address[column]) << 16 * half;
+    }
+    return pair;
+}
+
+template <int count>
+void load_matrices(uint32_t (&to)[count], const void* row) {
+    emulator::check_alignment(row, 16);
+    const char* slots = emulator::exchange("load_matrices", &row, sizeof row);
+    for (int matrix = 0; matrix < count; ++matrix) to[matrix] = matrix_pair(slots, matrix, false);
+}
+
+template <int count>
+void load_transposed(uint32_t (&to)[count], const void* row) {
+    emulator::check_alignment(row, 16);
+    const char* slots = emulator::exchange("load_transposed", &row, sizeof row);
+    for (int matrix = 0; matrix < count; ++matrix) to[matrix] = matrix_pair(slots, matrix, true);
+}
+
+inline uint32_t transpose_pairs(uint32_t x) {
+    const char* slots = emulator::exchange("transpose_pairs", &x, sizeof x);
+    const int g = emulator::thread_index() % 32 / 4, q = emulator::thread_index() % 4;
+    uint32_t pair = 0;
+    for (int half = 0; half < 2; ++half) {
+        uint16_t number;
+        std::memcpy(&number, slots + (4 * (2 * q + half) + g / 2) * emulator::slot_size + g % 2 * 2, 2);
+        pair |= uint32_t(number) << 16 * half;
+    }
+    return pair;
+}
+
 inline void copy_async(void* shared, const void* global, bool valid) {
     emulator::check_alignment(shared, 16);
     emulator::check_alignment(global, 16);
@@ -138,28 +239,11 @@ inline void wait_for_copies() {}
 inline float load_written(const float* x) { return *x; }
 inline float2 load_written(const float2* x) { return *x; }
 
-struct Bfloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    _Float16 value;
-};
-inline float widen(float x) { return x; }
-inline float widen(Bfloat16 x) { return float_of(uint32_t(x.bits) << 16); }
-inline float widen(Float16 x) { return float(x.value); }
 template <typename S>
 inline float2 load_pair(const S* x) {
     emulator::check_alignment(x, 2 * sizeof(S));
     return {widen(x[0]), widen(x[1])};
 }
-inline void narrow(float x, float& to) { to = x; }
-inline void narrow(float x, Bfloat16& to) {
-    const uint32_t bits = bits_of(x);
-    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    to.bits = uint16_t(nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-inline void narrow(float x, Float16& to) { to.value = _Float16(x); }
-
 struct Device {
     int index;
     int multiprocessors;

@@ -45,6 +45,12 @@ void shared_overrun(Parameters p) {
     p.out[thread_index()] = 1.0f;
 }
 
+void store(float* to, const float (&c)[4]) {
+    const int g = lane_index() / 4, q = lane_index() % 4;
+    to[g * 8 + 2 * q] = c[0], to[g * 8 + 2 * q + 1] = c[1];
+    to[(g + 8) * 8 + 2 * q] = c[2], to[(g + 8) * 8 + 2 * q + 1] = c[3];
+}
+
 // out [16, 8] = in [16, 8] times its first 8 rows transposed; the faulty one has two fragments exchanged.
 void product(Parameters p) {
     const int g = lane_index() / 4, q = lane_index() % 4;
@@ -54,8 +60,31 @@ void product(Parameters p) {
     const float wrong[4] = {a[0], a[2], a[1], a[3]};
     float c[4] = {0, 0, 0, 0};
     mma_tf32(c, p.sound ? a : wrong, b);
-    p.out[g * 8 + 2 * q] = c[0], p.out[g * 8 + 2 * q + 1] = c[1];
-    p.out[(g + 8) * 8 + 2 * q] = c[2], p.out[(g + 8) * 8 + 2 * q + 1] = c[3];
+    store(p.out, c);
+}
+
+// Of x [16, 16] in 16 bits, by four warps: x times its first 8 rows transposed; the same of its first 8
+// columns; x transposed times its first 8 columns. The faulty one has fragments exchanged.
+template <typename S>
+void products_16_bit(Parameters p) {
+    S* const x = reinterpret_cast<S*>(shared_memory());
+    for (int n = thread_index(); n < 256; n += thread_count()) narrow(p.in[n], x[n]);
+    block_barrier();
+    const int lane = lane_index();
+    const S* const block = x + lane % 16 * 16 + lane / 16 * 8;  // in the order of the registers of a
+    uint32_t a[4], b[2];
+    load_matrices(a, block);
+    load_matrices(b, x + lane % 8 * 16 + lane / 8 % 2 * 8);
+    const uint32_t half_a[2] = {a[p.sound ? 0 : 1], a[p.sound ? 1 : 0]}, half_b[1] = {b[0]};
+    const uint32_t whole_a[4] = {a[0], a[p.sound ? 1 : 2], a[p.sound ? 2 : 1], a[3]};
+    float c[3][4] = {};
+    mma_16_bit<S>(c[0], whole_a, b);
+    mma_16_bit<S>(c[1], half_a, half_b);
+    uint32_t turned[4], rows[2];
+    for (int n = 0; n < 4; ++n) turned[n] = transpose_pairs(a[p.sound && n % 3 != 0 ? 3 - n : n]);
+    load_transposed(rows, x + lane % 16 * 16);
+    mma_16_bit<S>(c[2], turned, rows);
+    for (int n = 0; n < 3; ++n) store(p.out + 128 * n, c[n]);
 }
 
 // In the faulty one half of the threads leave before the barrier.
@@ -80,6 +109,8 @@ constexpr Named kernels[] = {{"reverse", reverse},
                              {"neighbours", neighbours},
                              {"shift", shift},
                              {"product", product},
+                             {"products_bfloat16", products_16_bit<Bfloat16>},
+                             {"products_float16", products_16_bit<Float16>},
                              {"deserted", deserted},
                              {"divergent", divergent},
                              {"shared_overrun", shared_overrun}};

@@ -67,6 +67,19 @@ def test_fragment_layout(emulated: Emulated) -> None:
     assert not torch.equal(run(emulated, "product", 128, 32, False).view(16, 8), wanted)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_fragment_layouts_of_16_bit(emulated: Emulated, dtype: str) -> None:
+    """Depth 16, depth 8, and operands transposed on the way; all numbers are exact."""
+    numbers = torch.arange(512.0)[:256].view(16, 16)
+    wanted = [numbers @ numbers[:8].T, numbers[:, :8] @ numbers[:8, :8].T, numbers.T @ numbers[:, :8]]
+    found, faulty = (
+        run(emulated, f"products_{dtype}", 512, 128, sound)[:384].view(3, 16, 8) for sound in (True, False)
+    )
+    for n in range(3):
+        assert torch.equal(found[n], wanted[n])
+        assert not torch.equal(faulty[n], wanted[n])
+
+
 def test_barrier_that_not_all_reach(emulated: Emulated) -> None:
     assert run(emulated, "deserted", 64, 64, True).eq(1).all()
     with pytest.raises(RuntimeError, match="threads wait at a barrier that the others never reach"):

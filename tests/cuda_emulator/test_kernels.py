@@ -153,7 +153,7 @@ def test_more_passes_than_the_fused_gradients_hold(emulated: Emulated) -> None:
 
 
 SOME = [Options(0), Options(3, leaky=True, bias=True), Options(3, detach=True), Options(5)]
-SOME_SHAPES = [Shape(5, 6, 18, 3, 3), Shape(18, 5, 10, 16, 8), Shape(17, 3, 3, 20, 16)]
+SOME_SHAPES = [Shape(5, 6, 18, 3, 3), Shape(18, 5, 10, 16, 8), Shape(17, 3, 3, 20, 20)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -165,6 +165,15 @@ def test_capsule_routing_in_16_bit(
     inputs = layer_inputs(shape, options.bias, dtype)
     got = capsule_routing(emulated, inputs, options)
     check(got, lambda *x: reference.capsule_routing(*x, **options.keywords()), inputs, [1, 0, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_16_bit_are_float32(emulated: Emulated, dtype: torch.dtype) -> None:
+    """Nothing but the inputs and v is rounded to 16 bits: s is as exact as float32 makes it."""
+    u, weight, bias = layer_inputs(Shape(18, 35, 10, 16, 8), True, dtype)
+    _, s = emulated.call("capsule_routing", u, weight, bias, 3, False)
+    _, exact = emulated.call("capsule_routing", u.float(), weight.float(), bias.float(), 3, False)
+    assert (s - exact).norm() < 1e-6 * exact.norm()
 
 
 def to_tf32(x: Tensor) -> Tensor:

@@ -88,14 +88,18 @@ def test_no_local_memory_in_the_machine_code(instructions: dict[str, list[str]])
 
 
 def test_tensor_cores(instructions: dict[str, list[str]]) -> None:
-    """In the kernels for them, and in no other; asynchronous copies in all fused ones."""
+    """In the kernels for them, of the shape and type that is meant; asynchronous copies in all fused ones."""
     fused = {name: code for name, code in instructions.items() if re.search("passes_|gradients_", name)}
     assert len(fused) == 62
     for name, code in fused.items():
         assert any(op.startswith("LDGSTS") for op in code), f"{name}: no asynchronous copy"
-        matrix = [op for op in code if op.startswith("HMMA")]
-        if "TensorCores" in name:
-            assert matrix, f"{name}: no tensor core"
-            assert all("TF32" in op for op in matrix), name
-        else:
-            assert not matrix, name
+        matrix = {op for op in code if op.startswith("HMMA")}
+        wanted = set()
+        if "Tf32" in name:
+            wanted = {"HMMA.1688.F32.TF32"}
+        elif "SixteenBit" in name:
+            kind = ".BF16" if "bfloat16" in name else ""
+            wanted = {f"HMMA.16816.F32{kind}", f"HMMA.1688.F32{kind}"}
+            if "gradients_" in name and not kind:
+                wanted.add("HMMA.1688.F32.TF32")
+        assert matrix == wanted, name
