@@ -34,6 +34,7 @@ py::dict described(const Tiling& t) {
     py::dict found;
     found["n"] = t.n, found["m"] = t.m, found["groups"] = t.groups, found["tile_j"] = t.tile_j;
     found["warps"] = t.warps, found["chunk"] = t.chunk, found["steps"] = t.steps, found["stride"] = t.stride;
+    found["slot"] = t.slot;
     found["tiles_b"] = t.tiles_b, found["tiles_j"] = t.tiles_j, found["splits"] = t.splits;
     found["length"] = t.length, found["stage"] = t.stage, found["shared"] = t.shared,
     found["items"] = t.items;

@@ -106,6 +106,15 @@ CAPSOPS_DEVICE float2 load_pair(const Float16* x) {
 CAPSOPS_DEVICE void narrow(float x, float& to) { to = x; }
 CAPSOPS_DEVICE void narrow(float x, Bfloat16& to) { to = __float2bfloat16_rn(x); }
 CAPSOPS_DEVICE void narrow(float x, Float16& to) { to = __float2half_rn(x); }
+CAPSOPS_DEVICE void store_pair(float x, float y, float* to) {
+    *reinterpret_cast<float2*>(to) = make_float2(x, y);
+}
+CAPSOPS_DEVICE void store_pair(float x, float y, Bfloat16* to) {
+    *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(x, y);
+}
+CAPSOPS_DEVICE void store_pair(float x, float y, Float16* to) {
+    *reinterpret_cast<__half2*>(to) = __floats2half2_rn(x, y);
+}
 
 // Two numbers of 16 bits in one register, the first in its lower half.
 CAPSOPS_DEVICE uint32_t pack_bfloat16(float first, float second) {

@@ -1,4 +1,4 @@
-// capsule_routing without predictions in memory: u_hat is made anew, tile by tile, in every pass.
+// Routing by the fused kernels. Without given predictions, u_hat is made anew, tile by tile, in every pass.
 //
 // Host side; the kernels are in fused_passes.h and fused_gradients.h.
 #pragma once
@@ -18,17 +18,17 @@ struct Fused {
     float* partial_u;           // [tiles_j, B, I, K] where the gradient of u comes in tiles of j
 };
 
-// The kernels for one way to multiply, or for given predictions (which have no fused gradients).
+// The kernels for one way to multiply, or for given predictions.
 struct FusedKernels {
     void (*passes)(Fused);
     void (*gradients)(Fused);
 };
 
-// `logits`: how many passes have them, at most 4.
+// `logits`: how many passes have them.
 FusedKernels fused_float32(const Tiling& tiling, bool backward, int logits);
 FusedKernels fused_tf32(const Tiling& tiling, bool backward, int logits);
 FusedKernels fused_bfloat16(const Tiling& tiling, bool backward, int logits);
 FusedKernels fused_float16(const Tiling& tiling, bool backward, int logits);
-FusedKernels fused_given(Storage storage, const Tiling& tiling, bool backward);
+FusedKernels fused_given(Storage storage, const Tiling& tiling, bool backward, int logits);
 
 }  // namespace capsops

@@ -2,10 +2,10 @@
 
 namespace capsops {
 
-FusedKernels fused_given(Storage storage, const Tiling& tiling, bool backward) {
+FusedKernels fused_given(Storage storage, const Tiling& tiling, bool backward, int logits) {
     FusedKernels kernels{};
     with_storage(storage, [&](auto type) {
-        kernels = fused_kernels<GivenPredictions<decltype(type)>>(tiling, backward, 0);
+        kernels = fused_kernels<GivenPredictions<decltype(type)>>(tiling, backward, logits);
     });
     return kernels;
 }

@@ -1,10 +1,11 @@
-// The gradients of capsule_routing from ds and the softmax of all passes, in one go over u and W.
+// The gradients of routing from ds of all passes, in one go over u and W, or over given predictions.
 //
-// A block has a chunk of input capsules and a tile of output capsules, and goes through the batch. A warp has
-// one output capsule at a time: it holds V and ds of all passes for its samples in registers; per input
-// capsule it makes u_hat, from that the coefficients of all passes, grad = sum_t c ds + db V, and from grad
-// its parts of du, which the warps then add up, and of dW, which stays in shared memory until the batch is
-// through.
+// A block has a chunk of input capsules and a tile of output capsules, and goes through the batch; a warp has
+// one output capsule at a time, and holds V and ds of its samples in registers. It makes u_hat and from that
+// the logits and a = u_hat . ds of all passes; all threads together make their softmax over j (or, where j
+// comes in tiles, take its sums from memory), c and db = c (a - sum_j c a); and every warp makes
+// grad = sum_t c ds + db V. Of given predictions that is the result. Else it makes its parts of du, which the
+// warps then add up, and of dW, which stays in shared memory until the batch is through.
 #pragma once
 
 #include "fused.h"
@@ -13,7 +14,9 @@
 
 namespace capsops {
 
-template <typename Math, int M, int N, int most_passes>
+// `held`: passes whose V and ds are in registers at a time; where there are more, they are read again for
+// each input capsule.
+template <typename Math, int M, int N, int held>
 struct Gradients {
     typedef typename Math::S S;
     static constexpr int rows = 16 * M;
@@ -26,7 +29,7 @@ struct Gradients {
     S* const u_stages;             // [2, chunk, rows, stride]
     S* const w;                    // [chunk, tile_j, N 8, stride]
     float4* const grad_w;          // [chunk, tile_j, blocks_d, steps, lanes]
-    float4* const grad_u;          // [warps, chunk, M, steps, lanes]
+    float* const slots;            // [tile_j, chunk, slot]: logits and a, then c and db, then the warps' du
 
     CAPSOPS_DEVICE explicit Gradients(const Fused& f)
         : f(f),
@@ -40,7 +43,13 @@ struct Gradients {
               shared_memory() + 2 * tiling.stage +
               (int64_t(tiling.chunk) * tiling.tile_j * N * 8 * tiling.stride * int(sizeof(S)) + 15) / 16 *
                   16)),
-          grad_u(grad_w + tiling.chunk * tiling.tile_j * blocks_d * tiling.steps * warp_size) {}
+          slots(Math::given ? reinterpret_cast<float*>(shared_memory())
+                            : reinterpret_cast<float*>(grad_w + tiling.chunk * tiling.tile_j * blocks_d *
+                                                                    tiling.steps * warp_size)) {}
+
+    CAPSOPS_DEVICE float* slot(int own_j, int chunk_i) const {
+        return slots + (own_j * tiling.chunk + chunk_i) * tiling.slot;
+    }
 
     // Copies rows of K numbers, which lie `from_step` apart, to rows that lie `stride` apart; all threads
     // share.
@@ -116,12 +125,12 @@ struct Gradients {
         return quad_sum<M>(sum);
     }
 
-    // V and ds of the passes with logits, and the part of grad that is the same for all input capsules.
+    // V and ds of some passes with logits, and the part of grad that is the same for all input capsules.
     struct Known {
-        Tile v[most_passes][M][N], grad_s[most_passes][M][N], constant[M][N];
+        Tile v[held][M][N], grad_s[held][M][N], constant[M][N];
     };
 
-    CAPSOPS_DEVICE void load_known(Known& known, int b, int j) const {
+    CAPSOPS_DEVICE void load_constant(Known& known, int b, int j) const {
         const bool uniform = !p.detach || p.iterations == 1;
         load_tiles(known.constant, p.grad_s, uniform ? b : int(p.B), j);
 #pragma unroll
@@ -132,57 +141,146 @@ struct Gradients {
                 for (int e = 0; e < 4; ++e) known.constant[m][n][e] *= p.first;
             }
         }
+    }
+
+    CAPSOPS_DEVICE void load_passes(Known& known, int first, int b, int j) const {
 #pragma unroll
-        for (int x = 0; x < most_passes; ++x) {
-            if (x >= passes) continue;
-            load_tiles(known.v[x], p.total_v + (first_pass + x) * p.capsules(), b, j);
-            load_tiles(known.grad_s[x], p.grad_s + (first_pass + x) * p.capsules(), b, j);
+        for (int x = 0; x < held; ++x) {
+            if (first + x >= passes) continue;
+            const int t = first_pass + first + x;
+            load_tiles(known.v[x], p.total_v + t * p.capsules(), b, j);
+            load_tiles(known.grad_s[x], p.grad_s + t * p.capsules(), b, j);
         }
     }
 
-    // The gradient of u_hat of input capsule i.
-    CAPSOPS_DEVICE void make_grad(Tile (&grad)[M][N], const Known& known, const S* u, const S* weight, int i,
-                                  int b) const {
-        // Of this lane's own row: c and db of the passes with logits.
-        float c[most_passes], grad_b[most_passes];
-        {
-            Tile u_hat[M][N] = {};
-            Math::template predict<M, N>(u_hat, u, weight, tiling.stride, tiling.steps);
-            const int q = lane_index() % 4, row = b + lane_index() / 4 + 8 * (M == 2 ? q : q % 2);
-#pragma unroll
-            for (int x = 0; x < most_passes; ++x) {
-                c[x] = 0.0f, grad_b[x] = 0.0f;
-                if (x >= passes) continue;
-                const float logit = quad_dot(u_hat, known.v[x]);
-                const float a = p.detach ? 0.0f : quad_dot(u_hat, known.grad_s[x]);
-                if (row >= int(p.B)) continue;
-                const Softmax s = p.softmax[p.softmax_at(first_pass + x, row, i)];
-                c[x] = expf(logit - s.largest) / s.sum;
-                grad_b[x] = p.detach ? 0.0f : c[x] * (a - s.mean);
-            }
-        }
+    // Whether what a warp has loaded serves it for all that it does with a tile of samples.
+    CAPSOPS_DEVICE bool stays() const { return passes <= held && tiling.tile_j <= warp_count(); }
+
+    CAPSOPS_DEVICE void load_u_hat(Tile (&u_hat)[M][N], int i, int b, int j) const {
+        const int g = lane_index() / 4, q = lane_index() % 4, D = int(p.D);
 #pragma unroll
         for (int r = 0; r < 2 * M; ++r) {
+            const int row = b + g + 8 * r;
+            const S* const from =
+                static_cast<const S*>(p.u) + ((int64_t(row) * p.I + i) * p.J + j) * D + 2 * q;
 #pragma unroll
             for (int n = 0; n < N; ++n) {
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    grad[r / 2][n][r % 2 * 2 + e] = known.constant[r / 2][n][r % 2 * 2 + e];
+                float2 x = make_float2(0.0f, 0.0f);
+                const int d = 8 * n + 2 * q;
+                if (row < int(p.B) && d < D) {
+                    if (f.vectors) {
+                        x = load_pair(from + 8 * n);
+                    } else {
+                        x.x = widen(from[8 * n]);
+                        if (d + 1 < D) x.y = widen(from[8 * n + 1]);
+                    }
                 }
+                u_hat[r / 2][n][r % 2 * 2] = x.x, u_hat[r / 2][n][r % 2 * 2 + 1] = x.y;
             }
+        }
+    }
+
+    // The logits and a of one output capsule, of the passes that are loaded.
+    CAPSOPS_DEVICE void agreements(const Known& known, int first, int stage, int i, int count, int b, int j,
+                                   int own_j) const {
+        const int q = lane_index() % 4, row = lane_index() / 4 + 8 * q;
+        const S* u = u_stages + stage * int(tiling.stage / int(sizeof(S)));
+#pragma unroll 1
+        for (int n = 0; n < count; ++n) {
+            Tile u_hat[M][N] = {};
+            if constexpr (Math::given) {
+                load_u_hat(u_hat, i + n, b, j);
+            } else {
+                Math::template predict<M, N>(u_hat, u + n * rows * tiling.stride,
+                                             w + (n * tiling.tile_j + own_j) * N * 8 * tiling.stride,
+                                             tiling.stride, tiling.steps);
+            }
+            float* const to = slot(own_j, n) + 2 * first * rows + row;
 #pragma unroll
-            for (int x = 0; x < most_passes; ++x) {
-                if (x >= passes) continue;
-                const int source = lane_index() / 4 * 4 + r;
-                const float of_s = shuffle(c[x], source), of_v = shuffle(grad_b[x], source);
+            for (int x = 0; x < held; ++x) {
+                if (first + x >= passes) continue;
+                const float logit = quad_dot(u_hat, known.v[x]);
+                if (q < 2 * M) to[2 * x * rows] = logit;
+                if (p.detach) continue;
+                const float a = quad_dot(u_hat, known.grad_s[x]);
+                if (q < 2 * M) to[(2 * x + 1) * rows] = a;
+            }
+        }
+    }
+
+    // Softmax over j: logits and a become c and db, of all passes. A thread has one pass and one (b, i).
+    CAPSOPS_DEVICE void couple(int i, int count, int any_b, int tile_j) const {
+        const int b = opaque(any_b), to_next_j = tiling.chunk * tiling.slot;
+        const int left = int(p.J) - tile_j * tiling.tile_j, js = left < tiling.tile_j ? left : tiling.tile_j;
+#pragma unroll 1
+        for (int n = thread_index(); n < count * passes * rows; n += thread_count()) {
+            const int row = n % rows, x = n / rows % passes, chunk_i = n / rows / passes;
+            float* const logits = slot(0, chunk_i) + 2 * x * rows + row;
+            float* const a = logits + rows;
+            const bool valid = b + row < int(p.B);
+            Softmax s{p.leaky ? 0.0f : -INFINITY, 0.0f, 0.0f};
+            const bool known = tiling.tiles_j > 1;
+            if (valid && known) s = p.softmax[p.softmax_at(first_pass + x, b + row, i + chunk_i)];
+            for (int j = 0; j < js && !known; ++j) s.largest = fmaxf(s.largest, logits[j * to_next_j]);
+            if (!known) s.sum = p.leaky ? expf(-s.largest) : 0.0f;
+            for (int j = 0; j < js; ++j) {
+                const float e = expf(logits[j * to_next_j] - s.largest);
+                logits[j * to_next_j] = e;
+                if (known) continue;
+                s.sum += e;
+                if (!p.detach) s.mean += e * a[j * to_next_j];
+            }
+            if (!known) s.mean /= s.sum;
+            const float inverse = 1.0f / s.sum;
+            for (int j = 0; j < js; ++j) {
+                const float c = valid ? logits[j * to_next_j] * inverse : 0.0f;
+                logits[j * to_next_j] = c;
+                a[j * to_next_j] = p.detach || !valid ? 0.0f : c * (a[j * to_next_j] - s.mean);
+            }
+        }
+    }
+
+    // Adds c ds + db V of the passes that are loaded.
+    CAPSOPS_DEVICE void add_passes(Tile (&grad)[M][N], const Known& known, int first,
+                                   const float* factors) const {
+#pragma unroll
+        for (int x = 0; x < held; ++x) {
+            if (first + x >= passes) continue;
+            const float* const of_pass = factors + 2 * (first + x) * rows + lane_index() / 4;
+#pragma unroll
+            for (int r = 0; r < 2 * M; ++r) {
+                const float c = of_pass[8 * r], grad_b = of_pass[rows + 8 * r];
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
                         float& to = grad[r / 2][n][r % 2 * 2 + e];
-                        to += of_s * known.grad_s[x][r / 2][n][r % 2 * 2 + e];
-                        to += of_v * known.v[x][r / 2][n][r % 2 * 2 + e];
+                        to += c * known.grad_s[x][r / 2][n][r % 2 * 2 + e];
+                        to += grad_b * known.v[x][r / 2][n][r % 2 * 2 + e];
                     }
+                }
+            }
+        }
+    }
+
+    // The gradient of given predictions.
+    CAPSOPS_DEVICE void store_grad(const Tile (&grad)[M][N], int i, int b, int j) const {
+        const int g = lane_index() / 4, q = lane_index() % 4, D = int(p.D);
+#pragma unroll
+        for (int r = 0; r < 2 * M; ++r) {
+            const int row = b + g + 8 * r;
+            if (row >= int(p.B)) continue;
+            S* const to = static_cast<S*>(p.grad_u) + ((int64_t(row) * p.I + i) * p.J + j) * D + 2 * q;
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const int d = 8 * n + 2 * q;
+                const float x = grad[r / 2][n][r % 2 * 2], y = grad[r / 2][n][r % 2 * 2 + 1];
+                if (d >= D) continue;
+                if (f.vectors) {
+                    store_pair(x, y, to + 8 * n);
+                } else {
+                    narrow(x, to[8 * n]);
+                    if (d + 1 < D) narrow(y, to[8 * n + 1]);
                 }
             }
         }
@@ -192,67 +290,108 @@ struct Gradients {
         to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
     }
 
-    // All that one warp does for one of its output capsules and one tile of samples.
-    CAPSOPS_DEVICE void warp_work(int stage, int i, int count, int b, int tile_j, int own_j) const {
-        const int j = tile_j * tiling.tile_j + own_j;
-        if (j >= int(p.J)) return;
-        Known known;
-        load_known(known, b, j);
-        const S* const u_tile = u_stages + stage * int(tiling.stage / int(sizeof(S)));
-#pragma unroll 1
-        for (int n = 0; n < count; ++n) {
-            const S* const u = u_tile + n * rows * tiling.stride;
-            const S* const weight = w + (n * tiling.tile_j + own_j) * N * 8 * tiling.stride;
-            Tile grad[M][N];
-            make_grad(grad, known, u, weight, i + n, b);
-            const auto operand = Math::template gradient<M, N>(grad);
-            if (p.grad_u != nullptr) {
-                float4* to =
-                    grad_u + (warp_index() * tiling.chunk + n) * M * tiling.steps * warp_size + lane_index();
+    // What becomes of the gradient of u_hat of one input and one output capsule.
+    CAPSOPS_DEVICE void products(const Tile (&grad)[M][N], int stage, int n, int own_j) const {
+        const S* const u = u_stages + stage * int(tiling.stage / int(sizeof(S))) + n * rows * tiling.stride;
+        const S* const weight = w + (n * tiling.tile_j + own_j) * N * 8 * tiling.stride;
+        const auto operand = Math::template gradient<M, N>(grad);
+        if (p.grad_u != nullptr) {
+            float4* to = reinterpret_cast<float4*>(slot(warp_index(), n)) + lane_index();
+            warp_barrier();  // c and db stood there
 #pragma unroll
-                for (int m = 0; m < M; ++m) {
+            for (int m = 0; m < M; ++m) {
 #pragma unroll 1
-                    for (int step = 0; step < tiling.steps; ++step, to += warp_size) {
-                        Tile sum = {};
-                        if (own_j >= warp_count()) load(sum, *to);
-                        Math::template grad_u<M, N>(sum, operand, m, weight + step * 8, tiling.stride);
-                        *to = make_float4(sum[0], sum[1], sum[2], sum[3]);
-                    }
+                for (int step = 0; step < tiling.steps; ++step, to += warp_size) {
+                    Tile sum = {};
+                    if (own_j >= warp_count()) load(sum, *to);
+                    Math::template grad_u<M, N>(sum, operand, m, weight + step * 8, tiling.stride);
+                    *to = make_float4(sum[0], sum[1], sum[2], sum[3]);
                 }
             }
-            if (p.grad_weight != nullptr) {
-                float4* to =
-                    grad_w + (n * tiling.tile_j + own_j) * blocks_d * tiling.steps * warp_size + lane_index();
+        }
+        if (p.grad_weight != nullptr) {
+            float4* to =
+                grad_w + (n * tiling.tile_j + own_j) * blocks_d * tiling.steps * warp_size + lane_index();
 #pragma unroll
-                for (int pair = 0; pair < blocks_d; ++pair) {
-                    const auto turned = Math::template turn<M, N>(operand, pair);
+            for (int pair = 0; pair < blocks_d; ++pair) {
+                const auto turned = Math::template turn<M, N>(operand, pair);
 #pragma unroll 1
-                    for (int step = 0; step < tiling.steps; ++step, to += warp_size) {
-                        Tile sum;
-                        load(sum, *to);
-                        Math::template grad_w<M>(sum, turned, u + step * 8, tiling.stride);
-                        *to = make_float4(sum[0], sum[1], sum[2], sum[3]);
-                    }
+                for (int step = 0; step < tiling.steps; ++step, to += warp_size) {
+                    Tile sum;
+                    load(sum, *to);
+                    Math::template grad_w<M>(sum, turned, u + step * 8, tiling.stride);
+                    *to = make_float4(sum[0], sum[1], sum[2], sum[3]);
                 }
             }
         }
     }
 
+    // All that one warp does for one of its output capsules once c and db are there.
+    CAPSOPS_DEVICE void gradients(Known& known, int stage, int i, int count, int b, int j, int own_j) const {
+        if (!stays()) load_constant(known, b, j);
+        if (!stays() && passes <= held) load_passes(known, 0, b, j);
+#pragma unroll 1
+        for (int n = 0; n < count; ++n) {
+            Tile grad[M][N];
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int x = 0; x < N; ++x) {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) grad[m][x][e] = known.constant[m][x][e];
+                }
+            }
+#pragma unroll 1
+            for (int first = 0; first < passes; first += held) {
+                if (passes > held) load_passes(known, first, b, j);
+                add_passes(grad, known, first, slot(own_j, n));
+            }
+            if constexpr (Math::given) {
+                store_grad(grad, i + n, b, j);
+            } else {
+                products(grad, stage, n, own_j);
+            }
+        }
+    }
+
+    // All that one block does with one tile of samples.
+    CAPSOPS_DEVICE void tile_work(int stage, int i, int count, int b, int tile_j) const {
+        Known known;
+        for (int own_j = warp_index(); own_j < tiling.tile_j; own_j += warp_count()) {
+            const int j = tile_j * tiling.tile_j + own_j;
+            if (j >= int(p.J)) continue;
+            load_constant(known, b, j);
+#pragma unroll 1
+            for (int first = 0; first < passes; first += held) {
+                load_passes(known, first, b, j);
+                agreements(known, first, stage, i, count, b, j, own_j);
+            }
+        }
+        if (passes > 0) {
+            block_barrier();
+            couple(i, count, b, tile_j);
+            block_barrier();
+        }
+        for (int own_j = warp_index(); own_j < tiling.tile_j; own_j += warp_count()) {
+            const int j = tile_j * tiling.tile_j + own_j;
+            if (j < int(p.J)) gradients(known, stage, i, count, b, j, own_j);
+        }
+    }
+
     // du of one tile of samples: the warps' parts in their order.
     CAPSOPS_DEVICE void store_grad_u(int i, int count, int any_b, int tile_j) const {
-        const int b = opaque(any_b);
-        const int of_warp = tiling.chunk * M * tiling.steps * warp_size;
+        const int b = opaque(any_b), of_slot = M * tiling.steps * warp_size;
         const int left = int(p.J) - tile_j * tiling.tile_j, parts = left < warp_count() ? left : warp_count();
 #pragma unroll 1
-        for (int n = thread_index(); n < count * M * tiling.steps * warp_size; n += thread_count()) {
+        for (int n = thread_index(); n < count * of_slot; n += thread_count()) {
+            const int chunk_i = n / of_slot;
             Tile sum = {};
             for (int part = 0; part < parts; ++part) {
                 Tile x;
-                load(x, grad_u[part * of_warp + n]);
+                load(x, reinterpret_cast<const float4*>(slot(part, chunk_i))[n % of_slot]);
                 for (int e = 0; e < 4; ++e) sum[e] += x[e];
             }
             const int step = n / warp_size % tiling.steps, m = n / warp_size / tiling.steps % M;
-            const int chunk_i = n / warp_size / tiling.steps / M;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int row = b + 16 * m + 8 * (e / 2) + lane_index() / 4;
@@ -305,31 +444,37 @@ struct Gradients {
             const int i = item / splits / tiles_j * tiling.chunk, left = int(p.I) - i;
             const int count = left < tiling.chunk ? left : tiling.chunk, begin = split * length;
             const int end = begin + length < int(tiling.tiles_b) ? begin + length : int(tiling.tiles_b);
-            copy_w(i, count, tile_j);
-            copy_u(0, i, count, begin * rows);
+            if constexpr (!Math::given) {
+                copy_w(i, count, tile_j);
+                copy_u(0, i, count, begin * rows);
+            }
             for (int tile = begin; tile < end; ++tile) {
                 const int stage = (tile - begin) % 2;
                 wait_for_copies();
                 block_barrier();
-                if (tile + 1 < end) copy_u(1 - stage, i, count, (tile + 1) * rows);
-                for (int own_j = warp_index(); own_j < tiling.tile_j; own_j += warp_count()) {
-                    warp_work(stage, i, count, tile * rows, tile_j, own_j);
-                }
-                if (p.grad_u != nullptr) {
-                    block_barrier();
-                    store_grad_u(i, count, tile * rows, tile_j);
+                if constexpr (Math::given) {
+                    tile_work(stage, i, count, tile * rows, tile_j);
+                } else {
+                    if (tile + 1 < end) copy_u(1 - stage, i, count, (tile + 1) * rows);
+                    tile_work(stage, i, count, tile * rows, tile_j);
+                    if (p.grad_u != nullptr) {
+                        block_barrier();
+                        store_grad_u(i, count, tile * rows, tile_j);
+                    }
                 }
             }
-            if (p.grad_weight != nullptr) store_grad_w(i, count, tile_j, split);
+            if constexpr (!Math::given) {
+                if (p.grad_weight != nullptr) store_grad_w(i, count, tile_j, split);
+            }
             block_barrier();  // before the next item's copies
         }
     }
 };
 
-template <typename Math, int M, int N, int most_passes>
-CAPSOPS_KERNEL(most_gradient_warps(Math::tensor_cores) * warp_size, 1)
+template <typename Math, int M, int N, int held>
+CAPSOPS_KERNEL(most_gradient_warps(Math::tensor_cores || Math::given) * warp_size, 1)
 gradients_kernel(Fused f) {
-    Gradients<Math, M, N, most_passes>(f).run();
+    Gradients<Math, M, N, held>(f).run();
 }
 
 }  // namespace capsops

@@ -11,11 +11,11 @@ template <typename Math, int M, int N>
 FusedKernels fused_kernels_of(bool backward, int logits) {
     FusedKernels kernels{};
     kernels.passes = backward ? passes_kernel<Math, M, N, true> : passes_kernel<Math, M, N, false>;
-    if constexpr (!Math::given && N < 4) {
+    if constexpr (N < 4) {
         constexpr int gradient_m = N == 2 ? 1 : 2;
         kernels.gradients =
             logits > 2 ? gradients_kernel<Math, gradient_m, N, 4> : gradients_kernel<Math, 2, N, 2>;
-    } else if constexpr (!Math::given) {
+    } else {
         kernels.gradients = gradients_kernel<Math, 1, N, 2>;
     }
     return kernels;

@@ -244,7 +244,7 @@ struct Passes {
                 continue;
             }
             if (step == Step::whole) s.mean /= s.sum;
-            if (backward && step == Step::whole) p.softmax[known] = s;
+            if (backward && step == Step::whole && p.softmax != nullptr) p.softmax[known] = s;
             const float inverse = 1.0f / s.sum;
             for (int j = 0; j < js; ++j) {
                 const float c = (step == Step::whole ? x[j * rows] : expf(x[j * rows] - s.largest)) * inverse;

@@ -67,13 +67,15 @@ bool plan_passes(const FusedShape& shape, const FusedLimits& limits, int residen
 }
 
 bool plan_gradients(const FusedShape& shape, const FusedLimits& limits, Tiling& to) {
-    if (!common(shape, to) || shape.given || shape.passes > 4 || (to.n == 4 && shape.passes > 2))
-        return false;
+    if (!common(shape, to)) return false;
     to.m = to.n * (shape.passes > 2 ? 9 : 5) > 10 ? 1 : 2;
     to.groups = 1;
-    const int64_t rows = 16 * to.m, row_bytes = int64_t(to.stride) * shape.element;
+    const int64_t rows = 16 * to.m, row_bytes = shape.given ? 0 : int64_t(to.stride) * shape.element;
+    const int64_t slot = std::max<int64_t>(2 * shape.passes * rows, to.m * to.steps * 128);
+    if (slot * 4 > limits.shared_per_block) return false;
+    to.slot = int(slot);
     to.tiles_b = divide_up(shape.B, rows);
-    const int most = most_gradient_warps(shape.tensor_cores);
+    const int most = most_gradient_warps(shape.tensor_cores || shape.given);
     double best = 0;
     Tiling tiling = to;
     // Fewer tiles of j first: every tile reads u again and makes a part of du that has to be added.
@@ -86,9 +88,9 @@ bool plan_gradients(const FusedShape& shape, const FusedLimits& limits, Tiling& 
             tiling.chunk = int(chunk);
             const int64_t weights = aligned(chunk * tiling.tile_j * to.n * 8 * row_bytes);
             const int64_t grad_w = chunk * tiling.tile_j * divide_up(to.n, 2) * to.steps * 512;
-            const int64_t grad_u = tiling.warps * chunk * to.m * to.steps * 512;
+            const int64_t slots = tiling.tile_j * chunk * slot * 4;
             tiling.stage = aligned(chunk * rows * row_bytes);
-            tiling.shared = 2 * tiling.stage + weights + grad_w + grad_u;
+            tiling.shared = 2 * tiling.stage + weights + grad_w + slots;
             if (tiling.shared > limits.shared_per_block) continue;
             const int64_t items = divide_up(shape.I, chunk) * tiles_j;
             // The batch is split only where there are too few items without, since the parts of dW are added

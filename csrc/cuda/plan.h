@@ -15,7 +15,7 @@ struct FusedShape {
     int element;  // bytes of a number in u and W
     bool tensor_cores;
     bool given;  // the predictions are: no u and W, K does not matter
-    int passes;  // with logits, at most: what the gradient kernel must know at once
+    int passes;  // with logits
 };
 
 struct FusedLimits {
@@ -33,6 +33,7 @@ struct Tiling {
     int chunk;   // input capsules at a time
     int steps;   // 8 components of an input capsule each
     int stride;  // numbers between rows of u and W in shared memory
+    int slot;    // gradients: numbers for what one input and one output capsule exchange
     int64_t tiles_b, tiles_j, splits,
         length;      // length: input capsules (passes) or samples (gradient) of a split
     int64_t stage;   // bytes of one stage
@@ -42,8 +43,8 @@ struct Tiling {
 
 constexpr int most_warps = 12;  // of a block of the passes: up to 168 registers a thread
 
-// Of a block of the gradients: up to 168 registers a thread on tensor cores, 255 for multiply-adds.
-constexpr int most_gradient_warps(bool tensor_cores) { return tensor_cores ? 12 : 8; }
+// Of a block of the gradients: up to 168 registers a thread, 255 for products by multiply-adds.
+constexpr int most_gradient_warps(bool few_registers) { return few_registers ? 12 : 8; }
 
 inline int tiles_of_d(int64_t D) { return D <= 8 ? 1 : D <= 16 ? 2 : D <= 32 ? 4 : 0; }
 

@@ -116,7 +116,8 @@ struct Plan {
     Fused passes, gradients;
     FusedKernels kernels;
     bool fused_passes, fused_gradients;
-    int64_t blocks;  // of the passes: what the device holds at one time
+    bool statistics;  // backward: the sums of the softmax of all passes go through memory
+    int64_t blocks;   // of the passes: what the device holds at one time
 };
 
 Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
@@ -127,22 +128,24 @@ Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
     const int element = call.storage == Storage::float32 ? 4 : 2;
     const auto aligned = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
     const bool given = call.weight == nullptr;
-    passes.vectors = (given ? call.D : call.K) * element % 16 == 0 && aligned(call.u) && aligned(call.weight);
+    passes.vectors = (given ? call.D : call.K) * element % 16 == 0 && aligned(call.u) &&
+                     aligned(call.weight) && (!given || aligned(call.grad_u));
     const int last = passes.p.iterations - 1, logits = call.detach ? last > 0 : last;
-    const FusedShape shape{call.B, call.I, call.J, call.D, call.K, element, element == 2 || call.tf32,
-                           given,  logits};
+    const bool tensor_cores = !given && (element == 2 || call.tf32);
+    const FusedShape shape{call.B, call.I, call.J, call.D, call.K, element, tensor_cores, given, logits};
     const FusedLimits limits{device.multiprocessors, device.shared_per_block};
     plan.fused_passes = plan_passes(shape, limits, 1, passes.tiling);
     if (!plan.fused_passes) {
         passes.p.splits = general_splits(passes.p, device);
         plan.gradients = passes;
+        plan.statistics = true;
         return plan;
     }
     const auto choose = call.storage == Storage::bfloat16  ? fused_bfloat16
                         : call.storage == Storage::float16 ? fused_float16
                         : call.tf32                        ? fused_tf32
                                                            : fused_float32;
-    plan.kernels = given ? fused_given(call.storage, passes.tiling, passes.p.backward)
+    plan.kernels = given ? fused_given(call.storage, passes.tiling, passes.p.backward, logits)
                          : choose(passes.tiling, passes.p.backward, logits);
     const auto resident = [&] {
         const Tiling& tiling = passes.tiling;
@@ -155,6 +158,7 @@ Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
     passes.p.splits = passes.tiling.splits;
     plan.gradients = passes;
     plan.fused_gradients = passes.p.backward && plan_gradients(shape, limits, plan.gradients.tiling);
+    plan.statistics = passes.tiling.tiles_j > 1 || !plan.fused_gradients || plan.gradients.tiling.tiles_j > 1;
     return plan;
 }
 
@@ -169,7 +173,7 @@ int64_t place(Plan& plan, RoutingOp op, void* workspace) {
         p.grad_total_v = pieces.take<float>(p.capsules());
     }
     if (op == RoutingOp::couplings) p.s = pieces.take<float>(p.iterations * p.capsules());
-    if (p.backward || !plan.fused_passes || plan.passes.tiling.tiles_j > 1) {
+    if (p.backward ? plan.statistics : !plan.fused_passes || plan.passes.tiling.tiles_j > 1) {
         p.softmax = pieces.take<Softmax>((p.backward ? p.iterations - 1 : 1) * p.B * p.I);
     }
     Fused& gradients = plan.gradients;
@@ -177,7 +181,7 @@ int64_t place(Plan& plan, RoutingOp op, void* workspace) {
     if (plan.fused_gradients && p.grad_weight != nullptr && gradients.tiling.splits > 1) {
         gradients.partial_w = pieces.take<float>(gradients.tiling.splits * p.I * p.J * p.D * p.K);
     }
-    if (plan.fused_gradients && p.grad_u != nullptr && gradients.tiling.tiles_j > 1) {
+    if (plan.fused_gradients && p.weight != nullptr && p.grad_u != nullptr && gradients.tiling.tiles_j > 1) {
         gradients.partial_u = pieces.take<float>(gradients.tiling.tiles_j * p.B * p.I * p.K);
     }
     return pieces.used();
@@ -220,7 +224,8 @@ void backward_passes(const Plan& plan, const RoutingCall& call, bool cooperative
     Routing p = plan.passes.p;
     if (plan.fused_passes) {
         const int of_pass = plan.passes.tiling.tiles_j > 1 ? 3 : 2, logits = p.iterations - 1;
-        launch_passes(plan, 0, 1 + (p.detach ? logits > 0 : logits * of_pass), cooperative, stream);
+        launch_passes(plan, 0, 1 + (p.detach ? plan.statistics && logits > 0 : logits * of_pass), cooperative,
+                      stream);
         return;
     }
     with_storage(call.storage, [&](auto type) {

@@ -37,7 +37,8 @@ struct Routing {
     float* grad_s;        // ds of each pass [T, B, J, D], backward only
     float* grad_total_v;  // dV [B, J, D], backward only
     float* partial;       // [splits, B, J, D]
-    Softmax* softmax;     // [T - 1, I, B]: all passes but the first backward, else that of the pass at hand
+    Softmax* softmax;     // [T - 1, I, B]: all passes but the first backward, else that of the pass at hand;
+                          // null where the kernels need it within a block alone
     int64_t splits;
 
     // The pass at hand.

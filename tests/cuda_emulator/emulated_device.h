@@ -244,6 +244,11 @@ inline float2 load_pair(const S* x) {
     emulator::check_alignment(x, 2 * sizeof(S));
     return {widen(x[0]), widen(x[1])};
 }
+template <typename S>
+inline void store_pair(float x, float y, S* to) {
+    emulator::check_alignment(to, 2 * sizeof(S));
+    narrow(x, to[0]), narrow(y, to[1]);
+}
 struct Device {
     int index;
     int multiprocessors;

@@ -146,10 +146,28 @@ def test_capsule_routing(emulated: Emulated, shape: Shape, options: Options) -> 
     check(got, lambda *x: reference.capsule_routing(*x, **options.keywords()), inputs, [1, 0, None])
 
 
-def test_more_passes_than_the_fused_gradients_hold(emulated: Emulated) -> None:
-    inputs = layer_inputs(Shape(5, 9, 3, 4, 2), True, torch.float32)
-    got = capsule_routing(emulated, inputs, Options(6))
-    check(got, lambda *x: reference.capsule_routing(*x, iterations=6), inputs, [1, 0, None])
+@pytest.mark.parametrize(("D", "iterations"), [(4, 6), (12, 7), (20, 5)])
+def test_more_passes_than_registers_hold(emulated: Emulated, D: int, iterations: int) -> None:
+    inputs = layer_inputs(Shape(5, 9, 3, D, 2), True, torch.float32)
+    got = capsule_routing(emulated, inputs, Options(iterations))
+    check(got, lambda *x: reference.capsule_routing(*x, iterations=iterations), inputs, [1, 0, None])
+
+
+def test_more_passes_than_shared_memory_holds(emulated: Emulated) -> None:
+    """On a small device, whose general kernels take over; the passes forward stay as they are."""
+    inputs = layer_inputs(Shape(2, 3, 2, 4, 2), True, torch.float32)
+    got = capsule_routing(emulated, inputs, Options(40), shared_per_block=4096)
+    check(got, lambda *x: reference.capsule_routing(*x, iterations=40), inputs, [1, 0, None])
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_no_sums_of_the_softmax_in_memory(emulated: Emulated, given: bool) -> None:
+    """Few output capsules: what backward keeps does not grow with the number of input capsules."""
+    emulated.device.set()
+    B, I, J, D, K = 64, 20000, 10, 16, 8  # noqa: E741
+    call = emulated.extension.RoutingCall(B, I, J, D, K, 3, False, False, 0, False)
+    call.point(u=16, weight=0 if given else 16, grad_u=16, grad_weight=0 if given else 16)
+    assert call.workspace(emulated.extension.RoutingOp.backward, 0) < 4 * B * I
 
 
 SOME = [Options(0), Options(3, leaky=True, bias=True), Options(3, detach=True), Options(5)]
@@ -293,6 +311,12 @@ def test_dynamic_routing(emulated: Emulated, shape: Shape, options: Options, dty
     inputs = routing_inputs(shape, options.bias, dtype)
     got = dynamic_routing(emulated, inputs, options)
     check(got, lambda *x: reference.dynamic_routing(*x, **options.keywords()), inputs, [1, None])
+
+
+def test_dynamic_routing_with_more_passes_than_registers_hold(emulated: Emulated) -> None:
+    inputs = routing_inputs(Shape(5, 9, 3, 12, 1), True, torch.float32)
+    got = dynamic_routing(emulated, inputs, Options(7))
+    check(got, lambda *x: reference.dynamic_routing(*x, iterations=7), inputs, [1, None])
 
 
 def couplings_in_orders(inputs: Sequence[Tensor | None], options: Options) -> tuple[Tensor, list[Tensor]]:

@@ -19,7 +19,7 @@ shapes = st.fixed_dictionaries(
         "element": st.sampled_from([2, 4]),
         "tensor_cores": st.booleans(),
         "given": st.booleans(),
-        "passes": st.integers(0, 4),
+        "passes": st.integers(0, 12),
     }
 )
 
@@ -55,9 +55,6 @@ def test_passes(shape: dict[str, int], device: str, resident: int) -> None:
 def test_gradients(shape: dict[str, int], device: str) -> None:
     shared, multiprocessors = DEVICES[device]
     plan = _cuda.fused_plan(True, **shape, multiprocessors=multiprocessors, shared_per_block=shared)
-    if shape["given"] or (shape["D"] > 16 and shape["passes"] > 2):
-        assert plan is None
-        return
     assert plan is not None
     assert covers(plan["tiles_b"], 16 * plan["m"], shape["B"])
     assert covers(plan["tiles_j"], plan["tile_j"], shape["J"])
@@ -65,6 +62,7 @@ def test_gradients(shape: dict[str, int], device: str) -> None:
     assert plan["items"] == -(-shape["I"] // plan["chunk"]) * plan["tiles_j"] * plan["splits"]
     check_block(plan, shape, shared)
     assert plan["warps"] <= plan["tile_j"]
+    assert plan["slot"] >= 2 * shape["passes"] * 16 * plan["m"]
     assert plan["splits"] == 1 or plan["items"] <= multiprocessors
 
 
@@ -85,7 +83,7 @@ def check_block(plan: dict[str, int], shape: dict[str, int], shared: int) -> Non
         ({"B": 1, "I": 1, "J": 1, "D": 16, "K": 1025}, False),
         ({"B": 1, "I": 1, "J": 1 << 16, "D": 16, "K": 8}, False),
         ({"B": 1 << 24, "I": 1, "J": 1, "D": 16, "K": 8}, False),
-        ({"B": 1, "I": 1, "J": 1, "D": 16, "K": 8, "passes": 5}, True),
+        ({"B": 1, "I": 1, "J": 1, "D": 16, "K": 8, "passes": 2000}, True),
     ],
 )
 def test_what_is_left_to_the_general_kernels(shape: dict[str, int], gradients: bool) -> None:
