@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -73,34 +73,72 @@ def matrix_precision(tf32: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def floor_seconds(case: RoutingCase, passes: str, ceilings: Ceilings, tf32: bool) -> tuple[float, str]:
-    """The least time of a call, and the unit that it is the least time of.
+@dataclass(frozen=True)
+class Work:
+    """A part of the algorithm: how often it does what, `later` being the passes with logits, T − 1.
+
+    Each is a pair (times always, times for each later pass): products û, ∂u or ∂W; sums or dot products along
+    û; exponentials of a coupling; readings or writings of u and W.
+    """
+
+    products: tuple[int, int]
+    sums: tuple[int, int]
+    exponentials: tuple[int, int]
+    inputs: int
+
+
+PASSES = Work((1, 1), (0, 2), (0, 1), 1)  # forward: the product, logits and the sum
+REDUCTIONS = Work((0, 1), (0, 3), (0, 1), 1)  # backward: logits, a = û · ∂s and the sum of ∂b û
+GRADIENTS = Work((3, 0), (1, 4), (0, 1), 2)  # û, ∂u and ∂W; logits, a and the two terms of ∂û
+
+
+def times_by_unit(work: Work, case: RoutingCase, ceilings: Ceilings, tf32: bool) -> dict[str, float]:
+    """Seconds that each unit of the device takes for its part, at its ceiling.
 
     û, ∂u and ∂W go to matrix units where the mode has them; logits and sums are multiply-adds of float32.
-    Inputs are read and results written once.
     """
     later = max(case.iterations - 1, 0)
-    products, sums, exponentials = case.iterations or 1, 2 * later, later
+    products, sums, exponentials = (
+        always + each * later for always, each in (work.products, work.sums, work.exponentials)
+    )
     numbers = case.batch * case.in_capsules * case.in_dim + (
         case.in_capsules * case.out_capsules * case.out_dim * case.in_dim
     )
-    results = case.batch * case.out_capsules * case.out_dim
-    if passes != FORWARD:
-        products += later + 3
-        sums += 3 * later + 4 * later + 1
-        exponentials += 2 * later
-        numbers *= 3  # read twice, and gradients of the same size
-        results *= 2
+    moved = work.inputs * numbers + case.batch * case.out_capsules * case.out_dim
     operations = 2 * case.predictions
-    times = {
-        "matrix products": products * operations * case.in_dim / ceilings.products(case.dtype, tf32),
+    pairs = case.batch * case.in_capsules * case.out_capsules
+    rate = ceilings.products(case.dtype, tf32)
+    return {
+        "matrix products": products * operations * case.in_dim / rate,
         "sums": sums * operations / ceilings.float32,
-        "bytes": (numbers + results) * getattr(torch, case.dtype).itemsize / ceilings.bandwidth,
+        "bytes": moved * getattr(torch, case.dtype).itemsize / ceilings.bandwidth,
+        "exponentials": exponentials * pairs / ceilings.exponentials if ceilings.exponentials else 0.0,
     }
-    if ceilings.exponentials:
-        pairs = case.batch * case.in_capsules * case.out_capsules
-        times["exponentials"] = exponentials * pairs / ceilings.exponentials
-    if ceilings.products(case.dtype, tf32) == ceilings.float32:  # one unit does both
-        times["sums"] += times.pop("matrix products")
+
+
+def longest(times: dict[str, float], one_unit: bool) -> tuple[float, str]:
+    """The time of the unit that takes longest, and which it is; `one_unit` makes products and sums."""
+    if one_unit:
+        times = {**times, "sums": times["sums"] + times["matrix products"], "matrix products": 0.0}
     unit = max(times, key=times.__getitem__)
     return times[unit], unit
+
+
+def least_seconds(work: Work, case: RoutingCase, ceilings: Ceilings, tf32: bool) -> tuple[float, str]:
+    """The least time of a part of the work, and the unit that it is the least time of."""
+    one_unit = ceilings.products(case.dtype, tf32) == ceilings.float32
+    return longest(times_by_unit(work, case, ceilings, tf32), one_unit)
+
+
+def floor_seconds(case: RoutingCase, passes: str, ceilings: Ceilings, tf32: bool) -> tuple[float, str]:
+    """The least time of a call, and the unit that it is the least time of.
+
+    Of each unit the work of all parts together. u and W are read once forward and once backward, though
+    backward has two parts.
+    """
+    parts = [PASSES] if passes == FORWARD else [PASSES, replace(REDUCTIONS, inputs=0), GRADIENTS]
+    times: dict[str, float] = {}
+    for part in parts:
+        for unit, seconds in times_by_unit(part, case, ceilings, tf32).items():
+            times[unit] = times.get(unit, 0.0) + seconds
+    return longest(times, ceilings.products(case.dtype, tf32) == ceilings.float32)

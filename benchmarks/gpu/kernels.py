@@ -2,9 +2,10 @@
 
 python -m benchmarks.gpu.kernels --impl triton [--plan] [--out DIR] [--seconds N] [--stages STAGE ...]
 
-In this order: the equivalence of every op (benchmarks.gpu.equivalence), compute-sanitizer on small shapes,
-the device's ceilings, then the cases below, those with targets first. What did not fit into the seconds, and
-what failed, is listed and makes the command fail. Writes kernels-IMPL-DEVICE.json after every case.
+In this order: the equivalence of every op (benchmarks.gpu.equivalence) with compute-sanitizer on small shapes
+beside it, the device's ceilings, then the cases below, those with targets first. What did not fit into the
+seconds, and what failed, is listed and makes the command fail. Writes kernels-IMPL-DEVICE.json after every
+case.
 
 Ours and the peers take turns. A sample is one round of several sets of inputs, together twice the size of
 the last-level cache. `seconds` is of graph replay, `details` holds plain calls; a peer that cannot be
@@ -12,8 +13,6 @@ captured takes part by its calls, and its name says so.
 """
 
 import argparse
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,8 @@ import capsops
 from benchmarks import machine, peers
 from benchmarks.cases import Routing, RoutingCase, bound
 from benchmarks.check import relative_error
-from benchmarks.gpu import equivalence
+from benchmarks.gpu import equivalence, sanitizer
+from benchmarks.gpu.breakdown import breakdown, kernel_seconds
 from benchmarks.gpu.clock import captured, device_clock, in_turns, input_sets
 from benchmarks.gpu.device import describe_device
 from benchmarks.gpu.floor import Ceilings, floor_seconds, matrix_precision, measured_ceilings
@@ -36,13 +36,11 @@ from benchmarks.operations import routing_operations
 from benchmarks.passes import BOTH, FORWARD, FORWARD_BACKWARD, run
 from benchmarks.report import plain_table
 from benchmarks.rows import Row, Target, save
-from benchmarks.timing import Race
+from benchmarks.timing import FEWEST_ROUNDS, Race
 
 SUITE = "routing on a GPU"
 COMPILED = ("einsum + sums", "matmul")  # the forms that gain by it
 MODE = "max-autotune-no-cudagraphs"
-TOOLS = {"triton": ("memcheck",), "cuda": ("memcheck", "racecheck", "synccheck", "initcheck")}
-SANITIZER_SECONDS = 45  # of each tool; half of it goes into starting torch under it
 STAGES = ("equivalence", "sanitizer", "timings")
 HOPELESS = 6.0
 SHAPES = {"1152×10": (1152, 10), "2048×10": (2048, 10), "3872×196": (3872, 196)}
@@ -89,7 +87,9 @@ LEANER = 25  # times less memory than einsum, beyond inputs and gradients
 def tasks(impl: str, batches: Sequence[int] = (128, 512, 16)) -> list[Task]:
     """The cases with targets, then the others: modes before shapes, the largest last."""
     goals = GOALS.get(impl, {})
-    found = [Task(RoutingCase(B), passes, True, goal, True) for (B, passes), goal in goals.items()]
+    found = [
+        Task(RoutingCase(B), passes, True, goal, bool(goal.compiled)) for (B, passes), goal in goals.items()
+    ]
     for shape in SHAPES.values():
         for dtype, tf32 in (("bfloat16", False), ("float32", True), ("float32", False)):
             for B in batches:
@@ -166,7 +166,8 @@ def measure(
     if impl not in calls or impl not in replays:
         raise RuntimeError(f"{task}: no result of {impl}: {'; '.join(failures)}")
     timed = {name: replays.get(name, call) for name, call in calls.items()}
-    by_replay, by_calls = medians(timed, impl, clock, len(sets)), medians(calls, impl, clock, len(sets))
+    wanted = any(vars(task.goal).values())
+    by_replay, by_calls = (medians(turns, impl, clock, len(sets), wanted) for turns in (timed, calls))
     named = {name if name in replays else f"{name}, not captured": s for name, s in by_replay.items()}
     rivals = {name: s for name, s in named.items() if name not in (impl, *others)}
     least, unit = floor_seconds(case, passes, ceilings, task.tf32)
@@ -190,17 +191,21 @@ def measure(
         peers_memory={name: size for name, size in memory.items() if name in peers.ROUTING},
     )
     row.targets = targets(task, row, rivals)
+    row.targets += [Target(name, 1, named[name] / named[impl]) for name in others if name in named]
+    if cuda and wanted:
+        one = partial(run, bound(routing_of(impl), case), passes, *sets[0])
+        row.details |= breakdown(one, case, ceilings, task.tf32, device)
     return row, failures
 
 
 def medians(
-    calls: dict[str, Callable[[], object]], ours: str, clock: Callable, sets: int
+    calls: dict[str, Callable[[], object]], ours: str, clock: Callable, sets: int, long: bool = True
 ) -> dict[str, float]:
-    """Seconds of one call of each."""
+    """Seconds of one call of each, in as few rounds as give a median unless it is to be a `long` race."""
     race = Race(calls, clock)
     race.warm_up()
     race.drop([name for name in calls if name != ours], HOPELESS)
-    for _ in range(race.rounds()):
+    for _ in range(race.rounds() if long else FEWEST_ROUNDS):
         race.lap(race.candidates)
     return {name: seconds / sets for name, seconds in race.medians().items()}
 
@@ -221,47 +226,30 @@ def targets(task: Task, row: Row, rivals: dict[str, float]) -> list[Target]:
     return found
 
 
-def given_u_hat(impl: str, ceilings: Ceilings, device: torch.device) -> Row:
-    """dynamic_routing of a given û, B = 128 in bf16: the time of one read of û over its own."""
-    u_hat = [torch.randn(128, 1152, 10, 16, device=device).bfloat16() * 0.2 for _ in range(3)]
+def given_u_hat(impl: str, passes: str, ceilings: Ceilings, device: torch.device) -> Row:
+    """dynamic_routing of a given û, B = 128 in bf16: the time of one read of û over its own.
+
+    Backward it is that of two reads, which the forward direction's and its own may not need, and one writing.
+    """
+    u_hat = [(torch.randn(128, 1152, 10, 16, device=device) * 0.2).bfloat16() for _ in range(3)]
+    grad = torch.randn(128, 10, 16, device=device).bfloat16()
+    route = partial(capsops.dynamic_routing, impl=impl)
 
     def together() -> None:
-        with torch.no_grad():
-            for x in u_hat:
-                capsops.dynamic_routing(x, impl=impl)
+        for x in u_hat:
+            run(route, passes, (x.requires_grad_(),), grad)
 
     together()
     seconds = medians({impl: captured(together, device)}, impl, device_clock(device), len(u_hat))[impl]
-    share = u_hat[0].nbytes / ceilings.bandwidth / seconds
-    wanted = [Target("share", 0.6, share)] if impl == "cuda" else []
+    moved = (1 if passes == FORWARD else 3) * u_hat[0].nbytes
+    share = moved / ceilings.bandwidth / seconds
+    wanted = [Target("share", 0.6, share)] if impl == "cuda" and passes == FORWARD else []
+    one = partial(run, route, passes, (u_hat[0],), grad)
+    details = {f"kernel {name}": x for name, x in kernel_seconds(one, device).items()}
     return Row(
-        SUITE, "dynamic_routing", "B=128 1152×10 bfloat16, û given", FORWARD, "bfloat16", impl, seconds,
-        share=share, targets=wanted,
+        SUITE, "dynamic_routing", "B=128 1152×10 bfloat16, û given", passes, "bfloat16", impl, seconds,
+        share=share, targets=wanted, details=details,
     )  # fmt: skip
-
-
-def sanitize(impl: str) -> list[str]:
-    """Runs the small equivalence under compute-sanitizer's tools; what was found."""
-    if shutil.which("compute-sanitizer") is None:
-        return ["compute-sanitizer: not on the path"]
-    failures = []
-    for tool in TOOLS.get(impl, ("memcheck",)):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        command += [sys.executable, "-m", "benchmarks.gpu.equivalence", "--impl", impl, "--small"]
-        command += ["--seconds", str(SANITIZER_SECONDS // 3)]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=SANITIZER_SECONDS, check=False
-            )
-        except subprocess.TimeoutExpired:
-            failures.append(f"{tool}: took more than {SANITIZER_SECONDS} s")
-            continue
-        tail = (done.stdout + done.stderr)[-1500:]
-        print(f"{tool}: exit {done.returncode}\n{tail}", flush=True)
-        late = "not compared" in done.stdout and done.returncode == 1
-        if done.returncode != 0 and not late:
-            failures.append(f"{tool}: exit {done.returncode}: {tail[-400:]}")
-    return failures
 
 
 def plan(impl: str, others: Sequence[str], seconds: float) -> str:
@@ -269,8 +257,9 @@ def plan(impl: str, others: Sequence[str], seconds: float) -> str:
     lines = [
         f"equivalence: every op of {impl}, {len(equivalence.FULL)} shapes × {len(equivalence.OPTIONS)} sets "
         "of options × float32, float32 with TF32, bfloat16, float16; twice each, equal bit for bit",
-        f"compute-sanitizer: {', '.join(TOOLS.get(impl, ('memcheck',)))} on {len(equivalence.SMALL)} shapes",
+        f"compute-sanitizer meanwhile: {', '.join(sanitizer.tools(impl))} on {len(equivalence.SMALL)} shapes",
         "ceilings: copy, matrix products in bf16, TF32 and float32",
+        "of cases with targets, the seconds of each kernel beside the floor of its part",
         f"then, until {seconds:.0f} s are over, graph replay and plain calls of {', '.join([impl, *others])} "
         f"and {', '.join(peers.ROUTING)}, where said also compiled with mode={MODE}:",
     ]
@@ -300,6 +289,7 @@ def main() -> None:
     began, device = time.monotonic(), torch.device(args.device)
     small = device.type == "cpu"
     outcome = equivalence.Outcome()
+    sanitizing = sanitizer.start(args.impl, args.out) if "sanitizer" in args.stages and not small else []
     if "equivalence" in args.stages:
         shapes = equivalence.SMALL[:1] if small else equivalence.FULL
         outcome = equivalence.compare_all(args.impl, device, shapes, args.seconds / 4)
@@ -308,7 +298,7 @@ def main() -> None:
         )
     failures = list(outcome.failures)
     if "sanitizer" in args.stages and not small:
-        failures += sanitize(args.impl)
+        failures += sanitizer.collect(args.impl, sanitizing)
     ceilings = measured_ceilings(device)
     header = {
         **machine.provenance(["python", "-m", "benchmarks.gpu.kernels", *sys.argv[1:]]),
@@ -342,11 +332,13 @@ def main() -> None:
             keep(row)
         except Exception as error:
             failures.append(f"{task}: {type(error).__name__}: {str(error)[:400]}")
-    if chosen and not small:
+    for passes in BOTH if chosen and not small else ():
         try:
-            keep(given_u_hat(args.impl, ceilings, device))
+            keep(given_u_hat(args.impl, passes, ceilings, device))
         except Exception as error:
-            failures.append(f"dynamic_routing of a given û: {type(error).__name__}: {str(error)[:400]}")
+            failures.append(
+                f"dynamic_routing of a given û, {passes}: {type(error).__name__}: {str(error)[:400]}"
+            )
     save(path, {**header, "failures": failures}, rows)
     print("", *plain_table(rows), "", f"written to {path}", sep="\n")
     if failures:

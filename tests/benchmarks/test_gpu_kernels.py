@@ -12,10 +12,11 @@ import torch
 import capsops
 from benchmarks import timing
 from benchmarks.cases import RoutingCase
-from benchmarks.gpu import equivalence, kernels
+from benchmarks.gpu import equivalence, exercise, kernels, sanitizer
+from benchmarks.gpu.breakdown import kernel_name, part_of
 from benchmarks.gpu.clock import device_clock, in_turns, input_sets
-from benchmarks.gpu.floor import Ceilings, floor_seconds
-from benchmarks.passes import BOTH, FORWARD, FORWARD_BACKWARD
+from benchmarks.gpu.floor import GRADIENTS, PASSES, REDUCTIONS, Ceilings, floor_seconds, least_seconds
+from benchmarks.passes import BOTH, FORWARD, FORWARD_BACKWARD, run
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -106,6 +107,91 @@ def test_floor_counts_every_unit() -> None:
     assert both == pytest.approx((4 + 6 + 8 + 1) * 2 * pairs * 16 / 5e13)
     slow = replace(CEILINGS, bandwidth=1e9)
     assert floor_seconds(case, FORWARD, slow, tf32=True)[1] == "bytes"
+
+
+def test_floors_of_the_parts_are_at_most_that_of_the_whole_together() -> None:
+    case = RoutingCase(128)
+    whole, _ = floor_seconds(case, FORWARD_BACKWARD, CEILINGS, tf32=True)
+    parts = [least_seconds(part, case, CEILINGS, tf32=True) for part in (PASSES, REDUCTIONS, GRADIENTS)]
+    assert all(unit == "sums" for _, unit in parts)
+    assert sum(seconds for seconds, _ in parts) == pytest.approx(whole)
+
+
+@pytest.mark.parametrize(
+    ("symbol", "name", "part"),
+    [
+        (
+            "void capsops::passes_kernel<capsops::Tf32, (int)2, (int)2, (bool)1>(capsops::Fused)",
+            "passes_kernel<Tf32, 2, 2, 1>",
+            REDUCTIONS,
+        ),
+        (
+            "void capsops::passes_kernel<capsops::SixteenBit<__nv_bfloat16>, 2, 2, false>(capsops::Fused)",
+            "passes_kernel<SixteenBit<__nv_bfloat16>, 2, 2, false>",
+            PASSES,
+        ),
+        (
+            "void capsops::gradients_kernel<capsops::MultiplyAdds, 2, 1, 2>(capsops::Fused)",
+            "gradients_kernel<MultiplyAdds, 2, 1, 2>",
+            GRADIENTS,
+        ),
+        (
+            "void capsops::(anonymous namespace)::grad_bias_kernel<float>(capsops::Routing)",
+            "grad_bias_kernel<float>",
+            None,
+        ),
+    ],
+)
+def test_kernels_have_names_and_floors(symbol: str, name: str, part: object) -> None:
+    assert kernel_name(symbol) == name
+    assert part_of(name) == part
+
+
+SUMMARY = "========= ERROR SUMMARY: 1 error"
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "found"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, ""),
+        (f"=========     at void at::native::reduce_kernel<512>(T)+0x10\n{SUMMARY}", 0, ""),
+        (f"=========     at void capsops::passes_kernel<T>(F)+0x10\n{SUMMARY}", 0, "1 reports"),
+        (f"8 calls, 1 wrong\n{SUMMARY}", 1, "exit 1"),
+        ("========= Error: Device not supported", 255, "no summary"),
+        ("", None, "took more than"),
+    ],
+)
+def test_what_a_sanitizer_finds_in_our_kernels_fails(output: str, code: int | None, found: str) -> None:
+    said = " ".join(sanitizer.judge("cuda", "memcheck", code, output))
+    assert found in said
+    assert bool(said) == bool(found)
+
+
+def test_a_sanitizer_runs_every_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in that says what it was to run."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        '#!/bin/sh\necho "$@, caching off: $PYTORCH_NO_CUDA_MEMORY_CACHING"\necho "===== SUMMARY"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitizer, "find", lambda: str(tool))
+    runs = sanitizer.start("cuda", tmp_path / "out")
+    assert sanitizer.collect("cuda", runs) == []
+    for name in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        said = (tmp_path / "out" / f"cuda-{name}.log").read_text()
+        assert said.startswith(f"--tool {name} ")
+        assert "-m benchmarks.gpu.exercise --impl cuda, caching off: 1" in said
+    assert sanitizer.collect("cuda", []) == ["compute-sanitizer: not found"]
+
+
+def test_the_exercise_is_of_every_op() -> None:
+    seen = set()
+    for name, function, inputs, passes in exercise.calls("cpu", CPU, torch.float32, equivalence.SMALL[0]):
+        with torch.no_grad():
+            grad = torch.ones_like(function(*inputs))
+        assert all(x.isfinite().all() for x in run(function, passes, inputs, grad))
+        seen.add(name)
+    assert seen == {"squash", "predictions", "capsule_routing", "dynamic_routing", "couplings"}
 
 
 def test_inputs_take_turns() -> None:
