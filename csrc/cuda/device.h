@@ -73,6 +73,13 @@ CAPSOPS_DEVICE float round_tf32(float x) {
     return __uint_as_float(bits);
 }
 
+// 2^x to two units in the last place; below 2^-126 it is 0.
+CAPSOPS_DEVICE float power_of_2(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
+
 // Copies 16 bytes to shared memory, or writes 16 bytes of 0, without waiting. Both addresses are aligned
 // to 16.
 CAPSOPS_DEVICE void copy_async(void* shared, const void* global, bool valid) {
@@ -84,6 +91,37 @@ CAPSOPS_DEVICE void copy_async(void* shared, const void* global, bool valid) {
 
 // Waits for all asynchronous copies of this thread; a barrier then shows them to the others.
 CAPSOPS_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Copies come in groups, each of what was begun since the group before. Waits for all groups of this thread
+// but the newest ones, at most 7.
+CAPSOPS_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+CAPSOPS_DEVICE void wait_for_older_copies(int newest) {
+    switch (newest) {
+        case 7:
+            asm volatile("cp.async.wait_group 7;" ::: "memory");
+            return;
+        case 6:
+            asm volatile("cp.async.wait_group 6;" ::: "memory");
+            return;
+        case 5:
+            asm volatile("cp.async.wait_group 5;" ::: "memory");
+            return;
+        case 4:
+            asm volatile("cp.async.wait_group 4;" ::: "memory");
+            return;
+        case 3:
+            asm volatile("cp.async.wait_group 3;" ::: "memory");
+            return;
+        case 2:
+            asm volatile("cp.async.wait_group 2;" ::: "memory");
+            return;
+        case 1:
+            asm volatile("cp.async.wait_group 1;" ::: "memory");
+            return;
+        default:
+            return wait_for_copies();
+    }
+}
 
 // Numbers that another block has written since the kernel began: past the multiprocessor's own cache.
 CAPSOPS_DEVICE float load_written(const float* x) { return __ldcg(x); }
@@ -106,6 +144,22 @@ CAPSOPS_DEVICE float2 load_pair(const Float16* x) {
 CAPSOPS_DEVICE void narrow(float x, float& to) { to = x; }
 CAPSOPS_DEVICE void narrow(float x, Bfloat16& to) { to = __float2bfloat16_rn(x); }
 CAPSOPS_DEVICE void narrow(float x, Float16& to) { to = __float2half_rn(x); }
+// Four neighbours; x is aligned to all of them together.
+CAPSOPS_DEVICE void load_quad(float (&to)[4], const float* x) {
+    const float4 quad = *reinterpret_cast<const float4*>(x);
+    to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
+}
+CAPSOPS_DEVICE void load_quad(float (&to)[4], const Bfloat16* x) {
+    const uint2 quad = *reinterpret_cast<const uint2*>(x);
+    to[0] = __uint_as_float(quad.x << 16), to[1] = __uint_as_float(quad.x & 0xffff0000);
+    to[2] = __uint_as_float(quad.y << 16), to[3] = __uint_as_float(quad.y & 0xffff0000);
+}
+CAPSOPS_DEVICE void load_quad(float (&to)[4], const Float16* x) {
+    const uint2 quad = *reinterpret_cast<const uint2*>(x);
+    const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&quad.x));
+    const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&quad.y));
+    to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
+}
 CAPSOPS_DEVICE void store_pair(float x, float y, float* to) {
     *reinterpret_cast<float2*>(to) = make_float2(x, y);
 }

@@ -89,19 +89,25 @@ struct Passes {
                   D = int(p.D);
         if (j >= int(p.J)) return;
         constexpr int piece = 16 / int(sizeof(S));
-        const int pieces = f.vectors ? D / piece : D;
+        const int pieces = f.vectors ? D / piece : D, at_once = warp_size / pieces;
+        const int first = lane_index() / pieces, d = lane_index() % pieces * (f.vectors ? piece : 1);
+        if (first >= at_once) return;
 #pragma unroll 1
-        for (int n = lane_index(); n < count * samples * pieces; n += warp_size) {
-            const int chunk_i = n / (samples * pieces), sample = n / pieces % samples, d = n % pieces;
-            const bool valid = b + sample < int(p.B);
-            const int64_t at = valid ? ((int64_t(b + sample) * p.I + i + chunk_i) * p.J + j) * D : 0;
-            const S* const from = static_cast<const S*>(p.u) + at;
-            S* const to = w_tile(stage) + w_at(chunk_i) + sample * tiling.stride;
-            if (f.vectors) {
-                copy_async(to + d * piece, from + d * piece, valid);
-            } else {
-                S zero{};
-                to[d] = valid ? from[d] : zero;
+        for (int chunk_i = 0; chunk_i < count; ++chunk_i) {
+            const int row_size = int(p.J) * D;
+            const S* const from =
+                static_cast<const S*>(p.u) + (int64_t(b) * p.I + i + chunk_i) * row_size + (j * D + d);
+            S* const to = w_tile(stage) + w_at(chunk_i) + d;
+#pragma unroll 1
+            for (int sample = first; sample < samples; sample += at_once) {
+                const bool valid = b + sample < int(p.B);
+                const S* const source = valid ? from + sample * p.I * row_size : static_cast<const S*>(p.u);
+                if (f.vectors) {
+                    copy_async(to + sample * tiling.stride, source, valid);
+                } else {
+                    S zero{};
+                    to[sample * tiling.stride] = valid ? *source : zero;
+                }
             }
         }
     }
@@ -131,6 +137,18 @@ struct Passes {
         }
         const int j = tile_j * tiling.tile_j + own_j();
         if (j >= int(p.J)) return;
+        if (f.vectors && K == tiling.stride) {  // all of W_ij is one piece of memory, here and there
+            const int numbers = int(p.D) * K, first = lane_index() * piece;
+            const S* from = w + (int64_t(i + own_group()) * int(p.J) + j) * numbers;
+            const int64_t step = int64_t(tiling.groups) * int(p.J) * numbers;
+#pragma unroll 1
+            for (int n = own_group(); n < count; n += tiling.groups, from += step) {
+                S* const to = w_tile(stage) + w_at(n);
+#pragma unroll 1
+                for (int m = first; m < numbers; m += warp_size * piece) copy_async(to + m, from + m, true);
+            }
+            return;
+        }
 #pragma unroll 1
         for (int n = own_group(); n < count; n += tiling.groups) {
             copy_rows(w_tile(stage) + w_at(n), w + (int64_t(i + n) * int(p.J) + j) * (int(p.D) * K), int(p.D),

@@ -108,4 +108,24 @@ bool plan_gradients(const FusedShape& shape, const FusedLimits& limits, Tiling& 
     return best > 0;
 }
 
+bool plan_resident(const FusedShape& shape, const FusedLimits& limits, ResidentTiling& to) {
+    if (!shape.given || shape.passes < 1 || shape.J > most_resident_j || shape.D > 32 || shape.I >= 1 << 20)
+        return false;
+    const int64_t rounds = divide_up(shape.B, limits.multiprocessors);
+    if (3 * shape.B < 2 * rounds * limits.multiprocessors) return false;
+    to.parts = shape.D <= 8 ? 2 : shape.D <= 16 ? 4 : 8;
+    // An odd number of vectors from one input capsule to the next: they begin in different banks.
+    to.row = int((shape.J | 1) * 4 * to.parts);
+    const int64_t of_set = 32 / to.parts, sums = shape.J * 4 * to.parts * 4;
+    to.sets = int(divide_up(shape.I, of_set));
+    to.warps = std::min(to.sets, most_resident_warps);
+    const int64_t left = limits.shared_per_block - (to.warps + 2) * sums;
+    const int64_t slot = of_set * to.row * shape.element;
+    to.slots = int(std::min<int64_t>({left / (to.warps * slot), divide_up(to.sets, to.warps), most_slots}));
+    if (to.slots < 1 || (to.slots < 3 && to.slots * to.warps < to.sets)) return false;
+    to.ring = aligned(to.warps * to.slots * slot);
+    to.shared = to.ring + (to.warps + 2) * sums;
+    return true;
+}
+
 }  // namespace capsops

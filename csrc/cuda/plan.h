@@ -46,11 +46,29 @@ constexpr int most_warps = 12;  // of a block of the passes: up to 168 registers
 // Of a block of the gradients: up to 168 registers a thread, 255 for products by multiply-adds.
 constexpr int most_gradient_warps(bool few_registers) { return few_registers ? 12 : 8; }
 
+// Of dynamic_routing with a block for each sample (resident.cu).
+struct ResidentTiling {
+    int parts;       // lanes to a vector
+    int row;         // numbers between input capsules in shared memory
+    int sets;        // of 32 / parts input capsules, of a sample
+    int warps;       // that share them
+    int slots;       // of a warp's ring, a set each
+    int64_t ring;    // bytes of all slots
+    int64_t shared;  // bytes of shared memory of a block
+};
+
+constexpr int most_resident_warps = 12;
+constexpr int most_resident_j = 10;
+constexpr int most_slots = 8;
+
 inline int tiles_of_d(int64_t D) { return D <= 8 ? 1 : D <= 16 ? 2 : D <= 32 ? 4 : 0; }
 
 // Plans of the passes and of the gradients. False where the fused kernels do not serve the shape on such a
 // device.
 bool plan_passes(const FusedShape& shape, const FusedLimits& limits, int resident_blocks, Tiling& to);
 bool plan_gradients(const FusedShape& shape, const FusedLimits& limits, Tiling& to);
+
+// False as well where the samples leave much of the device without work.
+bool plan_resident(const FusedShape& shape, const FusedLimits& limits, ResidentTiling& to);
 
 }  // namespace capsops

@@ -1,5 +1,6 @@
 // Routing from beginning to end: workspace, the passes in their order, the gradient of the bias.
 #include "fused.h"
+#include "resident.h"
 #include "routing.h"
 #include "routing_general.h"
 
@@ -111,11 +112,13 @@ void add_parts(const float* from, void* to, int64_t count, int64_t parts, Storag
     });
 }
 
-// How a call is served: by the fused kernels where they take the shape, else by the general ones.
+// How a call is served: by the resident or the fused kernels where they take the shape, else by the general
+// ones.
 struct Plan {
     Fused passes, gradients;
     FusedKernels kernels;
-    bool fused_passes, fused_gradients;
+    ResidentTiling resident_tiling;
+    bool fused_passes, fused_gradients, resident;
     bool statistics;  // backward: the sums of the softmax of all passes go through memory
     int64_t blocks;   // of the passes: what the device holds at one time
 };
@@ -134,6 +137,8 @@ Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
     const bool tensor_cores = !given && (element == 2 || call.tf32);
     const FusedShape shape{call.B, call.I, call.J, call.D, call.K, element, tensor_cores, given, logits};
     const FusedLimits limits{device.multiprocessors, device.shared_per_block};
+    plan.resident = op == RoutingOp::forward && plan_resident(shape, limits, plan.resident_tiling);
+    if (plan.resident) return plan;
     plan.fused_passes = plan_passes(shape, limits, 1, passes.tiling);
     if (!plan.fused_passes) {
         passes.p.splits = general_splits(passes.p, device);
@@ -165,6 +170,7 @@ Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
 // Divides the workspace; returns the bytes it takes.
 int64_t place(Plan& plan, RoutingOp op, void* workspace) {
     Pieces pieces(workspace);
+    if (plan.resident) return 0;
     Routing& p = plan.passes.p;
     p.total_v = pieces.take<float>(p.iterations * p.capsules());
     p.partial = pieces.take<float>(p.splits * p.capsules());
@@ -206,6 +212,10 @@ void launch_passes(const Plan& plan, int first, int last, bool cooperative, Stre
 void forward(const Plan& plan, RoutingOp op, const RoutingCall& call, bool cooperative, Stream stream) {
     Routing p = plan.passes.p;
     const bool couplings = op == RoutingOp::couplings;
+    if (plan.resident) {
+        resident_passes(Resident{p, plan.resident_tiling, plan.passes.vectors}, call.storage, stream);
+        return;
+    }
     if (plan.fused_passes) {
         const int of_pass = plan.passes.tiling.tiles_j > 1 ? 3 : 2;
         launch_passes(plan, 0, of_pass * p.iterations - couplings, cooperative, stream);

@@ -225,6 +225,11 @@ inline uint32_t transpose_pairs(uint32_t x) {
     return pair;
 }
 
+inline float power_of_2(float x) {
+    const float power = exp2f(x);
+    return power < 1.17549435e-38f ? 0.0f : power;
+}
+
 inline void copy_async(void* shared, const void* global, bool valid) {
     emulator::check_alignment(shared, 16);
     emulator::check_alignment(global, 16);
@@ -235,6 +240,8 @@ inline void copy_async(void* shared, const void* global, bool valid) {
     }
 }
 inline void wait_for_copies() {}
+inline void commit_copies() {}
+inline void wait_for_older_copies(int) {}
 
 inline float load_written(const float* x) { return *x; }
 inline float2 load_written(const float2* x) { return *x; }
@@ -243,6 +250,11 @@ template <typename S>
 inline float2 load_pair(const S* x) {
     emulator::check_alignment(x, 2 * sizeof(S));
     return {widen(x[0]), widen(x[1])};
+}
+template <typename S>
+inline void load_quad(float (&to)[4], const S* x) {
+    emulator::check_alignment(x, 4 * sizeof(S));
+    for (int n = 0; n < 4; ++n) to[n] = widen(x[n]);
 }
 template <typename S>
 inline void store_pair(float x, float y, S* to) {

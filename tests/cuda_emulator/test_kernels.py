@@ -62,12 +62,15 @@ def capsule_routing(
     return {"value": v, **named}
 
 
-def dynamic_routing(emulated: Emulated, inputs: Sequence[Tensor | None], options: Options) -> Run:
+def dynamic_routing(
+    emulated: Emulated, inputs: Sequence[Tensor | None], options: Options, **device: int | bool
+) -> Run:
     u_hat, bias = inputs
-    v, s = emulated.call("dynamic_routing", u_hat, bias, options.iterations, options.leaky)
+    v, s = emulated.call("dynamic_routing", u_hat, bias, options.iterations, options.leaky, **device)
     grads = emulated.call(
         "dynamic_routing_backward",
         *(upstream(v), u_hat, s, options.iterations, options.leaky, options.detach),
+        **device,
     )
     named = {f"gradient {n}": grad for n, grad in enumerate(grads) if inputs[n] is not None}
     return {"value": v, **named}
@@ -302,6 +305,7 @@ def test_float64_is_refused(emulated: Emulated) -> None:
         Shape(2, 9, 2, 40, 1),
         Shape(3, 7, 3, 5, 1),
         Shape(33, 5, 2, 8, 1),
+        Shape(2, 37, 10, 16, 1),
         Shape(5, 4, 14, 16, 1),
         Shape(5, 9, 4, 24, 1),
     ],
@@ -311,6 +315,35 @@ def test_dynamic_routing(emulated: Emulated, shape: Shape, options: Options, dty
     inputs = routing_inputs(shape, options.bias, dtype)
     got = dynamic_routing(emulated, inputs, options)
     check(got, lambda *x: reference.dynamic_routing(*x, **options.keywords()), inputs, [1, None])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "device"),
+    [
+        (Shape(2, 700, 3, 8, 1), torch.float32, {"shared_per_block": 64 * 1024}),
+        (Shape(4, 420, 10, 13, 1), torch.bfloat16, {"shared_per_block": 120 * 1024}),
+        (Shape(3, 9, 10, 16, 1), torch.float32, {"multiprocessors": 16}),
+        (Shape(3, 9, 4, 7, 1), torch.float16, {"multiprocessors": 16, "cooperative": False}),
+    ],
+    ids=str,
+)
+def test_dynamic_routing_on_other_devices(
+    emulated: Emulated, shape: Shape, dtype: torch.dtype, device: dict[str, int | bool]
+) -> None:
+    """Less shared memory than a sample has predictions, so that slots are used again; too few samples."""
+    for options in (Options(4, bias=True), Options(3, leaky=True)):
+        inputs = routing_inputs(shape, options.bias, dtype)
+        got = dynamic_routing(emulated, inputs, options, **device)
+        check(got, lambda *x, o=options: reference.dynamic_routing(*x, **o.keywords()), inputs, [1, None])
+
+
+def test_slots_are_used_again(emulated: Emulated) -> None:
+    """In the two cases above that are to show it."""
+    for B, I, J, D, element, kilobytes in ((2, 700, 3, 8, 4, 64), (4, 420, 10, 13, 2, 120)):  # noqa: E741
+        plan = emulated.extension.resident_plan(
+            B, I, J, D, element, 3, multiprocessors=3, shared_per_block=kilobytes * 1024
+        )
+        assert plan["warps"] * plan["slots"] < plan["sets"]
 
 
 def test_dynamic_routing_with_more_passes_than_registers_hold(emulated: Emulated) -> None:

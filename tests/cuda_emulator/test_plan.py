@@ -90,6 +90,35 @@ def test_what_is_left_to_the_general_kernels(shape: dict[str, int], gradients: b
     assert _cuda.fused_plan(gradients, **shape) is None
 
 
+@given(shape=shapes, device=st.sampled_from(sorted(DEVICES)))
+def test_resident(shape: dict[str, int], device: str) -> None:
+    shared, multiprocessors = DEVICES[device]
+    B, I, J, D = (shape[axis] for axis in "BIJD")  # noqa: E741
+    plan = _cuda.resident_plan(
+        B, I, J, D, shape["element"], shape["passes"], multiprocessors, shared_per_block=shared
+    )
+    busy = B / (-(-B // multiprocessors) * multiprocessors)
+    if plan is None:
+        assert shape["passes"] == 0 or J > 10 or busy < 2 / 3 or D > 16
+        return
+    assert busy >= 2 / 3
+    of_set = 32 // plan["parts"]
+    assert covers(plan["sets"], of_set, I)
+    assert 1 <= plan["warps"] <= min(12, plan["sets"])
+    assert 4 * plan["parts"] >= D
+    assert plan["row"] >= J * 4 * plan["parts"]
+    assert plan["row"] // (4 * plan["parts"]) % 2 == 1  # neighbours begin in different banks
+    of_warp = -(-plan["sets"] // plan["warps"])
+    assert 1 <= plan["slots"] <= min(8, of_warp)
+    assert plan["ring"] >= plan["warps"] * plan["slots"] * of_set * plan["row"] * shape["element"]
+    assert plan["ring"] + (plan["warps"] + 2) * J * 16 * plan["parts"] <= plan["shared"] <= shared
+
+
+def test_half_of_the_predictions_of_a_capsule_network_stay_on_an_h200() -> None:
+    plan = _cuda.resident_plan(128, 1152, 10, 16, element=2)
+    assert plan["warps"] * plan["slots"] >= plan["sets"] / 2
+
+
 def test_a_capsule_network_fills_an_h200() -> None:
     """MNIST's capsule layer: B = 128, I = 1152, J = 10, D = 16, K = 8."""
     passes = _cuda.fused_plan(False, 128, 1152, 10, 16, 8)

@@ -56,11 +56,12 @@ def instructions(arch: str) -> dict[str, list[str]]:
 def test_every_kernel_is_there(resources: dict[str, dict[str, int]]) -> None:
     """Passes: 3 sizes of D, forward and backward, 4 ways to multiply and 3 storages of given predictions.
 
-    Gradients: 5 for each way to multiply and each storage.
+    Gradients: 5 for each way to multiply and each storage. Resident: 3 sizes of D, J 10 or less, 3 storages.
     """
     names = " ".join(resources)
     assert names.count("passes_kernel") == 42
     assert names.count("gradients_kernel") == 35
+    assert names.count("resident_kernel") == 18
     for kernel in ("squash_kernel", "predictions_kernel", "sums_kernel", "grad_bias_kernel"):
         assert kernel in names
 
@@ -74,7 +75,7 @@ def test_no_spills_and_no_stack(resources: dict[str, dict[str, int]]) -> None:
 def test_registers_let_the_planned_blocks_run(resources: dict[str, dict[str, int]]) -> None:
     """65536 registers of a multiprocessor, given to warps in units of 256, four warps at a time."""
     for name, numbers in resources.items():
-        warps = 12 if "passes_kernel" in name or "gradients_kernel" in name else 8
+        warps = 12 if re.search("passes_|gradients_|resident_", name) else 8
         if "gradients_kernel" in name and "MultiplyAdds" in name:
             warps = 8
         registers = -(-numbers["REG"] // 8) * 8
@@ -89,8 +90,10 @@ def test_no_local_memory_in_the_machine_code(instructions: dict[str, list[str]])
 
 def test_tensor_cores(instructions: dict[str, list[str]]) -> None:
     """Of the shape and type that is meant, in the kernels for them; copies in flight of what comes again."""
-    fused = {name: code for name, code in instructions.items() if re.search("passes_|gradients_", name)}
-    assert len(fused) == 77
+    fused = {
+        name: code for name, code in instructions.items() if re.search("passes_|gradients_|resident_", name)
+    }
+    assert len(fused) == 95
     for name, code in fused.items():
         copies = any(op.startswith("LDGSTS") for op in code)
         assert copies != ("gradients_" in name and "Given" in name), f"{name}: asynchronous copies?"

@@ -1,0 +1,234 @@
+// dynamic_routing forward: one block for each sample, all passes without a barrier of the grid.
+//
+// A warp has some sets of input capsules, `lanes / parts` of them each, for all output capsules; `parts`
+// lanes hold a vector, 4 components each. So logits, softmax and sums of a set stay within the warp, V and
+// the sums within its registers. The sets go through a ring of slots in shared memory, forwards in the first
+// pass, backwards in the second and so on: what the last slots hold is what the next pass begins with, and
+// only the rest is read again. The warps' sums meet once a pass.
+#include "resident.h"
+
+namespace capsops {
+namespace {
+
+constexpr float log2_e = 1.44269504f;
+
+// `exact`: J is most_j, else it may be less.
+template <typename S, int parts, int most_j, bool exact>
+struct Sample {
+    static constexpr int of_set = warp_size / parts;  // input capsules
+    static constexpr int size = 4 * parts;            // of a vector, components beyond D being 0
+
+    const Resident& r;
+    const Routing& p;
+    const ResidentTiling& tiling;
+    const int64_t b;
+    const int J, D, lane, part;
+    const int own;          // sets of this warp: number warp_index() + n warp_count()
+    S* const slots;         // of this warp: [slots, of_set, row]
+    float* const sums;      // [warps, J, size]
+    float* const total_v;   // [J, size]
+    float* const weighted;  // [J, size]: s
+
+    CAPSOPS_DEVICE Sample(const Resident& r, int64_t b)
+        : r(r),
+          p(r.p),
+          tiling(r.tiling),
+          b(b),
+          J(exact ? most_j : int(p.J)),
+          D(int(p.D)),
+          lane(lane_index()),
+          part(lane % parts),
+          own((tiling.sets - warp_index() + warp_count() - 1) / warp_count()),
+          slots(reinterpret_cast<S*>(shared_memory()) + warp_index() * tiling.slots * of_set * tiling.row),
+          sums(reinterpret_cast<float*>(shared_memory() + tiling.ring)),
+          total_v(sums + warp_count() * J * size),
+          weighted(total_v + J * size) {}
+
+    // What no copy writes, the components beyond D, must be 0.
+    CAPSOPS_DEVICE void clear() const {
+        if (D == size) return;
+        float* const words = reinterpret_cast<float*>(shared_memory());
+        for (int n = thread_index(); n < int(tiling.shared / 4); n += thread_count()) words[n] = 0.0f;
+        block_barrier();
+    }
+
+    CAPSOPS_DEVICE S* slot(int n) const { return slots + n % tiling.slots * of_set * tiling.row; }
+
+    // Begins to copy set n of this warp, if there is one.
+    CAPSOPS_DEVICE void copy(int n) const {
+        if (n >= 0 && n < own) {
+            const int i = (warp_index() + n * warp_count()) * of_set, left = int(p.I) - i;
+            const S* const from = static_cast<const S*>(p.u) + (b * p.I + i) * (J * D);
+            S* const to = slot(n);
+            if (r.vectors && D == size) {
+                constexpr int piece = 16 / int(sizeof(S));
+                const int of_row = J * size / piece;
+#pragma unroll 1
+                for (int m = lane; m < of_set * of_row; m += warp_size) {
+                    const int chunk_i = m / of_row, at = m % of_row * piece;
+                    const bool valid = chunk_i < left;
+                    copy_async(to + chunk_i * tiling.row + at, from + (valid ? m * piece : 0), valid);
+                }
+            } else {
+                const int of_row = J * D;
+#pragma unroll 1
+                for (int m = lane; m < of_set * of_row; m += warp_size) {
+                    const int chunk_i = m / of_row, at = m % of_row;
+                    S zero{};
+                    to[chunk_i * tiling.row + at / D * size + at % D] = chunk_i < left ? from[m] : zero;
+                }
+            }
+        }
+        commit_copies();
+    }
+
+    // One pass over the sets: sum [J, 4] of this lane's input capsules and components. Logits are to base 2.
+    template <bool first>
+    CAPSOPS_DEVICE void pass(bool forwards, float (&sum)[most_j][4]) const {
+        float v[most_j][4];
+#pragma unroll
+        for (int j = 0; j < most_j; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                v[j][e] = !first && j < J ? log2_e * total_v[j * size + 4 * part + e] : 0.0f;
+                sum[j][e] = 0.0f;
+            }
+        }
+#pragma unroll 1
+        for (int n = 0; n < own; ++n) {
+            const int set = forwards ? n : own - 1 - n;
+            wait_for_older_copies(tiling.slots - 1);
+            warp_barrier();
+            add<first>(slot(set) + lane / parts * tiling.row + 4 * part, v, sum);
+            warp_barrier();
+            copy(forwards ? set + tiling.slots : set - tiling.slots);
+        }
+    }
+
+    // Adds c u_hat of one input capsule, whose predictions lie at `from`.
+    template <bool first>
+    CAPSOPS_DEVICE void add(const S* from, const float (&v)[most_j][4], float (&sum)[most_j][4]) const {
+        float u_hat[most_j][4], c[most_j];
+#pragma unroll
+        for (int j = 0; j < most_j; ++j) {
+            c[j] = -INFINITY;
+            if (j >= J) continue;
+            load_quad(u_hat[j], from + j * size);
+        }
+        if (first) {
+#pragma unroll
+            for (int j = 0; j < most_j; ++j) {
+                if (j >= J) continue;
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sum[j][e] += u_hat[j][e];
+            }
+            return;
+        }
+        float largest = p.leaky ? 0.0f : -INFINITY;
+#pragma unroll
+        for (int j = 0; j < most_j; ++j) {
+            if (j >= J) continue;
+            float logit = 0.0f;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) logit += u_hat[j][e] * v[j][e];
+            c[j] = lane_sum(logit, parts);
+            largest = fmaxf(largest, c[j]);
+        }
+        float total = p.leaky ? power_of_2(-largest) : 0.0f;
+#pragma unroll
+        for (int j = 0; j < most_j; ++j) {
+            if (j >= J) continue;
+            c[j] = power_of_2(c[j] - largest);
+            total += c[j];
+        }
+        const float inverse = 1.0f / total;
+#pragma unroll
+        for (int j = 0; j < most_j; ++j) {
+            if (j >= J) continue;
+            const float coupling = c[j] * inverse;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[j][e] += coupling * u_hat[j][e];
+        }
+    }
+
+    // s, and from it V of the next pass or, after the last, v.
+    CAPSOPS_DEVICE void finish(int t, float (&sum)[most_j][4]) const {
+#pragma unroll
+        for (int j = 0; j < most_j; ++j) {
+            if (j >= J) continue;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const float x = lane_sum(sum[j][e], of_set, parts);
+                if (lane < parts) sums[(warp_index() * J + j) * size + 4 * part + e] = x;
+            }
+        }
+        block_barrier();
+        const CapsuleLanes lanes(D);
+        const bool writes = lanes.split == 0 && lanes.d < D;
+        for (int j = warp_index(); j < J; j += warp_count()) {
+            const int at = j * size + lanes.d;
+            const int64_t global = (b * J + j) * D + lanes.d;
+            if (writes) {
+                float s = 0.0f;
+                for (int warp = 0; warp < warp_count(); ++warp) s += sums[warp * J * size + at];
+                if (t == 0) s *= p.first;
+                if (p.bias != nullptr) s += load<S>(p.bias, j * D + lanes.d);
+                weighted[at] = s;
+                p.s[t * p.capsules() + global] = s;
+            }
+            warp_barrier();
+            const Squash f = squash_of(D, lanes, [this, j](int64_t d) { return weighted[j * size + d]; });
+            if (!writes) continue;
+            const float v = f.value(weighted[at]);
+            if (t + 1 == p.iterations) {
+                narrow(v, static_cast<S*>(p.v)[global]);
+            } else {
+                total_v[at] = t == 0 ? v : total_v[at] + v;
+            }
+        }
+        block_barrier();
+    }
+
+    CAPSOPS_DEVICE void run() const {
+        float sum[most_j][4];
+        for (int n = 0; n < tiling.slots; ++n) copy(n);
+        pass<true>(true, sum);
+        finish(0, sum);
+#pragma unroll 1
+        for (int t = 1; t < p.iterations; ++t) {
+            pass<false>(t % 2 == 0, sum);
+            finish(t, sum);
+        }
+    }
+};
+
+template <typename S, int parts, int most_j, bool exact>
+CAPSOPS_KERNEL(most_resident_warps* warp_size, 1)
+resident_kernel(CAPSOPS_PARAMETER Resident r) {
+    if (block_index() < r.p.B) Sample<S, parts, most_j, exact>(r, block_index()).clear();
+    for (int64_t b = block_index(); b < r.p.B; b += block_count())
+        Sample<S, parts, most_j, exact>(r, b).run();
+}
+
+template <typename S, int parts>
+void (*kernel_of(int64_t J))(Resident) {
+    return J == most_resident_j ? resident_kernel<S, parts, most_resident_j, true>
+                                : resident_kernel<S, parts, most_resident_j, false>;
+}
+
+}  // namespace
+
+void resident_passes(const Resident& call, Storage storage, Stream stream) {
+    with_storage(storage, [&](auto type) {
+        typedef decltype(type) S;
+        const auto kernel = call.tiling.parts == 2   ? kernel_of<S, 2>(call.p.J)
+                            : call.tiling.parts == 4 ? kernel_of<S, 4>(call.p.J)
+                                                     : kernel_of<S, 8>(call.p.J);
+        launch(kernel,
+               Launch{"routing_resident", blocks_for(call.p.B, 1), call.tiling.warps * warp_size,
+                      call.tiling.shared, stream},
+               call);
+    });
+}
+
+}  // namespace capsops

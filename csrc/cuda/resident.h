@@ -1,0 +1,18 @@
+// dynamic_routing forward with one block for each sample, whose predictions stay on the chip as far as they
+// fit.
+#pragma once
+
+#include "plan.h"
+#include "routing.h"
+
+namespace capsops {
+
+struct Resident {
+    Routing p;
+    ResidentTiling tiling;
+    bool vectors;  // u_hat is copied 16 bytes at a time
+};
+
+void resident_passes(const Resident& call, Storage storage, Stream stream);
+
+}  // namespace capsops
