@@ -117,7 +117,7 @@ def value_and_gradients(
     value = function(*leaves)
     if upstream is None:
         draw = torch.Generator().manual_seed(1)
-        upstream = torch.randn(value.shape, generator=draw, dtype=torch.float64).to(value.dtype)
+        upstream = torch.randn(value.shape, generator=draw, dtype=torch.float64).to(value)
     elif not isinstance(upstream, Tensor):
         upstream = upstream(value.detach())
     named = {f"gradient {n}": x for n, x in enumerate(leaves) if x is not None and x.requires_grad}
