@@ -52,14 +52,11 @@ struct Sample {
         block_barrier();
     }
 
-    CAPSOPS_DEVICE S* slot(int n) const { return slots + n % tiling.slots * of_set * tiling.row; }
-
-    // Begins to copy set n of this warp, if there is one.
-    CAPSOPS_DEVICE void copy(int n) const {
+    // Begins to copy set n of this warp, if there is one. Its slot is number n modulo their count.
+    CAPSOPS_DEVICE void copy(int n, S* to) const {
         if (n >= 0 && n < own) {
             const int i = (warp_index() + n * warp_count()) * of_set, left = int(p.I) - i;
             const S* const from = static_cast<const S*>(p.u) + (b * p.I + i) * (J * D);
-            S* const to = slot(n);
             if (r.vectors && D == size) {
                 constexpr int piece = 16 / int(sizeof(S));
                 const int of_row = J * size / piece;
@@ -94,14 +91,19 @@ struct Sample {
                 sum[j][e] = 0.0f;
             }
         }
+        int slot = forwards ? 0 : (own + tiling.slots - 1) % tiling.slots;
 #pragma unroll 1
         for (int n = 0; n < own; ++n) {
             const int set = forwards ? n : own - 1 - n;
+            S* const at = slots + slot * of_set * tiling.row;
             wait_for_older_copies(tiling.slots - 1);
             warp_barrier();
-            add<first>(slot(set) + lane / parts * tiling.row + 4 * part, v, sum);
+            add<first>(at + lane / parts * tiling.row + 4 * part, v, sum);
             warp_barrier();
-            copy(forwards ? set + tiling.slots : set - tiling.slots);
+            copy(forwards ? set + tiling.slots : set - tiling.slots, at);
+            slot += forwards ? 1 : -1;
+            if (slot == tiling.slots) slot = 0;
+            if (slot < 0) slot = tiling.slots - 1;
         }
     }
 
@@ -191,7 +193,7 @@ struct Sample {
 
     CAPSOPS_DEVICE void run() const {
         float sum[most_j][4];
-        for (int n = 0; n < tiling.slots; ++n) copy(n);
+        for (int n = 0; n < tiling.slots; ++n) copy(n, slots + n * of_set * tiling.row);
         pass<true>(true, sum);
         finish(0, sum);
 #pragma unroll 1

@@ -147,6 +147,16 @@ def test_kernels_have_names_and_floors(symbol: str, name: str, part: object) -> 
     assert part_of(name) == part
 
 
+def test_a_profiler_that_fails_is_told() -> None:
+    def fails() -> dict[str, float]:
+        raise RuntimeError("no counters")
+
+    failures: list[str] = []
+    assert kernels.parts("a case", lambda: {"kernel": 1.0}, failures) == {"kernel": 1.0}
+    assert kernels.parts("a case", fails, failures) == {}
+    assert failures == ["a case, by kernel: RuntimeError: no counters"]
+
+
 SUMMARY = "========= ERROR SUMMARY: 1 error"
 
 
