@@ -11,13 +11,14 @@ from pathlib import Path
 TOOLS = {"cuda": ("memcheck", "racecheck", "synccheck", "initcheck")}
 KERNELS = {"cuda": "capsops::"}  # what our kernels are called; torch's own are not ours to judge
 OTHERS = ("memcheck",)
-SECONDS = 120  # for all tools together; much of it goes into starting torch under them
+SECONDS = 150  # for all tools together, from their start; much of it goes into starting torch under them
 
 
 @dataclass
 class Run:
     tool: str
     process: subprocess.Popen
+    until: float
     log: Path
 
 
@@ -52,7 +53,7 @@ def start(impl: str, folder: Path) -> list[Run]:
         log = folder / f"{impl}-{tool}.log"
         with log.open("w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        runs.append(Run(tool, process, log))
+        runs.append(Run(tool, process, time.monotonic() + SECONDS, log))
     return runs
 
 
@@ -72,10 +73,10 @@ def collect(impl: str, runs: list[Run]) -> list[str]:
     """Waits for the tools; what they found."""
     if not runs:
         return ["compute-sanitizer: not found"]
-    failures, until = [], time.monotonic() + SECONDS
+    failures = []
     for run in runs:
         try:
-            code = run.process.wait(max(until - time.monotonic(), 0.1))
+            code = run.process.wait(max(run.until - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
             run.process.kill()
             run.process.wait()
