@@ -149,17 +149,6 @@ CAPSOPS_DEVICE void load_quad(float (&to)[4], const float* x) {
     const float4 quad = *reinterpret_cast<const float4*>(x);
     to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
 }
-CAPSOPS_DEVICE void load_quad(float (&to)[4], const Bfloat16* x) {
-    const uint2 quad = *reinterpret_cast<const uint2*>(x);
-    to[0] = __uint_as_float(quad.x << 16), to[1] = __uint_as_float(quad.x & 0xffff0000);
-    to[2] = __uint_as_float(quad.y << 16), to[3] = __uint_as_float(quad.y & 0xffff0000);
-}
-CAPSOPS_DEVICE void load_quad(float (&to)[4], const Float16* x) {
-    const uint2 quad = *reinterpret_cast<const uint2*>(x);
-    const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&quad.x));
-    const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&quad.y));
-    to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
-}
 CAPSOPS_DEVICE void store_pair(float x, float y, float* to) {
     *reinterpret_cast<float2*>(to) = make_float2(x, y);
 }
@@ -171,10 +160,30 @@ CAPSOPS_DEVICE void store_pair(float x, float y, Float16* to) {
 }
 
 // Two numbers of 16 bits in one register, the first in its lower half.
-CAPSOPS_DEVICE uint32_t pack_bfloat16(float first, float second) {
+template <typename S>
+CAPSOPS_DEVICE uint32_t pack_pair(float first, float second) {
     uint32_t pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    if constexpr (std::is_same<S, Bfloat16>::value) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    }
     return pair;
+}
+template <typename S>
+CAPSOPS_DEVICE float2 widen_pair(uint32_t pair) {
+    if constexpr (std::is_same<S, Bfloat16>::value) {
+        return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+    } else {
+        return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+    }
+}
+
+template <typename S>
+CAPSOPS_DEVICE void load_quad(float (&to)[4], const S* x) {
+    const uint2 quad = *reinterpret_cast<const uint2*>(x);
+    const float2 low = widen_pair<S>(quad.x), high = widen_pair<S>(quad.y);
+    to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
 }
 
 // c += a b with a 16 x 16, b 16 x 8, of 16-bit numbers. A lane holds pairs, named by their first: a (g, 2q),

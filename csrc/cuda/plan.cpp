@@ -114,9 +114,11 @@ bool plan_resident(const FusedShape& shape, const FusedLimits& limits, ResidentT
     const int64_t rounds = divide_up(shape.B, limits.multiprocessors);
     if (3 * shape.B < 2 * rounds * limits.multiprocessors) return false;
     to.parts = shape.D <= 8 ? 2 : shape.D <= 16 ? 4 : 8;
-    // An odd number of vectors from one input capsule to the next: they begin in different banks.
-    to.row = int((shape.J | 1) * 4 * to.parts);
-    const int64_t of_set = 32 / to.parts, sums = shape.J * 4 * to.parts * 4;
+    // An odd number of vectors from one input capsule to the next, or on tensor cores of 16 bytes: they begin
+    // in different banks.
+    const bool matrix = resident_on_tensor_cores(shape.element, to.parts);
+    to.row = int(matrix ? shape.J * 16 + 8 : (shape.J | 1) * 4 * to.parts);
+    const int64_t of_set = matrix ? 16 : 32 / to.parts, sums = shape.J * 4 * to.parts * 4;
     to.sets = int(divide_up(shape.I, of_set));
     to.warps = std::min(to.sets, most_resident_warps);
     const int64_t left = limits.shared_per_block - (to.warps + 2) * sums;

@@ -57,6 +57,9 @@ struct ResidentTiling {
     int64_t shared;  // bytes of shared memory of a block
 };
 
+// Logits by products of depth 16.
+constexpr bool resident_on_tensor_cores(int element, int parts) { return element == 2 && parts == 4; }
+
 constexpr int most_resident_warps = 12;
 constexpr int most_resident_j = 10;
 constexpr int most_slots = 8;

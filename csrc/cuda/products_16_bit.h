@@ -29,7 +29,7 @@ struct Bfloat16Gradients {
 #pragma unroll
             for (int n = 0; n < N; ++n) {
                 const Tile& x = grad[r / 2][n];
-                to.x[r][n] = pack_bfloat16(x[r % 2 * 2], x[r % 2 * 2 + 1]);
+                to.x[r][n] = pack_pair<S>(x[r % 2 * 2], x[r % 2 * 2 + 1]);
             }
         }
         return to;

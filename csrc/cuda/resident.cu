@@ -15,8 +15,9 @@ constexpr float log2_e = 1.44269504f;
 // `exact`: J is most_j, else it may be less.
 template <typename S, int parts, int most_j, bool exact>
 struct Sample {
-    static constexpr int of_set = warp_size / parts;  // input capsules
-    static constexpr int size = 4 * parts;            // of a vector, components beyond D being 0
+    static constexpr bool matrix = resident_on_tensor_cores(int(sizeof(S)), parts);
+    static constexpr int of_set = matrix ? 16 : warp_size / parts;  // input capsules
+    static constexpr int size = 4 * parts;  // of a vector, components beyond D being 0
 
     const Resident& r;
     const Routing& p;
@@ -79,18 +80,14 @@ struct Sample {
         commit_copies();
     }
 
-    // One pass over the sets: sum [J, 4] of this lane's input capsules and components. Logits are to base 2.
-    template <bool first>
-    CAPSOPS_DEVICE void pass(bool forwards, float (&sum)[most_j][4]) const {
-        float v[most_j][4];
-#pragma unroll
-        for (int j = 0; j < most_j; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                v[j][e] = !first && j < J ? log2_e * total_v[j * size + 4 * part + e] : 0.0f;
-                sum[j][e] = 0.0f;
-            }
-        }
+    // Which component number e of a lane's 4 is.
+    CAPSOPS_DEVICE int component(int e) const {
+        return matrix ? 2 * part + e % 2 + 8 * (e / 2) : 4 * part + e;
+    }
+
+    // Calls work(set in shared memory) for all sets of this warp, and copies others meanwhile.
+    template <typename Work>
+    CAPSOPS_DEVICE void for_sets(bool forwards, Work work) const {
         int slot = forwards ? 0 : (own + tiling.slots - 1) % tiling.slots;
 #pragma unroll 1
         for (int n = 0; n < own; ++n) {
@@ -98,12 +95,116 @@ struct Sample {
             S* const at = slots + slot * of_set * tiling.row;
             wait_for_older_copies(tiling.slots - 1);
             warp_barrier();
-            add<first>(at + lane / parts * tiling.row + 4 * part, v, sum);
+            work(at);
             warp_barrier();
             copy(forwards ? set + tiling.slots : set - tiling.slots, at);
             slot += forwards ? 1 : -1;
             if (slot == tiling.slots) slot = 0;
             if (slot < 0) slot = tiling.slots - 1;
+        }
+    }
+
+    // One pass over the sets: sum [J, 4] of this lane's input capsules and components. Logits are to base 2.
+    template <bool first>
+    CAPSOPS_DEVICE void pass(bool forwards, float (&sum)[most_j][4]) const {
+#pragma unroll
+        for (int j = 0; j < most_j; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[j][e] = 0.0f;
+        }
+        if constexpr (matrix) {
+            uint32_t v[most_j][2];
+#pragma unroll
+            for (int j = 0; j < most_j; ++j) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    v[j][half] = !first && j < J ? column_pair(j, half) : 0;
+                }
+            }
+            for_sets(forwards, [&](const S* at) { add_16<first>(at, v, sum); });
+        } else {
+            float v[most_j][4];
+#pragma unroll
+            for (int j = 0; j < most_j; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    v[j][e] = !first && j < J ? log2_e * total_v[j * size + component(e)] : 0.0f;
+                }
+            }
+            for_sets(forwards,
+                     [&](const S* at) { add<first>(at + lane / parts * tiling.row + 4 * part, v, sum); });
+        }
+    }
+
+    // V_j as right operand, rounded to 16 bits in column 2 (j % 4), what that leaves in the next: to 2^-17 of
+    // V in bfloat16, 2^-22 in float16. Four output capsules have their columns, and others' are 0, so that
+    // their products add up to the logits of all four: lane q has that of j with j % 4 = q.
+    CAPSOPS_DEVICE uint32_t column_pair(int j, int half) const {
+        const int g = lane / 4, d = 2 * part + 8 * half;
+        if (g / 2 != j % 4) return 0;
+        float x[2];
+        for (int e = 0; e < 2; ++e) {
+            const float v = log2_e * total_v[j * size + d + e];
+            S rounded;
+            narrow(v, rounded);
+            x[e] = g % 2 == 0 ? v : v - widen(rounded);
+        }
+        return pack_pair<S>(x[0], x[1]);
+    }
+
+    // Adds c u_hat of 16 input capsules, whose predictions begin at `from`: of rows g and g + 8 a lane has
+    // the components 2q, 2q + 1, 2q + 8 and 2q + 9.
+    template <bool first>
+    CAPSOPS_DEVICE void add_16(const S* from, const uint32_t (&v)[most_j][2], float (&sum)[most_j][4]) const {
+        constexpr int fours = (most_j + 3) / 4;
+        uint32_t u_hat[most_j][4];
+        float c[fours][2];
+#pragma unroll
+        for (int j = 0; j < most_j; ++j) {
+            if (j >= J) continue;
+            load_matrices(u_hat[j], from + lane % 16 * tiling.row + j * size + lane / 16 * 8);
+        }
+        if constexpr (!first) {
+#pragma unroll
+            for (int four = 0; four < fours; ++four) {
+                float logits[4] = {};
+#pragma unroll
+                for (int j = 4 * four; j < 4 * four + 4 && j < most_j; ++j) {
+                    if (j < J) mma_16_bit<S>(logits, u_hat[j], v[j]);
+                }
+                const bool valid = 4 * four + part < J;
+                c[four][0] = valid ? logits[0] + logits[1] : -INFINITY;
+                c[four][1] = valid ? logits[2] + logits[3] : -INFINITY;
+            }
+#pragma unroll
+            for (int row = 0; row < 2; ++row) {
+                float largest = p.leaky ? 0.0f : -INFINITY, total = 0.0f;
+#pragma unroll
+                for (int four = 0; four < fours; ++four) largest = fmaxf(largest, c[four][row]);
+                largest = lane_max(largest, 4);
+                if (p.leaky && part == 0) total = power_of_2(-largest);
+#pragma unroll
+                for (int four = 0; four < fours; ++four) {
+                    c[four][row] = power_of_2(c[four][row] - largest);
+                    total += c[four][row];
+                }
+                const float inverse = 1.0f / lane_sum(total, 4);
+#pragma unroll
+                for (int four = 0; four < fours; ++four) c[four][row] *= inverse;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < most_j; ++j) {
+            if (j >= J) continue;
+#pragma unroll
+            for (int row = 0; row < 2; ++row) {
+                const float coupling = first ? 1.0f : shuffle(c[j / 4][row], lane / 4 * 4 + j % 4);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float2 x = widen_pair<S>(u_hat[j][row + 2 * half]);
+                    sum[j][2 * half] += coupling * x.x, sum[j][2 * half + 1] += coupling * x.y;
+                }
+            }
         }
     }
 
@@ -160,8 +261,8 @@ struct Sample {
             if (j >= J) continue;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const float x = lane_sum(sum[j][e], of_set, parts);
-                if (lane < parts) sums[(warp_index() * J + j) * size + 4 * part + e] = x;
+                const float x = lane_sum(sum[j][e], warp_size / parts, parts);
+                if (lane < parts) sums[(warp_index() * J + j) * size + component(e)] = x;
             }
         }
         block_barrier();

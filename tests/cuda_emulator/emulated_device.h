@@ -144,10 +144,19 @@ inline void narrow(float x, Bfloat16& to) {
 }
 inline void narrow(float x, Float16& to) { to.value = _Float16(x); }
 
-inline uint32_t pack_bfloat16(float first, float second) {
-    Bfloat16 low, high;
-    narrow(first, low), narrow(second, high);
-    return low.bits | uint32_t(high.bits) << 16;
+template <typename S>
+uint32_t pack_pair(float first, float second) {
+    S pair[2];
+    narrow(first, pair[0]), narrow(second, pair[1]);
+    uint32_t packed;
+    std::memcpy(&packed, pair, 4);
+    return packed;
+}
+template <typename S>
+float2 widen_pair(uint32_t packed) {
+    S pair[2];
+    std::memcpy(pair, &packed, 4);
+    return {widen(pair[0]), widen(pair[1])};
 }
 
 // One half of register `at` of a lane.

@@ -106,4 +106,6 @@ def test_tensor_cores(instructions: dict[str, list[str]]) -> None:
             wanted = {f"HMMA.16816.F32{kind}", f"HMMA.1688.F32{kind}"}
             if "gradients_" in name and not kind:
                 wanted.add("HMMA.1688.F32.TF32")
+        elif resident := re.search("resident_kernelI(13__nv_bfloat16|6__half)Li4E", name):
+            wanted = {f"HMMA.16816.F32{'.BF16' if 'bfloat16' in resident.group(1) else ''}"}
         assert matrix == wanted, name
