@@ -197,6 +197,15 @@ def test_sums_of_16_bit_are_float32(emulated: Emulated, dtype: torch.dtype) -> N
     assert (s - exact).norm() < 1e-6 * exact.norm()
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-15), (torch.float16, 2**-20)])
+def test_sums_of_given_16_bit(emulated: Emulated, dtype: torch.dtype, bound: float) -> None:
+    """V goes to the tensor cores in two parts, which leaves the logits far more exact than the dtype."""
+    u_hat, bias = routing_inputs(Shape(2, 37, 10, 16, 1), True, dtype)
+    _, s = emulated.call("dynamic_routing", u_hat, bias, 3, False)
+    _, exact = emulated.call("dynamic_routing", u_hat.float(), bias.float(), 3, False)
+    assert (s - exact).norm() < bound * exact.norm()
+
+
 def to_tf32(x: Tensor) -> Tensor:
     """To 10 bits behind the point, in the way of every product on tensor cores; the gradient as well."""
     bits = (x.detach().view(torch.int32) + 0x1000) & ~0x1FFF
