@@ -46,7 +46,7 @@ class Compiled:
         flags = [
             name.lower() for name in ("UNIFORM", "GRADIENT", "NEEDS_U", "NEEDS_W") if self.options.get(name)
         ]
-        return " ".join([self.kernel.removesuffix("_kernel"), *flags])
+        return " ".join([self.kernel.removesuffix("_kernel"), *self.options.get("OF", ""), *flags])
 
 
 @dataclass(frozen=True)

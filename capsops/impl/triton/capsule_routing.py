@@ -19,7 +19,7 @@ A program of a pass has a tile of samples and a share of the input capsules; its
 [parts, B, J, D], which a small kernel of sums.py adds in a fixed order and squashes. The parts are as many as
 fill the device, whatever I is.
 
-Input capsules of more than LARGEST_INPUT components, which no block holds, are the exception: û is made.
+Input capsules of more components than a block holds are taken KB components at a time.
 """
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from capsops.impl.triton import sums, tiles
 from capsops.impl.triton.capsules import (
+    agreement,
     load_inputs,
     load_outputs,
     load_weights,
@@ -39,48 +40,67 @@ from capsops.impl.triton.capsules import (
     weight_mask,
     weight_offsets,
 )
-from capsops.impl.triton.dynamic_routing import dynamic_routing, dynamic_routing_backward
-from capsops.impl.triton.launch import INTERPRETED, launch, on_device, precision
-from capsops.impl.triton.predictions import predictions, predictions_backward
+from capsops.impl.triton.launch import launch, on_device, unit
 from capsops.impl.triton.tiles import ceil_div
 
-LARGEST_INPUT = 256
+
+@triton.jit
+def _weight_offset(q, N: tl.constexpr, K: tl.constexpr):
+    """Where component q of all I · K stands in W, for the first of its N columns."""
+    return q // K * (N * K) + q % K
 
 
-@triton.jit(do_not_specialize=["B", "I", "batch_tiles", "column_tiles", "steps"])
-def uniform_pass_kernel(
-    p_u, p_w, p_partials, B, I, batch_tiles, column_tiles, steps,
-    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Q: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+@triton.jit(do_not_specialize=["B", "I", "row_tiles", "column_tiles", "steps"])
+def uniform_product_kernel(
+    p_u, p_w, p_s, p_out, B, I, row_tiles, column_tiles, steps, factor,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Q: tl.constexpr, OF: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Σ_i û: the product of u [B, I · K] and W [I · K, N = J · D], Q · steps terms a program."""
+    """factor · OF, with u [B, I · K], W [I · K, N = J · D] and s [B, N]; Q · steps terms a program.
+
+    OF is "s" = u W, or "u" = s Wᵀ, or "w" = uᵀ s.
+    """
     pid = tl.program_id(0).to(tl.int64)
-    row = (pid % batch_tiles) * R + tl.arange(0, R)
-    n = ((pid // batch_tiles) % column_tiles) * C + tl.arange(0, C)
-    part = pid // batch_tiles // column_tiles
-    q = tl.arange(0, Q)
-    m_row, m_n = (row < B)[:, None], (n < N)[:, None]
-    p_u = p_u + row[:, None] * (I * K)
-    p_w = p_w + n[:, None] * K
-    first = part * steps
+    row = (pid % row_tiles) * R + tl.arange(0, R)
+    column = ((pid // row_tiles) % column_tiles) * C + tl.arange(0, C)
+    part = pid // row_tiles // column_tiles
     inputs = I.to(tl.int64) * K
+    if OF == "s":
+        rows, columns, terms = B, N, inputs
+    elif OF == "u":
+        rows, columns, terms = B, inputs, N
+    else:
+        rows, columns, terms = inputs, N, B
+    m_row, m_column = (row < rows)[:, None], (column < columns)[None, :]
+    first = part * steps
     b_sum = tl.zeros([R, C], tl.float32)
-    for step in range(first, tl.minimum(first + steps, tl.cdiv(inputs, Q))):
-        at = step * Q + q
-        m_q = (at < inputs)[None, :]
-        b_u = tl.load(p_u + at[None, :], mask=m_row & m_q, other=0.0)
-        b_w = tl.load(p_w + (at // K * (N * K) + at % K)[None, :], mask=m_n & m_q, other=0.0)
-        b_sum += product(b_u, tl.trans(b_w), PRECISION, WIDE)
-    p_partials = p_partials + (part * B + row)[:, None] * N + n[None, :]
-    tl.store(p_partials, b_sum, mask=m_row & (n < N)[None, :])
+    for step in range(first, tl.minimum(first + steps, tl.cdiv(terms, Q))):
+        term = step * Q + tl.arange(0, Q)
+        if OF == "s":
+            p_x = p_u + (row * inputs)[:, None] + term[None, :]
+            p_y = p_w + _weight_offset(term, N, K)[:, None] + (column * K)[None, :]
+        elif OF == "u":
+            p_x = p_s + (row * N)[:, None] + term[None, :]
+            p_y = p_w + (term * K)[:, None] + _weight_offset(column, N, K)[None, :]
+        else:
+            p_x = p_u + row[:, None] + (term * inputs)[None, :]
+            p_y = p_s + (term * N)[:, None] + column[None, :]
+        b_x = tl.load(p_x, mask=m_row & (term < terms)[None, :], other=0.0)
+        b_y = tl.load(p_y, mask=(term < terms)[:, None] & m_column, other=0.0)
+        b_sum += product(b_x, b_y, UNIT)
+    p_out += part * rows * columns
+    if OF == "w":
+        p_out += _weight_offset(row, N, K)[:, None] + (column * K)[None, :]
+    else:
+        p_out += (row * columns)[:, None] + column[None, :]
+    tl.store(p_out, (factor * b_sum).to(p_out.dtype.element_ty), mask=m_row & m_column)
 
 
 @triton.jit
 def softmax_over_outputs(
     p_u, p_w, p_total, p_grad_s, row, m_row, i, b_u, I,
     J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr,
-    KP: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    KB: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Of each (b, i): the largest logit, 1 / Σ_j exp(b − largest) and, with GRADIENT, Σ_j c a; all [R, C]."""
     top = tl.full([R, C], -float("inf"), tl.float32)
@@ -90,15 +110,14 @@ def softmax_over_outputs(
         top = tl.zeros([R, C], tl.float32)
         z = tl.full([R, C], 1.0, tl.float32)
     for j in range(J):
-        b_p = project(p_total, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE)
-        logit = tl.sum(b_p * b_u, 1)
+        logit = agreement(p_total, p_w, p_u, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT)
         higher = tl.maximum(top, logit)
         shrink = tl.exp(top - higher)
         e = power(logit - higher)
         z = z * shrink + e
         if GRADIENT:
-            b_q = project(p_grad_s, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE)
-            mean = mean * shrink + e * tl.sum(b_q * b_u, 1)
+            a = agreement(p_grad_s, p_w, p_u, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT)
+            mean = mean * shrink + e * a
         top = higher
     return top, 1.0 / z, mean / z
 
@@ -107,8 +126,7 @@ def softmax_over_outputs(
 def routed_pass_kernel(
     p_u, p_w, p_total, p_grad_s, p_statistics, p_partials, B, I, batch_tiles, chunks,
     J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr,
-    KP: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    KB: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Σ_i c û, or with GRADIENT Σ_i ∂b û, of a tile of samples over `chunks` blocks of C input capsules.
 
@@ -119,15 +137,15 @@ def routed_pass_kernel(
     m_row = row < B
     part = pid // batch_tiles
     d = tl.arange(0, DB)
+    k = tl.arange(0, KB)
     first = part * chunks
     p_partials = p_partials + part.to(tl.int64) * B * (J * D)
     for chunk in range(first, tl.minimum(first + chunks, tl.cdiv(I, C))):
         i = chunk * C + tl.arange(0, C)
-        b_u = load_inputs(p_u, row, m_row, i, I, K, R, C, KP).to(tl.float32)
+        b_u = load_inputs(p_u, row, m_row, i, k, I, K)
         top, factor, mean = softmax_over_outputs(
-            p_u, p_w, p_total, p_grad_s, row, m_row, i, b_u, I, J, D, K, R, C, DB, KP, LEAKY, GRADIENT,
-            PRECISION, WIDE,
-        )  # fmt: skip
+            p_u, p_w, p_total, p_grad_s, row, m_row, i, b_u, I, J, D, K, R, C, DB, KB, LEAKY, GRADIENT, UNIT
+        )
         if GRADIENT:
             p_bi = p_statistics + (row * I)[:, None] + i[None, :]
             m_bi = m_row[:, None] & (i < I)[None, :]
@@ -136,15 +154,19 @@ def routed_pass_kernel(
             tl.store(p_bi + size, factor, mask=m_bi)
             tl.store(p_bi + 2 * size, mean, mask=m_bi)
         for j in range(J):
-            b_p = project(p_total, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE)
-            c = power(tl.sum(b_p * b_u, 1) - top) * factor
+            logit = agreement(p_total, p_w, p_u, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT)
+            c = power(logit - top) * factor
             if GRADIENT:
-                b_q = project(p_grad_s, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE)
-                c = c * (tl.sum(b_q * b_u, 1) - mean)
-            b_x = tl.reshape(c[:, None, :] * b_u, [R, KP * C]).to(p_w.dtype.element_ty)
+                a = agreement(p_grad_s, p_w, p_u, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT)
+                c = c * (a - mean)
+            b_x = tl.reshape(c[:, None, :] * b_u, [R, KB * C])
             for d_first in range(0, D, DB):
-                b_w = load_weights(p_w, i, j, d_first + d, I, J, D, K, C, DB, KP)
-                b_s = product(b_x, tl.trans(b_w), PRECISION, WIDE)
+                b_w = load_weights(p_w, i, j, d_first + d, k, I, J, D, K, C, DB, KB)
+                b_s = product(b_x, tl.trans(b_w), UNIT)
+                for k_first in range(KB, K, KB):
+                    b_u_k = load_inputs(p_u, row, m_row, i, k_first + k, I, K)
+                    b_w = load_weights(p_w, i, j, d_first + d, k_first + k, I, J, D, K, C, DB, KB)
+                    b_s += product(tl.reshape(c[:, None, :] * b_u_k, [R, KB * C]), tl.trans(b_w), UNIT)
                 p_bjd = p_partials + (row * (J * D) + j * D)[:, None] + (d_first + d)[None, :]
                 m_bjd = m_row[:, None] & (d_first + d < D)[None, :]
                 b_s += tl.load(p_bjd, mask=m_bjd & (chunk > first), other=0.0)
@@ -156,14 +178,19 @@ def routed_pass_kernel(
 def routed_gradient_kernel(
     p_u, p_w, p_total, p_grad_s, p_statistics, p_grad_u, p_grad_w, B, I, passes, size, factor,
     J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr,
-    KP: tl.constexpr, LEAKY: tl.constexpr, DETACH: tl.constexpr, NEEDS_U: tl.constexpr,
-    NEEDS_W: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    KB: tl.constexpr, LEAKY: tl.constexpr, DETACH: tl.constexpr, NEEDS_U: tl.constexpr,
+    NEEDS_W: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """∂u and ∂W of C input capsules over `size` samples; with DETACH of c ∂s in the last pass."""
+    """∂u and ∂W of C input capsules, KB components of each, over `size` samples.
+
+    With DETACH of c ∂s in the last pass. Where K > KB each program makes the logits of all components.
+    """
     pid = tl.program_id(0)
     blocks = tl.cdiv(I, C)
-    part = (pid // blocks).to(tl.int64)
     i = (pid % blocks) * C + tl.arange(0, C)
+    depths = tl.cdiv(K, KB)
+    k = (pid // blocks % depths) * KB + tl.arange(0, KB)
+    part = (pid // blocks // depths).to(tl.int64)
     d = tl.arange(0, DB)
     begin = part * size
     end = tl.minimum(begin + size, B)
@@ -173,16 +200,19 @@ def routed_gradient_kernel(
     for at in range(begin, end, R):
         row = at + tl.arange(0, R)
         m_row = row < end
-        b_u = load_inputs(p_u, row, m_row, i, I, K, R, C, KP).to(tl.float32)
-        grad_u = tl.zeros([R, KP, C], tl.float32)
+        b_u = load_inputs(p_u, row, m_row, i, k, I, K)
+        b_first = b_u
+        if K > KB:
+            b_first = load_inputs(p_u, row, m_row, i, tl.arange(0, KB), I, K)
+        grad_u = tl.zeros([R, KB, C], tl.float32)
         m_bi = m_row[:, None] & (i < I)[None, :]
         p_bi = p_statistics + (row * I)[:, None] + i[None, :]
         first = 1
         if DETACH:
             first = passes - 1
             top, norm, _ = softmax_over_outputs(
-                p_u, p_w, p_total + (first - 1) * layer, p_grad_s, row, m_row, i, b_u, I, J, D, K, R, C, DB,
-                KP, LEAKY, False, PRECISION, WIDE,
+                p_u, p_w, p_total + (first - 1) * layer, p_grad_s, row, m_row, i, b_first, I, J, D, K, R, C,
+                DB, KB, LEAKY, False, UNIT,
             )  # fmt: skip
         for j in range(J):
             for d_first in range(0, D, DB):
@@ -190,24 +220,30 @@ def routed_gradient_kernel(
                 once = 1.0
                 if D > DB:
                     once = tl.where(d_first == 0, 1.0, 0.0)
-                grad_w = tl.zeros([KP * C, DB], tl.float32)
+                grad_w = tl.zeros([KB * C, DB], tl.float32)
                 if not DETACH:
                     if NEEDS_W:
-                        b_s = load_outputs(p_grad_s, p_w, row, m_row, j, d_first + d, J, D)
-                        b_x = tl.reshape(factor * b_u, [R, KP * C]).to(p_w.dtype.element_ty)
-                        grad_w += product(tl.trans(b_x), b_s, PRECISION, WIDE)
+                        b_s = load_outputs(p_grad_s, row, m_row, j, d_first + d, J, D)
+                        grad_w += product(tl.trans(tl.reshape(factor * b_u, [R, KB * C])), b_s, UNIT)
                     if NEEDS_U:
-                        b_q = project(
-                            p_grad_s, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE
-                        )
+                        b_q = project(p_grad_s, p_w, row, m_row, i, j, k, I, J, D, K, R, C, DB, KB, UNIT)
                         grad_u += (factor * once) * b_q
                 for t in range(first, passes):
                     p_v = p_total + (t - 1) * layer
                     p_s = p_grad_s + t * layer
                     p_t = p_bi + (t - 1) * 3 * statistics
-                    b_p = project(p_v, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE)
-                    b_q = project(p_s, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE)
-                    logit = tl.sum(b_p * b_u, 1)
+                    b_p = project(p_v, p_w, row, m_row, i, j, k, I, J, D, K, R, C, DB, KB, UNIT)
+                    b_q = project(p_s, p_w, row, m_row, i, j, k, I, J, D, K, R, C, DB, KB, UNIT)
+                    if K <= KB:
+                        logit = tl.sum(b_p * b_u, 1)
+                        a = tl.sum(b_q * b_u, 1)
+                    else:
+                        logit = agreement(
+                            p_v, p_w, p_u, b_first, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT
+                        )
+                        a = agreement(
+                            p_s, p_w, p_u, b_first, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT
+                        )
                     if DETACH:
                         c = power(logit - top) * norm
                     else:
@@ -215,92 +251,37 @@ def routed_gradient_kernel(
                         b_norm = tl.load(p_t + statistics, mask=m_bi, other=0.0)
                         b_mean = tl.load(p_t + 2 * statistics, mask=m_bi, other=0.0)
                         c = power(logit - b_top) * b_norm
-                        grad_b = c * (tl.sum(b_q * b_u, 1) - b_mean)
+                        grad_b = c * (a - b_mean)
                     if NEEDS_U:
                         grad_u += (once * c)[:, None, :] * b_q
                         if not DETACH:
                             grad_u += (once * grad_b)[:, None, :] * b_p
                     if NEEDS_W:
-                        b_s = load_outputs(p_s, p_w, row, m_row, j, d_first + d, J, D)
-                        b_x = tl.reshape(c[:, None, :] * b_u, [R, KP * C]).to(p_w.dtype.element_ty)
-                        grad_w += product(tl.trans(b_x), b_s, PRECISION, WIDE)
+                        b_s = load_outputs(p_s, row, m_row, j, d_first + d, J, D)
+                        grad_w += product(tl.trans(tl.reshape(c[:, None, :] * b_u, [R, KB * C])), b_s, UNIT)
                         if not DETACH:
-                            b_v = load_outputs(p_v, p_w, row, m_row, j, d_first + d, J, D)
-                            b_y = tl.reshape(grad_b[:, None, :] * b_u, [R, KP * C]).to(p_w.dtype.element_ty)
-                            grad_w += product(tl.trans(b_y), b_v, PRECISION, WIDE)
+                            b_v = load_outputs(p_v, row, m_row, j, d_first + d, J, D)
+                            b_y = tl.reshape(grad_b[:, None, :] * b_u, [R, KB * C])
+                            grad_w += product(tl.trans(b_y), b_v, UNIT)
                 if NEEDS_W:
-                    b_w = tl.permute(tl.reshape(grad_w, [KP, C, DB]), (1, 2, 0))
-                    p_ijdk = p_grad_w + weight_offsets(i, j, d_first + d, J, D, K, KP)
-                    m_ijdk = weight_mask(i, d_first + d, I, D, K, KP)
+                    b_w = tl.permute(tl.reshape(grad_w, [KB, C, DB]), (1, 2, 0))
+                    p_ijdk = p_grad_w + weight_offsets(i, j, d_first + d, k, J, D, K)
+                    m_ijdk = weight_mask(i, d_first + d, k, I, D, K)
                     b_w += tl.load(p_ijdk, mask=m_ijdk & (at > begin), other=0.0)
                     tl.store(p_ijdk, b_w.to(p_grad_w.dtype.element_ty), mask=m_ijdk)
         if NEEDS_U:
-            store_inputs(p_grad_u, grad_u, row, m_row, i, I, K, KP)
+            store_inputs(p_grad_u, grad_u, row, m_row, i, k, I, K)
         tl.debug_barrier()
-
-
-@triton.jit(do_not_specialize=["B", "I", "batch_tiles", "columns", "steps"])
-def uniform_gradient_u_kernel(
-    p_grad_s, p_w, p_out, B, I, batch_tiles, columns, steps, factor,
-    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Q: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """∂u = factor · Σ_j Wᵀ ∂s: the product of ∂s [B, N = J · D] and W, Q · steps terms a program."""
-    pid = tl.program_id(0).to(tl.int64)
-    row = (pid % batch_tiles) * R + tl.arange(0, R)
-    at = ((pid // batch_tiles) % columns) * C + tl.arange(0, C)
-    part = pid // batch_tiles // columns
-    inputs = I.to(tl.int64) * K
-    m_row, m_at = (row < B)[:, None], (at < inputs)[None, :]
-    p_w = p_w + (at // K * (N * K) + at % K)[None, :]
-    q = tl.arange(0, Q)
-    first = part * steps
-    b_sum = tl.zeros([R, C], tl.float32)
-    for step in range(first, tl.minimum(first + steps, tl.cdiv(N, Q))):
-        n = step * Q + q
-        b_s = tl.load(p_grad_s + row[:, None] * N + n[None, :], mask=m_row & (n < N)[None, :], other=0.0)
-        b_w = tl.load(p_w + (n * K)[:, None], mask=(n < N)[:, None] & m_at, other=0.0)
-        b_sum += product(b_s.to(b_w.dtype), b_w, PRECISION, WIDE)
-    p_out = p_out + (part * B + row)[:, None] * inputs + at[None, :]
-    tl.store(p_out, (factor * b_sum).to(p_out.dtype.element_ty), mask=m_row & m_at)
-
-
-@triton.jit(do_not_specialize=["B", "I", "rows", "columns", "size"])
-def uniform_gradient_w_kernel(
-    p_grad_s, p_u, p_out, B, I, rows, columns, size, factor,
-    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Q: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """∂W = factor · Σ_b ∂s uᵀ: the product of u [I · K, B] and ∂s [B, N], `size` samples a program."""
-    pid = tl.program_id(0).to(tl.int64)
-    at = (pid % rows) * R + tl.arange(0, R)
-    n = ((pid // rows) % columns) * C + tl.arange(0, C)
-    part = pid // rows // columns
-    inputs = I.to(tl.int64) * K
-    q = tl.arange(0, Q)
-    first = part * size
-    last = tl.minimum(first + size, B)
-    b_sum = tl.zeros([R, C], tl.float32)
-    for begin in range(first, last, Q):
-        b = begin + q
-        m_b = (b < last)[:, None]
-        b_u = tl.load(p_u + b[:, None] * inputs + at[None, :], mask=m_b & (at < inputs)[None, :], other=0.0)
-        b_s = tl.load(p_grad_s + b[:, None] * N + n[None, :], mask=m_b & (n < N)[None, :], other=0.0)
-        b_sum += product(tl.trans(b_u), b_s.to(b_u.dtype), PRECISION, WIDE)
-    p_out = p_out + part * inputs * N + (at // K * (N * K) + at % K)[:, None] + (n * K)[None, :]
-    mask = (at < inputs)[:, None] & (n < N)[None, :]
-    tl.store(p_out, (factor * b_sum).to(p_out.dtype.element_ty), mask=mask)
 
 
 class Layer:
     """The shapes of one call, and the launches of its passes."""
 
-    def __init__(self, u: Tensor, weight: Tensor, leaky: bool) -> None:
+    def __init__(self, u: Tensor, weight: Tensor, leaky: bool, gradients: bool = False) -> None:
         self.u, self.weight, self.leaky = u, weight, leaky
         self.B, self.I, _ = u.shape
         _, self.J, self.D, self.K = weight.shape
-        self.sizes = self.B, self.I, self.D, self.K
-        self.products = {"PRECISION": precision(u), "WIDE": INTERPRETED}
+        self.unit = unit(u, gradients)
 
     def first_factor(self, iterations: int) -> float:
         """What û is multiplied by in the first pass."""
@@ -309,31 +290,50 @@ class Layer:
     def sums_of_pass(self, parts: int) -> Tensor:
         return self.u.new_empty(parts, self.B, self.J, self.D, dtype=torch.float32)
 
+    def routed_tile(self, table: tiles.Table) -> tiles.Tile:
+        return tiles.tile(table, self.unit, self.B, self.I, self.D, self.K)
+
     def routed_options(self, tile: tiles.Tile) -> dict[str, object]:
         return {
-            "J": self.J, "D": self.D, "K": self.K, "R": tile.rows, "C": tile.inputs, "DB": tile.outputs,
-            "KP": tile.depth, "LEAKY": self.leaky, "num_warps": tile.warps, "num_stages": tile.stages,
-            **self.products,
+            "J": self.J, "D": self.D, "K": self.K, "LEAKY": self.leaky, "UNIT": self.unit, **tile.options(),
         }  # fmt: skip
+
+    def uniform_blocks(self, of: str) -> tiles.Product:
+        """How one of the products of uniform_product_kernel is cut."""
+        columns, inputs = self.J * self.D, self.I * self.K
+        sizes = {
+            "s": (self.B, columns, inputs),
+            "u": (self.B, inputs, columns),
+            "w": (inputs, columns, self.B),
+        }
+        return tiles.product(*sizes[of], self.u)
+
+    def uniform_product(
+        self, of: str, blocks: tiles.Product, s: Tensor, found: Tensor, factor: float
+    ) -> None:
+        launch(
+            uniform_product_kernel, blocks.programs, self.u, self.weight, s, found, self.B, self.I,
+            blocks.row_tiles, blocks.column_tiles, blocks.steps, factor, N=self.J * self.D, K=self.K, OF=of,
+            UNIT=self.unit, **blocks.options(),
+        )  # fmt: skip
 
     def uniform_pass(self) -> Tensor:
         """Sums of û over parts of i [parts, B, J, D]."""
-        columns = self.J * self.D
-        tile = tiles.product(self.B, columns, self.I * self.K, self.u)
-        batch_tiles, column_tiles = ceil_div(self.B, tile.rows), ceil_div(columns, tile.columns)
-        steps = ceil_div(self.I * self.K, tile.depth)
-        parts = tiles.split(steps, batch_tiles * column_tiles, self.u)
-        found = self.sums_of_pass(parts.count)
-        launch(
-            uniform_pass_kernel, batch_tiles * column_tiles * parts.count, self.u, self.weight, found, self.B,
-            self.I, batch_tiles, column_tiles, parts.size, N=columns, K=self.K, **tile.options(),
-            **self.products,
-        )  # fmt: skip
+        blocks = self.uniform_blocks("s")
+        found = self.sums_of_pass(blocks.parts)
+        self.uniform_product("s", blocks, found, found, 1.0)
         return found
+
+    def uniform_gradient(self, of: str, grad_s: Tensor, factor: float) -> Tensor:
+        """∂u or ∂W of a layer whose only couplings are uniform."""
+        blocks = self.uniform_blocks(of)
+        with sums.parts_of(self.u if of == "u" else self.weight, blocks.parts) as (found, gradient):
+            self.uniform_product(of, blocks, grad_s, found, factor)
+        return gradient
 
     def routed_pass(self, total: Tensor, grad_s: Tensor | None, statistics: Tensor) -> Tensor:
         """Sums over parts of i [parts, B, J, D] of c û or, given ∂s, of ∂b û, leaving `statistics`."""
-        tile = tiles.routed_pass(*self.sizes, self.u, self.products["PRECISION"])
+        tile = self.routed_tile(tiles.ROUTED)
         batch_tiles = ceil_div(self.B, tile.rows)
         parts = tiles.split(ceil_div(self.I, tile.inputs), batch_tiles, self.u)
         found = self.sums_of_pass(parts.count)
@@ -356,46 +356,20 @@ class Layer:
             sums.finish_pass(found, bias, s[t], total, v, count, t == 0, t == last)
         return v, s, total
 
-    def uniform_gradient_u(self, grad_s: Tensor, factor: float) -> Tensor:
-        columns, inputs = self.J * self.D, self.I * self.K
-        tile = tiles.product(self.B, inputs, columns, self.u)
-        batch_tiles, column_tiles = ceil_div(self.B, tile.rows), ceil_div(inputs, tile.columns)
-        parts = tiles.split(ceil_div(columns, tile.depth), batch_tiles * column_tiles, self.u)
-        with sums.parts_of(self.u, parts.count) as (found, grad_u):
-            launch(
-                uniform_gradient_u_kernel, batch_tiles * column_tiles * parts.count, grad_s, self.weight,
-                found, self.B, self.I, batch_tiles, column_tiles, parts.size, factor, N=columns, K=self.K,
-                **tile.options(), **self.products,
-            )  # fmt: skip
-        return grad_u
-
-    def uniform_gradient_w(self, grad_s: Tensor, factor: float) -> Tensor:
-        columns, inputs = self.J * self.D, self.I * self.K
-        tile = tiles.product(inputs, columns, self.B, self.u)
-        row_tiles, column_tiles = ceil_div(inputs, tile.rows), ceil_div(columns, tile.columns)
-        parts = tiles.split(self.B, row_tiles * column_tiles, self.u, tile.depth)
-        with sums.parts_of(self.weight, parts.count) as (found, grad_weight):
-            launch(
-                uniform_gradient_w_kernel, row_tiles * column_tiles * parts.count, grad_s, self.u, found,
-                self.B, self.I, row_tiles, column_tiles, parts.size, factor, N=columns, K=self.K,
-                **tile.options(), **self.products,
-            )  # fmt: skip
-        return grad_weight
-
     def routed_gradient(
         self, total: Tensor, grad_s: Tensor, statistics: Tensor, factor: float, detach: bool, needs_u: bool,
         needs_weight: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """∂u and ∂W, given Vᵗ, ∂sᵗ and, without `detach`, the softmax statistics of all passes."""
-        tile = tiles.routed_gradient(*self.sizes, self.u, self.products["PRECISION"])
-        chunks = ceil_div(self.I, tile.inputs)
-        parts = tiles.split(self.B, chunks, self.u, tile.rows)
+        tile = self.routed_tile(tiles.GRADIENT)
+        blocks = ceil_div(self.I, tile.inputs) * ceil_div(self.K, tile.depth)
+        parts = tiles.split(self.B, blocks, self.u, tile.rows)
         grad_u = torch.empty_like(self.u) if needs_u else self.u.new_empty(0)
         count = parts.count if needs_weight else 0
         added_up = parts.size > tile.rows
         with sums.parts_of(self.weight, count, wide=added_up) as (found, grad_weight):
             launch(
-                routed_gradient_kernel, chunks * parts.count, self.u, self.weight, total, grad_s, statistics,
+                routed_gradient_kernel, blocks * parts.count, self.u, self.weight, total, grad_s, statistics,
                 grad_u, found, self.B, self.I, len(grad_s), parts.size, factor, DETACH=detach,
                 NEEDS_U=needs_u, NEEDS_W=needs_weight, **self.routed_options(tile),
             )  # fmt: skip
@@ -405,8 +379,6 @@ class Layer:
 def capsule_routing(
     u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool
 ) -> tuple[Tensor, Tensor]:
-    if weight.shape[3] > LARGEST_INPUT:
-        return dynamic_routing(predictions(u, weight), bias, iterations, leaky)
     with on_device(u):
         v, s, _ = Layer(u, weight, leaky).forward(bias, iterations, max(iterations, 1))
     return v, s
@@ -423,18 +395,14 @@ def capsule_routing_backward(
     needs_u: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if weight.shape[3] > LARGEST_INPUT:
-        u_hat = predictions(u, weight)
-        grad_u_hat, grad_bias = dynamic_routing_backward(grad, u_hat, s, iterations, leaky, detach)
-        return *predictions_backward(grad_u_hat, u, weight, needs_u, needs_weight), grad_bias
     with on_device(u):
-        layer = Layer(u, weight, leaky)
+        layer = Layer(u, weight, leaky, gradients=True)
         factor = layer.first_factor(iterations)
         total, grad_s = sums.prepare_backward(grad, s)
         last = len(s) - 1
         if last == 0:
-            grad_u = layer.uniform_gradient_u(grad_s, factor) if needs_u else u.new_empty(0)
-            grad_weight = layer.uniform_gradient_w(grad_s, factor) if needs_weight else u.new_empty(0)
+            grad_u = layer.uniform_gradient("u", grad_s, factor) if needs_u else u.new_empty(0)
+            grad_weight = layer.uniform_gradient("w", grad_s, factor) if needs_weight else u.new_empty(0)
             return grad_u, grad_weight, sums.bias_gradient(grad_s, weight)
         statistics = s.new_empty(0 if detach else (last, 3, layer.B, layer.I))
         if not detach:

@@ -1,96 +1,111 @@
 """What kernels of several ops share: blocks of capsules and of W in registers, products, a power.
 
 Prefixes: b_ a block, p_ a pointer, m_ a mask. Sizes of blocks are powers of two: R rows (samples), C input
-capsules, DB output components at a time, KP ≥ K components of an input capsule; what lies outside is 0.
+capsules, DB components of an output capsule and KB of an input capsule at a time; what lies outside is 0.
 """
 
 import triton
 import triton.language as tl
 
+from capsops.impl.triton.launch import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
 
 @triton.jit
-def product(b_x, b_y, PRECISION: tl.constexpr, WIDE: tl.constexpr):
-    """b_x @ b_y summed in float32. WIDE: operands in float32; the interpreter has no 16-bit products."""
-    if WIDE:
+def product(b_x, b_y, UNIT: tl.constexpr):
+    """b_x @ b_y summed in float32, of operands as UNIT (launch.unit) takes them."""
+    if UNIT == "bf16":
+        b_x = b_x.to(tl.bfloat16)
+        b_y = b_y.to(tl.bfloat16)
+    elif UNIT == "fp16":
+        b_x = b_x.to(tl.float16)
+        b_y = b_y.to(tl.float16)
+    if _INTERPRETED or UNIT == "tf32" or UNIT == "ieee":  # the interpreter has no 16-bit products
         b_x = b_x.to(tl.float32)
         b_y = b_y.to(tl.float32)
-    return tl.dot(b_x, b_y, input_precision=PRECISION)
+    return tl.dot(b_x, b_y, input_precision="tf32" if UNIT == "tf32" else "ieee")
 
 
 @triton.jit
-def load_inputs(
-    p_u, row, m_row, i, I, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, KP: tl.constexpr
-):  # fmt: skip
-    """u of the rows and input capsules `i`: [R, KP, C].
+def load_inputs(p_u, row, m_row, i, k, I, K: tl.constexpr):
+    """Components k of u of the rows and input capsules `i`, in float32: [R, KB, C].
 
     With i the last axis, a thread of a matrix unit's result holds all k of one i: sums over k stay in it.
     """
-    k = tl.arange(0, KP)
     mask = m_row[:, None, None] & (i < I)[None, :, None] & (k < K)[None, None, :]
     p = p_u + (row * I * K)[:, None, None] + (i * K)[None, :, None] + k[None, None, :]
-    return tl.permute(tl.load(p, mask=mask, other=0.0), (0, 2, 1))
+    return tl.permute(tl.load(p, mask=mask, other=0.0), (0, 2, 1)).to(tl.float32)
 
 
 @triton.jit
-def store_inputs(p_u, b_u, row, m_row, i, I, K: tl.constexpr, KP: tl.constexpr):
-    k = tl.arange(0, KP)
+def store_inputs(p_u, b_u, row, m_row, i, k, I, K: tl.constexpr):
     mask = m_row[:, None, None] & (i < I)[None, :, None] & (k < K)[None, None, :]
     p = p_u + (row * I * K)[:, None, None] + (i * K)[None, :, None] + k[None, None, :]
     tl.store(p, tl.permute(b_u, (0, 2, 1)).to(p_u.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_outputs(p_x, p_like, row, m_row, j, d, J: tl.constexpr, D: tl.constexpr):
-    """Components d of output capsule j of the rows, from [B, J, D], rounded to the dtype of p_like."""
+def load_outputs(p_x, row, m_row, j, d, J: tl.constexpr, D: tl.constexpr):
+    """Components d of output capsule j of the rows, from [B, J, D]."""
     mask = m_row[:, None] & (d < D)[None, :]
-    b_x = tl.load(p_x + (row * (J * D) + j * D)[:, None] + d[None, :], mask=mask, other=0.0)
-    return b_x.to(p_like.dtype.element_ty)
+    return tl.load(p_x + (row * (J * D) + j * D)[:, None] + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def weight_offsets(i, j, d, J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
-    """Where W_ij [d, k] stands, for blocks of i and d: [C, DB, KP]."""
-    k = tl.arange(0, KP)
+def weight_offsets(i, j, d, k, J: tl.constexpr, D: tl.constexpr, K: tl.constexpr):
+    """Where W_ij [d, k] stands, for blocks of i, d and k: [C, DB, KB]."""
     i = i.to(tl.int64) * (J * D * K) + j * (D * K)
     return i[:, None, None] + (d * K)[None, :, None] + k[None, None, :]
 
 
 @triton.jit
-def weight_mask(i, d, I, D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
-    k = tl.arange(0, KP)
+def weight_mask(i, d, k, I, D: tl.constexpr, K: tl.constexpr):
     return (i < I)[:, None, None] & (d < D)[None, :, None] & (k < K)[None, None, :]
 
 
 @triton.jit
 def load_weights(
-    p_w, i, j, d, I, J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, DB: tl.constexpr,
-    KP: tl.constexpr,
+    p_w, i, j, d, k, I, J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, DB: tl.constexpr,
+    KB: tl.constexpr,
 ):  # fmt: skip
-    """W_ij of a block of i and components d: [DB, KP · C].
+    """W_ij of blocks of i, d and k: [DB, KB · C].
 
     Adding 0 keeps Triton from turning the block round in shared memory, where its compiler for sm_90 stops
     with "Illegal shared layout" when C is below 8 (seen in 3.7.1).
     """
-    p = p_w + weight_offsets(i, j, d, J, D, K, KP)
-    b_w = tl.load(p, mask=weight_mask(i, d, I, D, K, KP), other=0.0)
-    return tl.reshape(tl.permute(b_w, (1, 2, 0)), [DB, KP * C]) + 0.0
+    p = p_w + weight_offsets(i, j, d, k, J, D, K)
+    b_w = tl.load(p, mask=weight_mask(i, d, k, I, D, K), other=0.0)
+    return tl.reshape(tl.permute(b_w, (1, 2, 0)), [DB, KB * C]) + 0.0
 
 
 @triton.jit
 def project(
-    p_x, p_w, row, m_row, i, j, I, J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, DB: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    p_x, p_w, row, m_row, i, j, k, I, J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr, DB: tl.constexpr, KB: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """W_ijᵀ x_j [R, KP, C] for x [B, J, D]: with V its product with u is the logit û · V."""
+    """Components k of W_ijᵀ x_j [R, KB, C] for x [B, J, D]."""
     d = tl.arange(0, DB)
-    b_x = load_outputs(p_x, p_w, row, m_row, j, d, J, D)
-    b_w = load_weights(p_w, i, j, d, I, J, D, K, C, DB, KP)
-    found = product(b_x, b_w, PRECISION, WIDE)
+    b_x = load_outputs(p_x, row, m_row, j, d, J, D)
+    found = product(b_x, load_weights(p_w, i, j, d, k, I, J, D, K, C, DB, KB), UNIT)
     for first in range(DB, D, DB):
-        b_x = load_outputs(p_x, p_w, row, m_row, j, first + d, J, D)
-        b_w = load_weights(p_w, i, j, first + d, I, J, D, K, C, DB, KP)
-        found += product(b_x, b_w, PRECISION, WIDE)
-    return tl.reshape(found, [R, KP, C])
+        b_x = load_outputs(p_x, row, m_row, j, first + d, J, D)
+        found += product(b_x, load_weights(p_w, i, j, first + d, k, I, J, D, K, C, DB, KB), UNIT)
+    return tl.reshape(found, [R, KB, C])
+
+
+@triton.jit
+def agreement(
+    p_x, p_w, p_u, b_u, row, m_row, i, j, I, J: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr, KB: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """û · x [R, C] for x [B, J, D]: u · (W_ijᵀ x_j), where b_u holds the first KB components of u."""
+    k = tl.arange(0, KB)
+    found = tl.sum(project(p_x, p_w, row, m_row, i, j, k, I, J, D, K, R, C, DB, KB, UNIT) * b_u, 1)
+    for first in range(KB, K, KB):
+        b_p = project(p_x, p_w, row, m_row, i, j, first + k, I, J, D, K, R, C, DB, KB, UNIT)
+        found += tl.sum(b_p * load_inputs(p_u, row, m_row, i, first + k, I, K), 1)
+    return found
 
 
 @triton.jit

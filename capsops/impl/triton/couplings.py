@@ -6,11 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from capsops.impl.triton import tiles
-from capsops.impl.triton.capsule_routing import LARGEST_INPUT, Layer, softmax_over_outputs
-from capsops.impl.triton.capsules import load_inputs, power, project
-from capsops.impl.triton.dynamic_routing import couplings_of
+from capsops.impl.triton.capsule_routing import Layer, softmax_over_outputs
+from capsops.impl.triton.capsules import agreement, load_inputs, power
 from capsops.impl.triton.launch import launch, on_device
-from capsops.impl.triton.predictions import predictions
 from capsops.impl.triton.tiles import ceil_div
 
 
@@ -18,23 +16,22 @@ from capsops.impl.triton.tiles import ceil_div
 def couplings_kernel(
     p_u, p_w, p_total, p_c, B, I, batch_tiles,
     J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr,
-    KP: tl.constexpr, LEAKY: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    KB: tl.constexpr, LEAKY: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """c [B, I, J] of a tile of samples and C input capsules."""
     pid = tl.program_id(0)
     row = (pid % batch_tiles).to(tl.int64) * R + tl.arange(0, R)
     m_row = row < B
     i = (pid // batch_tiles) * C + tl.arange(0, C)
-    b_u = load_inputs(p_u, row, m_row, i, I, K, R, C, KP).to(tl.float32)
+    b_u = load_inputs(p_u, row, m_row, i, tl.arange(0, KB), I, K)
     top, factor, _ = softmax_over_outputs(
-        p_u, p_w, p_total, p_total, row, m_row, i, b_u, I, J, D, K, R, C, DB, KP, LEAKY, False, PRECISION,
-        WIDE,
-    )  # fmt: skip
+        p_u, p_w, p_total, p_total, row, m_row, i, b_u, I, J, D, K, R, C, DB, KB, LEAKY, False, UNIT
+    )
     p_bi = p_c + (row * I)[:, None] * J + (i * J)[None, :]
     m_bi = m_row[:, None] & (i < I)[None, :]
     for j in range(J):
-        b_p = project(p_total, p_w, row, m_row, i, j, I, J, D, K, R, C, DB, KP, PRECISION, WIDE)
-        c = power(tl.sum(b_p * b_u, 1) - top) * factor
+        logit = agreement(p_total, p_w, p_u, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT)
+        c = power(logit - top) * factor
         tl.store(p_bi + j, c.to(p_c.dtype.element_ty), mask=m_bi)
 
 
@@ -43,11 +40,9 @@ def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, l
         c = torch.empty(*u.shape[:2], weight.shape[1], dtype=u.dtype, device=u.device)
         if iterations <= 1:
             return c.fill_(1 / (weight.shape[1] + leaky) if iterations else 1)
-        if weight.shape[3] > LARGEST_INPUT:
-            return couplings_of(predictions(u, weight), bias, iterations, leaky)
         layer = Layer(u, weight, leaky)
         _, _, total = layer.forward(bias, iterations, iterations - 1)
-        tile = tiles.routed_pass(*layer.sizes, u, layer.products["PRECISION"])
+        tile = layer.routed_tile(tiles.ROUTED)
         batch_tiles = ceil_div(layer.B, tile.rows)
         launch(
             couplings_kernel, batch_tiles * ceil_div(layer.I, tile.inputs), u, weight, total, c, layer.B,

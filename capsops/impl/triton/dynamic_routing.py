@@ -196,29 +196,6 @@ def given_gradient_kernel(
         tl.store(p, found.to(p_grad.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["I", "blocks"])
-def given_couplings_kernel(
-    p_u_hat, p_total, p_c, I, blocks,
-    J: tl.constexpr, D: tl.constexpr, C: tl.constexpr, JB: tl.constexpr, DP: tl.constexpr,
-    LEAKY: tl.constexpr,
-):  # fmt: skip
-    """c [B, I, J] of C input capsules of one sample."""
-    pid = tl.program_id(0).to(tl.int64)
-    b = pid // blocks
-    i = (pid % blocks) * C + tl.arange(0, C)
-    m_row = i < I
-    row = (b * I + i) * (J * D)
-    p_total = p_total + b * (J * D)
-    top, factor, _ = _statistics(p_u_hat, p_total, p_total, row, m_row, C, J, D, JB, DP, LEAKY, False)
-    for first in range(0, J, JB):
-        j = first + tl.arange(0, JB)
-        b_u_hat = _load(p_u_hat, row, m_row, j, J, D, DP)
-        logits = _logits(b_u_hat, _load_one(p_total, j, J, D, DP), j, J)
-        c = power(logits - top[:, None]) * factor[:, None]
-        p_bij = p_c + ((b * I + i) * J)[:, None] + j[None, :]
-        tl.store(p_bij, c.to(p_c.dtype.element_ty), mask=m_row[:, None] & (j < J)[None, :])
-
-
 class Given:
     """The shapes of one call, and the launches of its passes."""
 
@@ -260,17 +237,6 @@ def dynamic_routing(
     with on_device(u_hat):
         v, s, _ = Given(u_hat, leaky).forward(bias, iterations, max(iterations, 1))
     return v, s
-
-
-def couplings_of(u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool) -> Tensor:
-    """c of the last of at least two passes [B, I, J]."""
-    with on_device(u_hat):
-        given = Given(u_hat, leaky)
-        _, _, total = given.forward(bias, iterations, iterations - 1)
-        c = u_hat.new_empty(u_hat.shape[:3])
-        blocks = ceil_div(given.I, given.tile.inputs)
-        launch(given_couplings_kernel, given.B * blocks, u_hat, total, c, given.I, blocks, **given.options)
-    return c
 
 
 def dynamic_routing_backward(

@@ -1,4 +1,4 @@
-"""How kernels are started: dtype, device, precision of float32 products."""
+"""How kernels are started: dtype, device, unit that multiplies matrices."""
 
 import contextlib
 
@@ -32,9 +32,18 @@ def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.allow_tf32 if newer is None else newer == "tf32"
 
 
-def precision(x: Tensor) -> str:
-    """`input_precision` of products of float32 tensors: TF32 where torch allows it for its own."""
-    return "tf32" if x.dtype == torch.float32 and torch.version.hip is None and _tf32_allowed() else "ieee"
+def unit(x: Tensor, gradients: bool = False) -> str:
+    """How kernels multiply matrices of x's dtype: "ieee", "tf32", "bf16" or "fp16", all summed in float32.
+
+    Float32 follows torch's own setting. Gradients that a kernel makes itself (`gradients`) leave the range of
+    float16, within which x need not stay: TF32 has float16's precision and float32's range.
+    """
+    if x.dtype == torch.bfloat16:
+        return "bf16"
+    if x.dtype == torch.float16 and not gradients:
+        return "fp16"
+    tf32 = x.dtype == torch.float16 or _tf32_allowed()
+    return "tf32" if tf32 and torch.version.hip is None else "ieee"
 
 
 def launch(kernel: triton.JITFunction, programs: int, *args: object, **options: object) -> None:

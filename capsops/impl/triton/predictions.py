@@ -9,7 +9,7 @@ from torch import Tensor
 
 from capsops.impl.triton import sums, tiles
 from capsops.impl.triton.capsules import product
-from capsops.impl.triton.launch import INTERPRETED, launch, on_device, precision
+from capsops.impl.triton.launch import launch, on_device, unit
 from capsops.impl.triton.tiles import ceil_div
 
 
@@ -17,7 +17,7 @@ from capsops.impl.triton.tiles import ceil_div
 def predictions_kernel(
     p_u, p_w, p_u_hat, B, I, batch_tiles, columns,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, KB: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """û of one i, a tile of samples and C of the N = J · D columns."""
     pid = tl.program_id(0).to(tl.int64)
@@ -33,7 +33,7 @@ def predictions_kernel(
         m_k = first + k < K
         b_u = tl.load(p_u + (first + k)[None, :], mask=m_row & m_k[None, :], other=0.0)
         b_w = tl.load(p_w + (first + k)[:, None], mask=m_k[:, None] & m_n[None, :], other=0.0)
-        found += product(b_u, b_w, PRECISION, WIDE)
+        found += product(b_u, b_w, UNIT)
     p_u_hat = p_u_hat + (row * I + i)[:, None] * N + n[None, :]
     tl.store(p_u_hat, found.to(p_u_hat.dtype.element_ty), mask=m_row & m_n[None, :])
 
@@ -42,7 +42,7 @@ def predictions_kernel(
 def predictions_gradient_u_kernel(
     p_grad, p_w, p_grad_u, B, I, batch_tiles, columns,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, KB: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """∂u of one i, a tile of samples and KB of its components: a sum over all N columns."""
     pid = tl.program_id(0).to(tl.int64)
@@ -58,7 +58,7 @@ def predictions_gradient_u_kernel(
         m_n = first + n < N
         b_g = tl.load(p_grad + (first + n)[None, :], mask=m_row & m_n[None, :], other=0.0)
         b_w = tl.load(p_w + ((first + n) * K)[:, None], mask=m_n[:, None] & m_k, other=0.0)
-        found += product(b_g, b_w, PRECISION, WIDE)
+        found += product(b_g, b_w, UNIT)
     tl.store(
         p_grad_u + (row * I + i)[:, None] * K + k[None, :],
         found.to(p_grad_u.dtype.element_ty),
@@ -70,7 +70,7 @@ def predictions_gradient_u_kernel(
 def predictions_gradient_w_kernel(
     p_grad, p_u, p_grad_w, B, I, columns, size,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, KB: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """∂W of one i, C of the N columns and KB components: a sum over `size` samples."""
     pid = tl.program_id(0).to(tl.int64)
@@ -89,7 +89,7 @@ def predictions_gradient_w_kernel(
         m_row = (row < last)[:, None]
         b_g = tl.load(p_grad + (row * I + i)[:, None] * N + n[None, :], mask=m_row & m_n[None, :], other=0.0)
         b_u = tl.load(p_u + (row * I + i)[:, None] * K + k[None, :], mask=m_row & m_k[None, :], other=0.0)
-        found += product(tl.trans(b_g), b_u, PRECISION, WIDE)
+        found += product(tl.trans(b_g), b_u, UNIT)
     p_grad_w = p_grad_w + (part * I + i) * (N * K) + (n * K)[:, None] + k[None, :]
     tl.store(p_grad_w, found.to(p_grad_w.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])
 
@@ -102,7 +102,7 @@ def predictions(u: Tensor, weight: Tensor) -> Tensor:
         batch_tiles, columns = ceil_div(B, tile.rows), ceil_div(J * D, tile.columns)
         launch(
             predictions_kernel, batch_tiles * columns * I, u, weight, u_hat, B, I, batch_tiles, columns,
-            N=J * D, K=K, **tile.options(), PRECISION=precision(u), WIDE=INTERPRETED,
+            N=J * D, K=K, **tile.options(), UNIT=unit(u),
         )  # fmt: skip
     return u_hat
 
@@ -112,7 +112,7 @@ def predictions_backward(
 ) -> tuple[Tensor, Tensor]:
     (B, I, K), (_, J, D, _) = u.shape, weight.shape
     tile = tiles.predictions(B, J * D, K)
-    options = {"N": J * D, "K": K, **tile.options(), "PRECISION": precision(u), "WIDE": INTERPRETED}
+    options = {"N": J * D, "K": K, **tile.options(), "UNIT": unit(u)}
     with on_device(u):
         grad_u, grad_weight = u.new_empty(u.shape if needs_u else 0), u.new_empty(0)
         if needs_u:

@@ -55,13 +55,21 @@ def _block(n: int, most: int, least: int = 16) -> int:
 
 
 class Product(NamedTuple):
-    """A block of a plain product, [rows, columns], `depth` terms a step."""
+    """A plain product [row_tiles · rows, column_tiles · columns], its terms in parts of steps · depth."""
 
     rows: int
     columns: int
     depth: int
-    warps: int
-    stages: int
+    row_tiles: int
+    column_tiles: int
+    parts: int
+    steps: int
+    warps: int = 4
+    stages: int = 3
+
+    @property
+    def programs(self) -> int:
+        return self.row_tiles * self.column_tiles * self.parts
 
     def options(self) -> dict[str, int]:
         return {
@@ -70,8 +78,11 @@ class Product(NamedTuple):
         }  # fmt: skip
 
 
-def product(rows: int, columns: int, depth: int, x: Tensor) -> Product:
-    return Product(_block(rows, 64), _block(columns, 64), _block(depth, 128 // x.element_size()), 4, 3)
+def product(rows: int, columns: int, terms: int, x: Tensor) -> Product:
+    R, C, Q = _block(rows, 64), _block(columns, 64), _block(terms, 128 // x.element_size())
+    row_tiles, column_tiles = ceil_div(rows, R), ceil_div(columns, C)
+    parts = split(ceil_div(terms, Q), row_tiles * column_tiles, x)
+    return Product(R, C, Q, row_tiles, column_tiles, parts.count, parts.size)
 
 
 class Tile(NamedTuple):
@@ -84,16 +95,24 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    def options(self) -> dict[str, int]:
+        return {
+            "R": self.rows, "C": self.inputs, "DB": self.outputs, "KB": self.depth, "num_warps": self.warps,
+            "num_stages": self.stages,
+        }  # fmt: skip
+
+
+Table = dict[str, tuple[int, int, int, int]]
 
 # Samples, numbers of u of one sample (input capsules × components), warps and stages of a block, by the unit
 # that makes the products: multiply-adds for IEEE float32, else the matrix unit. Without spills on sm_90.
-ROUTED = {
+ROUTED: Table = {
     "ieee": (32, 64, 4, 2),
     "ieee, few samples": (16, 32, 2, 2),
     "tf32": (64, 64, 4, 2),
     "16 bit": (64, 64, 4, 2),
 }
-GRADIENT = {
+GRADIENT: Table = {
     "ieee": (64, 32, 4, 2),
     "ieee, few samples": (16, 32, 2, 2),
     "tf32": (32, 64, 4, 1),
@@ -101,32 +120,22 @@ GRADIENT = {
 }
 
 
-def _tile(entry: tuple[int, int, int, int], B: int, I: int, D: int, K: int) -> Tile:
-    rows, numbers, warps, stages = entry
-    depth = power_of_2(K)
-    inputs = max(1, min(numbers // depth, power_of_2(I)), ceil_div(16, depth))
+def entry(unit: str, B: int) -> str:
+    """The key of ROUTED and GRADIENT."""
+    if unit in ("bf16", "fp16"):
+        return "16 bit"
+    return "ieee, few samples" if unit == "ieee" and B <= 16 else unit
+
+
+def tile(table: Table, unit: str, B: int, I: int, D: int, K: int) -> Tile:
+    rows, numbers, warps, stages = table[entry(unit, B)]
     outputs = _block(D, 32)
-    if torch.version.hip is not None or depth > numbers:  # less shared memory; or long rows
-        rows, outputs = min(rows, 32), _block(D, 16)
-    if depth > 2 * numbers:
-        rows = 16
+    if torch.version.hip is not None:  # less shared memory
+        rows, outputs = min(rows, 32), 16
+    depth = min(power_of_2(K), numbers)
+    inputs = max(min(numbers // depth, power_of_2(I)), ceil_div(16, depth))
     fewer = _block(B, rows)
     return Tile(fewer, inputs, outputs, depth, max(1, warps * fewer // rows), stages)
-
-
-def unit(x: Tensor, precision: str, B: int) -> str:
-    """The key of ROUTED and GRADIENT."""
-    if x.dtype != torch.float32:
-        return "16 bit"
-    return "ieee, few samples" if precision == "ieee" and B <= 16 else precision
-
-
-def routed_pass(B: int, I: int, D: int, K: int, x: Tensor, precision: str) -> Tile:
-    return _tile(ROUTED[unit(x, precision, B)], B, I, D, K)
-
-
-def routed_gradient(B: int, I: int, D: int, K: int, x: Tensor, precision: str) -> Tile:
-    return _tile(GRADIENT[unit(x, precision, B)], B, I, D, K)
 
 
 class Predictions(NamedTuple):

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks.triton_compile import SHARED_LIMIT, TARGETS, compiling, resources  # noqa: E402
 from benchmarks.triton_resources import CLASSES, PRECISIONS, rows  # noqa: E402
-from capsops.impl.triton.launch import precision  # noqa: E402
+from capsops.impl.triton.launch import unit  # noqa: E402
 
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton's interpreter is on", allow_module_level=True)
@@ -22,9 +22,9 @@ PRODUCTS = {
     "predictions",
     "predictions_gradient_u",
     "predictions_gradient_w",
-    "uniform_pass",
-    "uniform_gradient_u",
-    "uniform_gradient_w",
+    "uniform_product s",
+    "uniform_product u",
+    "uniform_product w",
     "routed_pass",
     "routed_pass gradient",
     "routed_gradient needs_u needs_w",
@@ -87,8 +87,8 @@ def test_spills_are_found(inputs: int, spills: bool, monkeypatch: pytest.MonkeyP
     assert (resources(found[-1]).spills > 0) == spills
 
 
-def test_what_torch_allows_decides_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, half = torch.zeros(1), torch.zeros(1, dtype=torch.float16)
+def test_what_torch_allows_decides_the_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1)
     matmul = torch.backends.cuda.matmul
     before = torch.get_float32_matmul_precision()
     try:
@@ -99,20 +99,27 @@ def test_what_torch_allows_decides_the_precision(monkeypatch: pytest.MonkeyPatch
             ("highest", "ieee"),
         ):
             torch.set_float32_matmul_precision(setting)
-            assert precision(x) == wanted, setting
+            assert unit(x) == unit(x, gradients=True) == wanted, setting
         for allowed in (True, False):
             matmul.allow_tf32 = allowed
-            assert precision(x) == ("tf32" if allowed else "ieee")
+            assert unit(x) == ("tf32" if allowed else "ieee")
         if hasattr(matmul, "fp32_precision"):
             for setting in ("tf32", "ieee"):
                 matmul.fp32_precision = setting
-                assert precision(x) == setting
+                assert unit(x) == setting
         torch.set_float32_matmul_precision("high")
-        assert precision(half) == "ieee"
         monkeypatch.setattr(torch.version, "hip", "6.0")
-        assert precision(x) == "ieee"
+        assert unit(x) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_units_of_16_bit_do_not_hang_on_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    brain, half = torch.zeros(1).bfloat16(), torch.zeros(1).half()
+    assert unit(brain) == unit(brain, gradients=True) == "bf16"
+    assert (unit(half), unit(half, gradients=True)) == ("fp16", "tf32")
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert (unit(half), unit(half, gradients=True)) == ("fp16", "ieee")
 
 
 def test_nothing_is_launched_while_compiling() -> None:
