@@ -51,22 +51,23 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a program takes on an NVIDIA GPU: registers and stack bytes of a thread, shared bytes, code."""
+    """What a program takes: registers and stack bytes of a thread, loads and stores of spilled registers (on
+    AMD the registers spilled), shared bytes, code.
+    """
 
     registers: int
     stack: int
+    spills: int
     shared: int
     instructions: Counter[str]
 
     @property
-    def spills(self) -> int:
-        """Loads and stores of local memory."""
-        return self.instructions["LDL"] + self.instructions["STL"]
-
-    @property
     def tensor_core(self) -> int:
         """Instructions of the matrix unit."""
-        return sum(self.instructions[name] for name in ("HMMA", "HGMMA", "UTCHMMA", "OMMA"))
+        return sum(n for name, n in self.instructions.items() if _MATRIX_UNIT.match(name))
+
+
+_MATRIX_UNIT = re.compile(r"(HMMA|HGMMA|UTCHMMA|OMMA)$|v_mfma_")
 
 
 class _Driver:
@@ -123,7 +124,12 @@ def _tool(name: str) -> str:
 
 
 def resources(compiled: Compiled) -> Resources:
-    """Reads registers, stack and instructions from the binary for an NVIDIA GPU."""
+    """Reads registers, stack, spills and instructions from the binary, or from AMD's assembly."""
+    by_target = _nvidia_resources if "cubin" in compiled.artifact.asm else _amd_resources
+    return by_target(compiled)
+
+
+def _nvidia_resources(compiled: Compiled) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.artifact.asm["cubin"])
         file.flush()
@@ -135,6 +141,21 @@ def resources(compiled: Compiled) -> Resources:
     numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if numbers is None:
         raise ValueError(f"cuobjdump -res-usage says nothing of registers: {usage!r}")
-    names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE)
+    found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE)
+    names = Counter(found)
     shared = compiled.artifact.metadata.shared
-    return Resources(int(numbers[1]), int(numbers[2]), shared, Counter(names))
+    return Resources(int(numbers[1]), int(numbers[2]), names["LDL"] + names["STL"], shared, names)
+
+
+def _amd_resources(compiled: Compiled) -> Resources:
+    code = compiled.artifact.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        found = re.search(rf"^\s*\.{key}:\s+(\d+)", code, re.MULTILINE)
+        if found is None:
+            raise ValueError(f"the assembly says nothing of {key}")
+        return int(found[1])
+
+    names = Counter(re.findall(r"^\s+((?:s|v|ds|global|buffer|flat|scratch)_\w+)", code, re.MULTILINE))
+    stack, spills = number("private_segment_fixed_size"), number("vgpr_spill_count")
+    return Resources(number("vgpr_count"), stack, spills, compiled.artifact.metadata.shared, names)

@@ -1,8 +1,7 @@
 """`python -m benchmarks.triton_resources`: what each Triton kernel takes on each GPU, read without one.
 
 A row a kernel × dtype × shape class × target: programs of the launch, warps of a program, registers and stack
-bytes of a thread, spill instructions, shared bytes of a program, instructions in all and of the matrix unit.
-For AMD only what Triton itself says of its code.
+bytes of a thread, spills, shared bytes of a program, instructions in all and of the matrix unit.
 """
 
 import argparse
@@ -33,13 +32,13 @@ CLASSES = {
 
 
 class Row(NamedTuple):
-    """One kernel as compiled; `resources` is None where the tools for the target are not at hand (AMD)."""
+    """One kernel as compiled, and what it takes."""
 
     shape: str
     precision: str
     target: str
     compiled: Compiled
-    resources: Resources | None
+    resources: Resources
 
 
 def launches(case: RoutingCase, precision: str, target: str) -> list[Compiled]:
@@ -71,8 +70,7 @@ def rows(shapes: list[str], precisions: list[str], targets: list[str]) -> Iterat
                     if launch.artifact.hash in seen:  # a kernel that works in float32 whatever the dtype
                         continue
                     seen.add(launch.artifact.hash)
-                    found = resources(launch) if TARGETS[target].backend == "cuda" else None
-                    yield Row(shape, precision, target, launch, found)
+                    yield Row(shape, precision, target, launch, resources(launch))
 
 
 def main() -> None:
@@ -87,10 +85,9 @@ def main() -> None:
     print(heads.replace(",", "\t"))
     for row in rows(chosen.shapes, chosen.precisions, chosen.targets):
         launch, found = row.compiled, row.resources
-        counts = ["-"] * 3 if found is None else [found.registers, found.stack, found.spills]
-        totals = ["-"] * 2 if found is None else [found.instructions.total(), found.tensor_core]
         cells = [row.shape, row.precision, row.target, launch.title, launch.programs]
-        cells += [launch.options["num_warps"], *counts, launch.artifact.metadata.shared, *totals]
+        cells += [launch.options["num_warps"], found.registers, found.stack, found.spills, found.shared]
+        cells += [found.instructions.total(), found.tensor_core]
         print("\t".join(map(str, cells)), flush=True)
 
 

@@ -19,15 +19,17 @@ import capsops
 from benchmarks.cases import RoutingCase
 from benchmarks.triton_resources import PRECISIONS
 from capsops.impl.triton import tiles
+from capsops.impl.triton.launch import unit
 
-# Samples, numbers of u of one sample, warps, stages.
-CANDIDATES = list(itertools.product((32, 64, 128), (32, 64, 128), (2, 4, 8), (1, 2)))
+CANDIDATES = list(
+    itertools.starmap(tiles.Entry, itertools.product((32, 64, 128), (32, 64, 128), (32,), (2, 4, 8), (1, 2)))
+)
 
 
-def sensible(entry: tuple[int, int, int, int]) -> bool:
+def sensible(entry: tiles.Entry) -> bool:
     """A warp has 16 samples at most and 8 to 64 numbers a thread."""
-    rows, numbers, warps, _ = entry
-    return warps <= rows // 8 and 8 <= rows * numbers // (32 * warps) <= 64
+    numbers = entry.rows * entry.numbers // (32 * entry.warps)
+    return entry.warps <= entry.rows // 8 and 8 <= numbers <= 64
 
 
 def milliseconds(call: Callable[[], object], replays: int = 20) -> float:
@@ -57,7 +59,7 @@ def measure(case: RoutingCase, precision: str, programs: int) -> list[dict[str, 
     (u, weight), grad = case.inputs("cuda")
     u, weight, grad = (x.detach().to(dtype) for x in (u, weight, grad))
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    unit = tiles.unit(u, "tf32" if tf32 else "ieee", case.batch)
+    kind = tiles.kind(unit(u), case.batch, case.out_dim, case.in_dim)
 
     def forward() -> object:
         return kernels.capsule_routing(u, weight, None, case.iterations, False)
@@ -72,7 +74,7 @@ def measure(case: RoutingCase, precision: str, programs: int) -> list[dict[str, 
             row: dict[str, object] = {"case": str(case), "precision": precision, "programs": programs}
             row["entry"] = entry
             for call, table in ((forward, tiles.ROUTED), (backward, tiles.GRADIENT)):
-                with mock.patch.dict(table, {unit: entry}):
+                with mock.patch.dict(table, {kind: entry}):
                     try:
                         row[call.__name__] = milliseconds(call)
                     except (TritonError, RuntimeError) as error:  # does not compile, or does not fit

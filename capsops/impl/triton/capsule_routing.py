@@ -159,14 +159,14 @@ def routed_pass_kernel(
             if GRADIENT:
                 a = agreement(p_grad_s, p_w, p_u, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT)
                 c = c * (a - mean)
-            b_x = tl.reshape(c[:, None, :] * b_u, [R, KB * C])
             for d_first in range(0, D, DB):
-                b_w = load_weights(p_w, i, j, d_first + d, k, I, J, D, K, C, DB, KB)
-                b_s = product(b_x, tl.trans(b_w), UNIT)
-                for k_first in range(KB, K, KB):
-                    b_u_k = load_inputs(p_u, row, m_row, i, k_first + k, I, K)
+                b_s = tl.zeros([R, DB], tl.float32)
+                for k_first in range(0, K, KB):
+                    if K > KB:
+                        b_u = load_inputs(p_u, row, m_row, i, k_first + k, I, K)
+                    b_x = tl.reshape(c[:, None, :] * b_u, [R, KB * C])
                     b_w = load_weights(p_w, i, j, d_first + d, k_first + k, I, J, D, K, C, DB, KB)
-                    b_s += product(tl.reshape(c[:, None, :] * b_u_k, [R, KB * C]), tl.trans(b_w), UNIT)
+                    b_s += product(b_x, tl.trans(b_w), UNIT)
                 p_bjd = p_partials + (row * (J * D) + j * D)[:, None] + (d_first + d)[None, :]
                 m_bjd = m_row[:, None] & (d_first + d < D)[None, :]
                 b_s += tl.load(p_bjd, mask=m_bjd & (chunk > first), other=0.0)
@@ -201,9 +201,6 @@ def routed_gradient_kernel(
         row = at + tl.arange(0, R)
         m_row = row < end
         b_u = load_inputs(p_u, row, m_row, i, k, I, K)
-        b_first = b_u
-        if K > KB:
-            b_first = load_inputs(p_u, row, m_row, i, tl.arange(0, KB), I, K)
         grad_u = tl.zeros([R, KB, C], tl.float32)
         m_bi = m_row[:, None] & (i < I)[None, :]
         p_bi = p_statistics + (row * I)[:, None] + i[None, :]
@@ -211,7 +208,7 @@ def routed_gradient_kernel(
         if DETACH:
             first = passes - 1
             top, norm, _ = softmax_over_outputs(
-                p_u, p_w, p_total + (first - 1) * layer, p_grad_s, row, m_row, i, b_first, I, J, D, K, R, C,
+                p_u, p_w, p_total + (first - 1) * layer, p_grad_s, row, m_row, i, b_u, I, J, D, K, R, C,
                 DB, KB, LEAKY, False, UNIT,
             )  # fmt: skip
         for j in range(J):
@@ -239,11 +236,9 @@ def routed_gradient_kernel(
                         a = tl.sum(b_q * b_u, 1)
                     else:
                         logit = agreement(
-                            p_v, p_w, p_u, b_first, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT
+                            p_v, p_w, p_u, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT
                         )
-                        a = agreement(
-                            p_s, p_w, p_u, b_first, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT
-                        )
+                        a = agreement(p_s, p_w, p_u, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT)
                     if DETACH:
                         c = power(logit - top) * norm
                     else:
@@ -277,11 +272,11 @@ def routed_gradient_kernel(
 class Layer:
     """The shapes of one call, and the launches of its passes."""
 
-    def __init__(self, u: Tensor, weight: Tensor, leaky: bool, gradients: bool = False) -> None:
+    def __init__(self, u: Tensor, weight: Tensor, leaky: bool) -> None:
         self.u, self.weight, self.leaky = u, weight, leaky
         self.B, self.I, _ = u.shape
         _, self.J, self.D, self.K = weight.shape
-        self.unit = unit(u, gradients)
+        self.unit = unit(u)
 
     def first_factor(self, iterations: int) -> float:
         """What û is multiplied by in the first pass."""
@@ -290,8 +285,9 @@ class Layer:
     def sums_of_pass(self, parts: int) -> Tensor:
         return self.u.new_empty(parts, self.B, self.J, self.D, dtype=torch.float32)
 
-    def routed_tile(self, table: tiles.Table) -> tiles.Tile:
-        return tiles.tile(table, self.unit, self.B, self.I, self.D, self.K)
+    def routed_tile(self, table: dict[str, tiles.Entry]) -> tiles.Tile:
+        entry = table[tiles.kind(self.unit, self.B, self.D, self.K)]
+        return tiles.tile(entry, self.B, self.I, self.D, self.K)
 
     def routed_options(self, tile: tiles.Tile) -> dict[str, object]:
         return {
@@ -396,7 +392,7 @@ def capsule_routing_backward(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with on_device(u):
-        layer = Layer(u, weight, leaky, gradients=True)
+        layer = Layer(u, weight, leaky)
         factor = layer.first_factor(iterations)
         total, grad_s = sums.prepare_backward(grad, s)
         last = len(s) - 1

@@ -18,10 +18,7 @@ def product(b_x, b_y, UNIT: tl.constexpr):
     if UNIT == "bf16":
         b_x = b_x.to(tl.bfloat16)
         b_y = b_y.to(tl.bfloat16)
-    elif UNIT == "fp16":
-        b_x = b_x.to(tl.float16)
-        b_y = b_y.to(tl.float16)
-    if _INTERPRETED or UNIT == "tf32" or UNIT == "ieee":  # the interpreter has no 16-bit products
+    if _INTERPRETED or UNIT != "bf16":  # the interpreter has no 16-bit products
         b_x = b_x.to(tl.float32)
         b_y = b_y.to(tl.float32)
     return tl.dot(b_x, b_y, input_precision="tf32" if UNIT == "tf32" else "ieee")
@@ -85,12 +82,11 @@ def project(
     C: tl.constexpr, DB: tl.constexpr, KB: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Components k of W_ijᵀ x_j [R, KB, C] for x [B, J, D]."""
-    d = tl.arange(0, DB)
-    b_x = load_outputs(p_x, row, m_row, j, d, J, D)
-    found = product(b_x, load_weights(p_w, i, j, d, k, I, J, D, K, C, DB, KB), UNIT)
-    for first in range(DB, D, DB):
-        b_x = load_outputs(p_x, row, m_row, j, first + d, J, D)
-        found += product(b_x, load_weights(p_w, i, j, first + d, k, I, J, D, K, C, DB, KB), UNIT)
+    found = tl.zeros([R, KB * C], tl.float32)
+    for first in range(0, D, DB):
+        d = first + tl.arange(0, DB)
+        b_x = load_outputs(p_x, row, m_row, j, d, J, D)
+        found += product(b_x, load_weights(p_w, i, j, d, k, I, J, D, K, C, DB, KB), UNIT)
     return tl.reshape(found, [R, KB, C])
 
 
@@ -99,12 +95,14 @@ def agreement(
     p_x, p_w, p_u, b_u, row, m_row, i, j, I, J: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr, KB: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """û · x [R, C] for x [B, J, D]: u · (W_ijᵀ x_j), where b_u holds the first KB components of u."""
-    k = tl.arange(0, KB)
-    found = tl.sum(project(p_x, p_w, row, m_row, i, j, k, I, J, D, K, R, C, DB, KB, UNIT) * b_u, 1)
-    for first in range(KB, K, KB):
-        b_p = project(p_x, p_w, row, m_row, i, j, first + k, I, J, D, K, R, C, DB, KB, UNIT)
-        found += tl.sum(b_p * load_inputs(p_u, row, m_row, i, first + k, I, K), 1)
+    """û · x [R, C] for x [B, J, D]: u · (W_ijᵀ x_j); b_u holds all of u where K ≤ KB."""
+    found = tl.zeros([R, C], tl.float32)
+    for first in range(0, K, KB):
+        k = first + tl.arange(0, KB)
+        if K > KB:
+            b_u = load_inputs(p_u, row, m_row, i, k, I, K)
+        b_p = project(p_x, p_w, row, m_row, i, j, k, I, J, D, K, R, C, DB, KB, UNIT)
+        found += tl.sum(b_p * b_u, 1)
     return found
 
 

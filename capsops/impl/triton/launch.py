@@ -32,16 +32,14 @@ def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.allow_tf32 if newer is None else newer == "tf32"
 
 
-def unit(x: Tensor, gradients: bool = False) -> str:
-    """How kernels multiply matrices of x's dtype: "ieee", "tf32", "bf16" or "fp16", all summed in float32.
+def unit(x: Tensor) -> str:
+    """What kernels multiply matrices of x's dtype by: "ieee", "tf32" or "bf16"; all sum in float32.
 
-    Float32 follows torch's own setting. Gradients that a kernel makes itself (`gradients`) leave the range of
-    float16, within which x need not stay: TF32 has float16's precision and float32's range.
+    Float32 follows torch's own setting. Gradients inside a layer leave the range of float16; TF32 holds its
+    numbers exactly, and has the range of float32.
     """
     if x.dtype == torch.bfloat16:
         return "bf16"
-    if x.dtype == torch.float16 and not gradients:
-        return "fp16"
     tf32 = x.dtype == torch.float16 or _tf32_allowed()
     return "tf32" if tf32 and torch.version.hip is None else "ieee"
 

@@ -94,48 +94,75 @@ class Tile(NamedTuple):
     depth: int
     warps: int
     stages: int
+    registers: int | None
 
     def options(self) -> dict[str, int]:
-        return {
+        options = {
             "R": self.rows, "C": self.inputs, "DB": self.outputs, "KB": self.depth, "num_warps": self.warps,
             "num_stages": self.stages,
         }  # fmt: skip
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
-Table = dict[str, tuple[int, int, int, int]]
+class Entry(NamedTuple):
+    """What a block may have at most.
 
-# Samples, numbers of u of one sample (input capsules × components), warps and stages of a block, by the unit
-# that makes the products: multiply-adds for IEEE float32, else the matrix unit. Without spills on sm_90.
-ROUTED: Table = {
-    "ieee": (32, 64, 4, 2),
-    "ieee, few samples": (16, 32, 2, 2),
-    "tf32": (64, 64, 4, 2),
-    "16 bit": (64, 64, 4, 2),
+    Samples; numbers of u of one sample (input capsules × components); components of an output capsule; warps;
+    stages; registers of a thread, where ptxas left to itself spills to seat one more program.
+    """
+
+    rows: int
+    numbers: int
+    outputs: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+# By the unit that makes the products: multiply-adds for IEEE float32, else the matrix unit. "Long or odd" are
+# vectors of more than 16 numbers, which may take several blocks, and those that are loaded number by number,
+# an address each. Without spills on sm_90.
+ROUTED = {
+    "ieee": Entry(32, 64, 32, 4, 2),
+    "ieee, few samples": Entry(16, 32, 32, 2, 2),
+    "ieee, long or odd": Entry(16, 32, 32, 4, 1, 255),
+    "tf32": Entry(64, 64, 32, 4, 2),
+    "tf32, few samples": Entry(16, 64, 32, 2, 2, 255),
+    "tf32, long or odd": Entry(64, 64, 32, 8, 1, 255),
+    "bf16": Entry(64, 64, 32, 4, 2),
+    "bf16, few samples": Entry(16, 64, 32, 2, 2, 255),
+    "bf16, long or odd": Entry(64, 64, 32, 8, 1, 255),
 }
-GRADIENT: Table = {
-    "ieee": (64, 32, 4, 2),
-    "ieee, few samples": (16, 32, 2, 2),
-    "tf32": (32, 64, 4, 1),
-    "16 bit": (64, 64, 4, 1),
+GRADIENT = {
+    "ieee": Entry(64, 32, 32, 4, 2),
+    "ieee, few samples": Entry(16, 32, 32, 2, 2),
+    "ieee, long or odd": Entry(16, 16, 16, 4, 1, 255),
+    "tf32": Entry(32, 64, 32, 4, 1),
+    "tf32, few samples": Entry(16, 64, 32, 2, 1, 255),
+    "tf32, long or odd": Entry(64, 32, 16, 8, 1, 255),
+    "bf16": Entry(64, 64, 32, 4, 1),
+    "bf16, few samples": Entry(16, 64, 32, 2, 1, 255),
+    "bf16, long or odd": Entry(64, 32, 16, 8, 1, 255),
 }
 
 
-def entry(unit: str, B: int) -> str:
+def kind(unit: str, B: int, D: int, K: int) -> str:
     """The key of ROUTED and GRADIENT."""
-    if unit in ("bf16", "fp16"):
-        return "16 bit"
-    return "ieee, few samples" if unit == "ieee" and B <= 16 else unit
+    unit = "bf16" if unit in ("bf16", "fp16") else unit
+    if D > 16 or K > 16 or D % 4 or K % 4:
+        return f"{unit}, long or odd"
+    return f"{unit}, few samples" if B <= 16 else unit
 
 
-def tile(table: Table, unit: str, B: int, I: int, D: int, K: int) -> Tile:
-    rows, numbers, warps, stages = table[entry(unit, B)]
-    outputs = _block(D, 32)
-    if torch.version.hip is not None:  # less shared memory
-        rows, outputs = min(rows, 32), 16
-    depth = min(power_of_2(K), numbers)
-    inputs = max(min(numbers // depth, power_of_2(I)), ceil_div(16, depth))
-    fewer = _block(B, rows)
-    return Tile(fewer, inputs, outputs, depth, max(1, warps * fewer // rows), stages)
+def tile(entry: Entry, B: int, I: int, D: int, K: int) -> Tile:
+    most, outputs, registers = entry.rows, entry.outputs, entry.registers
+    if torch.version.hip is not None:  # less shared memory; ptxas is NVIDIA's
+        most, outputs, registers = min(most, 32), 16, None
+    depth = min(power_of_2(K), entry.numbers)
+    inputs = max(min(entry.numbers // depth, power_of_2(I)), ceil_div(16, depth))
+    rows = _block(B, most)
+    warps = max(entry.warps // 2, entry.warps * rows // most)
+    return Tile(rows, inputs, _block(D, outputs), depth, warps, entry.stages, registers)
 
 
 class Predictions(NamedTuple):
@@ -155,7 +182,7 @@ class Predictions(NamedTuple):
 
 
 def predictions(B: int, columns: int, K: int) -> Predictions:
-    return Predictions(_block(B, 64), _block(columns, 128), _block(K, 32), 4, 2)
+    return Predictions(_block(B, 64), _block(columns, 64), _block(K, 32), 4, 2)
 
 
 class Given(NamedTuple):

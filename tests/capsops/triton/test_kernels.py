@@ -172,16 +172,47 @@ def test_couplings(shape: Shape, options: Options, dtype: torch.dtype) -> None:
     )
 
 
-def test_input_capsules_that_no_block_holds() -> None:
-    shape, options = Shape(2, 3, 3, 4, 300), Options(2, bias=True)
-    check_layer(shape, options, torch.float32)
-    inputs = layer_inputs(shape, True, torch.float32)
+LONG = Shape(3, 3, 2, 8, 70)
+
+
+@pytest.mark.parametrize("options", [Options(1), Options(2, bias=True), Options(2, detach=True)], ids=str)
+def test_input_capsules_of_several_blocks(options: Options) -> None:
+    check_layer(LONG, options, torch.float32)
+
+
+def test_couplings_of_input_capsules_of_several_blocks() -> None:
+    inputs = layer_inputs(LONG, True, torch.float32)
     assert_low_precision(
         capsops.couplings(*inputs, iterations=2, impl="triton"),
         [reference.couplings(*inputs, iterations=2)],
         reference.couplings(*double(inputs), iterations=2),
         factor=2,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e4, 1e-6])
+@pytest.mark.parametrize("wanted", ["u", "weight"])
+@pytest.mark.parametrize("options", [Options(1), Options(3)], ids=str)
+def test_gradients_near_the_ends_of_float16(
+    options: Options, wanted: str, scale: float, dtype: torch.dtype
+) -> None:
+    """Gradients inside may be larger, or smaller, than float16 holds, while the result fits: W and u are
+    scaled so that it does.
+    """
+    shape = Shape(5, 17, 3, 16, 8)
+    u, weight, _ = layer_inputs(shape, dtype=torch.float64)
+    by = 2.0**8 if (wanted == "u") == (scale > 1) else 2.0**-8
+    inputs = [(u * by).to(dtype), (weight / by).to(dtype)]
+    upstream = (torch.randn(shape.B, shape.J, shape.D) * scale).to(dtype)
+    needs = (wanted == "u", wanted == "weight")
+    got = value_and_gradients(layer(options), inputs, upstream, needs)
+    wide = value_and_gradients(plain_layer(options), [x.float() for x in inputs], upstream.float(), needs)
+    exact = value_and_gradients(plain_layer(options), double(inputs), upstream.double(), needs)
+    lows = [{name: x.to(dtype) for name, x in wide.items()}]
+    for name, tensor in exact.items():
+        factor = 2 if dtype == torch.float16 else 4  # operands of products are rounded to bfloat16
+        assert_low_precision(got[name], [low[name] for low in lows], tensor, factor, name)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
