@@ -27,11 +27,16 @@ class Race:
     """
 
     def __init__(
-        self, candidates: Mapping[str, Call], clock: Clock = wall_clock, sample: float = SAMPLE_SECONDS
+        self,
+        candidates: Mapping[str, Call],
+        clock: Clock = wall_clock,
+        sample: float = SAMPLE_SECONDS,
+        seconds: float | None = None,
     ) -> None:
         self.candidates = dict(candidates)
         self.clock = clock
         self.sample = sample
+        self.race_seconds = RACE_SECONDS if seconds is None else seconds
         self.calls: dict[str, int] = {}
         self.first: dict[str, float] = {}
         self.seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -56,9 +61,9 @@ class Race:
                 self.seconds[name].append(self.first[name])
 
     def rounds(self) -> int:
-        """As many as fill RACE_SECONDS, within bounds."""
+        """As many as fill the seconds of the race, RACE_SECONDS by default, within bounds."""
         lap = sum(self.first[name] * self.calls[name] for name in self.candidates)
-        return min(max(int(RACE_SECONDS / lap), FEWEST_ROUNDS), MOST_ROUNDS)
+        return min(max(int(self.race_seconds / lap), FEWEST_ROUNDS), MOST_ROUNDS)
 
     def lap(self, names: Iterable[str]) -> None:
         """One sample of each of these."""

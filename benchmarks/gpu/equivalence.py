@@ -3,17 +3,18 @@
 python -m benchmarks.gpu.equivalence --impl triton [--device cuda] [--small]
 
 Values and gradients, with outputs of torch.empty poisoned by torch's deterministic fill. With --small a few
-shapes only. Prints a line for each failure; exits with 1 if there is one.
+shapes only. Prints a line for each failure; exits with 1 if there is one, or if nothing was compared.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor
@@ -60,11 +61,12 @@ LARGEST = 1 << 27  # numbers of û that float64 on the device is asked for
 
 @dataclass
 class Outcome:
-    """How many comparisons were made, the largest error of each dtype, and what failed."""
+    """How many comparisons were made, the largest error of each dtype, what failed, what was not begun."""
 
     compared: int = 0
     worst: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
 
     def take(self, name: str, kind: str, compare: Callable[[], float]) -> None:
         """Runs one comparison; an exception of any kind is a failure of it."""
@@ -146,34 +148,62 @@ def comparisons(
             yield Comparison(f"couplings {chosen}", ours, plain, (u, weight, *biases), FORWARD, terms)
 
 
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """What torch.empty returns is NaN: torch's deterministic mode fills it."""
+def _modes(device: torch.device) -> list[tuple[torch.dtype, bool]]:
+    """Dtypes, float32 with and without TF32."""
+    modes = [(torch.float32, False), (torch.bfloat16, False), (torch.float16, False)]
+    return [*modes, (torch.float32, True)] if device.type == "cuda" else modes
+
+
+def _compare(
+    impl: str, device: torch.device, shape: tuple, dtype: torch.dtype, tf32: bool, end: float
+) -> Outcome:
+    """All comparisons of one shape in one dtype, until `end` by the clock. Memory is poisoned meanwhile."""
+    torch.manual_seed(0)
+    outcome = Outcome()
+    kind = f"{str(dtype).removeprefix('torch.')}{' with TF32' if tf32 else ''}"
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns
     try:
-        yield
+        with matrix_precision(tf32):
+            for comparison in comparisons(impl, device, dtype, [shape]):
+                if time.time() > end:
+                    outcome.late.append(f"not compared, time was over: {kind}: {comparison.name} and on")
+                    break
+                outcome.take(f"{kind}: {comparison.name}", kind, partial(comparison, tf32))
     finally:
         torch.use_deterministic_algorithms(before)
+    return outcome
 
 
-def compare_all(impl: str, device: torch.device, shapes: list[tuple], seconds: float) -> Outcome:
-    """All comparisons in every dtype, float32 with and without TF32, as far as the seconds reach."""
-    torch.manual_seed(0)
-    outcome, began = Outcome(), time.monotonic()
-    modes = [(torch.float32, False), (torch.bfloat16, False), (torch.float16, False)]
-    if device.type == "cuda":
-        modes.insert(1, (torch.float32, True))
-    for shape, (dtype, tf32) in product(shapes, modes):
-        if time.monotonic() - began > seconds:
-            outcome.failures.append(
-                f"not compared: {shape} in {dtype} and what follows, {seconds:.0f} s were over"
-            )
-            break
-        kind = f"{str(dtype).removeprefix('torch.')}{' with TF32' if tf32 else ''}"
-        with matrix_precision(tf32), poisoned():
-            for comparison in comparisons(impl, device, dtype, [shape]):
-                outcome.take(f"{kind}: {comparison.name}", kind, partial(comparison, tf32))
+def compare_all(
+    impl: str, device: torch.device, shapes: list[tuple], seconds: float, workers: int = 0
+) -> Outcome:
+    """All comparisons in every dtype, float32 with and without TF32, as far as the seconds reach.
+
+    With `workers` so many processes share the work: most of the time goes into compiling kernels.
+    """
+    end = time.time() + seconds
+    work = [(impl, device, shape, *mode, end) for shape, mode in product(shapes, _modes(device))]
+    outcome = Outcome()
+
+    def join(one: Outcome) -> None:
+        outcome.compared += one.compared
+        outcome.failures += one.failures
+        outcome.late += one.late
+        for kind, error in one.worst.items():
+            outcome.worst[kind] = max(outcome.worst.get(kind, 0.0), error)
+
+    if not workers:
+        for one in work:
+            join(_compare(*one))
+        return outcome
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(_compare, *one): one for one in work}
+        for future, (_, _, shape, dtype, tf32, _) in running.items():
+            try:
+                join(future.result())
+            except Exception as error:  # of the process itself
+                outcome.failures.append(f"{shape}, {dtype}, TF32 {tf32}: {type(error).__name__}: {error}")
     return outcome
 
 
@@ -183,11 +213,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a few small shapes")
     parser.add_argument("--seconds", type=float, default=240, help="where it ends at the latest")
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0: this one")
     args = parser.parse_args()
-    outcome = compare_all(args.impl, torch.device(args.device), SMALL if args.small else FULL, args.seconds)
-    print(*outcome.failures, sep="\n")
+    shapes = SMALL if args.small else FULL
+    outcome = compare_all(args.impl, torch.device(args.device), shapes, args.seconds, args.workers)
+    print(*outcome.late, *outcome.failures, sep="\n")
     print(f"{outcome.compared} compared, {len(outcome.failures)} failed; largest errors {outcome.worst}")
-    sys.exit(bool(outcome.failures))
+    sys.exit(bool(outcome.failures) or not outcome.compared)
 
 
 if __name__ == "__main__":

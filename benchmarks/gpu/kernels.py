@@ -41,6 +41,8 @@ from benchmarks.timing import FEWEST_ROUNDS, Race
 SUITE = "routing on a GPU"
 COMPILED = ("einsum + sums", "matmul")  # the forms that gain by it
 MODE = "max-autotune-no-cudagraphs"
+WORKERS = 12  # processes that compare, and compile kernels meanwhile
+RACE_SECONDS = 1.5
 STAGES = ("equivalence", "sanitizer", "timings")
 HOPELESS = 6.0
 SHAPES = {"1152×10": (1152, 10), "2048×10": (2048, 10), "3872×196": (3872, 196)}
@@ -202,7 +204,7 @@ def medians(
     calls: dict[str, Callable[[], object]], ours: str, clock: Callable, sets: int, long: bool = True
 ) -> dict[str, float]:
     """Seconds of one call of each, in as few rounds as give a median unless it is to be a `long` race."""
-    race = Race(calls, clock)
+    race = Race(calls, clock, seconds=RACE_SECONDS)
     race.warm_up()
     race.drop([name for name in calls if name != ours], HOPELESS)
     for _ in range(race.rounds() if long else FEWEST_ROUNDS):
@@ -266,7 +268,8 @@ def plan(impl: str, others: Sequence[str], seconds: float) -> str:
     """What a run does, in words."""
     lines = [
         f"equivalence: every op of {impl}, {len(equivalence.FULL)} shapes × {len(equivalence.OPTIONS)} sets "
-        "of options × float32, float32 with TF32, bfloat16, float16; twice each, equal bit for bit",
+        "of options × float32, float32 with TF32, bfloat16, float16; twice each, equal bit for bit; in "
+        f"{WORKERS} processes, {seconds / 4:.0f} s at most",
         f"compute-sanitizer meanwhile: {', '.join(sanitizer.tools(impl))} on {len(equivalence.SMALL)} shapes",
         "ceilings: copy, matrix products in bf16, TF32 and float32",
         "of cases with targets, the seconds of each kernel beside the floor of its part",
@@ -288,7 +291,7 @@ def main() -> None:
         "--beside", nargs="*", default=[], help="other implementations, timed in the same run"
     )
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=450, help="no case begins after so many")
+    parser.add_argument("--seconds", type=float, default=430, help="no case begins after so many")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
     parser.add_argument("--plan", action="store_true", help="print what would be done; needs no GPU")
@@ -302,11 +305,13 @@ def main() -> None:
     sanitizing = sanitizer.start(args.impl, args.out) if "sanitizer" in args.stages and not small else []
     if "equivalence" in args.stages:
         shapes = equivalence.SMALL[:1] if small else equivalence.FULL
-        outcome = equivalence.compare_all(args.impl, device, shapes, args.seconds / 4)
+        outcome = equivalence.compare_all(
+            args.impl, device, shapes, args.seconds / 4, 0 if small else WORKERS
+        )
         print(
             f"{outcome.compared} compared, {len(outcome.failures)} failed, worst {outcome.worst}", flush=True
         )
-    failures = list(outcome.failures)
+    failures = outcome.failures + outcome.late
     if "sanitizer" in args.stages and not small:
         failures += sanitizer.collect(args.impl, sanitizing)
     ceilings = measured_ceilings(device)

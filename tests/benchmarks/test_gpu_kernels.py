@@ -62,13 +62,21 @@ def test_failures_are_collected_and_late_ones_named() -> None:
     if not any(s.impl == "triton" and s.device == "cpu" and s.available for s in capsops.dispatch.describe()):
         assert len(outcome.failures) == outcome.compared > 0
     late = equivalence.compare_all("cpu", CPU, equivalence.SMALL[:1], 0)
-    assert "not compared" in late.failures[0]
+    assert "not compared" in late.late[0]
     assert late.compared == 0
+    assert not late.failures
+
+
+def test_processes_share_the_comparisons() -> None:
+    found = equivalence.compare_all("cpu", CPU, equivalence.SMALL[:1], 1e9, workers=1)
+    assert not found.failures
+    assert found.compared > 60
+    assert set(found.worst) == {"float32", "bfloat16", "float16"}
 
 
 @pytest.fixture(autouse=True)
 def short_races(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(timing, "RACE_SECONDS", 0.01)
+    monkeypatch.setattr(kernels, "RACE_SECONDS", 0.01)
     monkeypatch.setattr(kernels, "Race", partial(timing.Race, sample=1e-4))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny tensors
