@@ -172,7 +172,7 @@ def test_couplings(shape: Shape, options: Options, dtype: torch.dtype) -> None:
     )
 
 
-LONG = Shape(3, 3, 2, 8, 70)
+LONG = Shape(3, 2, 2, 8, 40)
 
 
 @pytest.mark.parametrize("options", [Options(1), Options(2, bias=True), Options(2, detach=True)], ids=str)
