@@ -79,8 +79,6 @@ class InfoCapsGANSettings(GANSettings):
     """Length of that change, in units of pixels in [−1, 1]."""
     smoothness_after: Whole = 250
     """Steps before that weight counts: classes form faster without it. It ends with the warm-up."""
-    initial_scale: Weight = 1.0
-    """The encoder's transformation weights start this many times larger: near length 0 is no gradient."""
     temperature: Weight = 20.0
     """Class probabilities of a real image are the softmax of this times its class capsules' lengths."""
     details: bool = True
@@ -147,13 +145,7 @@ class InfoCapsGAN(GAN):
         },
     }
     tuned: ClassVar = {
-        "digits": {
-            "width": 32,
-            "epochs": 60,
-            "warm_up": 260,
-            "smoothness_after": 150,
-            "initial_scale": 3.0,
-        },
+        "digits": {"width": 32, "epochs": 60, "warm_up": 260, "smoothness_after": 150},
         "mnist": {"warm_up": 2000},
         "fashion-mnist": {"warm_up": 2000},
     }
@@ -166,8 +158,6 @@ class InfoCapsGAN(GAN):
         self.discriminator = Discriminator(*shape, width=s.width, batch_norm=s.batch_norm, details=s.details)
         if s.recipe == "published":
             self.apply(initialise_as_published)
-        with torch.no_grad():
-            self.discriminator.encoder.classes.weight.mul_(s.initial_scale)
         self.stabilise()
         encoder = set(self.discriminator.encoder.parameters())
         verdict = [weight for weight in self.discriminator.parameters() if weight not in encoder]
