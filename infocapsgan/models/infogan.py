@@ -52,15 +52,16 @@ class InfoGANTrunk(nn.Module):
     Args:
         channels, size: of the image.
         width: 64 as published.
+        batch_norm: whether there is any.
     """
 
-    def __init__(self, channels: int, size: int, *, width: int = 64) -> None:
+    def __init__(self, channels: int, size: int, *, width: int = 64, batch_norm: bool = True) -> None:
         super().__init__()
         layers, before = [], channels
         for level in range(infogan_levels(size)):
             after = width * 2**level
             layers.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
-            layers += [nn.BatchNorm2d(after)] if level else []
+            layers += [nn.BatchNorm2d(after)] if level and batch_norm else []
             layers.append(nn.LeakyReLU(0.1))
             before = after
         grid = size // 2 ** infogan_levels(size)
@@ -68,7 +69,7 @@ class InfoGANTrunk(nn.Module):
             *layers,
             nn.Flatten(),
             nn.Linear(before * grid**2, 16 * width),
-            nn.BatchNorm1d(16 * width),
+            nn.BatchNorm1d(16 * width) if batch_norm else nn.Identity(),
             nn.LeakyReLU(0.1),
         )
 

@@ -4,17 +4,13 @@ The code given to the generator must be recognised by the discriminator's class 
 image. On a real image the longest class capsule is then its cluster: MNIST digits told apart without labels.
 Source: the public InfoCapsGAN code; its settings are the recipe `published`, its bugs mended.
 
-The recipe `tuned` first finds the classes on real images alone (warm_up): predictions are certain, evenly
-used over the classes (IMSAT), and the same for an image and a moved copy of it with a part erased. Slant and
-size, along which classes would else divide, are what the copies change. Once classes have formed
-(smoothness_after), the worst small change of an image must not leave its class either: rare forms of a digit
-that had joined another come back. Then the generator comes in. From the first step on it
-would disturb the classes: they form around its early, arbitrary images. A small weight of the code leaves it
-to the real images what a class is; a large one is satisfied by images that are no digits. Without batch norm
-the discriminator sees real and generated images on one scale, so the generator must match their contrast. The
-class capsules alone cannot tell blurred images from real ones, and a discriminator at a loss teaches nothing:
-its verdict reads the primary capsules as well (details). Each class would still be drawn in one way, whatever
-the noise: images of one class are rewarded for being apart (diversity_weight).
+The recipe `tuned` first finds the classes on real images alone (class_code.py), then the generator comes in.
+A small weight of the code leaves it to the real images what a class is; a large one is satisfied by images
+that are no digits. Without batch norm the discriminator sees real and generated images on one scale, so the
+generator must match their contrast. The class capsules alone cannot tell blurred images from real ones, and a
+discriminator at a loss teaches nothing: its verdict reads the primary capsules as well (details). Each class
+would still be drawn in one way, whatever the noise: images of one class are rewarded for being apart
+(diversity_weight).
 """
 
 import math
@@ -29,14 +25,13 @@ import capsops
 from capsops.nn import RoutingCapsules
 from infocapsgan import losses
 from infocapsgan.data import Dataset
-from infocapsgan.data.augment import erased, moved
 from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.draw import Draw
-from infocapsgan.metrics import clustering_metrics, kmeans_accuracy
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules, lengths, primary_grid
 from infocapsgan.models.capsule_generator import KERNEL_SIZE, CapsuleGenerator
-from infocapsgan.settings import Count, Share, Weight, Whole
-from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings
+from infocapsgan.settings import Count, Weight
+from infocapsgan.systems.class_code import NO_REAL_IMAGES, ClassCodeGAN, ClassCodeSettings
+from infocapsgan.systems.gan import ADAM_BETAS
 from infocapsgan.training import Training
 
 LAST_DIM = 52  # numbers in the discriminator's last capsule
@@ -44,7 +39,7 @@ SAMPLES_PER_CODE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoCapsGANSettings(GANSettings):
+class InfoCapsGANSettings(ClassCodeSettings):
     """InfoCapsGAN: capsule generator, capsule discriminator, class code; classifies without labels."""
 
     noise_dim: Count = 52
@@ -55,30 +50,12 @@ class InfoCapsGANSettings(GANSettings):
     """Learning rate of the generator."""
     discriminator_rate: Weight = 1e-3
     """Learning rate of the discriminator."""
-    settled_rate: Share = 0.2
-    """The encoder's rate falls in a straight line, over the warm-up, to this share of the discriminator's."""
     adversarial_weight: Weight = 1.0
     """Weight of real against generated; 0 trains the discriminator on real images alone, no generator."""
-    warm_up: Whole = 500
-    """Steps on real images alone, before the generator comes in."""
     code_weight: Weight = 0.01
     """Weight of the margin loss, summed over the batch, that recognises the code of generated images."""
     diversity_weight: Weight = 0.03
     """Weight of: images of one class code differ as their noise does (mode seeking)."""
-    information_weight: Weight = 0.3
-    """Weight of the mutual information between real images and their classes (IMSAT, IIC)."""
-    balance: Weight = 4.0
-    """How much even use of the classes counts in it, against certainty about each image."""
-    consistency_weight: Weight = 1.0
-    """Weight of: a real image and a moved copy of it belong to the same class."""
-    erased: Share = 0.5
-    """Height and width of what is erased from that copy, at most, as a share of the image's."""
-    smoothness_weight: Weight = 1.0
-    """Weight of: the worst small change of a real image leaves its class (virtual adversarial training)."""
-    smoothness_radius: Weight = 4.0
-    """Length of that change, in units of pixels in [−1, 1]."""
-    smoothness_after: Whole = 250
-    """Steps before that weight counts: classes form faster without it. It ends with the warm-up."""
     temperature: Weight = 20.0
     """Class probabilities of a real image are the softmax of this times its class capsules' lengths."""
     details: bool = True
@@ -123,23 +100,19 @@ class Discriminator(nn.Module):
         return Verdict(logit.flatten(), last, capsules)
 
 
-class InfoCapsGAN(GAN):
+class InfoCapsGAN(ClassCodeGAN):
     """InfoCapsGAN; see the module."""
 
     Settings = InfoCapsGANSettings
     recipes: ClassVar = {
         "tuned": {"ema": 0.98},
         "published": {
+            **NO_REAL_IMAGES,
             "batch_size": 100,
             "latent": "squashed",
             "generator_rate": 2e-4,
             "discriminator_rate": 2e-5,
-            "information_weight": 0.0,
-            "consistency_weight": 0.0,
-            "smoothness_weight": 0.0,
-            "settled_rate": 1.0,
             "batch_norm": True,
-            "warm_up": 0,
             "diversity_weight": 0.0,
             "details": False,
         },
@@ -149,7 +122,6 @@ class InfoCapsGAN(GAN):
         "mnist": {"warm_up": 2000},
         "fashion-mnist": {"warm_up": 2000},
     }
-    headline = "unsupervised_accuracy"
 
     def __init__(self, settings: Settings | None = None, **options) -> None:
         super().__init__(settings, **options)
@@ -184,9 +156,17 @@ class InfoCapsGAN(GAN):
         latent = torch.cat([noise, F.one_hot(code, self.image_shape.classes)], dim=1)
         return capsops.squash(latent) if self.settings.latent == "squashed" else latent
 
-    def class_log_probabilities(self, capsules: Capsules) -> Tensor:
-        """log softmax(temperature · ‖v_j‖) over the classes [B, J]."""
-        return F.log_softmax(self.settings.temperature * lengths(capsules.classes).float(), dim=1)
+    def generates(self, training: Training) -> bool:
+        """Whether the generator takes part in this step."""
+        return self.settings.adversarial_weight > 0 and super().generates(training)
+
+    def class_logits(self, images: Tensor) -> Tensor:
+        """temperature · ‖v_j‖ of the class capsules [B, J], of images [B, C, H, W] in [−1, 1]."""
+        return self.logits_of(self.discriminator(images).capsules)
+
+    def logits_of(self, capsules: Capsules) -> Tensor:
+        """What class_logits gives, of capsules that are there already."""
+        return self.settings.temperature * lengths(capsules.classes).float()
 
     def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
         """Discriminator and generator once each; the labels are not looked at."""
@@ -195,13 +175,13 @@ class InfoCapsGAN(GAN):
         noise, code = draw.normal(B, s.noise_dim), draw.integers(self.image_shape.classes, B)
         if s.diversity_weight:
             code = code[::2].repeat_interleave(2)[:B]  # neighbours are of one class
-        generating = s.adversarial_weight > 0 and training.step >= s.warm_up
+        generating = self.generates(training)
         named = {}
-        self.set_encoder_rate(training)
+        self.optimizers["discriminator"].param_groups[0]["lr"] = self.settled(s.discriminator_rate, training)
 
         with training.autocast():
             seen = self.discriminator(real)
-            loss = self.real_images_loss(real, seen, training, named)
+            loss = self.real_images_loss(real, self.logits_of(seen.capsules), training, named)
             if generating:
                 latent = self.latent(noise, code)
                 generated, _ = self.generator(latent)
@@ -227,53 +207,10 @@ class InfoCapsGAN(GAN):
             self.update_average()
         return {name: value.detach() for name, value in named.items()}
 
-    def set_encoder_rate(self, training: Training) -> None:
-        """The encoder's learning rate on its line from the first step to the end of the warm-up."""
-        s = self.settings
-        done = min(1.0, training.step / s.warm_up) if s.warm_up else 1.0
-        rate = s.discriminator_rate * (1 - (1 - s.settled_rate) * done)
-        self.optimizers["discriminator"].param_groups[0]["lr"] = rate
-
     def code_loss(self, judged: Verdict, code: Tensor) -> Tensor:
         """How badly the class capsules' lengths tell the code that the generator was given."""
         target = F.one_hot(code, self.image_shape.classes)
         return losses.margin_loss(lengths(judged.capsules.classes), target).mean()
-
-    def real_images_loss(
-        self, real: Tensor, seen: Verdict, training: Training, named: dict[str, Tensor]
-    ) -> Tensor:
-        """What real images alone say of the classes: certain, evenly used, the same for a moved copy."""
-        s, loss = self.settings, torch.zeros((), device=real.device)
-        log_p = self.class_log_probabilities(seen.capsules)
-        p = log_p.exp()
-        if s.information_weight:
-            mean = training.processes.mean
-            named["information"] = losses.mutual_information(p, mean=mean)
-            balanced = losses.mutual_information(p, balance=s.balance, mean=mean)
-            loss = loss - s.information_weight * balanced
-        if s.consistency_weight:
-            copy = erased(
-                moved(real, training.draw, background=-1), training.draw, share=s.erased, background=-1
-            )
-            copy = self.discriminator(copy)
-            named["consistency"] = losses.divergence(p.detach(), self.class_log_probabilities(copy.capsules))
-            loss = loss + s.consistency_weight * named["consistency"]
-        alone = not s.adversarial_weight or training.step < s.warm_up
-        if s.smoothness_weight and alone and training.step >= s.smoothness_after:
-            named["smoothness"] = losses.adversarial_smoothness(
-                lambda x: self.class_log_probabilities(self.discriminator(x).capsules),
-                real,
-                p,
-                training.draw,
-                radius=s.smoothness_radius,
-            )
-            loss = loss + s.smoothness_weight * named["smoothness"]
-        return loss
-
-    def clusters(self, images: Tensor) -> Tensor:
-        """The longest class capsule of each image [N], of images [N, C, H, W] as uint8."""
-        found = [self.discriminator(to_symmetric(part)).capsules.classes for part in images.split(500)]
-        return lengths(torch.cat(found)).argmax(dim=1)
 
     def random_latents(self, number: int, draw: Draw, images: Tensor) -> Tensor:
         """Latents of normal noise and evenly drawn class codes [number, noise_dim + classes]."""
@@ -288,20 +225,12 @@ class InfoCapsGAN(GAN):
         return self.drawing_generator(self.latent(noise.repeat(classes, 1), code).to(self.device))
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """Unsupervised accuracy, NMI, ARI; sizes of the clusters; generator and discriminator compared."""
-        classes = self.image_shape.classes
-        train, test = self.clusters(dataset.train_images), self.clusters(dataset.test_images)
-        metrics = clustering_metrics(train, dataset.train_labels, test, dataset.test_labels, classes)
-        shares = torch.bincount(test, minlength=classes) / len(test)
-        metrics |= {f"share_of_cluster_{j}": share for j, share in enumerate(shares.tolist())}
+        """As of every class code; and the generator's capsules compared with the discriminator's."""
+        metrics = super().evaluate(dataset)
         if self.settings.adversarial_weight:
             images, given = self.samples()
             metrics |= compare_capsules(given, self.discriminator(images).capsules)
         return metrics
-
-    def baselines(self, dataset: Dataset) -> dict[str, float]:
-        """k-means on the pixels."""
-        return {"k-means on pixels": kmeans_accuracy(dataset, self.image_shape.classes)}
 
     def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
         """Samples, a row for each class code."""

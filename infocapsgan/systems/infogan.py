@@ -1,6 +1,9 @@
 """InfoGAN: a GAN whose latent codes must be recognised on the generated image.
 
 Source: Chen et al. 2016, networks of appendix C.1; loss weights and sizes of a public implementation.
+
+The recipe `tuned` finds the classes on real images first (class_code.py), by an optimiser of its own for
+trunk and recogniser.
 """
 
 from dataclasses import dataclass
@@ -13,15 +16,15 @@ from torch import Tensor, nn
 from infocapsgan.data import Dataset
 from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.draw import Draw
-from infocapsgan.metrics import clustering_metrics, kmeans_accuracy
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
 from infocapsgan.settings import Count, Range, Weight, Whole
-from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings
+from infocapsgan.systems.class_code import NO_REAL_IMAGES, ClassCodeGAN, ClassCodeSettings
+from infocapsgan.systems.gan import ADAM_BETAS
 from infocapsgan.training import Training, adam
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoGANSettings(GANSettings):
+class InfoGANSettings(ClassCodeSettings):
     """InfoGAN: a GAN with a categorical code and continuous codes."""
 
     batch_size: Count = 256
@@ -42,6 +45,10 @@ class InfoGANSettings(GANSettings):
     """Learning rate of the discriminator and of what it shares with the recogniser."""
     generator_rate: Weight = 1e-3
     """Learning rate of the generator and the recogniser."""
+    classes_rate: Weight = 1e-3
+    """Learning rate of what recognises classes, for what real images say of them."""
+    batch_norm: bool = True
+    """Whether discriminator and recogniser normalise."""
 
 
 class InfoGANDiscriminator(nn.Module):
@@ -52,16 +59,19 @@ class InfoGANDiscriminator(nn.Module):
         classes: of the categorical code.
         continuous: number of continuous codes.
         width: 64 as published.
+        batch_norm: whether trunk and recogniser normalise, as published.
     """
 
-    def __init__(self, channels: int, size: int, classes: int, continuous: int, *, width: int) -> None:
+    def __init__(
+        self, channels: int, size: int, classes: int, continuous: int, *, width: int, batch_norm: bool = True
+    ) -> None:
         super().__init__()
         self.classes = classes
-        self.trunk = InfoGANTrunk(channels, size, width=width)
+        self.trunk = InfoGANTrunk(channels, size, width=width, batch_norm=batch_norm)
         self.verdict = nn.Linear(16 * width, 1)
         self.recogniser = nn.Sequential(
             nn.Linear(16 * width, 2 * width),
-            nn.BatchNorm1d(2 * width),
+            nn.BatchNorm1d(2 * width) if batch_norm else nn.Identity(),
             nn.LeakyReLU(0.1),
             nn.Linear(2 * width, classes + continuous),
         )
@@ -73,14 +83,17 @@ class InfoGANDiscriminator(nn.Module):
         return self.verdict(features).flatten(), codes[:, : self.classes], codes[:, self.classes :]
 
 
-class InfoGAN(GAN):
+class InfoGAN(ClassCodeGAN):
     """InfoGAN; see the module."""
 
     Settings = InfoGANSettings
-    recipes: ClassVar = {"tuned": {}, "published": {}}
+    recipes: ClassVar = {"tuned": {"batch_size": 128}, "published": NO_REAL_IMAGES}
     datasets: ClassVar = {"cifar10": {"noise_dim": 64, "continuous_weight": 1.0, "epochs": 150}}
-    tuned: ClassVar = {"digits": {"width": 16, "batch_size": 128, "epochs": 80}}
-    headline = "unsupervised_accuracy"
+    tuned: ClassVar = {
+        "digits": {"width": 16, "epochs": 80, "warm_up": 260, "smoothness_after": 150},
+        "mnist": {"warm_up": 2000},
+        "fashion-mnist": {"warm_up": 2000},
+    }
 
     def __init__(self, settings: Settings | None = None, **options) -> None:
         super().__init__(settings, **options)
@@ -88,7 +101,9 @@ class InfoGAN(GAN):
         self.generator = InfoGANGenerator(
             s.noise_dim + classes + s.continuous_codes, channels, size, width=s.width
         )
-        self.discriminator = InfoGANDiscriminator(channels, size, classes, s.continuous_codes, width=s.width)
+        self.discriminator = InfoGANDiscriminator(
+            channels, size, classes, s.continuous_codes, width=s.width, batch_norm=s.batch_norm
+        )
         self.stabilise()
         shared = [*self.discriminator.trunk.parameters(), *self.discriminator.verdict.parameters()]
         generating = [*self.generator.parameters(), *self.discriminator.recogniser.parameters()]
@@ -96,10 +111,17 @@ class InfoGAN(GAN):
             "discriminator": adam(shared, s.discriminator_rate, ADAM_BETAS),
             "generator": adam(generating, s.generator_rate, ADAM_BETAS),
         }
+        if s.learns_of_real_images:
+            weights = [*self.discriminator.trunk.parameters(), *self.discriminator.recogniser.parameters()]
+            self.optimizers["classes"] = adam(weights, s.classes_rate, ADAM_BETAS)
 
     def logits(self, images: Tensor) -> Tensor:
         """The discriminator's logits [B] of images [B, C, H, W] in [−1, 1]: above 0 for real."""
         return self.discriminator(images)[0]
+
+    def class_logits(self, images: Tensor) -> Tensor:
+        """Logits of the categorical code [B, classes], of images [B, C, H, W] in [−1, 1]."""
+        return self.discriminator(images)[1]
 
     def latent(self, noise: Tensor, code: Tensor, continuous: Tensor | None = None) -> Tensor:
         """Noise [B, noise_dim], classes [B] and continuous codes [B, …] → latent vectors.
@@ -111,9 +133,20 @@ class InfoGAN(GAN):
         return torch.cat([noise, F.one_hot(code, self.image_shape.classes), continuous], dim=1)
 
     def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
-        """The discriminator once, then generator and recogniser once; the labels are not looked at."""
-        s, draw, B = self.settings, training.draw, len(images)
-        real = to_symmetric(images)
+        """The classes of real images, and after the warm-up the two networks; no label is looked at."""
+        s, real, named = self.settings, to_symmetric(images), {}
+        if s.learns_of_real_images:
+            self.optimizers["classes"].param_groups[0]["lr"] = self.settled(s.classes_rate, training)
+            with training.autocast():
+                loss = self.real_images_loss(real, self.class_logits(real), training, named)
+            training.update("classes", loss)
+        if self.generates(training):
+            named |= self.generator_step(real, training)
+        return {name: value.detach() for name, value in named.items()}
+
+    def generator_step(self, real: Tensor, training: Training) -> dict[str, Tensor]:
+        """The discriminator once, then generator and recogniser once; returns named losses."""
+        s, draw, B = self.settings, training.draw, len(real)
         noise, code = draw.normal(B, s.noise_dim), draw.integers(self.image_shape.classes, B)
         continuous = draw.uniform(B, s.continuous_codes) * 2 - 1
 
@@ -133,10 +166,10 @@ class InfoGAN(GAN):
         training.update("generator", generator + information)
         self.update_average()
         return {
-            "discriminator": discriminator.detach(),
-            "generator": generator.detach(),
-            "categorical": categorical.detach(),
-            "continuous": squared.detach(),
+            "discriminator": discriminator,
+            "generator": generator,
+            "categorical": categorical,
+            "continuous": squared,
             "real_accuracy": (real_logit > 0).float().mean(),
             "generated_accuracy": (logit < 0).float().mean(),
         }
@@ -177,22 +210,6 @@ class InfoGAN(GAN):
         continuous = continuous.repeat_interleave(V, dim=0)
         continuous[:, index] = values.repeat(R)
         return self.latent(noise, codes.repeat_interleave(V), continuous)
-
-    def clusters(self, images: Tensor) -> Tensor:
-        """The likeliest categorical code of each image [N], of images [N, C, H, W] as uint8."""
-        found = [self.discriminator(to_symmetric(part))[1] for part in images.split(500)]
-        return torch.cat(found).argmax(dim=1)
-
-    def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """Unsupervised accuracy, NMI and ARI of the categorical code on real images."""
-        train, test = self.clusters(dataset.train_images), self.clusters(dataset.test_images)
-        return clustering_metrics(
-            train, dataset.train_labels, test, dataset.test_labels, self.image_shape.classes
-        )
-
-    def baselines(self, dataset: Dataset) -> dict[str, float]:
-        """k-means on the pixels."""
-        return {"k-means on pixels": kmeans_accuracy(dataset, self.image_shape.classes)}
 
     def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
         """Samples, a row for each class; for each continuous code rows along which it goes from −2 to 2."""

@@ -17,7 +17,7 @@ from infocapsgan.training import Training, parameter_count
 
 GANS = [name for name, system in SYSTEMS.items() if issubclass(system, GAN)]
 SMALL = {name: {"width": 8, "batch_size": 8} for name in GANS}
-SMALL["infocapsgan"]["warm_up"] = 0
+SMALL["infocapsgan"]["warm_up"] = SMALL["infogan"]["warm_up"] = 0
 for name in ("capsulegan", "dcgan"):
     SMALL[name]["generator_width"] = 8
 
@@ -73,8 +73,9 @@ def test_spectral_norm_of_the_discriminator_is_one():
 def test_a_step_of_the_generator_does_not_train_the_discriminator(name):
     # With no learning rate of its own the discriminator stays, whatever the generator does.
     torch.manual_seed(0)
-    scheduled = hasattr(SYSTEMS[name].Settings, "discriminator_rate")  # a step sets the rate anew
-    system = SYSTEMS[name](**SMALL[name], **({"discriminator_rate": 0.0} if scheduled else {}))
+    scheduled = {"discriminator_rate": 0.0, "classes_rate": 0.0}  # a step sets these rates anew
+    known = {option: rate for option, rate in scheduled.items() if hasattr(SYSTEMS[name].Settings, option)}
+    system = SYSTEMS[name](**SMALL[name], **known)
     for group in system.optimizers["discriminator"].param_groups:
         group["lr"] = 0.0
     own = [weight for group in system.optimizers["discriminator"].param_groups for weight in group["params"]]

@@ -53,7 +53,7 @@ def test_one_continuous_code_changes_along_a_row():
 def test_accuracies_of_detection_are_named():
     torch.manual_seed(0)
     digits = data.load("digits")
-    system = InfoGAN(width=8, batch_size=16)
+    system = InfoGAN(width=8, batch_size=16, warm_up=0)
     named = system.step(
         digits.train_images[:16], digits.train_labels[:16], Training(system.optimizers, Draw(0))
     )
@@ -77,7 +77,7 @@ def test_the_codes_train_the_trunk_that_discriminator_and_recogniser_share():
     trained = []
     for weight in (0.0, 1.0):
         torch.manual_seed(0)
-        system = InfoGAN(width=8, batch_size=16, categorical_weight=weight)
+        system = InfoGAN(width=8, batch_size=16, warm_up=0, categorical_weight=weight)
         system.step(digits.train_images[:16], digits.train_labels[:16], Training(system.optimizers, Draw(0)))
         trained.append(system.discriminator.trunk.layers[0].weight.detach().clone())
     assert not torch.equal(*trained)
@@ -86,7 +86,7 @@ def test_the_codes_train_the_trunk_that_discriminator_and_recogniser_share():
 def test_training_lowers_the_code_losses():
     torch.manual_seed(0)
     digits = data.load("digits")
-    system = InfoGAN(width=8, batch_size=32, noise_dim=4)
+    system = InfoGAN(width=8, batch_size=32, warm_up=0, noise_dim=4)
     training = Training(system.optimizers, Draw(0))
     rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(60)]
     assert rows[-1]["categorical"] < 0.8 * rows[0]["categorical"]

@@ -14,7 +14,7 @@ from infocapsgan.systems.supervised import Supervised
 from infocapsgan.training import Training
 
 SMALL = {name: {"width": 8, "batch_size": 16} for name in SYSTEMS}
-SMALL["infocapsgan"]["warm_up"] = 0
+SMALL["infocapsgan"]["warm_up"] = SMALL["infogan"]["warm_up"] = 0
 for name in ("capsulegan", "dcgan"):
     SMALL[name]["generator_width"] = 8
 
@@ -26,6 +26,7 @@ for name, system in SYSTEMS.items():
         FULL[name] |= {"spectral_norm": True, "ema": 0.9}
 FULL["encoder"] |= {"batch_norm": True}
 FULL["infocapsgan"] |= {"batch_norm": True, "smoothness_weight": 1.0}
+FULL["infogan"] |= {"warm_up": 2, "smoothness_after": 1}
 FULL["capsnet"] |= {"encoder_batch_norm": True, "decoder_batch_norm": True, "deform": 1.0, "flip": True}
 FULL["capsnet"] |= {"brightness": 0.1, "contrast": 0.1, "reconstruction_schedule": "early"}
 

@@ -1,0 +1,146 @@
+"""What the systems with a class code have in common: they find classes in real images without labels.
+
+A code that is only to be recognised on generated images need not divide real ones: a generator satisfies its
+loss with images that are no digits. What the classes of real images should be like can be said of them
+directly. Predictions are certain, evenly used over the classes (IMSAT), and the same for an image and a moved
+copy of it with a part erased. Slant and size, along which classes would else divide, are what the copies
+change. Once classes have formed (smoothness_after), the worst small change of an image must not leave its
+class either: rare forms of a digit that had joined another come back. Then, after the warm-up, the generator
+comes in. From the first step on it would disturb the classes: they form around its early, arbitrary images.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infocapsgan import losses
+from infocapsgan.data import Dataset
+from infocapsgan.data.augment import erased, moved
+from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.metrics import clustering_metrics, kmeans_accuracy
+from infocapsgan.settings import Share, Weight, Whole
+from infocapsgan.systems.gan import GAN, GANSettings
+from infocapsgan.training import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassCodeSettings(GANSettings):
+    """The options of all systems with a class code."""
+
+    warm_up: Whole = 500
+    """Steps on real images alone, before the generator comes in."""
+    settled_rate: Share = 0.2
+    """The learning rate of the classes falls in a straight line, over the warm-up, to this share."""
+    information_weight: Weight = 0.3
+    """Weight of the mutual information between real images and their classes (IMSAT, IIC)."""
+    balance: Weight = 4.0
+    """How much even use of the classes counts in it, against certainty about each image."""
+    consistency_weight: Weight = 1.0
+    """Weight of: a real image and a moved copy of it belong to the same class."""
+    erased: Share = 0.5
+    """Height and width of what is erased from that copy, at most, as a share of the image's."""
+    smoothness_weight: Weight = 1.0
+    """Weight of: the worst small change of a real image leaves its class (virtual adversarial training)."""
+    smoothness_radius: Weight = 4.0
+    """Length of that change, in units of pixels in [−1, 1]."""
+    smoothness_after: Whole = 250
+    """Steps before that weight counts: classes form faster without it. It ends with the warm-up."""
+
+    @property
+    def learns_of_real_images(self) -> bool:
+        """Whether real images say anything of the classes."""
+        return bool(self.information_weight or self.consistency_weight or self.smoothness_weight)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warm_up and not self.information_weight and not self.consistency_weight:
+            raise ValueError(
+                f"--warm-up: got {self.warm_up}, takes 0 without --information-weight and "
+                "--consistency-weight: real images alone then teach nothing"
+            )
+
+
+NO_REAL_IMAGES: dict[str, Any] = {
+    "warm_up": 0,
+    "settled_rate": 1.0,
+    "information_weight": 0.0,
+    "consistency_weight": 0.0,
+    "smoothness_weight": 0.0,
+}
+"""The options with which the class code is learned on generated images alone, as published."""
+
+
+class ClassCodeGAN(GAN):
+    """A GAN whose discriminator says which class an image is of."""
+
+    headline = "unsupervised_accuracy"
+    settings: ClassCodeSettings
+
+    def class_logits(self, images: Tensor) -> Tensor:
+        """What a softmax makes class probabilities of [B, J], of images [B, C, H, W] in [−1, 1]."""
+        raise NotImplementedError
+
+    def generates(self, training: Training) -> bool:
+        """Whether the generator takes part in this step."""
+        return training.step >= self.settings.warm_up
+
+    def settled(self, rate: float, training: Training) -> float:
+        """A learning rate on its line from `rate` at the first step to the end of the warm-up."""
+        s = self.settings
+        done = min(1.0, training.step / s.warm_up) if s.warm_up else 1.0
+        return rate * (1 - (1 - s.settled_rate) * done)
+
+    def real_images_loss(
+        self, real: Tensor, logits: Tensor, training: Training, named: dict[str, Tensor]
+    ) -> Tensor:
+        """What real images alone say of the classes: certain, evenly used, the same for a changed copy.
+
+        Args:
+            real: images [B, C, H, W] in [−1, 1].
+            logits: their class_logits [B, J].
+            training: where random numbers come from, and how far it is.
+            named: is given each part that has a weight, by its name.
+        """
+        s, loss = self.settings, torch.zeros((), device=real.device)
+        p = logits.float().log_softmax(dim=1).exp()
+        if s.information_weight:
+            mean = training.processes.mean
+            named["information"] = losses.mutual_information(p, mean=mean)
+            balanced = losses.mutual_information(p, balance=s.balance, mean=mean)
+            loss = loss - s.information_weight * balanced
+        if s.consistency_weight:
+            copy = erased(
+                moved(real, training.draw, background=-1), training.draw, share=s.erased, background=-1
+            )
+            named["consistency"] = losses.divergence(p.detach(), self.class_log_probabilities(copy))
+            loss = loss + s.consistency_weight * named["consistency"]
+        smooth = s.smoothness_weight and training.step >= s.smoothness_after
+        if smooth and not self.generates(training):
+            named["smoothness"] = losses.adversarial_smoothness(
+                self.class_log_probabilities, real, p, training.draw, radius=s.smoothness_radius
+            )
+            loss = loss + s.smoothness_weight * named["smoothness"]
+        return loss
+
+    def class_log_probabilities(self, images: Tensor) -> Tensor:
+        """Log-probabilities of the classes [B, J], of images [B, C, H, W] in [−1, 1]."""
+        return self.class_logits(images).float().log_softmax(dim=1)
+
+    def clusters(self, images: Tensor) -> Tensor:
+        """The likeliest class of each image [N], of images [N, C, H, W] as uint8."""
+        found = [self.class_logits(to_symmetric(part)) for part in images.split(500)]
+        return torch.cat(found).argmax(dim=1)
+
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        """Unsupervised accuracy, NMI and ARI of the classes of real images, and how many are of each."""
+        train, test = self.clusters(dataset.train_images), self.clusters(dataset.test_images)
+        classes = self.image_shape.classes
+        metrics = clustering_metrics(train, dataset.train_labels, test, dataset.test_labels, classes)
+        shares = torch.bincount(test, minlength=classes) / len(test)
+        return metrics | {f"share_of_cluster_{j}": share for j, share in enumerate(shares.tolist())}
+
+    def baselines(self, dataset: Dataset) -> dict[str, float]:
+        """k-means on the pixels."""
+        return {"k-means on pixels": kmeans_accuracy(dataset, self.image_shape.classes)}

@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from infocapsgan import data
+from infocapsgan.draw import Draw
+from infocapsgan.systems import SYSTEMS
+from infocapsgan.systems.class_code import ClassCodeGAN
+from infocapsgan.training import Training
+
+NAMES = [name for name, system in SYSTEMS.items() if issubclass(system, ClassCodeGAN)]
+OF_THE_GENERATOR = {"discriminator", "generator"}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def made(name, **options):
+    torch.manual_seed(0)
+    return SYSTEMS[name](**{"width": 8, "batch_size": 16, **options})
+
+
+def steps(system, digits, numbers, labels=None):
+    """What the steps of these numbers name, on the same 16 images."""
+    training = Training(system.optimizers, Draw(0))
+    labels = digits.train_labels[:16] if labels is None else labels
+    named = []
+    for number in numbers:
+        training.step = number
+        named.append(system.step(digits.train_images[:16], labels, training))
+    return named
+
+
+def test_which_systems_have_a_class_code():
+    assert NAMES == ["infocapsgan", "infogan"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_labels_are_not_looked_at(name, digits):
+    given = (digits.train_labels[:16], torch.zeros(16, dtype=torch.long))
+    one, other = (steps(made(name, warm_up=0), digits, [0], labels) for labels in given)
+    assert one == other
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_generator_comes_in_after_the_warm_up(name, digits):
+    system = made(name, warm_up=1)
+    generator = [weight.clone() for weight in system.generator.parameters()]
+    (first,) = steps(system, digits, [0])
+    assert set(first) == {"information", "consistency"}
+    assert all(torch.equal(a, b) for a, b in zip(generator, system.generator.parameters(), strict=True))
+    (second,) = steps(system, digits, [1])
+    assert set(second) > set(first) | OF_THE_GENERATOR
+    assert any(not torch.equal(a, b) for a, b in zip(generator, system.generator.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smoothness_counts_between_the_forming_of_classes_and_the_end_of_the_warm_up(name, digits):
+    system = made(name, smoothness_after=1, warm_up=2)
+    found = ["smoothness" in named for named in steps(system, digits, range(3))]
+    assert found == [False, True, False]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_as_published_real_images_say_nothing_of_the_classes(name, digits):
+    system = made(name, recipe="published")
+    assert not system.settings.learns_of_real_images
+    (named,) = steps(system, digits, [0])
+    assert set(named) >= OF_THE_GENERATOR
+    assert not set(named) & {"information", "consistency", "smoothness"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_classes_form_on_real_images_alone(name, digits):
+    system = made(name, warm_up=1000, smoothness_weight=0, consistency_weight=0, settled_rate=1.0)
+    named = steps(system, digits, [0] * 30)
+    assert named[-1]["information"] > named[0]["information"] + 0.2  # nats
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_learning_rate_settles_over_the_warm_up(name):
+    system = made(name, settled_rate=0.2, warm_up=100)
+    training = Training(system.optimizers, Draw(0))
+    rates = []
+    for training.step in (0, 50, 100, 1000):
+        rates.append(system.settled(1e-2, training))
+    assert rates == pytest.approx([1e-2, 6e-3, 2e-3, 2e-3])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_how_many_images_are_of_each_class(name, digits):
+    system = made(name).eval()
+    few = digits.head(300)
+    with torch.no_grad():
+        metrics = system.evaluate(few)
+        found = torch.bincount(system.clusters(few.test_images), minlength=10)
+    shares = [metrics[f"share_of_cluster_{j}"] for j in range(10)]
+    assert shares == pytest.approx((found / found.sum()).tolist())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_warm_up_in_which_nothing_is_learned_is_refused(name):
+    message = "--warm-up: got 9, takes 0 without --information-weight and --consistency-weight"
+    with pytest.raises(ValueError, match=message):
+        made(name, warm_up=9, information_weight=0, consistency_weight=0)
