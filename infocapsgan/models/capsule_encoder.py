@@ -73,3 +73,14 @@ def primary_grid(size: int, kernel_size: int) -> int:
 def lengths(capsules: Tensor) -> Tensor:
     """‖v‖ of capsules [..., D] → [...]; its gradient at 0 is 0."""
     return capsules.norm(dim=-1)
+
+
+def unsquashed_lengths(capsules: Tensor) -> Tensor:
+    """‖s‖ of capsules v = squash(s) [..., D] → [...], in float32.
+
+    √(‖v‖ / (1 − ‖v‖)), for ‖v‖ = ‖s‖² / (1 + ‖s‖²). Where s is short, ‖v‖ hardly moves with it: a
+    loss of ‖s‖ itself still reaches capsules that have shrunk to next to nothing. At 0 and from 100 on the
+    gradient is 0.
+    """
+    found = lengths(capsules).float()
+    return (found / (1 - found).clamp(min=1e-4)).clamp(1e-12, 1e4).sqrt()

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths, primary_grid
+import capsops
+from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths, primary_grid, unsquashed_lengths
 from infocapsgan.models.capsule_generator import CapsuleGenerator
 from infocapsgan.training import parameter_count
 
@@ -37,3 +38,20 @@ def test_the_length_of_a_capsule_of_zeros_has_no_gradient():
     capsules = torch.zeros(1, 2, 4, requires_grad=True)
     lengths(capsules).sum().backward()
     assert torch.equal(capsules.grad, torch.zeros(1, 2, 4))
+
+
+def test_the_length_before_squash():
+    s = torch.tensor([[3.0, 4], [0.03, 0.04], [1e-4, 0]], requires_grad=True)
+    found = unsquashed_lengths(capsops.squash(s))
+    torch.testing.assert_close(found, s.norm(dim=1))
+    found.sum().backward()
+    torch.testing.assert_close(s.grad, (s / s.norm(dim=1, keepdim=True)).detach())
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1.5])
+def test_the_length_before_squash_where_there_is_none(value):
+    capsules = torch.tensor([[value, 0.0]], requires_grad=True)
+    found = unsquashed_lengths(capsules)
+    found.sum().backward()
+    assert 0 <= found.item() <= 100
+    assert torch.isfinite(capsules.grad).all()

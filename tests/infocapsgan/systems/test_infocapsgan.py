@@ -149,3 +149,13 @@ def test_capsules_compared_by_hand():
         "classes_distance": pytest.approx(5**0.5),
         "classes_cosine": 0,
     }
+
+
+@pytest.mark.parametrize("evidence", ["length", "unsquashed"])
+def test_what_the_class_probabilities_are_taken_from(evidence):
+    torch.manual_seed(0)
+    system = InfoCapsGAN(width=8, evidence=evidence, temperature=3.0)
+    images = torch.rand(4, 1, 28, 28) * 2 - 1
+    v = system.discriminator(images).capsules.classes.norm(dim=-1)
+    wanted = 3 * (v if evidence == "length" else (v / (1 - v)).sqrt())
+    torch.testing.assert_close(system.class_logits(images), wanted)
