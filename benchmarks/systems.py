@@ -28,6 +28,7 @@ from benchmarks.timing import Race
 from capsops import dispatch
 from infocapsgan.data import Dataset
 from infocapsgan.systems import SYSTEMS, CapsNet
+from infocapsgan.systems.class_code import ClassCodeGAN
 from infocapsgan.systems.system import System
 
 SUITE = "systems"
@@ -61,7 +62,7 @@ def build(name: str, args: argparse.Namespace) -> System:
     given = {"width": args.width, "batch_size": args.batch_size, "precision": args.precision}
     options = {option: value for option, value in given.items() if value is not None}
     # Steps of a warm-up, in which there is nothing to generate yet, are not the ones to time.
-    options |= {"warm_up": 0} if name == "infocapsgan" else {}
+    options |= {"warm_up": 0} if issubclass(SYSTEMS[name], ClassCodeGAN) else {}
     return SYSTEMS[name](recipe=args.recipe, **options)
 
 

@@ -3,7 +3,8 @@
 Source: Chen et al. 2016, networks of appendix C.1; loss weights and sizes of a public implementation.
 
 The recipe `tuned` finds the classes on real images first (class_code.py), by an optimiser of its own for
-trunk and recogniser.
+trunk and recogniser. These have no batch norm: its statistics would be those of moved, real and generated
+images in turn, and a discriminator that sees each on a scale of its own cannot tell how bright they are.
 """
 
 from dataclasses import dataclass
@@ -87,12 +88,15 @@ class InfoGAN(ClassCodeGAN):
     """InfoGAN; see the module."""
 
     Settings = InfoGANSettings
-    recipes: ClassVar = {"tuned": {"batch_size": 128}, "published": NO_REAL_IMAGES}
+    recipes: ClassVar = {
+        "tuned": {"batch_size": 128, "batch_norm": False},
+        "published": NO_REAL_IMAGES,
+    }
     datasets: ClassVar = {"cifar10": {"noise_dim": 64, "continuous_weight": 1.0, "epochs": 150}}
     tuned: ClassVar = {
         "digits": {"width": 16, "epochs": 80, "warm_up": 260, "smoothness_after": 150},
-        "mnist": {"warm_up": 2000},
-        "fashion-mnist": {"warm_up": 2000},
+        "mnist": {"warm_up": 1000},
+        "fashion-mnist": {"warm_up": 1000},
     }
 
     def __init__(self, settings: Settings | None = None, **options) -> None:
