@@ -115,7 +115,10 @@ class CapsNet(Supervised):
         "multi-mnist": {"shift": 0},
         "cifar10": {"shift": 0, "flip": True, "brightness": 63 / 255, "contrast": 0.8},
     }
-    tuned: ClassVar = {"digits": {"width": 32, "epochs": 15, "shift": 1}}
+    tuned: ClassVar = {
+        "digits": {"width": 32, "epochs": 15, "shift": 1},
+        "mnist": {"batch_size": 64, "learning_rate": 2e-3},
+    }
 
     def __init__(self, settings: Settings | None = None, **options) -> None:
         super().__init__(settings, **options)
