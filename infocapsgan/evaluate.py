@@ -8,7 +8,7 @@ clustering       systems with a class code: unsupervised accuracy (clusters are 
                  training split), NMI, ARI, confusion matrix
 generation       systems with a generator: Fréchet distance to the test images, precision and recall, in
                  the features of a classifier trained on the same data (not Inception; see features.py)
-codes            InfoGAN on digits: rank correlation of slant and stroke width with each continuous code
+codes            InfoGAN on digits: rank correlation of slant, width of stroke and digit with each code
 """
 
 import argparse
@@ -158,7 +158,7 @@ def generation(system: GAN, dataset: Dataset, samples: int) -> Found:
 
 
 def codes(system: InfoGAN, dataset: Dataset, samples: int) -> Found:
-    """How monotone slant and stroke width move along each continuous code.
+    """How monotone slant, stroke width and digit width move along each continuous code.
 
     Spearman's rank correlation of the code with the measure along rows in which only the code changes, from
     −1 to 1, averaged over the rows, 20 a class; a row along which a measure does not change counts as 0. The
@@ -167,10 +167,10 @@ def codes(system: InfoGAN, dataset: Dataset, samples: int) -> Found:
     classes = system.image_shape.classes
     values = torch.linspace(-1, 1, TRAVERSAL_STEPS, device=system.device)
     rows = torch.arange(classes, device=system.device).repeat_interleave(TRAVERSALS_PER_CLASS)
-    per_code: dict[str, list[float]] = {"slant": [], "stroke_width": []}
+    per_code: dict[str, list[float]] = {name: [] for name in strokes.MEASURES}
     for index in range(system.settings.continuous_codes):
         images = system.drawn(system.traversal(index, values, rows, Draw(0, system.device)))
-        for name, measure in (("slant", strokes.slant), ("stroke_width", strokes.stroke_width)):
+        for name, measure in strokes.MEASURES.items():
             per_code[name].append(mean_rank_correlation(values, measure(images).view(len(rows), -1)))
     metrics = {f"{name}_rank_correlation": max(map(abs, found)) for name, found in per_code.items()}
     return metrics, {f"{name}_of_each_code": found for name, found in per_code.items()}
@@ -200,7 +200,7 @@ def _no_fidelity(system: System, dataset: Dataset) -> str:
 
 def _no_strokes(system: System, dataset: Dataset) -> str:
     if system.settings.dataset not in STROKE_SETS:
-        return f"slant and stroke width are measured on {' and '.join(STROKE_SETS)} alone"
+        return f"slant and width are measured on {' and '.join(STROKE_SETS)} alone"
     return no_continuous_codes(system)
 
 

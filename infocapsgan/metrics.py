@@ -19,6 +19,7 @@ HIGHER_IS_BETTER = frozenset(
         "sample_recall",
         "slant_rank_correlation",
         "stroke_width_rank_correlation",
+        "digit_width_rank_correlation",
     }
 )
 LOWER_IS_BETTER = frozenset({"error", "pair_error", "margin_loss", "squared_error", "frechet_distance"})

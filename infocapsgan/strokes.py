@@ -1,4 +1,4 @@
-"""Slant and width of the strokes in images of digits, from moments of the image."""
+"""Slant, breadth and width of the strokes of digits in images."""
 
 import numpy as np
 import torch.nn.functional as F
@@ -17,13 +17,32 @@ def slant(images: Tensor) -> Tensor:
     Args:
         images: [N, 1, H, W] in [0, 1], bright strokes on black.
     """
+    _, xy, yy = _variances(images)
+    return -xy / yy.clamp(min=1e-12)
+
+
+def digit_width(images: Tensor) -> Tensor:
+    """How wide a digit is, in pixels: the standard deviation of its bright pixels' columns, [N].
+
+    √((μ₂₀ − μ₁₁² / μ₀₂) / μ₀₀), with the moments of slant(): what is left of the spread of the columns once
+    the digit stands upright. 0 where the image is empty.
+
+    Args:
+        images: [N, 1, H, W] in [0, 1], bright strokes on black.
+    """
+    xx, xy, yy = _variances(images)
+    return (xx - xy.square() / yy.clamp(min=1e-12)).clamp(min=0).sqrt()
+
+
+def _variances(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """μ₂₀ / μ₀₀, μ₁₁ / μ₀₀ and μ₀₂ / μ₀₀ of each image [N]; 0 where it is empty."""
     mass = images[:, 0].double()
+    mass = mass / mass.sum((1, 2), keepdim=True).clamp(min=1e-12)
     y, x = (np.arange(size, dtype=np.float64) for size in mass.shape[1:])
     y, x = mass.new_tensor(y)[:, None], mass.new_tensor(x)
-    total = mass.sum((1, 2)).clamp(min=1e-12)[:, None, None]
-    x = x - (mass * x).sum((1, 2), keepdim=True) / total
-    y = y - (mass * y).sum((1, 2), keepdim=True) / total
-    return -(mass * x * y).sum((1, 2)) / (mass * y * y).sum((1, 2)).clamp(min=1e-12)
+    x = x - (mass * x).sum((1, 2), keepdim=True)
+    y = y - (mass * y).sum((1, 2), keepdim=True)
+    return tuple((mass * product).sum((1, 2)) for product in (x * x, x * y, y * y))
 
 
 def stroke_width(images: Tensor) -> Tensor:
@@ -42,3 +61,6 @@ def stroke_width(images: Tensor) -> Tensor:
     distance = np.stack([np.maximum(distance_transform_edt(image) - 0.5, 0) for image in inside])
     count = np.maximum(inside.sum((1, 2)), 1)
     return images.new_tensor(4 / ENLARGED * distance.sum((1, 2)) / count)
+
+
+MEASURES = {"slant": slant, "stroke_width": stroke_width, "digit_width": digit_width}

@@ -109,6 +109,7 @@ def test_repeated_evaluations_agree_to_the_byte(run_of, cache, tmp_path, monkeyp
         "sample_recall",
         "slant_rank_correlation",
         "stroke_width_rank_correlation",
+        "digit_width_rank_correlation",
     }
     assert "not Inception" in result["generation"]["features"]
     assert result["generation"]["samples"] == 100
@@ -148,6 +149,7 @@ def test_a_code_that_shears_is_found(trained_as, monkeypatch):
     metrics, details = evaluate.codes(system, None, 0)
     assert metrics["slant_rank_correlation"] > 0.99
     assert metrics["stroke_width_rank_correlation"] > 0.95
+    assert metrics["digit_width_rank_correlation"] > 0.95
     assert abs(details["slant_of_each_code"][1]) < 0.5
     assert details["slant_of_each_code"][0] > 0.99
 
@@ -182,6 +184,7 @@ def test_images_without_labels(trained_as, monkeypatch):
     assert set(evaluate.evaluate(trained_as("infogan"))["metrics"]) == {
         "slant_rank_correlation",
         "stroke_width_rank_correlation",
+        "digit_width_rank_correlation",
     }
     with pytest.raises(evaluate.NotApplicableError, match="no metric applies .* its images have no labels"):
         evaluate.evaluate(trained_as("dcgan"))

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from infocapsgan.strokes import slant, stroke_width
+from infocapsgan.strokes import digit_width, slant, stroke_width
 
 
 def bar(width, lean=0.0, size=28):
@@ -31,7 +31,21 @@ def test_the_width_of_a_leaning_bar_is_taken_across_it():
     assert stroke_width(bar(4, lean)).item() == pytest.approx(across * (1 - across / 60), abs=0.3)
 
 
+@pytest.mark.parametrize("lean", [-0.7, 0.0, 0.4])
+@pytest.mark.parametrize("width", [4, 9])
+def test_how_wide_a_bar_is_however_it_leans(width, lean):
+    # That of a uniform distribution; a pixel's own width is neglected.
+    assert digit_width(bar(width, lean)).item() == pytest.approx(width / math.sqrt(12), abs=0.1)
+
+
+def test_the_width_of_a_digit_is_not_that_of_its_strokes():
+    one, two = bar(2), bar(2).roll(8, dims=3) + bar(2).roll(-8, dims=3)
+    assert stroke_width(two).item() == pytest.approx(stroke_width(one).item())
+    assert digit_width(two).item() == pytest.approx(8, rel=0.01)
+
+
 def test_an_empty_image():
     empty = torch.zeros(2, 1, 28, 28)
+    assert digit_width(empty).tolist() == [0, 0]
     assert slant(empty).tolist() == [0, 0]
     assert stroke_width(empty).tolist() == [0, 0]
