@@ -5,10 +5,12 @@
 #   benchmarks/gpu/run_results.sh infocapsgan               one part: it ends within eight minutes
 #   SEEDS="3 4" benchmarks/gpu/run_results.sh infocapsgan   other seeds than 0 1 2 3 4
 #
-# Parts: infocapsgan, information (mutual information on real images alone), encoder (with labels), capsnet.
-# After each seed $OUT/PART-mnist.json holds the mean over the seeds so far; $OUT is by default build/gpu. A
-# seed that the time cuts short has no result; on the same disk the same command goes on with it. No network is
-# needed: MNIST's four gz files lie in $INFOCAPSGAN_DATA/mnist (default: .data/mnist, which git ignores).
+# Parts: infocapsgan, information (mutual information on real images alone), encoder (with labels), infogan,
+# capsnet, deformed (ten epochs with deformed images), multi (MultiMNIST). After each seed $OUT/PART.json holds
+# the mean over the seeds so far; $OUT is by default build/gpu. A seed that the time cuts short has no result; on
+# the same disk the same command goes on with it. No network is needed: MNIST's four gz files lie in
+# $INFOCAPSGAN_DATA/mnist (default: .data/mnist, which git ignores).
+# The packages that pyproject.toml requires must be importable.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -18,22 +20,27 @@ limit=450
 read -ra seeds <<<"${SEEDS:-0 1 2 3 4}"
 export INFOCAPSGAN_DATA=${INFOCAPSGAN_DATA:-$PWD/.data} PYTHONUNBUFFERED=1
 
+parts="infocapsgan information encoder infogan capsnet deformed multi"
+
 command_of() {
-    local options
+    local options dataset=mnist
     case $1 in
         infocapsgan) options="infocapsgan --epochs 10" ;;
         information) options="infocapsgan --epochs 10 --adversarial-weight 0" ;;
         encoder) options="encoder --epochs 10" ;;
-        capsnet) options="capsnet --epochs 50" ;;
-        *) echo "PART: got $1, takes infocapsgan, information, encoder or capsnet" >&2 && exit 2 ;;
+        infogan) options="infogan --epochs 20 --evaluate" ;;
+        capsnet) options="capsnet --epochs 50 --rate-decay 0.92" ;;
+        deformed) options="capsnet --epochs 10 --rate-decay 0.8 --deform 1" ;;
+        multi) options="capsnet --epochs 20 --rate-decay 0.85" && dataset=multi-mnist ;;
+        *) echo "PART: got $1, takes ${parts// /, }" >&2 && exit 2 ;;
     esac
-    echo "$python -m infocapsgan.sweep $options --dataset mnist --device cuda --out build/results/$1"
+    echo "$python -m infocapsgan.sweep $options --dataset $dataset --device cuda --out build/results/$1"
 }
 
 if [[ ${1:-} == --plan ]]; then
     echo "build: $python setup.py build_ext --inplace"
-    for part in infocapsgan information encoder capsnet; do
-        echo "$part, $limit s at most, kept in $out/$part-mnist.json after each seed:"
+    for part in $parts; do
+        echo "$part, $limit s at most, kept in $out/$part.json after each seed:"
         for ((n = 1; n <= ${#seeds[@]}; n++)); do
             chosen=("${seeds[@]:0:n}")
             echo "    $(command_of "$part") --seeds $(IFS=, && echo "${chosen[*]}")"
@@ -59,6 +66,6 @@ mkdir -p "$out" build/results
         chosen=("${seeds[@]:0:n}")
         # shellcheck disable=SC2086 # the command is words
         timeout --kill-after=20 "$left" $command --seeds "$(IFS=, && echo "${chosen[*]}")"
-        cp "build/results/$part/result.json" "$out/$part-mnist.json"
+        cp "build/results/$part/result.json" "$out/$part.json"
     done
 } 2>&1 | tee "$out/results-$part.log"
