@@ -8,9 +8,9 @@ The recipe `tuned` first finds the classes on real images alone (class_code.py),
 A small weight of the code leaves it to the real images what a class is; a large one is satisfied by images
 that are no digits. Without batch norm the discriminator sees real and generated images on one scale, so the
 generator must match their contrast. The class capsules alone cannot tell blurred images from real ones, and a
-discriminator at a loss teaches nothing: its verdict reads the primary capsules as well (details). Each class
-would still be drawn in one way, whatever the noise: images of one class are rewarded for being apart
-(diversity_weight).
+discriminator at a loss teaches nothing: its verdict reads the primary capsules as well (details), through a hidden layer:
+without one it is soon at a loss again. Each class would still be drawn in one way, whatever the noise: images
+of one class are rewarded for being apart (diversity_weight).
 """
 
 import math
@@ -41,6 +41,7 @@ from infocapsgan.systems.gan import ADAM_BETAS
 from infocapsgan.training import Training
 
 LAST_DIM = 52  # numbers in the discriminator's last capsule
+DETAILS_DIM = 128  # hidden numbers between its primary capsules and its verdict on details
 SAMPLES_PER_CODE = 10
 
 
@@ -96,14 +97,18 @@ class Discriminator(nn.Module):
         self.last = RoutingCapsules(classes, 1, 16, LAST_DIM, iterations=0, bias=False)
         self.verdict = nn.Linear(LAST_DIM, 1)
         numbers = width * primary_grid(size, KERNEL_SIZE) ** 2
-        self.details = nn.Linear(numbers, 1) if details else None
+        self.details = None
+        if details:
+            self.details = nn.Sequential(
+                nn.Linear(numbers, DETAILS_DIM), nn.LeakyReLU(0.2), nn.Linear(DETAILS_DIM, 1)
+            )
 
     def forward(self, images: Tensor) -> Verdict:
         capsules = self.encoder(images)
         weighted = capsules.classes * (1 + lengths(capsules.classes).unsqueeze(-1))
         last = self.last(weighted).flatten(1)
         logit = self.verdict(last)
-        if self.details:
+        if self.details is not None:
             logit = logit + self.details(capsules.primary.flatten(1))
         return Verdict(logit.flatten(), last, capsules)
 

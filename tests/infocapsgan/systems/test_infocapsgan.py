@@ -102,8 +102,9 @@ def test_the_verdict_reads_the_primary_capsules_where_told(details):
     logit, last, capsules = discriminator(images)
     wanted = discriminator.verdict(last).flatten()
     if details:
-        weight, bias = discriminator.details.weight, discriminator.details.bias
-        wanted = wanted + capsules.primary.flatten(1) @ weight[0] + bias
+        first, _, second = discriminator.details
+        hidden = capsules.primary.flatten(1) @ first.weight.T + first.bias
+        wanted = wanted + (torch.maximum(hidden, 0.2 * hidden) @ second.weight.T + second.bias).flatten()
     torch.testing.assert_close(logit, wanted)
     assert any(key.startswith("discriminator.details") for key in system.state_dict()) == details
 
