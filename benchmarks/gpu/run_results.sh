@@ -6,10 +6,10 @@
 #   SEEDS="3 4" benchmarks/gpu/run_results.sh infocapsgan   other seeds than 0 1 2 3 4
 #
 # Parts: infocapsgan, information (mutual information on real images alone), encoder (with labels), infogan,
-# capsnet, deformed (ten epochs with deformed images), multi (MultiMNIST). After each seed $OUT/PART.json holds
-# the mean over the seeds so far; $OUT is by default build/gpu. A seed that the time cuts short has no result; on
-# the same disk the same command goes on with it. No network is needed: MNIST's four gz files lie in
-# $INFOCAPSGAN_DATA/mnist (default: .data/mnist, which git ignores).
+# capsnet, deformed (ten epochs with deformed images), fc, fc-bn, deconv and deconv-bn (its decoders), multi
+# (MultiMNIST). After each seed $OUT/PART.json holds the mean over the seeds so far; $OUT is by default build/gpu. A
+# seed that the time cuts short has no result; on the same disk the same command goes on with it. No network is
+# needed: MNIST's four gz files lie in $INFOCAPSGAN_DATA/mnist (default: .data/mnist, which git ignores).
 # The packages that pyproject.toml requires must be importable.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -20,7 +20,7 @@ limit=450
 read -ra seeds <<<"${SEEDS:-0 1 2 3 4}"
 export INFOCAPSGAN_DATA=${INFOCAPSGAN_DATA:-$PWD/.data} PYTHONUNBUFFERED=1
 
-parts="infocapsgan information encoder infogan capsnet deformed multi"
+parts="infocapsgan information encoder infogan capsnet deformed fc fc-bn deconv deconv-bn multi"
 
 command_of() {
     local options dataset=mnist
@@ -31,6 +31,10 @@ command_of() {
         infogan) options="infogan --epochs 20 --evaluate" ;;
         capsnet) options="capsnet --epochs 50 --rate-decay 0.92" ;;
         deformed) options="capsnet --epochs 10 --rate-decay 0.8 --deform 1" ;;
+        fc | fc-bn | deconv | deconv-bn)
+            options="capsnet --epochs 25 --rate-decay 0.88 --decoder ${1%-bn}"
+            [[ $1 != *-bn ]] || options+=" --decoder-batch-norm"
+            ;;
         multi) options="capsnet --epochs 20 --rate-decay 0.85" && dataset=multi-mnist ;;
         *) echo "PART: got $1, takes ${parts// /, }" >&2 && exit 2 ;;
     esac

@@ -8,9 +8,9 @@ The recipe `tuned` first finds the classes on real images alone (class_code.py),
 A small weight of the code leaves it to the real images what a class is; a large one is satisfied by images
 that are no digits. Without batch norm the discriminator sees real and generated images on one scale, so the
 generator must match their contrast. The class capsules alone cannot tell blurred images from real ones, and a
-discriminator at a loss teaches nothing: its verdict reads the primary capsules as well (details), through a hidden layer:
-without one it is soon at a loss again. Each class would still be drawn in one way, whatever the noise: images
-of one class are rewarded for being apart (diversity_weight).
+discriminator at a loss teaches nothing: its verdict reads the primary capsules as well (details), by a hidden
+layer: without one it is soon at a loss again. Each class would still be drawn in one way, whatever the noise:
+images of one class are rewarded for being apart (diversity_weight).
 """
 
 import math
