@@ -71,4 +71,4 @@ def first_epoch(values: Sequence[tuple[float, float]], metric: str, value: float
 
 
 def _shown(epoch: float | None) -> str:
-    return "–" if epoch is None else f"{epoch:.1f}"
+    return "–" if epoch is None else f"{epoch:.3g}"

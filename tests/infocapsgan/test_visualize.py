@@ -319,7 +319,7 @@ def test_runs_are_compared(trained_as, run_of, tmp_path, monkeypatch):
     assert axes.lines[2].get_color() != axes.lines[0].get_color()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "dcgan on digits, 2 runs\n10: 0.5, –\n2: –, –",
-        "capsulegan on digits, 1 run\n10: 0.0\n2: –",
+        "capsulegan on digits, 1 run\n10: 0\n2: –",
     ]
     with pytest.raises(NotApplicableError, match="--reach: neither more nor less of loss is better"):
         training.curves(found, metric="loss", reach=[1])
