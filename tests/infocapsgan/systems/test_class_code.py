@@ -74,8 +74,8 @@ def test_as_published_real_images_say_nothing_of_the_classes(name, digits):
 @pytest.mark.parametrize("name", NAMES)
 def test_classes_form_on_real_images_alone(name, digits):
     system = made(name, warm_up=1000, smoothness_weight=0, consistency_weight=0, settled_rate=1.0)
-    named = steps(system, digits, [0] * 30)
-    assert named[-1]["information"] > named[0]["information"] + 0.2  # nats
+    named = steps(system, digits, [0] * 80)
+    assert named[-1]["information"] > named[0]["information"] + 0.5  # of log 10 = 2.3 nats
 
 
 @pytest.mark.parametrize("name", NAMES)
