@@ -182,7 +182,7 @@ class InfoCapsGAN(ClassCodeGAN):
 
     def class_logits(self, images: Tensor) -> Tensor:
         """temperature · evidence of each class [B, J], of images [B, C, H, W] in [−1, 1]."""
-        return self.logits_of(self.discriminator(images).capsules)
+        return self.logits_of(self.discriminator.encoder(images))
 
     def logits_of(self, capsules: Capsules) -> Tensor:
         """What class_logits gives, of capsules that are there already."""
