@@ -121,7 +121,13 @@ def adversarial_smoothness(
     return divergence(p.detach(), log_prediction(images + radius * _unit(gradient)))
 
 
-def mode_seeking(images: Tensor, latents: Tensor, *, least: float = 1e-5) -> Tensor:
+def mode_seeking(
+    images: Tensor,
+    latents: Tensor,
+    *,
+    least: float = 1e-5,
+    mean: Callable[[Tensor], Tensor] = lambda local: local,
+) -> Tensor:
     """1 / (mean |x_a − x_b| / mean |z_a − z_b| + least): large where other noise makes the same image.
 
     a and b are neighbours in the batch: images 0 and 1, 2 and 3 and so on (Mao et al. 2019, Mode seeking
@@ -131,9 +137,10 @@ def mode_seeking(images: Tensor, latents: Tensor, *, least: float = 1e-5) -> Ten
         images: generated images [B, C, H, W], B > 1, neighbours of one class.
         latents: what they were generated from [B, N].
         least: keeps the result finite where all images are the same.
+        mean: averages over the processes that share a batch.
     """
     between_images, between_latents = (
-        (x[1::2] - x[0 : len(x) - 1 : 2]).abs().mean() for x in (images, latents)
+        mean((x[1::2] - x[0 : len(x) - 1 : 2]).abs().mean()) for x in (images, latents)
     )
     return 1 / (between_images / between_latents + least)
 

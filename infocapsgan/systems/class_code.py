@@ -50,12 +50,12 @@ class ClassCodeSettings(GANSettings):
 
     @property
     def learns_of_real_images(self) -> bool:
-        """Whether real images say anything of the classes."""
-        return bool(self.information_weight or self.consistency_weight or self.smoothness_weight)
+        """Whether real images say anything of the classes: smoothness alone keeps them as they are."""
+        return bool(self.information_weight or self.consistency_weight)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.warm_up and not self.information_weight and not self.consistency_weight:
+        if self.warm_up and not self.learns_of_real_images:
             raise ValueError(
                 f"--warm-up: got {self.warm_up}, takes 0 without --information-weight and "
                 "--consistency-weight: real images alone then teach nothing"

@@ -76,6 +76,16 @@ class InfoCapsGANSettings(ClassCodeSettings):
         super().__post_init__()
         if self.frechet_samples and not self.adversarial_weight:
             raise ValueError("--frechet-samples: takes 0 with --adversarial-weight 0, without a generator")
+        if self.diversity_weight and self.batch_size < 2:
+            raise ValueError(
+                f"--batch-size: got {self.batch_size}, takes at least 2 with --diversity-weight, which "
+                "compares two images"
+            )
+        if not self.adversarial_weight and not self.learns_of_real_images:
+            raise ValueError(
+                "--adversarial-weight: got 0, takes more without --information-weight and "
+                "--consistency-weight: nothing would be learned"
+            )
 
 
 class Verdict(NamedTuple):
@@ -195,6 +205,11 @@ class InfoCapsGAN(ClassCodeGAN):
         real = to_symmetric(images)
         noise, code = draw.normal(B, s.noise_dim), draw.integers(self.image_shape.classes, B)
         if s.diversity_weight:
+            if B % 2 and training.processes.world > 1:
+                raise ValueError(
+                    f"--batch-size: got {s.batch_size}, takes an even number for each of the "
+                    f"{training.processes.world} processes with --diversity-weight, which pairs images"
+                )
             code = code[::2].repeat_interleave(2)[:B]  # neighbours are of one class
         generating = self.generates(training)
         named = {}
@@ -222,7 +237,9 @@ class InfoCapsGAN(ClassCodeGAN):
                 loss = s.adversarial_weight * named["generator"]
                 loss = loss + s.code_weight * s.batch_size * self.code_loss(judged, code)
                 if s.diversity_weight:
-                    named["diversity"] = losses.mode_seeking(generated.float(), latent)
+                    named["diversity"] = losses.mode_seeking(
+                        generated.float(), latent, mean=training.processes.mean
+                    )
                     loss = loss + s.diversity_weight * named["diversity"]
             training.update("generator", loss)
             self.update_average()

@@ -35,6 +35,26 @@ def test_mode_seeking_is_the_ratio_of_mean_distances_of_neighbours():
     assert losses.mode_seeking(torch.zeros(4, 1, 2, 2), latents[:4]).item() == pytest.approx(1e5)
 
 
+def test_mode_seeking_of_parts_is_that_of_the_whole():
+    # Each of two processes has half of the images; gradients are averaged.
+    bright, latents = torch.tensor([1.0, 1.0, 9.0, 9.0]), torch.rand(4, 3)
+    images = (torch.rand(4, 5) * bright[:, None]).requires_grad_()
+    whole = losses.mode_seeking(images, latents)
+    (wanted,) = torch.autograd.grad(whole, images)
+
+    found = torch.zeros_like(images)
+    for half in (slice(0, 2), slice(2, 4)):
+        means = iter([(x[1::2] - x[::2]).abs().mean().detach() for x in (images, latents)])
+
+        def mean(local, means=means):
+            return local + (next(means) - local).detach()
+
+        part = losses.mode_seeking(images[half], latents[half], mean=mean)
+        torch.testing.assert_close(part, whole)
+        found += torch.autograd.grad(part, images)[0] / 2
+    torch.testing.assert_close(found, wanted)
+
+
 def test_mutual_information_of_certain_and_even_predictions_is_log_of_the_classes():
     assert losses.mutual_information(torch.eye(4)).item() == pytest.approx(math.log(4))
     assert losses.mutual_information(torch.full((5, 4), 0.25)).item() == pytest.approx(0, abs=1e-6)

@@ -40,10 +40,15 @@ def train(world, *words):
     return done.stdout
 
 
-# Both are trained without batch norm, which on CPUs takes each process's part by itself.
+# All are trained without batch norm, which on CPUs takes each process's part by itself.
 @pytest.mark.parametrize(
     ("system", "options"),
-    [("capsnet", []), ("infocapsgan", ["--adversarial-weight", "0"]), ("infogan", ["--warm-up", "4"])],
+    [
+        ("capsnet", []),
+        ("capsulegan", []),
+        ("infocapsgan", ["--adversarial-weight", "0"]),
+        ("infogan", ["--warm-up", "4"]),
+    ],
 )
 def test_two_processes_equal_one(system, options, tmp_path):
     train(1, system, *OPTIONS, *options, "--out", tmp_path / "one")

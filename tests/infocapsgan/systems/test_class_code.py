@@ -104,3 +104,11 @@ def test_a_warm_up_in_which_nothing_is_learned_is_refused(name):
     message = "--warm-up: got 9, takes 0 without --information-weight and --consistency-weight"
     with pytest.raises(ValueError, match=message):
         made(name, warm_up=9, information_weight=0, consistency_weight=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smoothness_alone_says_nothing_of_the_classes(name, digits):
+    system = made(name, warm_up=0, information_weight=0, consistency_weight=0, smoothness_weight=1)
+    (named,) = steps(system, digits, [0])
+    assert set(named) >= OF_THE_GENERATOR
+    assert not set(named) & {"information", "consistency", "smoothness"}

@@ -4,6 +4,7 @@ import torch
 from infocapsgan import data
 from infocapsgan.draw import Draw
 from infocapsgan.models.capsule_encoder import Capsules
+from infocapsgan.parallel import Processes
 from infocapsgan.systems import InfoCapsGAN
 from infocapsgan.systems.infocapsgan import compare_capsules
 from infocapsgan.training import Training, parameter_count
@@ -75,6 +76,21 @@ def test_without_the_adversarial_part_the_generator_rests():
     named = system.step(digits.train_images[:16], digits.train_labels[:16], training)
     assert set(named) == {"information", "consistency", "smoothness"}
     assert all(torch.equal(a, b) for a, b in zip(before, system.generator.parameters(), strict=True))
+
+
+def test_what_would_learn_nothing_is_refused():
+    with pytest.raises(ValueError, match="--adversarial-weight: got 0, takes more without --information"):
+        InfoCapsGAN(width=8, adversarial_weight=0, warm_up=0, information_weight=0, consistency_weight=0)
+
+
+def test_a_batch_without_neighbours_is_refused():
+    with pytest.raises(ValueError, match="--batch-size: got 1, takes at least 2 with --diversity-weight"):
+        InfoCapsGAN(width=8, batch_size=1)
+    digits = data.load("digits")
+    system = InfoCapsGAN(width=8, batch_size=6)
+    training = Training(system.optimizers, Draw(0, world=2), processes=Processes(0, 2))
+    with pytest.raises(ValueError, match="--batch-size: got 6, takes an even number for each of the 2"):
+        system.step(digits.train_images[:3], digits.train_labels[:3], training)
 
 
 def test_neighbours_are_of_one_class_where_their_images_are_kept_apart(monkeypatch):
