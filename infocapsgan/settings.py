@@ -50,7 +50,7 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
     impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    """Which implementation of the capsule kernels to use."""
+    """Which implementation of the capsule kernels to use; auto leaves it to CAPSOPS_IMPL, then to capsops."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the forward passes; bf16 and fp16 by autocast, fp16 with gradient scaling."""
     width: Annotated[int, Range(8)] = 256

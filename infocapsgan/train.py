@@ -66,7 +66,7 @@ def train(system_class: type[System], settings: Settings) -> str:
         processes=processes,
     )
     run, seconds = _start(system_class, settings, system, training)
-    with capsops.use_impl(settings.impl):
+    with capsops.use_impl(settings.impl) if settings.impl != "auto" else nullcontext():
         line = fit(system, dataset, batches, training, run, seconds=seconds, held_out=held_out)
     leave()
     return line if processes.writes else ""

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import capsops
+from capsops.dispatch import resolve
 from infocapsgan import train as train_module
 from infocapsgan.checkpoint import checkpoints
 from infocapsgan.command_line import parse
@@ -239,3 +241,13 @@ def test_infocapsgan_passes_kmeans_on_digits(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     (kmeans,) = summary["baselines"]["unsupervised_accuracy"].values()
     assert summary["metrics"]["unsupervised_accuracy"] > kmeans
+
+
+@pytest.mark.parametrize(("impl", "wanted"), [("auto", "reference"), ("cpu", "cpu")])
+def test_impl_auto_leaves_the_default_of_the_process(impl, wanted, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(train_module, "fit", lambda *given, **more: found.append(resolve("auto", "cpu")))
+    settings = CapsNet(width=8, device="cpu", impl=impl, out=tmp_path / "run").settings
+    with capsops.use_impl("reference"):  # as CAPSOPS_IMPL does
+        train_module.train(CapsNet, settings)
+    assert found == [wanted]
