@@ -4,6 +4,9 @@
 #   benchmarks/gpu/run_results.sh --plan                    every command of every part; needs no GPU
 #   benchmarks/gpu/run_results.sh infocapsgan               one part: it ends within eight minutes
 #   SEEDS="3 4" benchmarks/gpu/run_results.sh infocapsgan   other seeds than 0 1 2 3 4
+#   IMPL=triton benchmarks/gpu/run_results.sh infocapsgan   capsules routed by these kernels
+#
+# Without IMPL capsops chooses: on a GPU plain PyTorch, until the ledger shows a kernel right and faster.
 #
 # Parts: infocapsgan, information (mutual information on real images alone), encoder (with labels), infogan,
 # capsnet, deformed (ten epochs with deformed images), fc, fc-bn, deconv and deconv-bn (its decoders), multi
@@ -17,8 +20,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-python3}
 out=${OUT:-build/gpu}
 limit=450
+impl=${IMPL:-auto}
 read -ra seeds <<<"${SEEDS:-0 1 2 3 4}"
 export INFOCAPSGAN_DATA=${INFOCAPSGAN_DATA:-$PWD/.data} PYTHONUNBUFFERED=1
+. benchmarks/gpu/build.sh
 
 parts="infocapsgan information encoder infogan capsnet deformed fc fc-bn deconv deconv-bn multi"
 
@@ -38,6 +43,7 @@ command_of() {
         multi) options="capsnet --epochs 20 --rate-decay 0.85" && dataset=multi-mnist ;;
         *) echo "PART: got $1, takes ${parts// /, }" >&2 && exit 2 ;;
     esac
+    [[ $impl == auto ]] || options+=" --impl $impl"
     echo "$python -m infocapsgan.sweep $options --dataset $dataset --device cuda --out build/results/$1"
 }
 
@@ -61,7 +67,7 @@ for name in train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx
     [ -f "$file" ] || { echo "$file is missing" >&2 && exit 1; }
 done
 mkdir -p "$out" build/results
-"$python" setup.py build_ext --inplace >"$out/results-build.log" 2>&1 || { tail -30 "$out/results-build.log" && exit 1; }
+build "$out/results-build.log" "$([[ $impl == cuda ]] && echo 1 || echo 0)"
 {
     "$python" -m capsops
     for ((n = 1; n <= ${#seeds[@]}; n++)); do

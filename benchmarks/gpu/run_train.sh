@@ -12,6 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-python3}
 out=${OUT:-build/gpu}
 export INFOCAPSGAN_DATA=${INFOCAPSGAN_DATA:-$PWD/.data} PYTHONUNBUFFERED=1
+. benchmarks/gpu/build.sh
 
 if [[ " $* " == *" --plan "* ]]; then
     echo "build: $python setup.py build_ext --inplace"
@@ -24,8 +25,8 @@ for name in train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx
 done
 mkdir -p "$out"
 rm -f "$out/train-profile.txt"
-"$python" setup.py build_ext --inplace >"$out/train-build.log" 2>&1 || { tail -30 "$out/train-build.log" && exit 1; }
+build "$out/train-build.log"
 {
     "$python" -m capsops
-    timeout 360 "$python" -m benchmarks.gpu.train --out "$out" "$@"
+    timeout --kill-after=10 $((465 - SECONDS)) "$python" -m benchmarks.gpu.train --out "$out" "$@"
 } 2>&1 | tee "$out/train.log"

@@ -1,6 +1,8 @@
 """The measurements of a GPU's kernels, as far as a CPU can run them."""
 
+import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -27,7 +29,10 @@ SMALL = RoutingCase(2, 5, 3, 4, 8)
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
 def test_the_scripts_plan_without_a_gpu(impl: str) -> None:
     script = ROOT / "benchmarks" / "gpu" / f"run_{impl}.sh"
-    done = subprocess.run(["bash", script, "--plan"], capture_output=True, text=True, check=True)
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", script, "--plan"], env=environment, capture_output=True, text=True, check=True
+    )
     for task in kernels.tasks(impl):
         assert str(task) in done.stdout
     assert "targets" in done.stdout

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.gpu import train
 from benchmarks.rows import load
-from infocapsgan import data
+from infocapsgan import data, sweep
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +48,24 @@ def test_without_data_it_says_what_is_missing(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert f"{tmp_path}/mnist/train-images-idx3-ubyte.gz is missing" in done.stderr
+
+
+def test_every_command_of_the_results_is_one_that_the_sweep_takes() -> None:
+    done = subprocess.run(
+        [str(ROOT / "benchmarks/gpu/run_results.sh"), "--plan"],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": "python", "IMPL": "triton", "SEEDS": "7"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    start = "python -m infocapsgan.sweep "
+    lines = [line.strip() for line in done.stdout.splitlines() if start in line]
+    assert len(lines) == 11
+    for line in lines:
+        found = sweep.parse(line.removeprefix(start).split())
+        assert found.seeds == (7,)
+        assert found.settings.impl == "triton"
 
 
 def test_the_rows_of_a_case(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
