@@ -100,7 +100,9 @@ def main() -> None:
     cases = list(itertools.product(chosen.batches, chosen.precisions, chosen.programs))
     print(f"{len(cases)} cases × {len(entries)} entries, each compiled once and timed twice")
     if chosen.plan:
-        print(*(f"B={batch} {precision} {programs} programs" for batch, precision, programs in cases), sep="\n")
+        print(
+            *(f"B={batch} {precision} {programs} programs" for batch, precision, programs in cases), sep="\n"
+        )
         return
     if chosen.out:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
