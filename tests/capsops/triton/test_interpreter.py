@@ -1,5 +1,6 @@
-"""Runs test_kernels.py under Triton's interpreter, in a process of its own."""
+"""Runs test_kernels.py under Triton's interpreter, in processes of their own."""
 
+import os
 import re
 
 import pytest
@@ -21,6 +22,10 @@ def run(selection: str) -> int:
         "-q",
         "-p",
         "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "-n",
+        str(min(4, os.cpu_count() or 1)),
         "-m",
         selection,
         FILE,
