@@ -19,17 +19,22 @@ def load(data_dir: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Te
     """Images as 3 × 32 × 32, the middle square resized: train images and labels, test images and labels.
 
     `data_dir` holds images, or a folder of images for each class, or train/ and test/ with either. Without
-    test/ a fifth of the images (seed 0, the same share of each class) is the test split. Without class
-    folders every label is 0 and a class code has ten values; metrics against labels then mean nothing.
+    those two a fifth of the images (seed 0, the same share of each class) is the test split. Without class
+    folders every label is 0 and a class code has ten values; metrics against labels then mean nothing. Names
+    that begin with a dot are passed over.
 
     Raises:
-        DataError: there is no such folder, no image in it, or one cannot be read.
+        DataError: there is no such folder, no image in it, or one cannot be read; train/ or test/ is there
+            without the other, or test/ has a class that train/ lacks.
     """
     root = _root(data_dir)
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        names = class_names(root / "train")
-        return *_read(_images(root / "train", names)), *_read(_images(root / "test", names))
-    images, labels = _read(_images(root, class_names(root)))
+    train, test = _splits(root)
+    names = class_names(train)
+    if test:
+        if unknown := sorted(set(class_names(test)) - set(names)):
+            raise DataError(f"{test} holds classes that {train} lacks: {', '.join(unknown)}")
+        return *_read(_images(train, names)), *_read(_images(test, names))
+    images, labels = _read(_images(root, names))
     try:
         train, test = train_test_split(
             np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels.numpy()
@@ -46,19 +51,29 @@ def classes(data_dir: str | Path | None) -> int:
 
 def label_names(data_dir: str | Path | None) -> list[str]:
     """The names of its class folders, in the order of their labels; none where there are no such folders."""
-    root = _root(data_dir)
-    return class_names(root / "train" if (root / "train").is_dir() else root)
+    return class_names(_splits(_root(data_dir))[0])
 
 
 def class_names(folder: Path) -> list[str]:
     """The folders in `folder`, in the order of their labels."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _root(data_dir: str | Path | None) -> Path:
     if data_dir is None or not Path(data_dir).is_dir():
         raise DataError(f"--data-dir: got {data_dir}, takes the directory of images for --dataset folder")
     return Path(data_dir)
+
+
+def _splits(root: Path) -> tuple[Path, Path | None]:
+    """The folders of training and test images; `root` and None where it holds one set of images."""
+    train, test = root / "train", root / "test"
+    if train.is_dir() != test.is_dir():
+        raise DataError(
+            f"{root} holds the folders {', '.join(class_names(root))}; --dataset folder takes both "
+            "train and test, or neither and a folder for each class"
+        )
+    return (train, test) if test.is_dir() else (root, None)
 
 
 def _images(folder: Path, names: list[str]) -> list[tuple[Path, int]]:
@@ -68,6 +83,7 @@ def _images(folder: Path, names: list[str]) -> list[tuple[Path, int]]:
         for place, label in places
         for path in sorted(place.rglob("*"))
         if path.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(place).parts)
     ]
     if not found:
         raise DataError(f"{folder} holds no images; they end in one of {', '.join(SUFFIXES)}")

@@ -3,6 +3,7 @@ import torch
 from PIL import Image
 
 from infocapsgan.data import DataError, image_shape, load
+from infocapsgan.data.class_names import class_names
 
 
 def paint(path, colour, size=(40, 30)):
@@ -30,6 +31,35 @@ def test_train_and_test_folders(tmp_path):
     dataset = load("folder", tmp_path)
     assert dataset.train_labels.tolist() == [0, 1]
     assert dataset.test_labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(("first", "second"), [("train", "val"), ("test", "training")])
+def test_train_and_test_come_together(tmp_path, first, second):
+    for split in (first, second):
+        for name in ("a", "b"):
+            for number in range(5):
+                paint(tmp_path / split / name / f"{number}.png", (0, 0, 0))
+    for read in (load, image_shape, class_names):
+        with pytest.raises(DataError, match=f"folders {first}, {second}; .* takes both train and test, or"):
+            read("folder", tmp_path)
+
+
+def test_classes_of_the_test_split_that_cannot_be_learned(tmp_path):
+    for name in ("train/a", "test/a", "test/b", "test/c"):
+        paint(tmp_path / name / "1.png", (0, 0, 0))
+    with pytest.raises(DataError, match=r"test holds classes that .*train lacks: b, c$"):
+        load("folder", tmp_path)
+
+
+def test_hidden_files_are_no_images_and_hidden_folders_no_classes(tmp_path):
+    hidden = ".ipynb_checkpoints"
+    for split in ("train", "test"):
+        for name in ("a", "b", f"a/{hidden}", hidden):
+            paint(tmp_path / split / name / "1.png", (0, 0, 0))
+        (tmp_path / split / "b" / "._1.png").write_bytes(b"no image")
+    dataset = load("folder", tmp_path)
+    assert class_names("folder", tmp_path) == ["a", "b"]
+    assert dataset.train_labels.bincount().tolist() == dataset.test_labels.bincount().tolist() == [1, 1]
 
 
 def test_without_class_folders_a_code_has_ten_values(tmp_path):
