@@ -21,7 +21,8 @@ def load(data_dir: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Te
     `data_dir` holds images, or a folder of images for each class, or train/ and test/ with either. Without
     those two a fifth of the images (seed 0, the same share of each class) is the test split. Without class
     folders every label is 0 and a class code has ten values; metrics against labels then mean nothing. Names
-    that begin with a dot are passed over.
+    that begin with a dot are passed over. Each split is in an order of chance, the same at every call: its
+    first images are a fair sample of it.
 
     Raises:
         DataError: there is no such folder, no image in it, or one cannot be read; train/ or test/ is there
@@ -33,7 +34,7 @@ def load(data_dir: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Te
     if test:
         if unknown := sorted(set(class_names(test)) - set(names)):
             raise DataError(f"{test} holds classes that {train} lacks: {', '.join(unknown)}")
-        return *_read(_images(train, names)), *_read(_images(test, names))
+        return *_read(_shuffled(_images(train, names))), *_read(_shuffled(_images(test, names)))
     images, labels = _read(_images(root, names))
     try:
         train, test = train_test_split(
@@ -88,6 +89,11 @@ def _images(folder: Path, names: list[str]) -> list[tuple[Path, int]]:
     if not found:
         raise DataError(f"{folder} holds no images; they end in one of {', '.join(SUFFIXES)}")
     return found
+
+
+def _shuffled(found: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+    return [found[i] for i in order.tolist()]
 
 
 def _read(found: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,23 @@ def test_train_and_test_folders(tmp_path):
     paint(tmp_path / "train" / "b" / "1.jpg", (0, 0, 0))
     paint(tmp_path / "test" / "b" / "1.jpg", (0, 0, 0))
     dataset = load("folder", tmp_path)
-    assert dataset.train_labels.tolist() == [0, 1]
+    assert sorted(dataset.train_labels.tolist()) == [0, 1]
     assert dataset.test_labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("parts", [("",), ("train", "test")])
+def test_the_first_images_of_a_split_are_a_fair_sample(tmp_path, parts):
+    for part in parts:
+        for label, name in enumerate("abcd"):
+            for number in range(50):
+                paint(tmp_path / part / name / f"{number:02}.png", (label, number, 0), (32, 32))
+    dataset, again = load("folder", tmp_path), load("folder", tmp_path)
+    for split in ("train", "test"):
+        images, labels = getattr(dataset, f"{split}_images"), getattr(dataset, f"{split}_labels")
+        assert torch.equal(images, getattr(again, f"{split}_images"))
+        assert torch.equal(images[:, 0, 0, 0], labels)  # each image has kept its own label
+        assert len(images[:, :2, 0, 0].unique(dim=0)) == len(images)
+        assert labels[: len(labels) // 2].bincount(minlength=4).min() >= len(labels) // 16
 
 
 @pytest.mark.parametrize(("first", "second"), [("train", "val"), ("test", "training")])
