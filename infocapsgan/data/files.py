@@ -6,11 +6,14 @@ import os
 import sys
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
+
+UNREADABLE = (EOFError, OSError, ValueError, zlib.error)  # what reading a damaged gz file raises
 
 
 class DataError(RuntimeError):
@@ -79,7 +82,12 @@ def unreachable(
 
 
 def download(url: str, path: Path, file: File, *, open_url: Callable = urllib.request.urlopen) -> Path:
-    """Gets one file. What an earlier, broken download left is continued; `path` appears when it is whole."""
+    """Gets one file. What an earlier, broken download left is continued; `path` appears when it is whole.
+
+    Raises:
+        DataError: what is there, or what came, does not have its checksum; what came is removed.
+        OSError: the download failed or broke off.
+    """
     if path.is_file():
         verify(path, file)
         return path
@@ -95,11 +103,9 @@ def download(url: str, path: Path, file: File, *, open_url: Callable = urllib.re
     else:
         with response:
             _receive(response, part, done if response.status == 206 else 0)
-    try:
-        verify(part, file)
-    except DataError:
+    if wrong := _what_is_wrong(part, file):
         part.unlink()
-        raise
+        raise DataError(f"what came from {url} {wrong}; it was removed, try again to get it anew")
     os.replace(part, path)
     return path
 
@@ -120,16 +126,31 @@ def _receive(response, part: Path, done: int) -> None:
 
 def verify(path: Path, file: File) -> None:
     """Raises DataError where the content of `path` does not have the checksum of `file`."""
+    if wrong := _what_is_wrong(path, file):
+        raise DataError(f"{path} {wrong}; remove it and get it again")
+
+
+def unpacked(path: Path) -> bytes:
+    """What is inside a gz file; raises DataError where it is damaged."""
+    try:
+        return gzip.decompress(path.read_bytes())
+    except UNREADABLE as error:
+        raise DataError(f"{path} is damaged ({error}); remove it and get it again") from error
+
+
+def _what_is_wrong(path: Path, file: File) -> str:
+    """Why the content of `path` is not that of `file`; empty where it is."""
     digest = hashlib.new(file.algorithm)
     opened = gzip.open if file.name.endswith(".gz") and not file.name.endswith(".tar.gz") else open
     try:
         with opened(path, "rb") as content:
             while chunk := content.read(1 << 20):
                 digest.update(chunk)
-    except (EOFError, OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove it and get it again") from error
-    if digest.hexdigest() != file.checksum:
-        raise DataError(
-            f"{path} does not have the expected content: its {file.algorithm} is {digest.hexdigest()}, "
-            f"{file.checksum} was expected; remove it and get it again"
-        )
+    except UNREADABLE as error:
+        return f"is damaged ({error})"
+    if digest.hexdigest() == file.checksum:
+        return ""
+    return (
+        f"does not have the expected content: its {file.algorithm} is {digest.hexdigest()}, "
+        f"{file.checksum} was expected"
+    )

@@ -1,6 +1,5 @@
 """MNIST and Fashion-MNIST: four gz files in the idx format each."""
 
-import gzip
 import math
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infocapsgan.data.files import DataError, File, Source, find
+from infocapsgan.data.files import DataError, File, Source, find, unpacked
 
 # The checksums are those of the content: the same set is published in differently compressed gz files.
 MNIST = Source(
@@ -65,10 +64,7 @@ def read_idx(path: Path) -> Tensor:
     Raises:
         DataError: the file is not that, or is cut short.
     """
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (EOFError, OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove it and get it again") from error
+    content = unpacked(path)
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise DataError(f"{path} is not an idx file of unsigned bytes: it begins with {content[:4].hex(' ')}")
     start = 4 + 4 * content[3]

@@ -1,6 +1,5 @@
 """smallNORB: toys of five kinds, photographed by two cameras; the published split by instance."""
 
-import gzip
 import math
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infocapsgan.data.files import DataError, File, Source, find
+from infocapsgan.data.files import DataError, File, Source, find, unpacked
 
 SIZE = 48  # of 96 × 96, resized as published; batches are cropped from it
 BYTES, INTEGERS = 0x1E3D4C55, 0x1E3D4C54
@@ -51,10 +50,7 @@ def read_matrix(path: Path) -> Tensor:
     Raises:
         DataError: the file is not that, or is cut short.
     """
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (EOFError, OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove it and get it again") from error
+    content = unpacked(path)
     header = np.frombuffer(content[:8], dtype="<i4") if len(content) >= 8 else [0, 0]
     dtype = {BYTES: "u1", INTEGERS: "<i4"}.get(int(header[0]))
     if dtype is None:

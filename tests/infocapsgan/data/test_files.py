@@ -14,21 +14,22 @@ NOWHERE = "http://127.0.0.1:9/"  # the discard port, where nothing listens
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT, from the byte that is asked for."""
+    """Serves `content`, from the byte that is asked for."""
 
+    content = CONTENT
     asked: list[str | None]
 
     def do_GET(self):
         wanted = self.headers.get("Range")
         self.asked.append(wanted)
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-        if start >= len(CONTENT):
+        if start >= len(self.content):
             self.send_error(416)
             return
         self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.send_header("Content-Length", str(len(self.content) - start))
         self.end_headers()
-        self.wfile.write(CONTENT[start:])
+        self.wfile.write(self.content[start:])
 
     def log_message(self, *_):
         pass
@@ -105,3 +106,25 @@ def test_a_gz_file_is_known_by_what_is_inside(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match="is damaged"):
         verify(path, file)
+
+
+def test_every_flipped_byte_of_a_gz_file_is_found(tmp_path):
+    path, whole = tmp_path / "values.gz", gzip.compress(CONTENT[:64])
+    file = File("values.gz", hashlib.sha256(CONTENT[:64]).hexdigest())
+    for place in (*range(4), *range(10, len(whole))):  # 4 to 9: time and system, which nothing hangs on
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with pytest.raises(DataError, match=r"values\.gz (is damaged|does not have the expected content)"):
+            verify(path, file)
+
+
+def test_a_damaged_part_is_removed_and_got_anew(tmp_path, server, monkeypatch):
+    packed = gzip.compress(CONTENT)
+    monkeypatch.setattr(Server, "content", packed)
+    file = GOOD._replace(name="values.gz")
+    part = tmp_path / "values.gz.part"
+    part.write_bytes(packed[:10] + b"\xff" + packed[11:100])
+    with pytest.raises(DataError, match="is damaged .* it was removed, try again") as caught:
+        download(server, tmp_path / "values.gz", file)
+    assert server in str(caught.value)
+    assert not part.exists()
+    assert download(server, tmp_path / "values.gz", file).read_bytes() == packed

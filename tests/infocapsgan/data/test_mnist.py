@@ -66,6 +66,15 @@ def test_a_gz_stream_cut_short(tmp_path):
         read_idx(path)
 
 
+def test_a_flipped_byte(tmp_path):
+    path = write(tmp_path / "x.gz", idx((2, 3), range(6)))
+    content = bytearray(path.read_bytes())
+    content[10] = 0xFF  # the first byte of the packed values
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.gz is damaged"):
+        read_idx(path)
+
+
 def test_what_is_no_idx_file(tmp_path):
     with pytest.raises(DataError, match="begins with 00 00 0d 01"):
         read_idx(write(tmp_path / "x.gz", b"\x00\x00\x0d\x01"))

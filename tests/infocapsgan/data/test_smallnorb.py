@@ -37,6 +37,15 @@ def test_damaged_files(tmp_path):
         read_matrix(write(tmp_path / "x.gz", b""))
 
 
+def test_a_flipped_byte(tmp_path):
+    path = write(tmp_path / "x.gz", matrix(BYTES, np.zeros((2, 2, 2))))
+    content = bytearray(path.read_bytes())
+    content[10] = 0xFF  # the first byte of the packed values
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.gz is damaged"):
+        read_matrix(path)
+
+
 def test_the_split_is_the_published_one():
     names = [file.name for file in smallnorb.SMALLNORB.files]
     assert all("5x46789x9x18x6x2x96x96-training" in name for name in names[:2])
