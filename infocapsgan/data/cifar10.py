@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infocapsgan.atomic import atomic_folder
-from infocapsgan.data.files import DataError, File, Source, download, folders, unreachable
+from infocapsgan.data.files import DataError, File, Source, download, folders, held, unreachable
 
 FOLDER = "cifar-10-batches-py"
 TRAIN, TEST = tuple(f"data_batch_{number}" for number in range(1, 6)), "test_batch"
@@ -71,16 +71,26 @@ class _ArraysOnly(pickle.Unpickler):
 def _find(data_dir: str | Path | None) -> Path:
     places = folders(data_dir)
     for place in places:
-        if all((place / FOLDER / name).is_file() for name in (*TRAIN, TEST)):
+        if _is_whole(place / FOLDER):
             return place / FOLDER
     target = places[0] if data_dir else places[-1]
-    (file,) = ARCHIVE.files
     try:
-        archive = download(ARCHIVE.url + file.name, target / file.name, file)
+        with held(target / FOLDER):
+            if not _is_whole(target / FOLDER):  # another process may have made it meanwhile
+                _make(target)
     except OSError as error:
         wanted = [*TRAIN, TEST]
         raise unreachable("cifar10", places, ARCHIVE.url, target / FOLDER, wanted, error) from error
+    return target / FOLDER
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (*TRAIN, TEST))
+
+
+def _make(target: Path) -> None:
+    (file,) = ARCHIVE.files
+    archive = download(ARCHIVE.url + file.name, target / file.name, file)
     with tarfile.open(archive) as packed, atomic_folder(target / FOLDER) as temporary:
         for name in (*TRAIN, TEST):
             (temporary / name).write_bytes(packed.extractfile(f"{FOLDER}/{name}").read())
-    return target / FOLDER

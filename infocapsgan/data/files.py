@@ -7,11 +7,17 @@ import sys
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 UNREADABLE = (EOFError, OSError, ValueError, zlib.error)  # what reading a damaged gz file raises
 
@@ -84,14 +90,36 @@ def unreachable(
 def download(url: str, path: Path, file: File, *, open_url: Callable = urllib.request.urlopen) -> Path:
     """Gets one file. What an earlier, broken download left is continued; `path` appears when it is whole.
 
+    Of several processes that want it one gets it, the others wait.
+
     Raises:
         DataError: what is there, or what came, does not have its checksum; what came is removed.
         OSError: the download failed or broke off.
     """
-    if path.is_file():
-        verify(path, file)
-        return path
+    if not path.is_file():
+        with held(path):
+            if not path.is_file():  # another process may have got it meanwhile
+                _get(url, path, file, open_url)
+                return path
+    verify(path, file)
+    return path
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Waits until no other process holds `path`, and holds it until the block ends; makes its folder.
+
+    A lock file beside it stays behind. Where the system or the file system has no locks, nothing is held.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        if fcntl:
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _get(url: str, path: Path, file: File, open_url: Callable) -> None:
     part = path.with_name(path.name + ".part")
     done = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
@@ -107,7 +135,6 @@ def download(url: str, path: Path, file: File, *, open_url: Callable = urllib.re
         part.unlink()
         raise DataError(f"what came from {url} {wrong}; it was removed, try again to get it anew")
     os.replace(part, path)
-    return path
 
 
 def _receive(response, part: Path, done: int) -> None:

@@ -1,6 +1,8 @@
 import hashlib
 import pickle
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -50,7 +52,7 @@ def test_damaged_files(folder):
         load("cifar10", folder)
 
 
-def test_the_archive_is_unpacked(folder, tmp_path, monkeypatch):
+def test_the_archive_is_unpacked_once(folder, tmp_path, monkeypatch):
     target = tmp_path / "other"
     target.mkdir()
     archive = target / "cifar-10-python.tar.gz"
@@ -59,7 +61,18 @@ def test_the_archive_is_unpacked(folder, tmp_path, monkeypatch):
     known = (File(archive.name, checksum(archive)),)
     monkeypatch.setattr(cifar10, "ARCHIVE", cifar10.ARCHIVE._replace(files=known))
     monkeypatch.delenv("INFOCAPSGAN_DATA", raising=False)
-    assert load("cifar10", target).train_images.shape == (10, 3, 32, 32)
+    unpacked, atomic_folder = [], cifar10.atomic_folder
+
+    def slowly(path):
+        unpacked.append(path)
+        time.sleep(0.1)
+        return atomic_folder(path)
+
+    monkeypatch.setattr(cifar10, "atomic_folder", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        for dataset in pool.map(lambda _: load("cifar10", target), range(3)):
+            assert dataset.train_images.shape == (10, 3, 32, 32)
+    assert unpacked == [target / cifar10.FOLDER]
     assert (target / cifar10.FOLDER / cifar10.TEST).is_file()
 
 

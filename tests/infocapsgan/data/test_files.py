@@ -2,10 +2,16 @@ import functools
 import gzip
 import hashlib
 import http.server
+import runpy
+import sys
 import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from infocapsgan.data import files
 from infocapsgan.data.files import DataError, File, Source, download, find, folders, verify
 
 CONTENT = bytes(range(256)) * 1000
@@ -44,10 +50,14 @@ def server():
         served.shutdown()
 
 
+def visible(folder):
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+
+
 def test_download(tmp_path, server):
     path = download(server, tmp_path / "new" / "values.bin", GOOD)
     assert path.read_bytes() == CONTENT
-    assert [file.name for file in path.parent.iterdir()] == ["values.bin"]
+    assert visible(path.parent) == ["values.bin"]
     assert Server.asked == [None]
 
 
@@ -65,7 +75,56 @@ def test_a_whole_part_needs_no_more(tmp_path, server):
 def test_a_download_with_a_wrong_checksum_leaves_nothing(tmp_path, server):
     with pytest.raises(DataError, match="does not have the expected content"):
         download(server, tmp_path / "values.bin", GOOD._replace(checksum="0" * 64))
-    assert list(tmp_path.iterdir()) == []
+    assert visible(tmp_path) == []
+
+
+def test_several_that_want_a_file_at_once_download_it_once(tmp_path, server):
+    def slow(request, timeout):
+        time.sleep(0.1)
+        return urllib.request.urlopen(request, timeout=timeout)
+
+    def get(_):
+        return download(server, tmp_path / "values.bin", GOOD, open_url=slow).read_bytes()
+
+    with ThreadPoolExecutor(4) as pool:  # a lock belongs to a file that was opened, not to a process
+        assert list(pool.map(get, range(4))) == [CONTENT] * 4
+    assert Server.asked == [None]
+    assert visible(tmp_path) == ["values.bin"]
+
+
+def test_what_waited_for_a_broken_download_goes_on_with_it(tmp_path, server):
+    ends = iter((1000, None))
+
+    def broken(request, timeout):
+        response = urllib.request.urlopen(request, timeout=timeout)
+        end, whole = next(ends), response.read
+        if end:
+            chunks = iter((whole()[:end], b""))
+            response.read = lambda _: next(chunks)
+        return response
+
+    def get(_):
+        try:
+            return download(server, tmp_path / "values.bin", GOOD, open_url=broken).read_bytes()
+        except OSError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(get, range(2)))
+    assert CONTENT in found
+    assert f"values.bin broke off at 1000 of {len(CONTENT)} bytes; try again to continue it" in found
+    assert Server.asked == [None, "bytes=1000-"]
+
+
+def test_without_locks_files_are_downloaded_all_the_same(tmp_path, server, monkeypatch):
+    def refused(*_):
+        raise OSError("not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", refused)
+    assert download(server, tmp_path / "one" / "values.bin", GOOD).read_bytes() == CONTENT
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    elsewhere = runpy.run_path(files.__file__)
+    assert elsewhere["download"](server, tmp_path / "two" / "values.bin", GOOD).read_bytes() == CONTENT
 
 
 def test_without_a_network_the_error_says_what_to_put_where(tmp_path, monkeypatch):
