@@ -185,7 +185,9 @@ def mean_rank_correlation(values: Tensor, rows: Tensor) -> float:
 
 
 def _no_labels_learned(system: System, dataset: Dataset) -> str:
-    return "" if isinstance(system, (CapsNet, Encoder)) else "it is not trained with labels"
+    if not isinstance(system, (CapsNet, Encoder)):
+        return "it is not trained with labels"
+    return _no_labels(dataset)
 
 
 def _no_clusters(system: System, dataset: Dataset) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from infocapsgan.data import DataError, Dataset
 from infocapsgan.settings import Settings
 from infocapsgan.systems.system import System
 
@@ -18,6 +19,16 @@ class Supervised(System):
     """A classifier."""
 
     headline = "accuracy"
+
+    def load_data(self) -> Dataset:
+        """The data set that the settings name; raises DataError where its images have no labels to learn."""
+        dataset = super().load_data()
+        if dataset.train_labels.unique().numel() < 2:
+            raise DataError(
+                f"this system is trained with labels, and the images in {self.settings.data_dir} have none: "
+                "takes a folder for each of two classes or more"
+            )
+        return dataset
 
     @property
     def validation_share(self) -> float:

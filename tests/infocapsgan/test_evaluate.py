@@ -188,6 +188,9 @@ def test_images_without_labels(trained_as, monkeypatch):
     }
     with pytest.raises(evaluate.NotApplicableError, match="no metric applies .* its images have no labels"):
         evaluate.evaluate(trained_as("dcgan"))
+    for name in ("capsnet", "encoder"):
+        with pytest.raises(evaluate.NotApplicableError, match="classification: its images have no labels"):
+            evaluate.evaluate(trained_as(name), ["classification"])
 
 
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys):

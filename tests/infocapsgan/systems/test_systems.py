@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from PIL import Image
 
 from infocapsgan import checkpoint, data
 from infocapsgan.draw import Draw
@@ -141,6 +142,17 @@ def test_no_weights_of_an_unsupervised_system_are_chosen():
         assert system(width=8).validation_share == 0
     for name in ("capsnet", "encoder"):
         assert SYSTEMS[name](width=8, validation=True).validation_share == 0.1
+
+
+@pytest.mark.parametrize("place", ["", "one_class"])
+@pytest.mark.parametrize("name", ["capsnet", "encoder"])
+def test_what_is_trained_with_labels_needs_some(name, place, tmp_path):
+    (tmp_path / place).mkdir(exist_ok=True)
+    for number in range(5):
+        Image.new("L", (8, 8), number).save(tmp_path / place / f"{number}.png")
+    system = SYSTEMS[name](dataset="folder", data_dir=tmp_path, width=8)
+    with pytest.raises(data.DataError, match=f"the images in {tmp_path} have none: takes a folder for each"):
+        system.load_data()
 
 
 @pytest.mark.parametrize("full", [False, True])
