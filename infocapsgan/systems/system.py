@@ -1,6 +1,7 @@
 """What the training loop knows of a system."""
 
 import dataclasses
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -56,9 +57,9 @@ class System(nn.Module):
         options |= cls.tuned.get(dataset, {}) if recipe == "tuned" else {}
         return dataclasses.replace(settings, **options)
 
-    @property
+    @cached_property
     def image_shape(self) -> ImageShape:
-        """Channels, size and classes of the images."""
+        """Channels, size and classes of the images; a folder is looked through once."""
         return image_shape(self.settings.dataset, self.settings.data_dir)
 
     @property

@@ -1,13 +1,16 @@
 """What every system must do."""
 
+import copy
 import dataclasses
 import os
+import pickle
 
 import pytest
 import torch
 from PIL import Image
 
 from infocapsgan import checkpoint, data
+from infocapsgan.data import folder
 from infocapsgan.draw import Draw
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.gan import GAN
@@ -142,6 +145,20 @@ def test_no_weights_of_an_unsupervised_system_are_chosen():
         assert system(width=8).validation_share == 0
     for name in ("capsnet", "encoder"):
         assert SYSTEMS[name](width=8, validation=True).validation_share == 0.1
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_folder_is_looked_through_once(name, tmp_path, monkeypatch):
+    looked, classes = [], folder.classes
+    monkeypatch.setattr(folder, "classes", lambda data_dir: looked.append(data_dir) or classes(data_dir))
+    torch.manual_seed(0)
+    options = SMALL[name] | {"data_dir": tmp_path, "batch_size": 4}
+    system = SYSTEMS[name](dataset="folder", **options)
+    images, labels = torch.randint(256, (4, 3, 32, 32)).byte(), torch.arange(4)
+    for one in (system, copy.deepcopy(system), pickle.loads(pickle.dumps(system))):
+        one.step(images, labels, Training(one.optimizers, Draw(0)))
+        assert one.image_shape == (3, 32, 10)
+    assert looked == [tmp_path]
 
 
 @pytest.mark.parametrize("place", ["", "one_class"])
