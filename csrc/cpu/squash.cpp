@@ -10,6 +10,10 @@ namespace {
 // Vectors that lie side by side when inner > 1, taken together.
 constexpr int block = 16;
 
+// How many contiguous vectors of n numbers are converted at a time: loops over them all are long enough for
+// vector instructions, and they stay in the first cache.
+inline int64_t group_of(int64_t n) { return larger(1, 1024 / larger(1, n)); }
+
 // Rows of n contiguous numbers; N is n where it is a usual size, else 0.
 template <typename T, bool Backward, int N>
 void rows(const SquashCall& call, int64_t begin, int64_t end, T* s_row, T* g_row, T* out_row) {
@@ -27,15 +31,18 @@ void rows(const SquashCall& call, int64_t begin, int64_t end, T* s_row, T* g_row
         }
         return;
     }
-    for (int64_t row = begin; row < end; ++row) {
-        read_row(call.s, call.storage, row * n, n, s_row);
-        if (Backward) {
-            read_row(call.grad, call.storage, row * n, n, g_row);
-            squash_vjp_row(s_row, g_row, n, out_row);
-        } else {
-            squash_row(s_row, n, out_row);
+    for (int64_t row = begin; row < end; row += group_of(n)) {
+        const int64_t numbers = smaller(group_of(n), end - row) * n;
+        read_row(call.s, call.storage, row * n, numbers, s_row);
+        if (Backward) read_row(call.grad, call.storage, row * n, numbers, g_row);
+        for (int64_t at = 0; at < numbers; at += n) {
+            if (Backward) {
+                squash_vjp_row(s_row + at, g_row + at, n, out_row + at);
+            } else {
+                squash_row(s_row + at, n, out_row + at);
+            }
         }
-        write_row(call.out, call.storage, row * n, n, out_row);
+        write_row(call.out, call.storage, row * n, numbers, out_row);
     }
 }
 
@@ -81,7 +88,8 @@ void columns(const SquashCall& call, int64_t at, int64_t width, T* s, T* g, T* o
 template <typename T, bool Backward>
 bool squash_of(const SquashCall& call) {
     const int threads = call.outer * call.n * call.inner < 32768 ? 1 : call.threads;
-    const int64_t scratch = call.inner > 1 ? call.n * block : in_place<T>(call.storage) ? 0 : call.n;
+    const int64_t together = call.inner > 1 ? block : in_place<T>(call.storage) ? 0 : group_of(call.n);
+    const int64_t scratch = call.n * together;
     Buffer buffer(scratch * 3 * threads * sizeof(T));
     if (!buffer.base) return false;
     T* pool = reinterpret_cast<T*>(buffer.base);

@@ -61,7 +61,17 @@ def test_equals_the_reference(impl: str, shape: tuple[int, ...], dim: int) -> No
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("scale", [0.01, 1, 100])
-@pytest.mark.parametrize(("shape", "dim"), [((100, 8), 1), ((33, 17), 1), ((5, 16, 33), 1), ((3, 1000), 1)])
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [
+        ((100, 8), 1),
+        ((300, 8), 1),  # on CPUs 128 of these are converted at a time
+        ((33, 17), 1),
+        ((5, 16, 33), 1),
+        ((3, 1000), 1),
+        ((3, 1500), 1),
+    ],
+)
 def test_low_precision(impl: str, shape: tuple[int, ...], dim: int, scale: float, dtype: torch.dtype) -> None:
     s = (torch.randn(shape) * scale).to(dtype)
     upstream = torch.randn(shape).to(dtype)
