@@ -20,20 +20,43 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """As atomic_file, for a folder of files. What `path` held before is replaced."""
+def atomic_folder(path: Path, *, keep: bool = False) -> Iterator[Path]:
+    """As atomic_file, for a folder of files.
+
+    A folder cannot take the place of another at one stroke. What `path` held before is moved aside first: a
+    process that is killed just then leaves nothing there, but never a part.
+
+    Args:
+        path: of the folder.
+        keep: whether what `path` holds when the block ends stays, and what was written is dropped.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for file in temporary.iterdir():
             _to_disk(file)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        if path.exists() and not keep:
+            os.replace(path, aside)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if not (keep and path.is_dir()):
+                raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (temporary, aside):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed processes left unfinished in `folder`; no other process may be writing there."""
+    for path in list(folder.rglob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _to_disk(path: Path) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from infocapsgan.atomic import atomic_folder
+from infocapsgan.atomic import atomic_file, atomic_folder
+from infocapsgan.run import RunError
 from infocapsgan.systems.system import System
 from infocapsgan.training import Training
 
@@ -74,13 +76,15 @@ def restore(state: State, system: System, training: Training) -> None:
 def save(folder: Path, state: State, **numbers: float) -> Path:
     """Writes a state to `folder`/step-…, whole or not at all, and keeps the last two there.
 
+    What is there of the same step is the same state and stays.
+
     Args:
         folder: of all checkpoints of a run.
         state: what capture() gave.
         numbers: what else is to be found there again, beside the state.
     """
     path = folder / f"step-{state.numbers['step']:08d}"
-    with atomic_folder(path) as temporary:
+    with atomic_folder(path, keep=True) as temporary:
         save_file(state.weights, temporary / WEIGHTS)
         save_file(state.training, temporary / TRAINING)
         (temporary / NUMBERS).write_text(json.dumps(state.numbers | numbers, indent=1))
@@ -89,17 +93,35 @@ def save(folder: Path, state: State, **numbers: float) -> Path:
     return path
 
 
-def save_best(folder: Path, system: System, loss: float) -> None:
+def save_best(folder: Path, system: System, step: int, loss: float) -> None:
     """Writes the weights to `folder`/best unless those there have at most this validation loss.
 
-    The only weights that are ever chosen: by held-out training images, in systems trained with labels.
+    The only weights that are ever chosen: by held-out training images, in systems trained with labels. They
+    and their loss are in one file: it takes the place of the last at one stroke, so there is always a best.
     """
-    path = folder / BEST
-    if path.is_dir() and json.loads((path / NUMBERS).read_text())["validation_loss"] <= loss:
+    before = read_best(folder)
+    if before and before["validation_loss"] <= loss:
         return
-    with atomic_folder(path) as temporary:
-        save_file(_copied(system.state_dict()), temporary / WEIGHTS)
-        (temporary / NUMBERS).write_text(json.dumps({"validation_loss": loss}))
+    (folder / BEST).mkdir(exist_ok=True)
+    state = json.dumps({"step": step, "validation_loss": loss})
+    with atomic_file(folder / BEST / WEIGHTS) as temporary:
+        save_file(_copied(system.state_dict()), temporary, {"state": state})
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    """The step and the validation loss of what save_best() kept; None where there is nothing.
+
+    Raises:
+        RunError: another version of the package wrote it.
+    """
+    path = folder / BEST / WEIGHTS
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if "state" not in metadata:
+        raise RunError(f"{path} was written by another version of infocapsgan: it does not say its step")
+    return json.loads(metadata["state"])
 
 
 def load_best(folder: Path, system: System) -> None:

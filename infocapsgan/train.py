@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import capsops
 from infocapsgan import checkpoint
+from infocapsgan.atomic import remove_unfinished
 from infocapsgan.command_line import parse
 from infocapsgan.data import DataError, Dataset
 from infocapsgan.data.batches import Batches
@@ -118,7 +119,7 @@ def fit(
         loss = _measured(system, system.validation_loss, held_out.centred())
         run.log("validation", training.step, training.epoch, {"validation_loss": loss})
         if processes.writes:
-            checkpoint.save_best(run.checkpoints, system, loss)
+            checkpoint.save_best(run.checkpoints, system, training.step, loss)
 
     def save() -> None:
         if processes.writes:
@@ -229,6 +230,7 @@ def _start(
         seconds = state.numbers["seconds"]
     if not writes:
         return SilentRun(), seconds
+    remove_unfinished(settings.resume / "checkpoints")
     write_json(settings.resume / "config.json", {"system": name, "settings": settings.to_json()})
     return Run(settings.resume, training.step), seconds
 

@@ -101,7 +101,7 @@ def load(path: Path, *, device: str = "auto", data_dir: Path | None = None) -> T
 
 def _weights(path: Path) -> Weights:
     folder = path / "checkpoints"
-    if (folder / checkpoint.BEST).is_dir():
+    if checkpoint.read_best(folder):
         return Weights(folder / checkpoint.BEST, None)
     saved = checkpoint.checkpoints(folder)
     if not saved:

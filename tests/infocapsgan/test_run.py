@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from infocapsgan.atomic import atomic_file, atomic_folder
+from infocapsgan.atomic import atomic_file, atomic_folder, remove_unfinished
 from infocapsgan.checkpoint import checkpoints
 from infocapsgan.pictures import grid, save_curves, save_png
 from infocapsgan.run import Run, RunError, read_metrics
@@ -44,6 +44,37 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         with atomic_folder(path) as temporary:
             (temporary / "a").write_text(content)
         assert (path / "a").read_text() == content
+    with atomic_folder(path, keep=True) as temporary:
+        (temporary / "a").write_text("third")
+    assert (path / "a").read_text() == "second"
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "folder"
+    path.mkdir()
+    for name in "ab":
+        (path / name).touch()
+    monkeypatch.setattr("os.replace", None)  # as if killed at the first thing that is done to the folder
+    with pytest.raises(TypeError), atomic_folder(path) as temporary:
+        (temporary / "a").touch()
+    assert sorted(file.name for file in path.iterdir()) == ["a", "b"]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    (tmp_path / "best").mkdir()
+    for path in (tmp_path / "best" / ".weights.safetensors.7.tmp", tmp_path / "best" / "weights.safetensors"):
+        path.touch()
+    for name in (".step-00000003.7.tmp", "step-00000002"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").touch()
+    remove_unfinished(tmp_path)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
+        "best",
+        "best/weights.safetensors",
+        "step-00000002",
+        "step-00000002/state.json",
+    ]
 
 
 def test_an_unfinished_checkpoint_is_none(tmp_path):

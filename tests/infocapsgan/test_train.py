@@ -168,6 +168,15 @@ def test_validation_keeps_the_weights_with_the_lowest_loss(tmp_path, monkeypatch
     assert summary["metrics"]["margin_loss"] == rows[3]["margin_loss"]
 
 
+def test_resume_removes_what_a_killed_process_left(tmp_path):
+    settings = CapsNet(width=8, batch_size=8, max_steps=1, out=tmp_path / "run").settings
+    train_module.train(CapsNet, settings)
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / ".step-00000002.7.tmp").mkdir()
+    train_module.train(*parse(["--resume", str(tmp_path / "run"), "--max-steps", "2"]))
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
+
+
 def test_a_compiled_run_resumes_to_the_same_weights_under_the_same_names(tmp_path, monkeypatch):
     compiled = []
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from infocapsgan import trained
-from infocapsgan.checkpoint import checkpoints
+from infocapsgan.checkpoint import checkpoints, save_best
 from infocapsgan.data import DataError
 from infocapsgan.run import RunError
 
@@ -25,15 +25,17 @@ def test_the_weights_are_those_of_the_last_checkpoint(run_of, trained_as):
     assert len(found.dataset.test_labels) == 360
 
 
-def test_weights_that_a_validation_chose_come_first(copy):
+def test_weights_that_a_validation_chose_come_first(copy, trained_as):
     best = copy / "checkpoints" / "best"
-    shutil.copytree(checkpoints(copy / "checkpoints")[0], best)
-    weights = load_file(best / "weights.safetensors")
-    weights["model.encoder.conv.bias"].fill_(7)
-    save_file(weights, best / "weights.safetensors")
+    system = trained_as("capsnet").system
+    system.model.encoder.conv.bias.fill_(7)
+    save_best(copy / "checkpoints", system, 2, 0.5)
     found = trained.load(copy, device="cpu")
     assert found.weights == (best, None)
     assert (found.system.model.encoder.conv.bias == 7).all()
+    save_file(load_file(best / "weights.safetensors"), best / "weights.safetensors")
+    with pytest.raises(RunError, match="was written by another version of infocapsgan"):
+        trained.load(copy, device="cpu")
 
 
 def test_what_is_no_run_or_not_readable(copy, tmp_path):
