@@ -44,7 +44,7 @@ SET_FOR_EACH_RUN = ("--seed", "--resume")
 
 
 class SweepError(RuntimeError):
-    """A sweep cannot start in its folder, or none of its runs came to an end."""
+    """A sweep cannot start in its folder, or its runs did not leave what a summary is made of."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
     """What the runs of a finished sweep came to, with the keys of results/*.json.
 
     Raises:
-        SweepError: no run came to an end.
+        SweepError: no run came to an end, or one lacks a metric that others have.
     """
     seeds = [seed for seed in sweep.seeds if seed not in crashed]
     if not seeds:
@@ -200,6 +200,14 @@ def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
     if sweep.evaluated:
         measured = [json.loads((sweep.run(seed) / EVALUATION).read_text()) for seed in seeds]
         found = [a | b["metrics"] for a, b in zip(found, measured, strict=True)]
+    names = dict.fromkeys(name for metrics in found for name in metrics)
+    for seed, metrics in zip(seeds, found, strict=True):
+        if lacking := [name for name in names if name not in metrics]:
+            written = f"{SUMMARY} and {EVALUATION}" if sweep.evaluated else SUMMARY
+            raise SweepError(
+                f"seed {seed} has no {', '.join(lacking)}, which other seeds have; delete {written} "
+                f"in {sweep.run(seed)}, and the same command measures it again"
+            )
     baselines = summaries[0]["baselines"]
     below = sweep.failed_below
     if below is None and sweep.headline == "unsupervised_accuracy":
@@ -215,7 +223,7 @@ def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
         "dataset": settings["dataset"],
         "recipe": settings["recipe"],
         "seeds": seeds,
-        "metrics": {name: spread(name, [metrics[name] for metrics in found]) for name in found[0]},
+        "metrics": {name: spread(name, [metrics[name] for metrics in found]) for name in names},
         "baselines": baselines,
         "failed": {
             "share": (len(failed) + len(crashed)) / len(sweep.seeds),

@@ -121,6 +121,10 @@ def fit(
         if processes.writes:
             checkpoint.save_best(run.checkpoints, system, training.step, loss)
 
+    def measure(images: Dataset) -> dict[str, float]:
+        metrics = _measured(system, system.evaluate, images)
+        return metrics | (_measured(system, system.fidelity, centred) if processes.writes else {})
+
     def save() -> None:
         if processes.writes:
             state = checkpoint.capture(system, training)
@@ -160,9 +164,7 @@ def fit(
         if evaluates:
             if held_out:
                 validate()
-            metrics = _measured(system, system.evaluate, centred if last else centred.head(10_000))
-            if processes.writes:
-                metrics |= _measured(system, system.fidelity, centred)
+            metrics = measure(centred if last else centred.head(10_000))
             run.log("evaluation", training.step, training.epoch, metrics)
             run.draw(training.step, _measured(system, system.pictures, centred))
             run.draw_curves(system.headline, baselines)
@@ -174,10 +176,10 @@ def fit(
     interrupted.restore()
     if training.step < training.steps:
         return f"interrupted after step {training.step}. {_how_to_go_on(run, training)}"
-    if held_out and processes.writes:
+    if held_out and processes.writes and checkpoint.read_best(run.checkpoints):
         checkpoint.load_best(run.checkpoints, system)
         metrics = {}
-    metrics = metrics or _measured(system, system.evaluate, centred)
+    metrics = metrics or measure(centred)
     seconds = time.monotonic() - began
     if processes.writes:
         write_summary(run, system, training, metrics, baselines, seconds)

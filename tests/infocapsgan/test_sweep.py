@@ -120,6 +120,19 @@ def test_every_run_crashed(tmp_path):
         sweep.summarise(sweep.parse(["capsnet", "--seeds", "0..1", "--out", str(tmp_path)]), {0: "", 1: ""})
 
 
+def test_a_metric_that_a_run_lacks(tmp_path):
+    found = sweep.parse(["infocapsgan", "--seeds", "0..1", "--out", str(tmp_path)])
+    for seed, more in ((0, {}), (1, {"frechet_distance": 3.0})):
+        write_run(found.run(seed), 0.9)
+        file = found.run(seed) / "summary.json"
+        summary = json.loads(file.read_text())
+        file.write_text(json.dumps(summary | {"metrics": summary["metrics"] | more}))
+    with pytest.raises(
+        sweep.SweepError, match="seed 0 has no frechet_distance, .* delete summary.json in .*seed-0"
+    ):
+        sweep.summarise(found, {})
+
+
 def test_less_is_better_of_an_error():
     assert best("squared_error", [3.0, 2.0]) == 2
     assert best("accuracy", [0.3, 0.2]) == 0.3

@@ -18,7 +18,7 @@ from infocapsgan import train as train_module
 from infocapsgan.checkpoint import checkpoints
 from infocapsgan.command_line import parse
 from infocapsgan.run import read_metrics
-from infocapsgan.systems import SYSTEMS, CapsNet, InfoCapsGAN, System
+from infocapsgan.systems import DCGAN, SYSTEMS, CapsNet, InfoCapsGAN, System
 from infocapsgan.training import NonFiniteLossError
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +166,31 @@ def test_validation_keeps_the_weights_with_the_lowest_loss(tmp_path, monkeypatch
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [row["validation_loss"] for row in rows if row["kind"] == "validation"] == [3, 1, 2]
     assert summary["metrics"]["margin_loss"] == rows[3]["margin_loss"]
+
+
+def test_a_finished_run_taken_up_again_ends_as_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(DCGAN, "fidelity", lambda self, dataset: {"frechet_distance": 7.0})
+    options = {"width": 8, "generator_width": 8, "batch_size": 8, "max_steps": 2}
+    train_module.train(DCGAN, DCGAN(out=tmp_path / "run", **options).settings)
+    before = outcome(tmp_path / "run")
+    assert before[0]["frechet_distance"] == 7
+    (tmp_path / "run" / "summary.json").unlink()  # as if killed just before the end
+    train_module.train(*parse(["--resume", str(tmp_path / "run")]))
+    assert outcome(tmp_path / "run") == before
+
+
+def test_a_run_cut_short_before_its_first_validation(tmp_path, monkeypatch):
+    step = CapsNet.step
+
+    def interrupted(self, images, labels, training):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, images, labels, training)
+
+    monkeypatch.setattr(CapsNet, "step", interrupted)
+    settings = CapsNet(width=8, batch_size=8, validation=True, out=tmp_path / "run").settings
+    assert "interrupted after step 1." in train_module.train(CapsNet, settings)
+    assert train_module.train(*parse(["--resume", str(tmp_path / "run"), "--max-steps", "1"]))
+    assert outcome(tmp_path / "run")[1] == 1
 
 
 def test_resume_removes_what_a_killed_process_left(tmp_path):
