@@ -43,10 +43,17 @@ def parse(words: Sequence[str]) -> tuple[type[System], Settings]:
 
 
 def _parse_resume(words: Sequence[str]) -> tuple[type[System], Settings]:
-    """Every setting comes from the run; its length alone can be changed."""
+    """Every setting comes from the run; its length alone can be changed.
+
+    The recorded --max-steps would end training before the epochs asked for: --epochs given alone lifts it.
+    """
     parser = _parser()
     parser.add_argument("--resume", type=Path, metavar="DIR", required=True, help="run directory to continue")
-    parser.add_argument("--epochs", type=int, help="passes over the training images, in all")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        help="passes over the training images, in all; alone it lifts the --max-steps of the run",
+    )
     parser.add_argument("--max-steps", type=int, help="number of steps, in all")
     named = bool(words) and not words[0].startswith("-")
     given, others = parser.parse_known_args(list(words[named:]))
@@ -63,6 +70,8 @@ def _parse_resume(words: Sequence[str]) -> tuple[type[System], Settings]:
         parser.error(f"SYSTEM: got {words[0]}, but the run in {given.resume} is one of {name}")
     system = SYSTEMS[name]
     length = {key: getattr(given, key) for key in ("epochs", "max_steps") if getattr(given, key) is not None}
+    if given.epochs is not None:
+        length["max_steps"] = given.max_steps
     try:
         settings = dataclasses.replace(system.Settings.from_json(values), **length, resume=given.resume)
     except ValueError as error:

@@ -64,7 +64,7 @@ class Settings:
     checkpoint_every: Count | None = None
     """Steps between checkpoints [as --evaluate-every]."""
     resume: Path | None = None
-    """Run directory to continue; only --epochs and --max-steps can be given beside it."""
+    """Run directory to continue; beside it --epochs (alone it lifts the run's --max-steps), --max-steps."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():

@@ -230,8 +230,17 @@ def _start(
         state = checkpoint.load(saved[-1])
         checkpoint.restore(state, system, training)
         seconds = state.numbers["seconds"]
+    asked = f"--epochs {settings.epochs}"
+    asked += f" and --max-steps {settings.max_steps}" if settings.max_steps else ""
+    if training.step > training.steps:
+        raise RunError(
+            f"--resume: {settings.resume} has done {training.step} steps, and training of {asked} "
+            f"ends after {training.steps}"
+        )
     if not writes:
         return SilentRun(), seconds
+    if training.step == training.steps:
+        print(f"nothing is left to train: all {training.step} steps of {asked} are done", file=sys.stderr)
     remove_unfinished(settings.resume / "checkpoints")
     write_json(settings.resume / "config.json", {"system": name, "settings": settings.to_json()})
     return Run(settings.resume, training.step), seconds

@@ -85,6 +85,19 @@ def test_resume_takes_the_settings_of_the_run(run):
     assert parse(["capsnet", f"--resume={run}"])[1] == dataclasses.replace(wanted, max_steps=None, epochs=30)
 
 
+def test_epochs_alone_lift_the_recorded_number_of_steps(run):
+    settings = CapsNet(max_steps=7, epochs=20).settings.to_json()
+    (run / "config.json").write_text(json.dumps({"system": "capsnet", "settings": settings}))
+    for words, epochs, steps in (
+        ([], 20, 7),
+        (["--epochs", "50"], 50, None),
+        (["--max-steps", "9"], 20, 9),
+        (["--epochs", "50", "--max-steps", "9"], 50, 9),
+    ):
+        found = parse(["--resume", str(run), *words])[1]
+        assert (found.epochs, found.max_steps) == (epochs, steps)
+
+
 def test_nothing_else_can_be_given_beside_resume(run, capsys):
     assert "--seed 3: cannot be given beside --resume" in fails(capsys, "--resume", str(run), "--seed", "3")
     assert "is one of capsnet" in fails(capsys, "infocapsgan", "--resume", str(run))

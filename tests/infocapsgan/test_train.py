@@ -17,7 +17,7 @@ from capsops.dispatch import resolve
 from infocapsgan import train as train_module
 from infocapsgan.checkpoint import checkpoints
 from infocapsgan.command_line import parse
-from infocapsgan.run import read_metrics
+from infocapsgan.run import RunError, read_metrics
 from infocapsgan.systems import DCGAN, SYSTEMS, CapsNet, InfoCapsGAN, System
 from infocapsgan.training import NonFiniteLossError
 
@@ -177,6 +177,18 @@ def test_a_finished_run_taken_up_again_ends_as_before(tmp_path, monkeypatch):
     (tmp_path / "run" / "summary.json").unlink()  # as if killed just before the end
     train_module.train(*parse(["--resume", str(tmp_path / "run")]))
     assert outcome(tmp_path / "run") == before
+
+
+def test_a_length_that_leaves_nothing_to_train(tmp_path, capsys):
+    settings = CapsNet(width=8, batch_size=8, epochs=1, max_steps=2, out=tmp_path / "run").settings
+    train_module.train(CapsNet, settings)
+    config = (tmp_path / "run" / "config.json").read_text()
+    resume = ["--resume", str(tmp_path / "run")]
+    with pytest.raises(RunError, match="has done 2 steps, .* --epochs 1 and --max-steps 1 ends after 1"):
+        train_module.train(*parse([*resume, "--max-steps", "1"]))
+    assert (tmp_path / "run" / "config.json").read_text() == config
+    train_module.train(*parse(resume))
+    assert "all 2 steps of --epochs 1 and --max-steps 2 are done" in capsys.readouterr().err
 
 
 def test_a_run_cut_short_before_its_first_validation(tmp_path, monkeypatch):
