@@ -80,7 +80,10 @@ class FeatureExtractor:
 
 
 def feature_extractor(dataset: Dataset, classes: int) -> FeatureExtractor:
-    """The classifier of a data set: trained at the first call, read from the cache at later ones."""
+    """The classifier of a data set: trained at the first call, read from the cache at later ones.
+
+    Of several processes that train it at once the first to finish keeps it, and the others take that one.
+    """
     folder = cache_folder() / "features" / f"{dataset.name}-{_key(dataset)}"
     device = dataset.train_images.device
     with torch.random.fork_rng():
@@ -91,7 +94,7 @@ def feature_extractor(dataset: Dataset, classes: int) -> FeatureExtractor:
         _train(classifier, dataset)
         logits = classifier.classify(classifier.of_all(dataset.test_images))
         found = accuracy(logits.argmax(dim=1), dataset.test_labels)
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, keep=True) as temporary:
             save_file(classifier.state_dict(), temporary / "weights.safetensors")
             (temporary / "classifier.json").write_text(json.dumps({"accuracy": found}))
     classifier.load_state_dict(load_file(folder / "weights.safetensors"))

@@ -25,6 +25,23 @@ def test_a_classifier_is_trained_once_and_always_the_same(cache, monkeypatch):
     assert feature_extractor(digits, 10).checksum == first.checksum
 
 
+def test_of_two_that_train_at_once_the_first_to_finish_keeps_its_classifier(cache, monkeypatch):
+    digits = data.load("digits").head(100)
+    train, made = features._train, []
+
+    def second(classifier, dataset):
+        monkeypatch.setattr(features, "_train", train)
+        made.append(feature_extractor(dataset, 10))  # another process, from its first step to its last
+        train(classifier, dataset)
+        classifier.classify.bias.data.fill_(7)
+
+    monkeypatch.setattr(features, "_train", second)
+    found = feature_extractor(digits, 10)
+    assert (found.checksum, found.accuracy) == (made[0].checksum, made[0].accuracy)
+    assert torch.equal(found.classifier.classify.bias, made[0].classifier.classify.bias)
+    assert len(list((cache / "features").iterdir())) == 1
+
+
 def test_other_images_have_another_classifier(cache):
     digits = data.load("digits").head(100)
     feature_extractor(digits, 10)
