@@ -28,7 +28,7 @@ class State:
     Attributes:
         weights: parameters and buffers of the system.
         training: tensors of the optimisers, states of the generators of random numbers.
-        numbers: the step, and the optimisers' and gradient scalers' plain numbers.
+        numbers: the step, the type of the device, and the optimisers' and gradient scalers' plain numbers.
     """
 
     weights: dict[str, Tensor]
@@ -50,6 +50,7 @@ def capture(system: System, training: Training) -> State:
             tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in values.items()}
     numbers = {
         "step": training.step,
+        "device": training.device.type,
         "optimizers": groups,
         "scalers": {name: scaler.state_dict() for name, scaler in training.scalers.items()},
     }

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import tyro
 
-from infocapsgan.run import RunError, read_config
+from infocapsgan.run import RunError
 from infocapsgan.settings import Settings
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.system import System
+from infocapsgan.trained import read_settings
 
 PROGRAM = "python -m infocapsgan.train"
 DEFAULT_SYSTEM = "infocapsgan"
@@ -63,20 +64,19 @@ def _parse_resume(words: Sequence[str]) -> tuple[type[System], Settings]:
             "only --epochs and --max-steps can"
         )
     try:
-        name, values = read_config(given.resume)
+        name, settings = read_settings(given.resume)
     except RunError as error:
         parser.error(f"--resume: {error}")
     if named and words[0] != name:
         parser.error(f"SYSTEM: got {words[0]}, but the run in {given.resume} is one of {name}")
-    system = SYSTEMS[name]
     length = {key: getattr(given, key) for key in ("epochs", "max_steps") if getattr(given, key) is not None}
     if given.epochs is not None:
         length["max_steps"] = given.max_steps
     try:
-        settings = dataclasses.replace(system.Settings.from_json(values), **length, resume=given.resume)
+        settings = dataclasses.replace(settings, **length, resume=given.resume)
     except ValueError as error:
         parser.error(str(error))
-    return system, settings
+    return SYSTEMS[name], settings
 
 
 def _system_name(words: Sequence[str]) -> tuple[str, Sequence[str]]:

@@ -78,13 +78,6 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
-def local_device(kind: str) -> torch.device:
-    """cpu, or this process's own GPU."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
-    )
-
-
 def synchronise_batch_norm(system: nn.Module, processes: Processes, device: torch.device) -> None:
     """Batch norm of the whole batch on GPUs; on CPUs, for which torch has none, of each part by itself."""
     if processes.world == 1 or device.type != "cuda":

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from infocapsgan.atomic import remove_unfinished
 from infocapsgan.command_line import parse
 from infocapsgan.data import DataError, Dataset
 from infocapsgan.data.batches import Batches
+from infocapsgan.device import check_impl, local_device
 from infocapsgan.draw import Draw
-from infocapsgan.parallel import join, leave, local_device, synchronise_batch_norm
+from infocapsgan.parallel import join, leave, synchronise_batch_norm
 from infocapsgan.run import Run, RunError, SilentRun, device_name, read_config, versions, write_json
 from infocapsgan.settings import Settings
 from infocapsgan.systems import SYSTEMS
@@ -40,7 +42,8 @@ def main() -> None:
 
 def train(system_class: type[System], settings: Settings) -> str:
     """Trains one system from its settings and returns the last line to print."""
-    device = local_device(settings.device if settings.device != "auto" else _best_device())
+    device = local_device(settings.device)
+    check_impl(settings.impl, device)
     torch.backends.cudnn.benchmark = True  # batches are all of one size
     processes = join(device)
     if settings.batch_size % processes.world:
@@ -227,9 +230,7 @@ def _start(
         return Run.create(name, settings) if writes else SilentRun(), 0.0
     seconds = 0.0
     if saved := checkpoint.checkpoints(settings.resume / "checkpoints"):
-        state = checkpoint.load(saved[-1])
-        checkpoint.restore(state, system, training)
-        seconds = state.numbers["seconds"]
+        seconds = _take_up(saved[-1], system, training)
     asked = f"--epochs {settings.epochs}"
     asked += f" and --max-steps {settings.max_steps}" if settings.max_steps else ""
     if training.step > training.steps:
@@ -246,6 +247,25 @@ def _start(
     return Run(settings.resume, training.step), seconds
 
 
+def _take_up(path: Path, system: System, training: Training) -> float:
+    """Puts the state of a checkpoint back, and returns the seconds that the run had taken."""
+    state = checkpoint.load(path)
+    before, here = state.numbers.get("device"), training.device.type
+    if before not in (None, here):
+        raise RunError(
+            f"--resume: the run was trained on {before} and cannot go on on {here}: "
+            "the state of the random numbers of the one does not fit the other"
+        )
+    try:
+        checkpoint.restore(state, system, training)
+        return state.numbers["seconds"]
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise RunError(
+            f"--resume: {path} was written by another version of infocapsgan, or on another device "
+            f"than {here}: {error}"
+        ) from error
+
+
 def _measured(system: System, method: Callable[[Dataset], Any], dataset: Dataset) -> Any:
     """What a method of the system says of a data set: in evaluation mode, without gradients, not compiled."""
     system.eval()
@@ -258,10 +278,6 @@ def _measured(system: System, method: Callable[[Dataset], Any], dataset: Dataset
 
 def _how_to_go_on(run: Run, training: Training) -> str:
     return f"The state after step {training.step} is saved; continue with --resume {run.path}"
-
-
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class _Interruption:

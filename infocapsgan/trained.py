@@ -12,7 +12,9 @@ from torch import Tensor
 from infocapsgan import checkpoint
 from infocapsgan.data import Dataset
 from infocapsgan.data.class_names import class_names
+from infocapsgan.device import local_device
 from infocapsgan.run import RunError, read_config
+from infocapsgan.settings import Settings
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.system import System
 
@@ -78,25 +80,30 @@ def load(path: Path, *, device: str = "auto", data_dir: Path | None = None) -> T
             no such device.
         DataError: the directory of images that the system was trained on is not there.
     """
-    name, values = read_config(path)
-    if name not in SYSTEMS:
-        raise RunError(f"{path} holds a run of {name!r}, which is none of {', '.join(SYSTEMS)}")
+    name, settings = read_settings(path)
     weights = _weights(path)
-    try:
-        settings = SYSTEMS[name].Settings.from_json(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} was written by another version of infocapsgan: {error}") from error
     system = SYSTEMS[name](replace(settings, data_dir=data_dir) if data_dir else settings)
     try:
         system.load_state_dict(load_file(weights.checkpoint / checkpoint.WEIGHTS))
     except RuntimeError as error:
         raise RunError(f"the weights in {weights.checkpoint} do not fit this system: {error}") from error
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise RunError("--device: got cuda, but torch finds no GPU")
-    where = torch.device(device)
+    where = local_device(device)
     return Trained(path, name, system.to(where).eval().requires_grad_(False), weights, where)
+
+
+def read_settings(path: Path) -> tuple[str, Settings]:
+    """The name of the system of the run in `path`, and its settings.
+
+    Raises:
+        RunError: there is no run, or another version of the package wrote it.
+    """
+    name, values = read_config(path)
+    if name not in SYSTEMS:
+        raise RunError(f"{path} holds a run of {name!r}, which is none of {', '.join(SYSTEMS)}")
+    try:
+        return name, SYSTEMS[name].Settings.from_json(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} was written by another version of infocapsgan: {error}") from error
 
 
 def _weights(path: Path) -> Weights:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,18 @@ def test_nothing_else_can_be_given_beside_resume(run, capsys):
 
 def test_resume_of_what_is_no_run(tmp_path, capsys):
     assert "is not a run directory" in fails(capsys, "--resume", str(tmp_path / "nowhere"))
+
+
+def test_resume_of_a_run_of_another_version(run, capsys):
+    config = json.loads((run / "config.json").read_text())
+    fewer = {name: value for name, value in config["settings"].items() if name != "out"}
+    for changed, message in (
+        ({"system": "resnet"}, "holds a run of 'resnet', which is none of infocapsgan"),
+        ({"settings": config["settings"] | {"depth": 3}}, "by another version of infocapsgan: .*'depth'"),
+        ({"settings": fewer}, "by another version of infocapsgan: 'out'"),
+    ):
+        (run / "config.json").write_text(json.dumps(config | changed))
+        assert re.search(f"--resume: .*{message}", fails(capsys, "--resume", str(run)))
 
 
 def test_paths_stay_paths():

@@ -263,6 +263,35 @@ def test_ten_steps_on_cifar10(system, tmp_path):
     assert rows[0]["step"] == 10
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda"}, "--device: got cuda, but torch finds no GPU"),
+        ({"device": "cpu", "impl": "cuda"}, "--impl cuda: impl='cuda' "),
+    ],
+)
+def test_what_cannot_serve_is_found_before_there_is_a_run(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    settings = CapsNet(width=8, batch_size=8, max_steps=1, out=tmp_path / "run", **options).settings
+    with pytest.raises(RunError, match=message):
+        train_module.train(CapsNet, settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_state_that_does_not_fit(tmp_path):
+    settings = CapsNet(width=8, batch_size=8, max_steps=1, device="cpu", out=tmp_path / "run").settings
+    train_module.train(CapsNet, settings)
+    (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
+    state = json.loads((saved / "state.json").read_text())
+    for changed, message in (
+        ({"device": "cuda"}, "was trained on cuda and cannot go on on cpu"),
+        ({"optimizers": {}}, "by another version of infocapsgan, .* 'model'"),
+    ):
+        (saved / "state.json").write_text(json.dumps(state | changed))
+        with pytest.raises(RunError, match=f"--resume: .*{message}"):
+            train_module.train(*parse(["--resume", str(tmp_path / "run")]))
+
+
 def test_errors_are_one_line(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -1,0 +1,35 @@
+"""Where a system is trained or measured, and whether the kernels asked for serve there."""
+
+import os
+
+import torch
+
+from capsops import dispatch
+from infocapsgan.run import RunError
+
+
+def local_device(kind: str) -> torch.device:
+    """What --device names: cpu, or this process's own GPU; auto takes a GPU where there is one.
+
+    Raises:
+        RunError: a GPU is asked for and there is none.
+    """
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RunError("--device: got cuda, but torch finds no GPU")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def check_impl(impl: str, device: torch.device) -> None:
+    """Looks whether an implementation of the capsule kernels serves a device, before anything is done there.
+
+    Raises:
+        RunError: it does not; the message says why.
+    """
+    try:
+        dispatch.resolve(impl, device.type)
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"--impl {impl}: {error}") from error
