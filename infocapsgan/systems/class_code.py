@@ -86,6 +86,17 @@ class ClassCodeGAN(GAN):
         """Whether the generator takes part in this step."""
         return training.step >= self.settings.warm_up
 
+    def untrained(self, steps: int) -> str:
+        """The generator, unless there are steps after the warm-up."""
+        s = self.settings
+        wanted = getattr(s, "adversarial_weight", True)  # at 0 there is to be none; InfoGAN always has one
+        if steps > s.warm_up or not wanted:
+            return ""
+        return (
+            f"the generator is not trained: it comes in after the {s.warm_up} steps of --warm-up, "
+            f"and there are {steps}"
+        )
+
     def settled(self, rate: float, training: Training) -> float:
         """A learning rate on its line from `rate` at the first step to the end of the warm-up."""
         s = self.settings

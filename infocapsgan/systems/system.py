@@ -102,6 +102,10 @@ class System(nn.Module):
         """What the kept weights have the lowest of, on the test images of `held_out`."""
         raise NotImplementedError
 
+    def untrained(self, steps: int) -> str:
+        """What is not trained in the first `steps` steps though it should be, in words; empty: nothing."""
+        return ""
+
     def baselines(self, dataset: Dataset) -> dict[str, float]:
         """Values of the headline metric to compare with, by name: what a simpler method reaches."""
         return {}

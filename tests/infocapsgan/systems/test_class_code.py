@@ -56,6 +56,18 @@ def test_the_generator_comes_in_after_the_warm_up(name, digits):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_training_that_ends_with_the_warm_up_leaves_the_generator_untrained(name):
+    system = made(name, warm_up=7)
+    assert "after the 7 steps of --warm-up, and there are 7" in system.untrained(7)
+    assert not system.untrained(8)
+    assert not made(name, warm_up=0).untrained(1)
+
+
+def test_a_generator_that_is_not_wanted_is_not_missed():
+    assert not made("infocapsgan", adversarial_weight=0, warm_up=7).untrained(3)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_smoothness_counts_between_the_forming_of_classes_and_the_end_of_the_warm_up(name, digits):
     system = made(name, smoothness_after=1, warm_up=2)
     found = ["smoothness" in named for named in steps(system, digits, range(3))]
