@@ -89,6 +89,7 @@ def evaluate(
         "recipe": settings.recipe,
         "seed": settings.seed,
         "weights": found.weights.checkpoint.name,
+        "step": found.weights.step,
         "metrics": {},
     }
     with torch.no_grad():
@@ -212,12 +213,12 @@ def _no_labels(dataset: Dataset) -> str:
 
 def no_generator(found: Trained) -> str:
     """Why a system generates no images; empty where it does."""
-    system, step = found.system, found.weights.step
+    system = found.system
     if not isinstance(system, GAN):
         return "it has no generator"
     if isinstance(system, InfoCapsGAN) and not system.settings.adversarial_weight:
         return "with --adversarial-weight 0 its generator was not trained"
-    return system.untrained(step) if step is not None else ""
+    return system.untrained(found.weights.step)
 
 
 def no_continuous_codes(system: System) -> str:

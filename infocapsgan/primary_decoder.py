@@ -5,6 +5,7 @@ capsule, scaled by its coupling coefficient with the predicted class, and zeros 
 on the training images, the capsules being drawn in proportion to their scaled lengths, and kept in the run.
 """
 
+import hashlib
 import json
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import capsops
 from infocapsgan.atomic import atomic_folder
+from infocapsgan.checkpoint import WEIGHTS
 from infocapsgan.data.batches import Batches
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.models.capsule_encoder import lengths
@@ -28,7 +30,8 @@ BATCH_SIZE, LEARNING_RATE = 128, 1e-3
 def primary_decoder(found: Trained, system: CapsNet, steps: int) -> tuple[FullyConnectedDecoder, float]:
     """The decoder, and the largest coupling coefficient that it was trained on.
 
-    Trained at the first call, with seed 0, and read from the run at later ones with the same number of steps.
+    Trained at the first call, with seed 0, and read from the run at later ones with the same number of steps
+    and the same weights of the system.
 
     Args:
         found: the run.
@@ -36,7 +39,8 @@ def primary_decoder(found: Trained, system: CapsNet, steps: int) -> tuple[FullyC
         steps: of training, of 128 images each.
     """
     folder = found.path / FOLDER
-    wanted = {"steps": steps, "weights": found.weights.checkpoint.name}
+    weights = hashlib.sha256((found.weights.checkpoint / WEIGHTS).read_bytes()).hexdigest()
+    wanted = {"steps": steps, "weights": weights}
     in_capsules, _, _, K = system.model.encoder.classes.weight.shape
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -20,10 +20,10 @@ from infocapsgan.systems.system import System
 
 
 class Weights(NamedTuple):
-    """Which of a run's checkpoints holds the weights to use."""
+    """Which of a run's checkpoints holds the weights to use, and of which step they are."""
 
     checkpoint: Path
-    step: int | None  # None: those that a validation loss chose
+    step: int
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Trained:
     @property
     def title(self) -> str:
         """The subject and how far its training had come."""
-        step = self.weights.step
-        return f"{self.subject}, {'best weights' if step is None else f'step {step:,}'}"
+        chosen = "best weights, " if self.weights.checkpoint.name == checkpoint.BEST else ""
+        return f"{self.subject}, {chosen}step {self.weights.step:,}"
 
     def named(self, labels: Tensor) -> str:
         """The class of a label, in words; of several labels, joined by +."""
@@ -108,8 +108,8 @@ def read_settings(path: Path) -> tuple[str, Settings]:
 
 def _weights(path: Path) -> Weights:
     folder = path / "checkpoints"
-    if checkpoint.read_best(folder):
-        return Weights(folder / checkpoint.BEST, None)
+    if best := checkpoint.read_best(folder):
+        return Weights(folder / checkpoint.BEST, best["step"])
     saved = checkpoint.checkpoints(folder)
     if not saved:
         raise RunError(f"{path} has no checkpoint yet; train on with --resume {path}")

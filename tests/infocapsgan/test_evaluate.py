@@ -99,6 +99,7 @@ def test_repeated_evaluations_agree_to_the_byte(run_of, cache, tmp_path, monkeyp
     assert (run / "evaluation.json").read_bytes() == first
 
     result = json.loads(first)
+    assert (result["weights"], result["step"]) == ("step-00000004", 4)
     assert "frechet distance" in out
     assert set(result["metrics"]) == {
         "unsupervised_accuracy",

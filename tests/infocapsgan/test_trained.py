@@ -29,9 +29,10 @@ def test_weights_that_a_validation_chose_come_first(copy, trained_as):
     best = copy / "checkpoints" / "best"
     system = trained_as("capsnet").system
     system.model.encoder.conv.bias.fill_(7)
-    save_best(copy / "checkpoints", system, 2, 0.5)
+    save_best(copy / "checkpoints", system, 1200, 0.5)
     found = trained.load(copy, device="cpu")
-    assert found.weights == (best, None)
+    assert found.weights == (best, 1200)
+    assert found.title == "capsnet on digits (recipe tuned, seed 0), best weights, step 1,200"
     assert (found.system.model.encoder.conv.bias == 7).all()
     save_file(load_file(best / "weights.safetensors"), best / "weights.safetensors")
     with pytest.raises(RunError, match="was written by another version of infocapsgan"):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from infocapsgan import data, metrics, primary_decoder, trained, visualize
+from infocapsgan.checkpoint import save_best
 from infocapsgan.data.class_names import class_names
 from infocapsgan.data.multi_mnist import of_digits
 from infocapsgan.draw import Draw
@@ -184,6 +185,19 @@ def test_a_primary_capsule_is_scaled_from_left_to_right(run_of, tmp_path, monkey
     assert np.array_equal(sheets(capsules.primary(found, steps=30))[0], sheets(figure)[0])
     with pytest.raises(TypeError):
         capsules.primary(found, steps=31)
+
+
+def test_other_weights_of_the_same_name_have_another_decoder(run_of, tmp_path, monkeypatch):
+    run = shutil.copytree(run_of("capsnet"), tmp_path / "run")
+    trainings = []
+    monkeypatch.setattr(primary_decoder, "_train", lambda *given: trainings.append(given) or 0.5)
+    for step, count in ((1, 1), (1, 1), (2, 2)):
+        system = trained.load(run, device="cpu").system
+        system.model.encoder.conv.bias.fill_(step)
+        save_best(run / "checkpoints", system, step, 1 / step)
+        found = trained.load(run, device="cpu")
+        primary_decoder.primary_decoder(found, found.system, 30)
+        assert len(trainings) == count
 
 
 def test_couplings_to_the_predicted_class(trained_as):
