@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
+STOP_ASKED_EVERY = 10  # steps
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -61,6 +63,16 @@ class Processes:
         flag = torch.tensor(float(here), device=device)
         distributed.all_reduce(flag)
         return bool(flag > 0)
+
+    def stop(self, here: bool, step: int, device: torch.device) -> bool:
+        """Whether to stop after this step, which all processes decide alike: `here` is true in one of them.
+
+        To be told so the host waits until the device has done the step. One process knows by itself, and CPUs
+        are waited for anyway; several GPUs are asked every ten steps.
+        """
+        if self.world > 1 and device.type == "cuda" and step % STOP_ASKED_EVERY:
+            return False
+        return self.any(here, device)
 
 
 def join(device: torch.device) -> Processes:

@@ -108,6 +108,9 @@ def fit(
     when the device is done, which is not waited for at each step. Where one was not, the steps since then are
     done once more, each looked at before the next, to stop at the state before the first bad one.
 
+    A signal ends the loop after its step. Several processes on GPUs end it after the next step at which they
+    ask one another whether there was one (Processes.stop): the answer is waited for, too.
+
     Args:
         system: what is trained.
         dataset: on the system's device.
@@ -156,7 +159,7 @@ def fit(
             images, labels = dataset.train_batch(chosen, training.draw)
             losses = system.step(images, labels, training)
             training.step += 1
-            stop = processes.any(interrupted.came, device)
+            stop = processes.stop(interrupted.came, training.step, device)
             last = training.step == training.steps
             logs = training.step % settings.log_every == 0 or last
             evaluates = training.step % evaluate_every == 0 or last

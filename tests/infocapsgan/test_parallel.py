@@ -94,6 +94,23 @@ def test_one_process_alone():
     assert alone.any(True, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("world", "device", "asked"),
+    [
+        (1, "cpu", range(1, 31)),
+        (1, "cuda", range(1, 31)),
+        (2, "cpu", range(1, 31)),
+        (2, "cuda", (10, 20, 30)),
+    ],
+)
+def test_how_often_processes_ask_whether_to_stop(world, device, asked, monkeypatch):
+    monkeypatch.setattr(Processes, "any", lambda self, here, device: here)
+    processes = Processes(0, world)
+    found = [step for step in range(1, 31) if processes.stop(True, step, torch.device(device))]
+    assert found == list(asked)
+    assert not processes.stop(False, 10, torch.device(device))
+
+
 def test_parts_of_a_batch():
     parts = [Processes(rank, 3).part(torch.arange(6)).tolist() for rank in range(3)]
     assert parts == [[0, 1], [2, 3], [4, 5]]
