@@ -49,6 +49,7 @@ def main() -> None:
     given = _parser().parse_args()
     try:
         found = trained.load(given.run, device=given.device, data_dir=given.data_dir)
+        found.warn()
         result = evaluate(found, given.metrics, samples=given.samples)
     except (DataError, RunError, NotApplicableError) as error:
         sys.exit(f"error: {error}")
@@ -72,7 +73,7 @@ def evaluate(
         NotApplicableError: a group does not apply to this system.
     """
     dataset, settings = found.dataset, found.system.settings
-    reasons = {group: why_not(found) for group, (why_not, _) in GROUPS.items()}
+    reasons = {group: why_not(found.system, dataset) for group, (why_not, _) in GROUPS.items()}
     applicable = [group for group, reason in reasons.items() if not reason]
     if not applicable:
         why = "; ".join(f"{group}: {reason}" for group, reason in reasons.items())
@@ -185,40 +186,39 @@ def mean_rank_correlation(values: Tensor, rows: Tensor) -> float:
     return float(np.mean(found))
 
 
-def _no_labels_learned(found: Trained) -> str:
-    if not isinstance(found.system, (CapsNet, Encoder)):
+def _no_labels_learned(system: System, dataset: Dataset) -> str:
+    if not isinstance(system, (CapsNet, Encoder)):
         return "it is not trained with labels"
-    return _no_labels(found.dataset)
+    return _no_labels(dataset)
 
 
-def _no_clusters(found: Trained) -> str:
-    if not isinstance(found.system, (InfoCapsGAN, InfoGAN)):
+def _no_clusters(system: System, dataset: Dataset) -> str:
+    if not isinstance(system, (InfoCapsGAN, InfoGAN)):
         return "it has no class code"
-    return _no_labels(found.dataset)
+    return _no_labels(dataset)
 
 
-def _no_fidelity(found: Trained) -> str:
-    return no_generator(found) or _no_labels(found.dataset)
+def _no_fidelity(system: System, dataset: Dataset) -> str:
+    return no_generator(system) or _no_labels(dataset)
 
 
-def _no_strokes(found: Trained) -> str:
-    if found.system.settings.dataset not in STROKE_SETS:
+def _no_strokes(system: System, dataset: Dataset) -> str:
+    if system.settings.dataset not in STROKE_SETS:
         return f"slant and width are measured on {' and '.join(STROKE_SETS)} alone"
-    return no_continuous_codes(found.system) or no_generator(found)
+    return no_continuous_codes(system)
 
 
 def _no_labels(dataset: Dataset) -> str:
     return "" if dataset.train_labels.unique().numel() > 1 else "its images have no labels"
 
 
-def no_generator(found: Trained) -> str:
-    """Why a system generates no images; empty where it does."""
-    system = found.system
+def no_generator(system: System) -> str:
+    """Why the system generates no images; empty where it does."""
     if not isinstance(system, GAN):
         return "it has no generator"
     if isinstance(system, InfoCapsGAN) and not system.settings.adversarial_weight:
         return "with --adversarial-weight 0 its generator was not trained"
-    return system.untrained(found.weights.step)
+    return ""
 
 
 def no_continuous_codes(system: System) -> str:
@@ -228,7 +228,7 @@ def no_continuous_codes(system: System) -> str:
     return ""
 
 
-GROUPS: dict[str, tuple[Callable[[Trained], str], Callable[..., Found]]] = {
+GROUPS: dict[str, tuple[Callable[[System, Dataset], str], Callable[..., Found]]] = {
     "classification": (_no_labels_learned, classification),
     "clustering": (_no_clusters, clustering),
     "generation": (_no_fidelity, generation),

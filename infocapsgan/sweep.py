@@ -319,7 +319,7 @@ def remember(sweep: Sweep) -> str | None:
 def _start(sweep: Sweep, seed: int) -> subprocess.Popen:
     run = sweep.run(seed)
     if (run / SUMMARY).exists():
-        words = ["infocapsgan.evaluate", str(run)]
+        words = ["infocapsgan.evaluate", str(run), "--device", sweep.settings.device]
     elif (run / "config.json").exists():
         words = ["infocapsgan.train", "--resume", str(run)]
     else:

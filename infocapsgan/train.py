@@ -46,8 +46,7 @@ def train(system_class: type[System], settings: Settings) -> str:
     Raises:
         DataError: the data are not to be had.
         RunError: what the settings ask for does not serve here, or the run directory does not fit them.
-        ValueError: the settings do not fit the data or the processes, or the epochs end before the generator
-            comes in. Fewer steps than that, where --max-steps asks for them, are only warned of.
+        ValueError: the settings do not fit the data or the processes.
         NonFiniteLossError: a loss became NaN or infinite.
     """
     device = local_device(settings.device)
@@ -77,14 +76,8 @@ def train(system_class: type[System], settings: Settings) -> str:
         steps=min(settings.epochs * batches.per_epoch, settings.max_steps or sys.maxsize),
         processes=processes,
     )
-    if untrained := system.untrained(training.steps):
-        if not settings.max_steps or training.steps < settings.max_steps:
-            raise ValueError(
-                f"{untrained}; it takes more --epochs, or a shorter --warm-up "
-                f"(--max-steps {training.steps} trains without it)"
-            )
-        if processes.writes:
-            print(f"warning: {untrained}", file=sys.stderr)
+    if processes.writes and (untrained := system.untrained(training.steps)):
+        print(f"warning: {untrained}", file=sys.stderr)
     run, seconds = _start(system_class, settings, system, training)
     with capsops.use_impl(settings.impl) if settings.impl != "auto" else nullcontext():
         line = fit(system, dataset, batches, training, run, seconds=seconds, held_out=held_out)

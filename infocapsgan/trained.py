@@ -1,5 +1,6 @@
 """What a run left behind, ready to be measured and drawn."""
 
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +56,11 @@ class Trained:
         """The subject and how far its training had come."""
         chosen = "best weights, " if self.weights.checkpoint.name == checkpoint.BEST else ""
         return f"{self.subject}, {chosen}step {self.weights.step:,}"
+
+    def warn(self) -> None:
+        """Says on standard error what of it is not trained yet."""
+        if untrained := self.system.untrained(self.weights.step):
+            print(f"warning: {untrained}", file=sys.stderr)
 
     def named(self, labels: Tensor) -> str:
         """The class of a label, in words; of several labels, joined by +."""

@@ -36,6 +36,7 @@ def main() -> None:
     places = {name: given.pop(name) for name in ("device", "data_dir")}
     try:
         found = trained.load(run, **places)
+        found.warn()
         path = visualize(found, kind, out, **given)
     except (DataError, RunError, NotApplicableError) as error:
         sys.exit(f"error: {error}")

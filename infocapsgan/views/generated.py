@@ -140,6 +140,6 @@ def _line_ends(found: Trained, system: System, draw: Draw) -> tuple[Tensor, Tens
 
 
 def _with_generator(found: Trained, kind: str) -> LatentGAN | InfoCapsGAN | InfoGAN | Mimic:
-    if reason := no_generator(found):
+    if reason := no_generator(found.system):
         raise NotApplicableError(f"{kind} does not apply to this run of {found.name}: {reason}")
     return found.system
