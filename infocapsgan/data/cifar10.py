@@ -22,6 +22,19 @@ ARCHIVE = Source(
     ),
 )
 
+# What unpickling a damaged file raises.
+DAMAGED = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OverflowError,
+    TypeError,
+    ValueError,
+)
+
 
 def load(data_dir: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Train images [50000, 3, 32, 32], train labels, test images [10000, 3, 32, 32], test labels."""
@@ -44,7 +57,7 @@ def read_batch(path: Path) -> tuple[Tensor, Tensor]:
         with path.open("rb") as file:
             content = _ArraysOnly(file, encoding="bytes").load()
         images, labels = np.asarray(content[b"data"]), torch.tensor(content[b"labels"])
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+    except DAMAGED as error:
         raise DataError(f"{path} is not a CIFAR-10 file or is damaged ({error})") from error
     if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
         raise DataError(f"{path} holds values of shape {images.shape}, not of [{len(labels)}, 3072]")

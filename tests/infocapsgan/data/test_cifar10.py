@@ -52,6 +52,19 @@ def test_damaged_files(folder):
         load("cifar10", folder)
 
 
+def test_a_wrong_byte_is_never_a_traceback(tmp_path):
+    path, whole = tmp_path / "data_batch_1", pickle.dumps(content(), protocol=2)
+    refused = 0
+    for place in (*range(150), *range(len(whole) - 60, len(whole))):
+        for byte in (0, 40, 82, 113, 255):
+            path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+            try:
+                cifar10.read_batch(path)  # some bytes are those of pixels, or of what is not read
+            except DataError:
+                refused += 1
+    assert refused > 500
+
+
 def test_the_archive_is_unpacked_once(folder, tmp_path, monkeypatch):
     target = tmp_path / "other"
     target.mkdir()
