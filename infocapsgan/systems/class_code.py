@@ -88,12 +88,11 @@ class ClassCodeGAN(GAN):
 
     def untrained(self, steps: int) -> str:
         """The generator, unless there are steps after the warm-up."""
-        s = self.settings
-        wanted = getattr(s, "adversarial_weight", True)  # at 0 there is to be none; InfoGAN always has one
-        if steps > s.warm_up or not wanted:
+        warm_up = self.settings.warm_up
+        if steps > warm_up:
             return ""
         return (
-            f"the generator is not trained: it comes in after the {s.warm_up} steps of --warm-up, "
+            f"the generator is not trained: it comes in after the {warm_up} steps of --warm-up, "
             f"and there are {steps}"
         )
 

@@ -190,6 +190,10 @@ class InfoCapsGAN(ClassCodeGAN):
         """Whether the generator takes part in this step."""
         return self.settings.adversarial_weight > 0 and super().generates(training)
 
+    def untrained(self, steps: int) -> str:
+        """As of every class code; without the adversarial part there is to be no generator."""
+        return super().untrained(steps) if self.settings.adversarial_weight else ""
+
     def class_logits(self, images: Tensor) -> Tensor:
         """temperature · evidence of each class [B, J], of images [B, C, H, W] in [−1, 1]."""
         return self.logits_of(self.discriminator.encoder(images))
