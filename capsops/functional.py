@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from capsops import dispatch
+from capsops import dispatch, reference, transforms
 from capsops import library as _library  # noqa: F401  registers torch.ops.capsops
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -19,6 +19,8 @@ def _check_tensors(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
         if x.dtype not in _DTYPES:
             raise ValueError(f"{name}: got dtype {x.dtype}, takes float32, bfloat16, float16 or float64")
+        if x.layout is not torch.strided:
+            raise ValueError(f"{name}: got layout {x.layout}, takes {torch.strided}: a dense tensor")
         if first is None:
             first_name, first = name, x
             continue
@@ -27,7 +29,9 @@ def _check_tensors(**tensors: Tensor | None) -> None:
                 f"{name}: got device {x.device}, takes that of {first_name}, which is {first.device}"
             )
         if x.dtype != first.dtype and (
-            torch.float64 in (x.dtype, first.dtype) or not torch.is_autocast_enabled(x.device.type)
+            torch.float64 in (x.dtype, first.dtype)
+            or x.is_meta
+            or not torch.is_autocast_enabled(x.device.type)
         ):
             raise TypeError(
                 f"{name}: got dtype {x.dtype}, takes that of {first_name}, which is {first.dtype}"
@@ -45,11 +49,13 @@ def _check_shape(name: str, x: Tensor, axes: str, sizes: tuple[int | None, ...])
 
 
 def _check_int(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    # A tuple: torch 2.6 cannot compile a test against a union.
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: got {type(value).__name__}, takes an int")
 
 
-def _check_options(iterations: int, **flags: bool) -> None:
+def check_options(iterations: int, **flags: bool) -> None:
+    """An error unless `iterations` is an int of 0 or more and every flag a bool."""
     _check_int("iterations", iterations)
     if iterations < 0:
         raise ValueError(f"iterations: got {iterations}, takes 0 (no routing) or more")
@@ -61,6 +67,21 @@ def _check_options(iterations: int, **flags: bool) -> None:
 def _effective_iterations(iterations: int, out_capsules: int, leaky: bool) -> int:
     """With one output capsule the softmax is 1, whatever the logits, unless an orphan class takes part."""
     return 0 if out_capsules == 1 and not leaky else iterations
+
+
+def _formula_serves(impl: str, *tensors: Tensor | None) -> bool:
+    """Whether the derivatives that are wanted are those of the reference formula, not of an op."""
+    if not transforms.active(*tensors):
+        return False
+    asked = dispatch.asked(impl)
+    if asked in ("auto", "reference"):
+        return True
+    if transforms.differentiates():
+        raise ValueError(
+            f"impl: got {asked!r}, takes 'auto' or 'reference' in forward-mode differentiation and under"
+            " torch.func: kernels have a gradient for autograd's backward mode alone"
+        )
+    return False
 
 
 def squash(s: Tensor, dim: int = -1, *, impl: str = "auto") -> Tensor:
@@ -90,7 +111,10 @@ def squash(s: Tensor, dim: int = -1, *, impl: str = "auto") -> Tensor:
         raise ValueError(
             f"dim: got {dim}, takes {-s.dim()} to {s.dim() - 1} for a tensor of shape {list(s.shape)}"
         )
-    return torch.ops.capsops.squash(s, dim % s.dim(), dispatch.resolve(impl, s.device.type))
+    found = dispatch.resolve(impl, s.device.type)
+    if _formula_serves(impl, s):
+        return transforms.by_formula(reference.squash, s, dim=dim)
+    return torch.ops.capsops.squash(s, dim % s.dim(), found)
 
 
 def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
@@ -115,7 +139,10 @@ def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
     _check_tensors(u=u, weight=weight)
     _check_shape("u", u, "B I K", (None, None, None))
     _check_shape("weight", weight, "I J D K", (u.shape[1], None, None, u.shape[2]))
-    return torch.ops.capsops.predictions(u, weight, dispatch.resolve(impl, u.device.type))
+    found = dispatch.resolve(impl, u.device.type)
+    if _formula_serves(impl, u, weight):
+        return transforms.by_formula(reference.predictions, u, weight)
+    return torch.ops.capsops.predictions(u, weight, found)
 
 
 def dynamic_routing(
@@ -152,10 +179,13 @@ def dynamic_routing(
     _check_shape("u_hat", u_hat, "B I J D", (None, None, None, None))
     if bias is not None:
         _check_shape("bias", bias, "J D", tuple(u_hat.shape[2:]))
-    _check_options(iterations, leaky=leaky, detach=detach)
+    check_options(iterations, leaky=leaky, detach=detach)
     iterations = _effective_iterations(iterations, u_hat.shape[2], leaky)
-    impl = dispatch.resolve(impl, u_hat.device.type)
-    return torch.ops.capsops.dynamic_routing(u_hat, bias, iterations, leaky, detach, impl)[0]
+    found = dispatch.resolve(impl, u_hat.device.type)
+    if _formula_serves(impl, u_hat, bias):
+        options = {"iterations": iterations, "leaky": leaky, "detach": detach}
+        return transforms.by_formula(reference.dynamic_routing, u_hat, bias, **options)
+    return torch.ops.capsops.dynamic_routing(u_hat, bias, iterations, leaky, detach, found)[0]
 
 
 def _check_layer(u: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -200,10 +230,13 @@ def capsule_routing(
         RuntimeError: `impl` is not available here.
     """
     _check_layer(u, weight, bias)
-    _check_options(iterations, leaky=leaky, detach=detach)
+    check_options(iterations, leaky=leaky, detach=detach)
     iterations = _effective_iterations(iterations, weight.shape[1], leaky)
-    impl = dispatch.resolve(impl, u.device.type)
-    return torch.ops.capsops.capsule_routing(u, weight, bias, iterations, leaky, detach, impl)[0]
+    found = dispatch.resolve(impl, u.device.type)
+    if _formula_serves(impl, u, weight, bias):
+        options = {"iterations": iterations, "leaky": leaky, "detach": detach}
+        return transforms.by_formula(reference.capsule_routing, u, weight, bias, **options)
+    return torch.ops.capsops.capsule_routing(u, weight, bias, iterations, leaky, detach, found)[0]
 
 
 def couplings(
@@ -236,7 +269,7 @@ def couplings(
         RuntimeError: `impl` is not available here.
     """
     _check_layer(u, weight, bias)
-    _check_options(iterations, leaky=leaky)
+    check_options(iterations, leaky=leaky)
     iterations = _effective_iterations(iterations, weight.shape[1], leaky)
     impl = dispatch.resolve(impl, u.device.type)
     with torch.no_grad():

@@ -1,0 +1,154 @@
+"""Forward-mode differentiation and torch.func: the reference formula gives them, and nothing gives zeros."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import capsops
+from capsops import reference
+from tests.capsops.cases import Shape, layer_inputs
+from tests.capsops.compare import assert_close
+
+SHAPE = Shape(2, 5, 3, 4, 3)
+OPTIONS = [
+    {},
+    {"iterations": 0},
+    {"iterations": 1, "leaky": True},
+    {"iterations": 3, "leaky": True},
+    {"iterations": 3, "detach": True},
+]
+
+
+def arguments(name: str) -> list[Tensor]:
+    u, weight, bias = layer_inputs(SHAPE, bias=True)
+    return {
+        "squash": [u],
+        "predictions": [u, weight],
+        "dynamic_routing": [reference.predictions(u, weight), bias],
+        "capsule_routing": [u, weight, bias],
+    }[name]
+
+
+def ops(name: str, **options: object) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    """An op, its formula, and arguments for both."""
+    op, formula = getattr(capsops, name), getattr(reference, name)
+    return lambda *x: op(*x, **options), lambda *x: formula(*x, **options), arguments(name)
+
+
+CASES = [
+    ("squash", {}),
+    ("squash", {"dim": 1}),
+    ("predictions", {}),
+    *(("dynamic_routing", options) for options in OPTIONS),
+    *(("capsule_routing", options) for options in OPTIONS),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_derivatives_are_those_of_the_formula(name: str, options: dict[str, object]) -> None:
+    op, formula, inputs = ops(name, **options)
+    tangents = [torch.randn_like(x) for x in inputs]
+    everything = tuple(range(len(inputs)))
+    value, tangent = torch.func.jvp(op, tuple(inputs), tuple(tangents))
+    want_value, want_tangent = torch.func.jvp(formula, tuple(inputs), tuple(tangents))
+    assert want_tangent.abs().max() > 1e-3
+    assert_close(value, want_value)
+    assert_close(tangent, want_tangent)
+
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
+        assert_close(forward_ad.unpack_dual(op(*duals)).tangent, want_tangent)
+
+    # Backward mode by the op itself is what both modes of torch.func must agree with.
+    jacobian = torch.autograd.functional.jacobian(op, tuple(inputs))
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        for found, want in zip(transform(op, everything)(*inputs), jacobian, strict=True):
+            assert_close(found, want, transform.__name__, tolerance=1e-11)
+
+
+@pytest.mark.parametrize("name", ["squash", "capsule_routing"])
+def test_hessian(name: str) -> None:
+    op, formula, (x, *others) = ops(name)
+    weights = torch.randn_like(formula(x, *others))
+    found = torch.func.hessian(lambda x: (op(x, *others) * weights).sum())(x)
+    want = torch.autograd.functional.hessian(lambda x: (op(x, *others) * weights).sum(), x)
+    assert_close(found, want, tolerance=1e-10)
+
+
+def test_gradients_of_each_sample() -> None:
+    u, weight, bias = arguments("capsule_routing")
+
+    def loss(weight: Tensor, sample: Tensor) -> Tensor:
+        return capsops.capsule_routing(sample[None], weight, bias).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, u)
+    for sample, found in zip(u, each, strict=True):
+        leaf = weight.clone().requires_grad_()
+        loss(leaf, sample).backward()
+        assert_close(found, leaf.grad, tolerance=1e-11)
+
+
+def test_a_module_under_functional_call() -> None:
+    layer = capsops.nn.RoutingCapsules(5, 3, 4, 6)
+    u = torch.randn(2, 5, 4)
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, weights, (u,)).square().sum()
+
+    found = torch.func.grad(loss)(dict(layer.named_parameters()))
+    layer(u).square().sum().backward()
+    for name, weight in layer.named_parameters():
+        assert_close(found[name], weight.grad, name, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_numbers_are_summed_in_float32(dtype: torch.dtype) -> None:
+    u, weight, bias = (x.to(dtype) for x in arguments("capsule_routing"))
+    tangent = torch.randn_like(u)
+    found = torch.func.jvp(lambda u: capsops.capsule_routing(u, weight, bias), (u,), (tangent,))
+    want = torch.func.jvp(
+        lambda u: reference.capsule_routing(u, weight.float(), bias.float()), (u.float(),), (tangent.float(),)
+    )
+    for got, exact in zip(found, want, strict=True):
+        assert_close(got, exact.to(dtype), tolerance=torch.finfo(dtype).eps)
+
+
+def test_autocast() -> None:
+    u, weight, bias = (x.float() for x in arguments("capsule_routing"))
+    with torch.autocast("cpu", torch.bfloat16):
+        v, tangent = torch.func.jvp(
+            lambda u: capsops.capsule_routing(u, weight, bias), (u,), (torch.ones_like(u),)
+        )
+        assert_close(v, capsops.capsule_routing(u, weight, bias), tolerance=0.01)
+    assert (v.dtype, tangent.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_a_named_kernel_says_that_it_cannot(impl: str) -> None:
+    if impl == "reference":
+        pytest.skip("the reference can")
+    message = f"impl: got {impl!r}, takes 'auto' or 'reference' in forward-mode"
+    s = torch.randn(2, 3)
+    for take in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
+        with pytest.raises(ValueError, match=message):
+            take(lambda s: capsops.squash(s, impl=impl).sum())(s)
+    with pytest.raises(ValueError, match=message), capsops.use_impl(impl), forward_ad.dual_level():
+        capsops.squash(forward_ad.make_dual(s, s))
+
+
+def test_a_named_kernel_serves_vmap(impl: str) -> None:
+    s = torch.randn(4, 2, 3)
+    found = torch.func.vmap(lambda s: capsops.squash(s, impl=impl))(s)
+    assert_close(found, capsops.squash(s, impl=impl), tolerance=1e-6)
+
+
+def test_what_carries_no_tangent_is_left_to_the_kernel(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    module = capsops.dispatch.module(impl)
+    original = module.squash
+    monkeypatch.setattr(module, "squash", lambda s, dim: calls.append(impl) or original(s, dim))
+    with forward_ad.dual_level():
+        capsops.squash(torch.ones(3), impl=impl)
+    assert calls == [impl]
