@@ -52,6 +52,10 @@ DEFAULT_CUDA_ARCHS = "80;90+PTX"
 
 INSTALL_AGAIN = "then install capsops again"
 MEND_COMPILER = f"install g++ 9 or clang++ 10 or newer, or name one in CXX, {INSTALL_AGAIN}"
+MEND_NVCC = (
+    "name architectures that this CUDA toolkit knows in CAPSOPS_CUDA_ARCHS, or a host compiler that it takes"
+    f" in NVCC_CCBIN, or install another toolkit, {INSTALL_AGAIN}; CAPSOPS_BUILD_CUDA=0 does without"
+)
 
 
 class NotBuiltError(Exception):
@@ -100,8 +104,12 @@ def cuda_arch_flags(archs: str) -> list[str]:
     return flags
 
 
+def cuda_archs(environ: Mapping[str, str]) -> str:
+    return environ.get("CAPSOPS_CUDA_ARCHS") or DEFAULT_CUDA_ARCHS
+
+
 def cuda_choice(environ: Mapping[str, str]) -> str:
-    choice = environ.get("CAPSOPS_BUILD_CUDA", "auto")
+    choice = environ.get("CAPSOPS_BUILD_CUDA") or "auto"
     if choice not in ("0", "1", "auto"):
         raise ValueError(f"CAPSOPS_BUILD_CUDA takes 0, 1 or auto, got {choice!r}")
     return choice
@@ -151,7 +159,7 @@ def cuda_steps(
 ) -> list[Step]:
     """How capsops._cuda is compiled and linked: all of it by nvcc, which leaves C++ to the host compiler."""
     system = tuple(part for path in includes for part in ("-isystem", path))
-    archs = cuda_arch_flags(environ.get("CAPSOPS_CUDA_ARCHS", DEFAULT_CUDA_ARCHS))
+    archs = cuda_arch_flags(cuda_archs(environ))
     command = (nvcc, *CUDA_FLAGS, *archs, "-I", str(ROOT / "csrc"), *system)
     steps = [Step((str(source),), f"{source.name}.o", command) for source in sources]
     link = (nvcc, "-shared", "-cudart", "static")
@@ -265,8 +273,8 @@ def extension_includes() -> list[str]:
     return [sysconfig.get_path("include"), pybind11.get_include()]
 
 
-def run_ninja(steps: Sequence[Step], folder: Path) -> Path:
-    """Brings the last step's output up to date."""
+def run_ninja(steps: Sequence[Step], folder: Path, mend: str) -> Path:
+    """Brings the last step's output up to date; `mend` is what helps where a compiler fails."""
     ninja = find_ninja()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_text(steps))
@@ -279,7 +287,7 @@ def run_ninja(steps: Sequence[Step], folder: Path) -> Path:
             sys.stdout.write(line)
             output.append(line)
     if process.returncode != 0:
-        raise NotBuiltError(f"compilation failed: {first_error(''.join(output))}", MEND_COMPILER)
+        raise NotBuiltError(f"compilation failed: {first_error(''.join(output))}", mend)
     return folder / steps[-1].output
 
 
@@ -288,7 +296,7 @@ def build_cpu(folder: Path) -> tuple[Path, dict[str, object]]:
     includes = extension_includes()
     check_compiler(compiler, includes[0])
     machine = platform.machine()
-    library = run_ninja(cpu_steps(compiler, includes, machine, os.environ), folder)
+    library = run_ninja(cpu_steps(compiler, includes, machine, os.environ), folder, MEND_COMPILER)
     return library, {
         "compiler": first_line([*compiler, "--version"]),
         "flags": " ".join(CPU_FLAGS),
@@ -309,9 +317,12 @@ def build_cuda(folder: Path) -> tuple[Path, dict[str, object]]:
             "there is no nvcc on the path or in CUDA_HOME",
             f"install the CUDA toolkit and set CUDA_HOME to it, {INSTALL_AGAIN}",
         )
-    library = run_ninja(cuda_steps(nvcc, sources, extension_includes(), os.environ), folder)
-    archs = os.environ.get("CAPSOPS_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)
-    return library, {"compiler": nvcc_release(nvcc), "flags": " ".join(CUDA_FLAGS), "archs": archs}
+    library = run_ninja(cuda_steps(nvcc, sources, extension_includes(), os.environ), folder, MEND_NVCC)
+    return library, {
+        "compiler": nvcc_release(nvcc),
+        "flags": " ".join(CUDA_FLAGS),
+        "archs": cuda_archs(os.environ),
+    }
 
 
 def nvcc_release(nvcc: str) -> str:

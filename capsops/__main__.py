@@ -71,6 +71,14 @@ def extension(name: str, record: dict[str, dict[str, str]]) -> list[tuple[str, s
     return rows
 
 
+def automatic(device: str) -> str:
+    """What impl="auto" takes on a device, or why it takes nothing there."""
+    try:
+        return dispatch.resolve("auto", device)
+    except (RuntimeError, ValueError) as error:
+        return f"nothing: {str(error).splitlines()[0]}"
+
+
 def main() -> None:
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     print(f"capsops {capsops.__version__}\n")
@@ -87,8 +95,9 @@ def main() -> None:
         for s in dispatch.describe()
     )
     print(table([("impl", "tensors on", ""), *services]))
-    print('\nimpl="auto" takes')
-    print(table((device, dispatch.resolve("auto", device)) for device in ("cpu", "cuda")))
+    asked = dispatch.asked("auto")
+    print('\nimpl="auto" takes' + (f", because CAPSOPS_IMPL is {asked}" if asked != "auto" else ""))
+    print(table((device, automatic(device)) for device in ("cpu", "cuda")))
 
 
 if __name__ == "__main__":

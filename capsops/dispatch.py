@@ -45,6 +45,9 @@ def _load_triton() -> tuple[ModuleType | None, str]:
         triton = importlib.import_module("triton")
     except ImportError as error:
         return None, f"Triton cannot be imported: {error}"
+    if not hasattr(triton, "__version__"):
+        where = getattr(triton, "__file__", None) or list(triton.__path__)
+        return None, f"Triton is not installed: what is called triton is {where}"
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 6):
         return None, f"Triton {triton.__version__} is too old: the kernels take 3.6 or newer"
     return importlib.import_module("capsops.impl.triton"), ""
@@ -76,8 +79,15 @@ def _checked(impl: str, origin: str) -> str:
     return impl
 
 
-# One element: torch.compile guards on it, which it cannot do for a context variable.
-_default = [_checked(os.environ.get("CAPSOPS_IMPL") or "auto", "environment variable CAPSOPS_IMPL")]
+class _Choice:
+    """What impl="auto" stands for as long as it is the last of _choices."""
+
+    def __init__(self, impl: str) -> None:
+        self.impl = impl
+
+
+# A list: torch.compile guards on it, which it cannot do for a context variable.
+_choices = [_Choice(_checked(os.environ.get("CAPSOPS_IMPL") or "auto", "environment variable CAPSOPS_IMPL"))]
 
 
 class use_impl:
@@ -92,14 +102,23 @@ class use_impl:
 
     def __init__(self, impl: str) -> None:
         self.impl = _checked(impl, "impl")
-        self.before: list[str] = []
+        self.entered: list[_Choice] = []
 
     def __enter__(self) -> None:
-        self.before.append(_default[0])
-        _default[0] = self.impl
+        self.entered.append(_Choice(self.impl))
+        _choices.append(self.entered[-1])
 
     def __exit__(self, *error: object) -> None:
-        _default[0] = self.before.pop()
+        choice = self.entered.pop()
+        if torch.compiler.is_compiling():  # contexts nest there, and torch 2.6 cannot trace remove()
+            _choices.pop()
+        else:  # where contexts of several threads overlap, one's own is not always the last
+            _choices.remove(choice)
+
+
+def asked(impl: str) -> str:
+    """The implementation that a call names: `impl`, or for "auto" what use_impl or CAPSOPS_IMPL says."""
+    return _choices[-1].impl if impl == "auto" else impl
 
 
 def resolve(impl: str, device: str) -> str:
@@ -109,8 +128,7 @@ def resolve(impl: str, device: str) -> str:
         ValueError: `impl` is unknown, or does not serve the device.
         RuntimeError: `impl` is not available here; the message says why.
     """
-    if impl == "auto":
-        impl = _default[0]
+    impl = asked(impl)
     if impl == "auto":
         for name in _PREFERENCE.get(device, ("reference",)):
             if name in _MODULES:

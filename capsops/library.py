@@ -43,7 +43,12 @@ _SCHEMAS = {
 
 
 def _implementation(impl: str, *tensors: Tensor) -> Any:
-    """The module that serves the call; what has no elements is the reference's."""
+    """The module that serves the call; what has no elements is the reference's.
+
+    `impl` was settled when the op was called, or when a graph that holds it was traced or exported, on
+    another device or machine perhaps: it is looked at again.
+    """
+    impl = dispatch.resolve(impl, tensors[0].device.type)
     return dispatch.module("reference" if any(x.numel() == 0 for x in tensors) else impl)
 
 
@@ -52,9 +57,7 @@ def _squash(s: Tensor, dim: int, impl: str) -> Tensor:
 
 
 def _squash_backward(grad: Tensor, s: Tensor, dim: int, impl: str) -> Tensor:
-    if s.numel() == 0:
-        return torch.zeros_like(s, memory_format=torch.contiguous_format)
-    return dispatch.module(impl).squash_backward(grad.contiguous(), s.contiguous(), dim)
+    return _implementation(impl, s).squash_backward(grad.contiguous(), s.contiguous(), dim)
 
 
 def _predictions(u: Tensor, weight: Tensor, impl: str) -> Tensor:

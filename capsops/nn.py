@@ -66,6 +66,10 @@ class RoutingCapsules(nn.Module):
         bias: whether to add a learned β [J, D] to s.
         leaky: whether an orphan class takes part in the softmax.
         detach: whether the couplings are kept out of the gradient.
+
+    Raises:
+        TypeError: an option is of another type.
+        ValueError: `iterations` is negative.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class RoutingCapsules(nn.Module):
         detach: bool = False,
     ) -> None:
         super().__init__()
+        functional.check_options(iterations, leaky=leaky, detach=detach)
         self.iterations, self.leaky, self.detach = iterations, leaky, detach
         self.weight = nn.Parameter(torch.empty(in_capsules, out_capsules, out_dim, in_dim))
         if bias:
@@ -121,8 +126,12 @@ class RoutingCapsules(nn.Module):
             iterations, leaky, detach: as for the class.
 
         Raises:
+            TypeError: `weight` or `bias` is not a tensor, or an option is of another type.
             ValueError: `layout` does not name the axes of `weight`, or `bias` does not have J · D elements.
         """
+        for name, x in (("weight", weight), ("bias", bias)):
+            if not isinstance(x, Tensor) and not (name == "bias" and x is None):
+                raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
         if sorted(layout.replace("1", "")) != sorted("IJDK") or len(layout) != weight.dim():
             raise ValueError(
                 f"layout: got {layout!r} for a weight of shape {list(weight.shape)}, takes a letter for each"

@@ -67,8 +67,14 @@ def test_cuda_architectures_that_are_none(archs: str) -> None:
         plan.cuda_arch_flags(archs)
 
 
+def test_cuda_architectures_where_none_are_named() -> None:
+    assert plan.cuda_archs({}) == plan.cuda_archs({"CAPSOPS_CUDA_ARCHS": ""}) == plan.DEFAULT_CUDA_ARCHS
+    assert plan.cuda_archs({"CAPSOPS_CUDA_ARCHS": "90"}) == "90"
+
+
 def test_cuda_choice() -> None:
     assert plan.cuda_choice({}) == "auto"
+    assert plan.cuda_choice({"CAPSOPS_BUILD_CUDA": ""}) == "auto"
     assert plan.cuda_choice({"CAPSOPS_BUILD_CUDA": "1"}) == "1"
     with pytest.raises(ValueError, match="CAPSOPS_BUILD_CUDA takes 0, 1 or auto, got 'yes'"):
         plan.cuda_choice({"CAPSOPS_BUILD_CUDA": "yes"})
@@ -143,7 +149,7 @@ def test_ninja_compiles_what_changed(tmp_path: Path, capfd: pytest.CaptureFixtur
     ]
 
     def compiled() -> set[str]:
-        assert plan.run_ninja(steps, folder / "build").exists()
+        assert plan.run_ninja(steps, folder / "build", "mend it").exists()
         return set(re.findall(r"\] \w+ (\S+)", capfd.readouterr().out))
 
     assert compiled() == {"one.o", "two.o", "both.so"}
@@ -152,8 +158,9 @@ def test_ninja_compiles_what_changed(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert compiled() == {"one.o", "both.so"}
 
     two.write_text("this is no C++\n")
-    with pytest.raises(plan.NotBuiltError, match=r"compilation failed: .*two\.cpp:1:1: error"):
-        plan.run_ninja(steps, folder / "build")
+    with pytest.raises(plan.NotBuiltError, match=r"compilation failed: .*two\.cpp:1:1: error") as caught:
+        plan.run_ninja(steps, folder / "build", "mend it")
+    assert caught.value.mend == "mend it"
 
 
 def test_compiler_that_is_not_there(tmp_path: Path) -> None:
@@ -255,6 +262,23 @@ def test_cuda_that_must_be_built_and_cannot(scratch: Path) -> None:
     )
     assert build.returncode != 0
     assert "CAPSOPS_BUILD_CUDA=1: there is no nvcc" in build.stderr
+
+
+@needs_compiler
+def test_nvcc_that_fails_gets_advice_about_nvcc(scratch: Path) -> None:
+    (scratch / "csrc/cuda").mkdir(exist_ok=True)
+    (scratch / "csrc/cuda/empty.cu").touch()
+    nvcc = scratch / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho \"nvcc fatal: Unsupported gpu architecture 'compute_90'\"\nexit 1\n")
+    nvcc.chmod(0o755)
+    command = (sys.executable, "setup.py", "build_ext", "--inplace")
+    variables = {"CXX": "/bin/false", "CAPSOPS_BUILD_CUDA": "auto", "CUDA_HOME": str(scratch)}
+    build = _run(*command, cwd=scratch, **variables)
+    assert build.returncode == 0, build.stderr
+    record = json.loads((scratch / "capsops/_build.json").read_text())["cuda"]
+    assert "Unsupported gpu architecture" in record["reason"]
+    assert "CAPSOPS_CUDA_ARCHS" in record["mend"]
 
 
 @pytest.mark.slow

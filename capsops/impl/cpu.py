@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from capsops import _cpu
+import capsops._cpu as _cpu
 from capsops.impl import accumulation_dtype
 
 if os.environ.get("CAPSOPS_CPU_ISA"):

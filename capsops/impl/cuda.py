@@ -7,7 +7,7 @@ torch's allocator, nothing waits for the device, and a call inside a CUDA graph'
 import torch
 from torch import Tensor
 
-from capsops import _cuda
+import capsops._cuda as _cuda
 
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

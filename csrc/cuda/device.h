@@ -18,6 +18,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #if defined(__CUDACC__)
 #include <cooperative_groups.h>
@@ -310,11 +311,20 @@ class CurrentDevice {
     int index_, before_ = 0;
 };
 
+// Lets a kernel have so much shared memory on the current device. A limit once raised is not lowered: another
+// thread may be about to launch the same kernel with more.
 template <typename Parameters>
 void allow_shared(void (*kernel)(Parameters), const char* name, int64_t shared) {
-    if (shared > 48 * 1024) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name);
-    }
+    if (shared <= 48 * 1024) return;
+    static std::mutex mutex;
+    static std::map<std::pair<int, const void*>, int64_t> allowed;
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    const std::lock_guard<std::mutex> lock(mutex);
+    int64_t& most = allowed[{device, reinterpret_cast<const void*>(kernel)}];
+    if (shared <= most) return;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name);
+    most = shared;
 }
 
 // How many blocks one multiprocessor holds at a time; 0 where even one does not fit.

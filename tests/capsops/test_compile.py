@@ -111,11 +111,11 @@ def test_use_impl_inside_a_compiled_function(impl: str) -> None:
         with capsops.use_impl(impl):
             return capsops.squash(s) * 2
 
-    before = capsops.dispatch._default[0]
+    before = capsops.dispatch.asked("auto")
     compiled, _ = counted(function)
     s = torch.randn(3, 4)
     assert_close(compiled(s), capsops.squash(s, impl=impl) * 2, tolerance=1e-6)
-    assert capsops.dispatch._default[0] == before
+    assert capsops.dispatch.asked("auto") == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -133,7 +133,8 @@ def test_autocast(impl: str, dtype: torch.dtype) -> None:
 
 def test_errors_are_raised_from_compiled_code_too(impl: str) -> None:
     compiled, _ = counted(lambda u, weight: capsops.predictions(u, weight, impl=impl))
-    with pytest.raises(Exception, match="weight: got shape"):
+    # torch 2.6 says that the function raises, and drops the words.
+    with pytest.raises(Exception, match="weight: got shape|Observed exception"):
         compiled(torch.zeros(2, 3, 4), torch.zeros(3, 5, 6, 7))
 
 

@@ -1,5 +1,7 @@
 """capsops.dispatch: who serves what, `use_impl`, the environment variable, and what is not available."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -78,6 +80,21 @@ def test_what_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row == ("cpu", "cpu", False, "it was a test")
 
 
+def test_an_extension_that_is_not_there_is_called_missing() -> None:
+    code = (
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'capsops._cpu':\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "from capsops import dispatch\n"
+        "print(dispatch._MISSING['cpu'])"
+    )
+    done = run_python("-c", code)
+    assert "capsops._cpu cannot be imported (No module named 'capsops._cpu')" in done.stdout, done.stderr
+
+
 def test_use_impl_rules_auto_and_only_auto(impl: str) -> None:
     before = dispatch.resolve("auto", "cpu")
     with capsops.use_impl(impl):
@@ -106,19 +123,46 @@ def test_use_impl_nests_and_restores() -> None:
 
 
 def test_use_impl_restores_after_an_error() -> None:
-    before = dispatch._default[0]
+    before = dispatch.asked("auto")
     with pytest.raises(KeyError), capsops.use_impl("triton" if before != "triton" else "reference"):
         raise KeyError
-    assert dispatch._default[0] == before
+    assert dispatch.asked("auto") == before
 
 
 def test_one_use_impl_can_be_entered_twice() -> None:
-    before, other = dispatch._default[0], capsops.use_impl("reference")
+    before, other = dispatch.asked("auto"), capsops.use_impl("reference")
     with capsops.use_impl("auto"):
         with other, other:
             pass
-        assert dispatch._default[0] == "auto"
-    assert dispatch._default[0] == before
+        assert dispatch.asked("auto") == "auto"
+    assert dispatch.asked("auto") == before
+
+
+def test_use_impl_of_two_threads_that_overlap() -> None:
+    """The first to enter leaves first: what holds then is the other's, and in the end what held before."""
+    before, first, second = dispatch.asked("auto"), capsops.use_impl("reference"), capsops.use_impl("cpu")
+    first.__enter__()
+    second.__enter__()
+    assert dispatch.asked("auto") == "cpu"
+    first.__exit__()
+    assert dispatch.asked("auto") == "cpu"
+    second.__exit__()
+    assert dispatch.asked("auto") == before
+
+
+def test_a_folder_called_triton_is_not_triton(tmp_path: Path) -> None:
+    """Where Triton is not installed, such a folder beside a script is imported in its place."""
+    (tmp_path / "triton").mkdir()
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import importlib.machinery as m, importlib.util as u\n"
+        "spec = m.ModuleSpec('triton', None, is_package=True)\n"
+        f"spec.submodule_search_locations = [{str(tmp_path / 'triton')!r}]\n"
+        "sys.modules['triton'] = u.module_from_spec(spec)\n"
+        "from capsops import dispatch; print(dispatch._load_triton())"
+    )
+    done = run_python("-c", code)
+    assert "Triton is not installed: what is called triton is ['" in done.stdout, done.stderr
 
 
 def test_use_impl_that_is_missing_raises_on_the_call() -> None:

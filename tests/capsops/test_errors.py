@@ -41,7 +41,36 @@ CASES: list[tuple[Callable, tuple, dict[str, Any], type[Exception], str]] = [
     (capsule_routing, (U, (W,)), {}, TypeError, "weight: got tuple, takes a torch.Tensor"),
     (capsule_routing, (U, W, True), {}, TypeError, "bias: got bool, takes a torch.Tensor"),
     (couplings, (U, {}), {}, TypeError, "weight: got dict, takes a torch.Tensor"),
+    # tensors that are not dense
+    (
+        squash,
+        (S.to_sparse(),),
+        {},
+        ValueError,
+        "s: got layout torch.sparse_coo, takes torch.strided: a dense tensor",
+    ),
+    (
+        capsule_routing,
+        (U, W, BETA.to_sparse()),
+        {},
+        ValueError,
+        "bias: got layout torch.sparse_coo, takes torch.strided: a dense tensor",
+    ),
     # dtypes
+    (
+        predictions,
+        (U.to("meta"), W.double().to("meta")),
+        {},
+        TypeError,
+        "weight: got dtype torch.float64, takes that of u, which is torch.float32",
+    ),
+    (
+        predictions,
+        (U.to("meta"), W.half().to("meta")),
+        {},
+        TypeError,
+        "weight: got dtype torch.float16, takes that of u, which is torch.float32",
+    ),
     (squash, (S.int(),), {}, ValueError, f"s: got dtype torch.int32, {FLOATS}"),
     (squash, (S.bool(),), {}, ValueError, f"s: got dtype torch.bool, {FLOATS}"),
     (squash, (S.to(torch.complex64),), {}, ValueError, f"s: got dtype torch.complex64, {FLOATS}"),

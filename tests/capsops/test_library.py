@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 import capsops
-from capsops import reference
+from capsops import dispatch, reference
 from tests.capsops.cases import Options, Shape, layer_inputs, routing_inputs
 from tests.capsops.compare import assert_close
 
@@ -274,3 +274,22 @@ def test_activation_checkpointing(impl: str) -> None:
     got = torch.autograd.grad(torch.utils.checkpoint.checkpoint(loss, *inputs, use_reentrant=False), inputs)
     for g, w in zip(got, want, strict=True):
         assert torch.equal(g, w)
+
+
+def test_a_graph_from_elsewhere_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traced graph names an implementation; the machine that runs it need not have it."""
+    s = torch.randn(2, 3)
+    monkeypatch.delitem(dispatch._MODULES, "reference")
+    monkeypatch.setitem(dispatch._MISSING, "reference", "it was a test")
+    with pytest.raises(RuntimeError, match="impl='reference' is not available: it was a test"):
+        OPS.squash(s, 1, "reference")
+
+
+def test_an_op_refuses_tensors_of_a_device_that_its_implementation_does_not_serve() -> None:
+    s = torch.randn(2, 3)
+    with pytest.raises((RuntimeError, ValueError), match="^impl='cuda'"):
+        OPS.squash(s, 1, "cuda")
+    with pytest.raises((RuntimeError, ValueError), match="^impl='cuda'"):
+        OPS.squash_backward(s, s, 1, "cuda")
+    with pytest.raises(ValueError, match="^impl: got 'gpu', takes one of"):
+        OPS.squash(s, 1, "gpu")

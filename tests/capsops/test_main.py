@@ -5,6 +5,7 @@ import pytest
 import capsops
 from capsops import __main__ as main
 from capsops import dispatch
+from tests.capsops.process import run_python
 
 MAPS = """\
 7f1000000000-7f1000001000 r--p 00000000 fe:00 1 /usr/lib/python3/site-packages/torch/lib/libgomp.so.1
@@ -50,3 +51,21 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
             for line in said.splitlines()
         )
     assert f"  cpu   {dispatch.resolve('auto', 'cpu')}\n" in said
+
+
+@pytest.mark.parametrize(
+    ("named", "cpu", "cuda"),
+    [
+        ("reference", "reference", "reference"),
+        ("triton", "nothing: impl='triton' ", None),
+        ("cuda", "nothing: impl='cuda' ", None),
+        ("cpu", None, "nothing: impl='cpu' "),
+    ],
+)
+def test_report_where_an_implementation_is_named(named: str, cpu: str | None, cuda: str | None) -> None:
+    done = run_python("-m", "capsops", CAPSOPS_IMPL=named, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    last = done.stdout[done.stdout.index('impl="auto" takes') :].splitlines()
+    assert last[0] == f'impl="auto" takes, because CAPSOPS_IMPL is {named}'
+    for device, line, taken in zip(("cpu", "cuda"), last[1:], (cpu, cuda), strict=True):
+        assert line.startswith(f"  {device:4}  {taken or ''}")

@@ -3,7 +3,9 @@
 import copy
 from collections.abc import Iterator
 from itertools import permutations
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -277,3 +279,29 @@ def test_a_small_network_learns(options: dict) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 5
     assert (network(images).norm(dim=-1).argmax(1) == labels).float().mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"iterations": -1}, ValueError, "iterations: got -1, takes 0"),
+        ({"iterations": 2.0}, TypeError, "iterations: got float, takes an int"),
+        ({"iterations": None}, TypeError, "iterations: got NoneType, takes an int"),
+        ({"leaky": 1}, TypeError, "leaky: got int, takes a bool"),
+        ({"detach": "no"}, TypeError, "detach: got str, takes a bool"),
+    ],
+)
+def test_options_are_checked_when_a_layer_is_made(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        RoutingCapsules(7, 3, 4, 5, **options)
+    with pytest.raises(error, match=f"^{message}"):
+        RoutingCapsules.from_weight(torch.zeros(7, 3, 5, 4), "IJDK", **options)
+
+
+def test_weights_from_elsewhere_that_are_no_tensors() -> None:
+    with pytest.raises(TypeError, match=r"^weight: got ndarray, takes a torch\.Tensor$"):
+        RoutingCapsules.from_weight(np.zeros((7, 3, 5, 4)), "IJDK")
+    with pytest.raises(TypeError, match=r"^bias: got list, takes a torch\.Tensor$"):
+        RoutingCapsules.from_weight(torch.zeros(7, 3, 5, 4), "IJDK", bias=[0.0] * 15)
