@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,6 +12,16 @@ import torch
 # Compilation and the first call of a kernel take as long as they take; pytest-timeout watches the whole test.
 hypothesis.settings.register_profile("capsops", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("capsops")
+
+# Tensors of tests are small: waiting for a second thread costs more than it gives. See test_threads.py.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Whatever a test sets, the next begins with one."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,13 +79,9 @@ def test_processes_share_the_comparisons() -> None:
 
 
 @pytest.fixture(autouse=True)
-def short_races(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short_races(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "RACE_SECONDS", 0.01)
     monkeypatch.setattr(kernels, "Race", partial(timing.Race, sample=1e-4))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("passes", BOTH)

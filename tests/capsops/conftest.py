@@ -1,9 +1,6 @@
 """A test that takes `impl` runs once for every implementation that could serve CPU tensors."""
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from capsops import dispatch
 
@@ -22,12 +19,3 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for row in rows
         ],
     )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are small: waiting for a second thread costs more than it gives. See test_threads.py."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
