@@ -106,3 +106,13 @@ def test_gradient_penalty_of_a_plane():
         return (x * slope).sum((1, 2, 3))
 
     assert losses.gradient_penalty(discriminate, images, images + 1, Draw(0)).item() == pytest.approx(4)
+
+
+def test_the_penalty_is_taken_between_real_and_generated_images():
+    """The gradient of ‖x‖² / 2 is x itself."""
+    real, generated = torch.rand(3, 1, 2, 2), 5 + torch.rand(3, 1, 2, 2)
+    place = Draw(0).uniform(3, 1, 1, 1)
+    between = place * real + (1 - place) * generated
+    wanted = (between.flatten(1).norm(dim=1) - 1).square().mean()
+    found = losses.gradient_penalty(lambda x: x.square().sum((1, 2, 3)) / 2, real, generated, Draw(0))
+    torch.testing.assert_close(found, wanted)

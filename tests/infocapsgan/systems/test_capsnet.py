@@ -5,7 +5,7 @@ import torch
 
 from infocapsgan import data
 from infocapsgan.draw import Draw
-from infocapsgan.systems import CapsNet
+from infocapsgan.systems import CapsNet, capsnet
 from infocapsgan.systems.capsnet import reconstruction_error, schedule
 from infocapsgan.training import Training, parameter_count
 
@@ -116,3 +116,13 @@ def test_the_learning_rate_falls_by_epochs():
         system.step(torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long), training)
         rates.append(system.optimizers["model"].param_groups[0]["lr"])
     assert rates == [0.1, 0.1, 0.05, 0.05, 0.025]
+
+
+def test_training_rebuilds_from_the_true_class(monkeypatch):
+    chosen, masked = [], capsnet.masked
+    monkeypatch.setattr(capsnet, "masked", lambda *given: chosen.append(given[1]) or masked(*given))
+    torch.manual_seed(0)
+    system = CapsNet(width=8, batch_size=20)
+    images, labels = torch.randint(256, (20, 1, 28, 28)).byte(), torch.arange(10).repeat(2)
+    system.step(images, labels, Training(system.optimizers, Draw(0)))
+    assert [classes.tolist() for classes in chosen] == [labels.tolist()]

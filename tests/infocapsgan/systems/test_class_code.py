@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from infocapsgan import data
+from infocapsgan import data, losses
 from infocapsgan.draw import Draw
-from infocapsgan.systems import SYSTEMS
+from infocapsgan.systems import SYSTEMS, class_code
 from infocapsgan.systems.class_code import ClassCodeGAN
 from infocapsgan.training import Training
 
@@ -19,6 +19,14 @@ def digits():
 def made(name, **options):
     torch.manual_seed(0)
     return SYSTEMS[name](**{"width": 8, "batch_size": 16, **options})
+
+
+class Recorded(Training):
+    """Keeps the last loss that each optimiser was given."""
+
+    def update(self, name, loss):
+        self.losses = getattr(self, "losses", {}) | {name: loss.item()}
+        super().update(name, loss)
 
 
 def steps(system, digits, numbers, labels=None):
@@ -124,3 +132,66 @@ def test_smoothness_alone_says_nothing_of_the_classes(name, digits):
     (named,) = steps(system, digits, [0])
     assert set(named) >= OF_THE_GENERATOR
     assert not set(named) & {"information", "consistency", "smoothness"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_of_real_images_is_the_weighted_sum_of_what_is_named(name, digits):
+    weights = {"information_weight": 0.7, "consistency_weight": 1.3, "smoothness_weight": 1.9}
+    system = made(name, warm_up=9, smoothness_after=0, balance=1, **weights)
+    training = Recorded(system.optimizers, Draw(0))
+    named = system.step(digits.train_images[:16], digits.train_labels[:16], training)
+    wanted = -0.7 * named["information"] + 1.3 * named["consistency"] + 1.9 * named["smoothness"]
+    assert list(training.losses.values()) == pytest.approx([wanted.item()], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_parts_of_that_loss_are_told(name, digits, monkeypatch):
+    told = {}
+
+    def spy(module, function, option):
+        original = getattr(module, function)
+
+        def call(*given, **options):
+            told[option] = options[option]
+            return original(*given, **options)
+
+        monkeypatch.setattr(module, function, call)
+
+    spy(losses, "mutual_information", "mean")
+    spy(losses, "adversarial_smoothness", "radius")
+    spy(class_code, "erased", "share")
+    information = losses.mutual_information
+    monkeypatch.setattr(
+        losses,
+        "mutual_information",
+        lambda *given, **options: told.update(options) or information(*given, **options),
+    )
+    system = made(name, warm_up=9, smoothness_after=0, balance=2.5, smoothness_radius=1.5, erased=0.25)
+    training = Training(system.optimizers, Draw(0))
+    system.step(digits.train_images[:16], digits.train_labels[:16], training)
+    told["mean"] = told["mean"] == training.processes.mean
+    assert told == {"mean": True, "balance": 2.5, "radius": 1.5, "share": 0.25}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_losses_of_generator_and_discriminator_are_weighted_sums(name, digits):
+    """Rates of 0: what a discriminator says of an image is then the same before and after its step."""
+    rates = {"discriminator_rate": 0.0, "generator_rate": 0.0}
+    if name == "infogan":
+        rates |= {"classes_rate": 0.0, "categorical_weight": 0.6, "continuous_weight": 0.4}
+    else:
+        rates |= {"adversarial_weight": 0.7, "code_weight": 0.02, "diversity_weight": 0.3}
+    system = made(name, **rates, warm_up=0, information_weight=0, consistency_weight=0)
+    training = Recorded(system.optimizers, Draw(0))
+    named = system.step(digits.train_images[:16], digits.train_labels[:16], training)
+    named = {key: value.item() for key, value in named.items()}
+    if name == "infogan":
+        code = 0.6 * named["categorical"] + 0.4 * named["continuous"]
+        wanted = {"discriminator": named["discriminator"] + code, "generator": named["generator"] + code}
+    else:
+        code = 0.02 * 16 * named["code"]
+        wanted = {
+            "discriminator": 0.7 * named["discriminator"] + code,
+            "generator": 0.7 * named["generator"] + code + 0.3 * named["diversity"],
+        }
+    assert training.losses == pytest.approx(wanted, rel=1e-4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from infocapsgan import data, trained
+from infocapsgan import data, losses, trained
 from infocapsgan.draw import Draw
 from infocapsgan.evaluate import evaluate
 from infocapsgan.run import read_metrics
@@ -59,6 +59,42 @@ def test_the_average_follows_the_generator(name):
     )
     assert system.drawing_generator is system.average
     assert any(key.startswith("average.") for key in system.state_dict())
+
+
+@pytest.mark.parametrize("name", ["infocapsgan", "infogan"])
+def test_the_average_has_the_latest_statistics_of_batches(name):
+    torch.manual_seed(0)
+    system = SYSTEMS[name](ema=0.5, **SMALL[name])
+    step(system)
+    statistics = dict(system.generator.named_buffers())
+    assert any(key.endswith("running_mean") and value.any() for key, value in statistics.items())
+    close(dict(system.average.named_buffers()), statistics)
+
+
+@pytest.mark.parametrize("kind", ["logistic", "hinge", "wasserstein"])
+@pytest.mark.parametrize("name", GANS)
+def test_the_adversarial_losses_are_of_the_kind_that_is_asked_for(name, kind):
+    torch.manual_seed(0)
+    system = SYSTEMS[name](adversarial_loss=kind, penalty_weight=7.0, **SMALL[name])
+    real, generated = torch.rand(2, 8, 1, 28, 28)
+    logits = torch.randn(2, 8)
+    training = Training(system.optimizers, Draw(0))
+    wanted = losses.discriminator_loss(*logits, kind)
+    if kind == "wasserstein":
+        wanted = wanted + 7 * losses.gradient_penalty(system.logits, real, generated, Draw(0))
+    found = system.adversarial_discriminator_loss(real, generated, *logits, training)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        system.adversarial_generator_loss(logits[0]), losses.generator_loss(logits[0], kind)
+    )
+
+
+@pytest.mark.parametrize("name", GANS)
+def test_spectral_norm_of_every_layer_of_the_discriminator(name):
+    system = SYSTEMS[name](spectral_norm=True, **SMALL[name])
+    layers = [x for x in system.discriminator.modules() if isinstance(x, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert layers
+    assert all(torch.nn.utils.parametrize.is_parametrized(layer, "weight") for layer in layers)
 
 
 def test_spectral_norm_of_the_discriminator_is_one():

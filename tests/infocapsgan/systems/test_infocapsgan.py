@@ -109,6 +109,23 @@ def test_neighbours_are_of_one_class_where_their_images_are_kept_apart(monkeypat
         assert (together, "diversity" in named) == (bool(weight), bool(weight))
 
 
+def test_class_capsules_are_scaled_by_one_plus_their_length():
+    torch.manual_seed(0)
+    discriminator = InfoCapsGAN(width=8).discriminator
+    _, last, capsules = discriminator(torch.rand(3, 1, 28, 28))
+    scaled = capsules.classes * (1 + capsules.classes.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(last, discriminator.last(scaled).flatten(1))
+
+
+def test_each_network_has_its_own_learning_rate():
+    system = InfoCapsGAN(width=8, generator_rate=3e-4, discriminator_rate=5e-4)
+    rates = {
+        name: {group["lr"] for group in optimizer.param_groups}
+        for name, optimizer in system.optimizers.items()
+    }
+    assert rates == {"generator": {3e-4}, "discriminator": {5e-4}}
+
+
 @pytest.mark.parametrize("details", [True, False])
 def test_the_verdict_reads_the_primary_capsules_where_told(details):
     torch.manual_seed(0)

@@ -90,3 +90,23 @@ def test_training_lowers_the_code_losses():
     training = Training(system.optimizers, Draw(0))
     rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(60)]
     assert rows[-1]["categorical"] < 0.8 * rows[0]["categorical"]
+
+
+def test_continuous_codes_are_drawn_from_minus_one_to_one(monkeypatch):
+    drawn, latent = [], InfoGAN.latent
+    monkeypatch.setattr(InfoGAN, "latent", lambda *given: drawn.append(given[3]) or latent(*given))
+    torch.manual_seed(0)
+    system = InfoGAN(width=8, batch_size=64, warm_up=0)
+    digits = data.load("digits")
+    system.step(digits.train_images[:64], digits.train_labels[:64], Training(system.optimizers, Draw(0)))
+    (codes,) = drawn
+    assert -1 <= codes.min() < -0.8
+    assert 0.8 < codes.max() <= 1
+
+
+def test_each_part_has_its_own_learning_rate():
+    system = InfoGAN(width=8, discriminator_rate=3e-4, generator_rate=5e-4, classes_rate=7e-4)
+    rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in system.optimizers.items()}
+    assert rates == {"discriminator": 3e-4, "generator": 5e-4, "classes": 7e-4}
+    betas = {optimizer.param_groups[0]["betas"] for optimizer in system.optimizers.values()}
+    assert betas == {(0.5, 0.999)}
