@@ -112,7 +112,10 @@ def test_neighbours_are_of_one_class_where_their_images_are_kept_apart(monkeypat
 def test_class_capsules_are_scaled_by_one_plus_their_length():
     torch.manual_seed(0)
     discriminator = InfoCapsGAN(width=8).discriminator
+    with torch.no_grad():
+        discriminator.encoder.classes.weight.mul_(100)
     _, last, capsules = discriminator(torch.rand(3, 1, 28, 28))
+    assert capsules.classes.norm(dim=-1).max() > 0.1
     scaled = capsules.classes * (1 + capsules.classes.norm(dim=-1, keepdim=True))
     torch.testing.assert_close(last, discriminator.last(scaled).flatten(1))
 
