@@ -127,6 +127,16 @@ def test_every_generator_is_measured(name, trained_as, cache, kept_cache, monkey
     assert 0 <= result["metrics"]["sample_precision"] <= 1
 
 
+def test_copies_of_one_digit_are_precise_and_recall_little(trained_as, cache, kept_cache, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept_cache))
+    found = trained_as("dcgan")
+    copies = to_unit(found.dataset.test_images[found.dataset.test_labels == 0])
+    monkeypatch.setattr(found.system, "drawn", lambda latents: copies)
+    metrics = evaluate.evaluate(found, ["generation"])["metrics"]
+    assert metrics["sample_precision"] == 1
+    assert metrics["sample_recall"] < 0.5
+
+
 def test_rank_correlation_by_hand():
     values = torch.tensor([-1.0, 0, 1])
     rows = torch.tensor([[1.0, 2, 9], [3, 2, 1], [5, 5, 5], [1, 3, 2]])

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,6 +48,20 @@ def test_other_images_have_another_classifier(cache):
     digits = data.load("digits").head(100)
     feature_extractor(digits, 10)
     feature_extractor(data.load("digits").head(101), 10)
+    assert len(list((cache / "features").iterdir())) == 2
+
+
+def test_from_the_cache_features_are_what_they_were(cache):
+    digits = data.load("digits").head(100)
+    first, second = (feature_extractor(digits, 10).classifier.of_all(digits.test_images) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("part", ["train_images", "train_labels", "test_images", "test_labels"])
+def test_no_part_of_the_data_is_left_out_of_the_key(part, cache):
+    digits = data.load("digits").head(100)
+    feature_extractor(digits, 10)
+    feature_extractor(replace(digits, **{part: getattr(digits, part).flip(0)}), 10)
     assert len(list((cache / "features").iterdir())) == 2
 
 

@@ -48,3 +48,12 @@ def test_kmeans_tells_black_from_white():
     images = torch.tensor([0, 255, 0, 255], dtype=torch.uint8)[:, None, None, None].expand(4, 1, 2, 2)
     labels = torch.tensor([1, 0, 1, 0])
     assert kmeans_accuracy(Dataset("small", images, labels, images, labels), 2) == 1
+
+
+def test_kmeans_is_fitted_and_matched_on_the_training_split():
+    def images(*values):
+        return torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2)
+
+    train = images(0, 255, 0, 255), torch.tensor([1, 0, 1, 0])
+    test = images(0, 100, 100, 100), torch.tensor([0, 0, 0, 1])  # all are in the cluster of black, label 1
+    assert kmeans_accuracy(Dataset("small", *train, *test), 2) == 0.25

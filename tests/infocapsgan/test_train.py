@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import capsops
 from capsops.dispatch import resolve
+from infocapsgan import data
 from infocapsgan import train as train_module
 from infocapsgan.checkpoint import checkpoints
 from infocapsgan.command_line import parse
@@ -166,6 +167,63 @@ def test_validation_keeps_the_weights_with_the_lowest_loss(tmp_path, monkeypatch
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [row["validation_loss"] for row in rows if row["kind"] == "validation"] == [3, 1, 2]
     assert summary["metrics"]["margin_loss"] == rows[3]["margin_loss"]
+
+
+def test_images_held_out_are_validated_on_and_not_trained_on(tmp_path, monkeypatch):
+    trained_on, validated_on, train_batch = [], [], data.Dataset.train_batch
+
+    def recorded(dataset, chosen, draw):
+        trained_on.append(dataset.train_images)
+        return train_batch(dataset, chosen, draw)
+
+    def validation_loss(system, held_out):
+        validated_on.append(held_out.test_images)
+        return 1.0
+
+    monkeypatch.setattr(data.Dataset, "train_batch", recorded)
+    monkeypatch.setattr(CapsNet, "validation_loss", validation_loss)
+    options = {"width": 8, "batch_size": 8, "max_steps": 1, "validation": True}
+    train_module.train(CapsNet, CapsNet(out=tmp_path / "run", **options).settings)
+    rest, held_out = data.load("digits").hold_out(0.1)
+    assert (len(rest.train_images), len(held_out.test_images)) == (1293, 144)
+    assert torch.equal(*trained_on, rest.train_images)
+    assert torch.equal(*validated_on, held_out.test_images)
+
+
+def test_an_evaluation_leaves_the_system_in_training_mode(tmp_path, monkeypatch):
+    modes, step, evaluate = [], CapsNet.step, CapsNet.evaluate
+
+    def recorded_step(system, *given):
+        modes.append(("step", system.training))
+        return step(system, *given)
+
+    def recorded_evaluate(system, dataset):
+        modes.append(("evaluate", system.training))
+        return evaluate(system, dataset)
+
+    monkeypatch.setattr(CapsNet, "step", recorded_step)
+    monkeypatch.setattr(CapsNet, "evaluate", recorded_evaluate)
+    options = {"width": 8, "batch_size": 8, "max_steps": 2, "evaluate_every": 1}
+    train_module.train(CapsNet, CapsNet(out=tmp_path / "run", **options).settings)
+    assert modes == [("step", True), ("evaluate", False)] * 2
+
+
+def test_the_last_metrics_are_those_of_all_test_images(tmp_path, monkeypatch):
+    measured_on, head, evaluate = [], data.Dataset.head, CapsNet.evaluate
+
+    def recorded(system, dataset):
+        measured_on.append(len(dataset.test_images))
+        return evaluate(system, dataset)
+
+    monkeypatch.setattr(data.Dataset, "head", lambda dataset, images: head(dataset, images // 1000))
+    monkeypatch.setattr(CapsNet, "evaluate", recorded)
+    monkeypatch.setattr(CapsNet, "validation_loss", lambda system, held_out: 1.0)
+    options = {"width": 8, "batch_size": 8, "max_steps": 2, "evaluate_every": 1}
+    for validation, wanted in ((False, [10, 360]), (True, [10, 360, 360])):  # once more, of the best weights
+        measured_on.clear()
+        out = tmp_path / f"validation-{validation}"
+        train_module.train(CapsNet, CapsNet(out=out, validation=validation, **options).settings)
+        assert measured_on == wanted
 
 
 def test_a_finished_run_taken_up_again_ends_as_before(tmp_path, monkeypatch):

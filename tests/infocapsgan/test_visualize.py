@@ -16,6 +16,7 @@ from infocapsgan.data.multi_mnist import of_digits
 from infocapsgan.draw import Draw
 from infocapsgan.evaluate import NotApplicableError
 from infocapsgan.figures import sheet_figure
+from infocapsgan.models.decoders import FullyConnectedDecoder
 from infocapsgan.systems import SYSTEMS, CapsNet
 from infocapsgan.trained import Trained, Weights
 from infocapsgan.views import capsules, generated, mistakes, training
@@ -153,6 +154,20 @@ def test_tweaks_leave_the_middle_column_as_it_was(trained_as):
         capsules.tweak(found, image=360)
 
 
+def test_a_tweak_is_added_as_its_head_says(trained_as):
+    found = trained_as("capsnet")
+    given = []
+    found.system.model.decoder.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    heads = ticks(capsules.tweak(found).axes[0])[0]
+    changed = given[0].view(16, 11, 10, 16)
+    change = changed - changed[:, 5:6]
+    predicted = changed[0, 5].norm(dim=1).argmax()
+    for number in range(16):
+        wanted = torch.tensor([float(head) for head in heads[1:]])
+        torch.testing.assert_close(change[number, :, predicted, number], wanted)
+    assert change.count_nonzero() == 16 * 10
+
+
 def test_an_image_is_turned_counter_clockwise():
     image = torch.zeros(1, 1, 3, 3)
     image[0, 0, 0, 1] = 1  # above the middle
@@ -216,6 +231,37 @@ def test_couplings_to_the_predicted_class(trained_as):
     torch.testing.assert_close(found, wanted[torch.arange(3), :, predicted])
 
 
+def test_a_primary_decoder_is_trained_on_capsules_scaled_by_their_coupling(trained_as, monkeypatch):
+    found, given, primary = trained_as("capsnet"), [], []
+
+    def couplings_to(system, u):
+        primary.append(u)
+        return torch.full(u.shape[:2], 0.25), None
+
+    monkeypatch.setattr(primary_decoder, "couplings_to", couplings_to)
+    decoder = FullyConnectedDecoder(36 * 8, 1, 28)
+    decoder.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    assert primary_decoder._train(decoder, found, found.system, 1) == 0.25
+    chosen = given[0].norm(dim=2) > 0
+    assert (chosen.sum(dim=1) == 1).all()
+    torch.testing.assert_close(given[0][chosen], 0.25 * primary[0][chosen])
+
+
+def test_reconstructions_come_from_the_label_of_their_row(trained_as, monkeypatch):
+    found = trained_as("capsnet")
+    labels = found.dataset.test_labels[:3]
+    guess = (labels + 1) % 10
+    monkeypatch.setattr(found.system, "predicted", lambda capsules, labels: guess)
+    given = []
+    found.system.model.decoder.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    heads, rows = ticks(capsules.reconstruct(found, images=3).axes[0])
+    assert heads == [f"{true}\n{taken}" for true, taken in zip(labels, guess, strict=True)]
+    assert rows == ["image", "from the true label", "from the predicted label"]
+    true, taken = (capsule.view(3, 10, 16).norm(dim=2).argmax(dim=1) for capsule in given)
+    assert torch.equal(true, labels)
+    assert torch.equal(taken, guess)
+
+
 def test_reconstructions_name_both_labels(trained_as):
     found = trained_as("capsnet")
     figure = capsules.reconstruct(found, images=7)
@@ -252,6 +298,16 @@ def test_mistakes_are_those_of_the_confusion_matrix(trained_as):
     assert f"{len(wrong)} of 360 test images" in axes.get_title()
     captions = [text.get_text() for text in axes.texts]
     assert captions == [f"{dataset.test_labels[i]} → {predicted[i]}" for i in wrong[:12]]
+
+
+def test_mistakes_of_clusters_that_are_matched_on_the_training_split(trained_as, monkeypatch):
+    found = trained_as("infogan")
+    images = torch.tensor([0, 0, 1, 1], dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 28, 28)
+    splits = images, torch.tensor([1, 1, 0, 0]), images, torch.tensor([0, 0, 1, 0])
+    monkeypatch.setattr(Trained, "dataset", data.Dataset("small", *splits))
+    monkeypatch.setattr(found.system, "clusters", lambda images: images[:, 0, 0, 0].long())
+    captions = [text.get_text() for text in mistakes.mistakes(found).axes[0].texts]
+    assert captions == ["0 → 1", "0 → 1", "1 → 0"]
 
 
 def test_labels_are_words_where_the_data_have_words(trained_as, tmp_path, monkeypatch):

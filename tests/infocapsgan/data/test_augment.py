@@ -28,6 +28,43 @@ def test_a_shift_of_a_tenth_is_one_pixel_in_ten():
     assert 0.8 < (centre - 4.5).abs().max() <= 1.001
 
 
+STILL = {"degrees": 0, "scale": 0, "shear": 0, "shift": 0}
+
+
+def bars():
+    """256 upright bars in the middle, 4 by 16 pixels."""
+    images = torch.zeros(256, 1, 32, 32)
+    images[:, :, 8:24, 14:18] = 1
+    return images
+
+
+def leaning(images):
+    """By how many columns a bar is further left in a row than in the one above it [B]."""
+    place = torch.arange(32.0) - 15.5
+    x, y = place[None, :], place[:, None]
+    return -((images[:, 0] * x * y).sum((1, 2)) / (images[:, 0] * y**2).sum((1, 2)))
+
+
+def test_turns_are_in_degrees():
+    lean = leaning(moved(bars(), Draw(0), **STILL | {"degrees": 20}))
+    assert 0.3 < lean.max() < 0.37  # tan 20° = 0.364
+    assert -0.37 < lean.min() < -0.3
+
+
+def test_sizes_change_by_their_share():
+    size = moved(bars(), Draw(0), **STILL | {"scale": 0.25}).sum((1, 2, 3)).sqrt() / 8
+    assert 0.78 < size.min() < 0.84  # 1 / 1.25 = 0.8
+    assert 1.28 < size.max() < 1.36  # 1 / 0.75 = 1.33
+
+
+def test_shear_moves_rows_against_one_another():
+    copies = moved(bars(), Draw(0), **STILL | {"shear": 0.5})
+    lean = leaning(copies)
+    assert 0.45 < lean.max() < 0.51
+    assert -0.51 < lean.min() < -0.45
+    torch.testing.assert_close(copies.sum(3), bars().sum(3))  # no row becomes longer or goes to another
+
+
 def test_the_background_comes_in_from_outside():
     images = torch.full((8, 1, 6, 6), -1.0)
     torch.testing.assert_close(moved(images, Draw(0), background=-1), images)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from infocapsgan import data
+from infocapsgan.data.dataset import to_unit
 from infocapsgan.draw import Draw
 from infocapsgan.systems import CapsNet, capsnet
 from infocapsgan.systems.capsnet import reconstruction_error, schedule
@@ -79,6 +80,26 @@ def test_test_images_are_not_augmented(monkeypatch):
     monkeypatch.setattr(system, "augmented", None)
     with torch.no_grad():
         system.evaluate(data.load("digits").head(20))
+
+
+def test_the_validation_loss_weighs_the_squared_error():
+    system = CapsNet(width=8, reconstruction_weight=0.1).eval()
+    few = data.load("digits").head(20)
+    with torch.no_grad():
+        metrics, found = system.evaluate(few), system.validation_loss(few)
+    assert found == pytest.approx(metrics["margin_loss"] + 0.1 * metrics["squared_error"])
+
+
+def test_pictures_are_rebuilt_from_the_true_and_below_from_the_predicted_class(monkeypatch):
+    system = CapsNet(width=8).eval()
+    monkeypatch.setattr(system, "predicted", lambda capsules, labels: (labels + 1) % 10)
+    digits = data.load("digits")
+    images, labels = to_unit(digits.test_images[:10]), digits.test_labels[:10]
+    with torch.no_grad():
+        pictures, columns = system.pictures(digits)["reconstructions"]
+        wanted = [images, *(system.model(images, classes)[1] for classes in (labels, (labels + 1) % 10))]
+    assert columns == 10
+    torch.testing.assert_close(pictures, torch.cat(wanted))
 
 
 def test_every_augmentation_at_once():

@@ -120,6 +120,19 @@ def test_how_many_images_are_of_each_class(name, digits):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_pictures_have_a_code_in_each_row_and_a_noise_in_each_column(name, digits):
+    system = made(name).eval()
+    latents, noise_dim = [], system.settings.noise_dim
+    system.drawing_generator.register_forward_hook(lambda _, inputs, __: latents.append(inputs[0]))
+    with torch.no_grad():
+        columns = system.pictures(digits)["samples"][1]
+    noise, code, _ = latents[0].view(10, columns, -1).tensor_split((noise_dim, noise_dim + 10), dim=2)
+    torch.testing.assert_close(noise, noise[:1].expand_as(noise))
+    assert len(noise[0].unique(dim=0)) == columns
+    assert torch.equal(code.argmax(dim=2), torch.arange(10)[:, None].expand(10, columns))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_warm_up_in_which_nothing_is_learned_is_refused(name):
     message = "--warm-up: got 9, takes 0 without --information-weight and --consistency-weight"
     with pytest.raises(ValueError, match=message):

@@ -12,6 +12,7 @@ from infocapsgan.evaluate import evaluate
 from infocapsgan.run import read_metrics
 from infocapsgan.systems import DCGAN, SYSTEMS, CapsuleGAN, Mimic
 from infocapsgan.systems.gan import GAN, morph
+from infocapsgan.systems.mimic import squared_error
 from infocapsgan.train import train
 from infocapsgan.training import Training, parameter_count
 
@@ -181,6 +182,27 @@ def test_mimic():
     assert not torch.equal(seen[0], last[0])
     assert torch.equal(seen[1], last[3])
     assert not seen[1].requires_grad
+
+
+def test_the_squared_error_of_a_copy_is_that_of_pixels_from_0_to_1():
+    copies = torch.zeros(2, 1, 3, 3)
+    copies[0] = 1
+    assert squared_error(copies, -torch.ones(2, 1, 3, 3)).item() == (9 + 9 / 4) / 2
+
+
+@pytest.mark.parametrize("name", ["capsulegan", "dcgan", "mimic"])
+def test_the_discriminator_is_judged_on_test_images(name, monkeypatch):
+    system = SYSTEMS[name](**SMALL[name]).eval()
+    monkeypatch.setattr(system, "logits", lambda images: images.mean(dim=(1, 2, 3)))
+    if name == "mimic":
+        monkeypatch.setattr(system, "mimicked", lambda images: -images)
+    black, white = torch.zeros(4, 1, 28, 28).byte(), torch.full((4, 1, 28, 28), 255).byte()
+    labels, mixed = torch.arange(4), torch.cat([white[:3], black[:1]])
+    with torch.no_grad():
+        metrics = system.evaluate(data.Dataset("black", black // 2, labels, mixed, labels))
+    assert metrics["real_accuracy"] == 0.75
+    if name == "mimic":
+        assert (metrics["generated_accuracy"], metrics["squared_error"]) == (0.75, 784)
 
 
 def test_the_line_between_two_latents():
