@@ -369,6 +369,49 @@ def test_errors_are_one_line(tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_is_trained_in_the_precision_asked_for(precision, tmp_path, monkeypatch):
+    step, found = CapsNet.step, []
+
+    def noted(self, images, labels, training):
+        found.append(training.precision)
+        return step(self, images, labels, training)
+
+    monkeypatch.setattr(CapsNet, "step", noted)
+    options = {"width": 8, "batch_size": 8, "max_steps": 1, "precision": precision}
+    train_module.train(CapsNet, CapsNet(out=tmp_path / "run", **options).settings)
+    assert found == [precision]
+
+
+def test_weights_and_order_and_random_numbers_follow_from_the_seed(tmp_path, monkeypatch):
+    seen = []
+
+    def noted(system, dataset, batches, training, run, **more):
+        weights = next(system.parameters()).detach().clone()
+        seen.append((weights, batches.indices(0), training.draw.uniform(8)))
+        return ""
+
+    monkeypatch.setattr(train_module, "fit", noted)
+    for name, seed in (("first", 0), ("second", 1), ("third", 0)):
+        settings = CapsNet(width=8, batch_size=8, seed=seed, out=tmp_path / name).settings
+        train_module.train(CapsNet, settings)
+    for first, second, third in zip(*seen, strict=True):
+        assert torch.equal(first, third)
+        assert not torch.equal(first, second)
+
+
+def test_the_number_of_epochs_and_how_often_something_is_logged_and_saved(tmp_path):
+    options = {"width": 8, "batch_size": 100, "epochs": 1}
+    often = {"log_every": 3, "evaluate_every": 10, "checkpoint_every": 6}
+    train_module.train(CapsNet, CapsNet(out=tmp_path / "run", **options, **often).settings)
+    _, steps, rows, _ = outcome(tmp_path / "run")
+    assert steps == 14  # of 1437 images
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [3, 6, 9, 12, 14]
+    assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [10, 14]
+    saved = checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in saved] == ["step-00000012", "step-00000014"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(800)
 def test_capsnet_passes_095_on_digits(tmp_path):

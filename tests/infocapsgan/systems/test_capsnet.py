@@ -1,9 +1,11 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from infocapsgan import data
+from infocapsgan.data.augment import deformed, flipped, relit, shifted
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.draw import Draw
 from infocapsgan.systems import CapsNet, capsnet
@@ -66,6 +68,19 @@ def test_the_schedule_weighs_the_reconstruction_in_a_step():
         assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True)) == stays
 
 
+@pytest.mark.parametrize(
+    ("options", "iterations", "norm", "leaky"),
+    [
+        ({}, 3, torch.nn.Identity, False),
+        ({"iterations": 2, "encoder_batch_norm": True, "leaky": True}, 2, torch.nn.BatchNorm2d, True),
+    ],
+)
+def test_the_encoder_is_as_the_settings_want_it(options, iterations, norm, leaky):
+    encoder = CapsNet(width=8, **options).model.encoder
+    assert (encoder.classes.iterations, encoder.classes.leaky) == (iterations, leaky)
+    assert isinstance(encoder.norm, norm)
+
+
 def test_published_initialisation():
     torch.manual_seed(0)
     model = CapsNet(recipe="published").model
@@ -100,6 +115,24 @@ def test_pictures_are_rebuilt_from_the_true_and_below_from_the_predicted_class(m
         wanted = [images, *(system.model(images, classes)[1] for classes in (labels, (labels + 1) % 10))]
     assert columns == 10
     torch.testing.assert_close(pictures, torch.cat(wanted))
+
+
+@pytest.mark.parametrize(
+    ("option", "function"),
+    [
+        ({"deform": 2.0}, partial(deformed, strength=2.0)),
+        ({"shift": 3}, partial(shifted, pixels=3)),
+        ({"flip": True}, flipped),
+        ({"brightness": 0.3}, partial(relit, brightness=0.3, contrast=0)),
+        ({"contrast": 0.3}, partial(relit, brightness=0, contrast=0.3)),
+        ({}, lambda images, draw: images),
+    ],
+    ids=str,
+)
+def test_one_augmentation_alone(option, function):
+    images = torch.rand(6, 1, 28, 28)
+    system = CapsNet(**{"width": 8, "shift": 0} | option)
+    assert torch.equal(system.augmented(images, Draw(3)), function(images, Draw(3)))
 
 
 def test_every_augmentation_at_once():

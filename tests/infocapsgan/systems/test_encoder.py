@@ -1,6 +1,9 @@
+import pytest
 import torch
 
 from infocapsgan import data
+from infocapsgan.data.augment import moved
+from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.draw import Draw
 from infocapsgan.systems import Encoder, InfoCapsGAN
 from infocapsgan.training import Training, parameter_count
@@ -29,3 +32,14 @@ def test_training_lowers_the_margin_loss():
     training = Training(system.optimizers, Draw(0))
     rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(40)]
     assert rows[-1]["margin"] < 0.7 * rows[0]["margin"]
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_moved_says_whether_copies_are_seen(copies):
+    digits = data.load("digits")
+    system, seen = Encoder(width=8, moved=copies), []
+    system.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = digits.train_images[:8]
+    system.step(images, digits.train_labels[:8], Training(system.optimizers, Draw(0)))
+    wanted = to_symmetric(images)
+    assert torch.equal(seen[0], moved(wanted, Draw(0), background=-1) if copies else wanted)

@@ -38,6 +38,12 @@ def close(found, wanted):
         torch.testing.assert_close(found[key], value, msg=lambda text, key=key: f"{key}: {text}")
 
 
+def test_routing_iterations_of_the_discriminator():
+    for options, iterations in (({"recipe": "published"}, 5), ({"iterations": 2}, 2)):
+        discriminator = CapsuleGAN(width=8, generator_width=8, **options).discriminator
+        assert discriminator.encoder.classes.iterations == iterations
+
+
 @pytest.mark.parametrize("loss", ["hinge", "wasserstein"])
 @pytest.mark.parametrize("name", GANS)
 def test_other_losses_with_spectral_norm_and_average(name, loss):

@@ -15,7 +15,7 @@ from infocapsgan.draw import Draw
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.gan import GAN
 from infocapsgan.systems.supervised import Supervised
-from infocapsgan.training import Training
+from infocapsgan.training import DTYPES, Training
 
 SMALL = {name: {"width": 8, "batch_size": 16} for name in SYSTEMS}
 SMALL["infocapsgan"]["warm_up"] = SMALL["infogan"]["warm_up"] = 0
@@ -82,7 +82,12 @@ def test_twenty_steps_evaluation_and_pictures(name, recipe, digits):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_twenty_steps_in_low_precision(name, precision, digits):
-    finite_and_changed(SYSTEMS[name](precision=precision, **SMALL[name]), digits)
+    system, dtypes = SYSTEMS[name](precision=precision, **SMALL[name]), set()
+    for module in system.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda _, __, output: dtypes.add(output.dtype))
+    finite_and_changed(system, digits)
+    assert dtypes == {DTYPES[precision]}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
