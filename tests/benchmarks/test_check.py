@@ -6,7 +6,10 @@ import torch
 from benchmarks import cases, peers
 from benchmarks.cases import RoutingCase, bound, exact, plain
 from benchmarks.check import check
+from benchmarks.measure import measure
 from benchmarks.passes import BOTH, FORWARD_BACKWARD, run
+from benchmarks.rows import Row
+from benchmarks.timing import Race
 
 SMALL = RoutingCase(5, 7, 3, 4, 6)
 
@@ -61,3 +64,19 @@ def test_the_reference_in_slices_is_the_reference(monkeypatch: pytest.MonkeyPatc
     exact.cache_clear()
     for x, y in zip(whole, sliced, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("wrong", ["ours", "peer"])
+def test_what_computes_something_else_is_not_timed(wrong: str) -> None:
+    def timed(*calls: object) -> Race:
+        raise NotImplementedError
+
+    right = bound(cases.reference.capsule_routing, SMALL)
+    form = {
+        name: (lambda u, weight: 1.01 * right(u, weight)) if name == wrong else right
+        for name in ("ours", "peer")
+    }
+    row = Row("routing", "capsule_routing", str(SMALL), FORWARD_BACKWARD)
+    truth = plain(SMALL, FORWARD_BACKWARD), exact(SMALL, FORWARD_BACKWARD)
+    with pytest.raises(AssertionError, match="value is off"):
+        measure(row, form["ours"], {"peer": form["peer"]}, *SMALL.inputs(), *truth, 42, timed)

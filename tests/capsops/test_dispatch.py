@@ -24,6 +24,13 @@ def test_auto_prefers_the_kernels_on_the_cpu() -> None:
     assert dispatch.resolve("auto", "cpu") == ("cpu" if "cpu" in served("cpu") else "reference")
 
 
+def test_auto_takes_a_kernel_on_cuda_only_where_the_ledger_has_a_row_for_it() -> None:
+    ledger = (Path(__file__).parents[2] / "benchmarks/results/GPU_LEDGER.md").read_text()
+    rows = ledger.split("\n## What ran\n")[1].lower().splitlines()
+    chosen = dispatch.resolve("auto", "cuda")
+    assert chosen == "reference" or any(chosen in row for row in rows)
+
+
 def test_auto_falls_back_on_devices_nobody_knows() -> None:
     assert dispatch.resolve("auto", "meta") == "reference"
 

@@ -293,3 +293,22 @@ def test_an_op_refuses_tensors_of_a_device_that_its_implementation_does_not_serv
         OPS.squash_backward(s, s, 1, "cuda")
     with pytest.raises(ValueError, match="^impl: got 'gpu', takes one of"):
         OPS.squash(s, 1, "gpu")
+
+
+@pytest.mark.parametrize(("needs_u", "needs_weight"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("op", ["predictions", "capsule_routing"])
+def test_gradients_that_nobody_needs_are_not_asked_for(
+    op: str, needs_u: bool, needs_weight: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, asked = dispatch.module("reference"), []
+    backward = getattr(module, f"{op}_backward")
+
+    def noted(*arguments: Any) -> Any:
+        asked.append(arguments[-2:])
+        return backward(*arguments)
+
+    monkeypatch.setattr(module, f"{op}_backward", noted)
+    u, weight, _ = layer_inputs(SHAPE, bias=False)
+    u, weight = u.detach().requires_grad_(needs_u), weight.detach().requires_grad_(needs_weight)
+    getattr(capsops, op)(u, weight, impl="reference").sum().backward()
+    assert asked == [(needs_u, needs_weight)]

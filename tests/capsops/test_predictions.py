@@ -102,3 +102,18 @@ def test_first_and_second_derivatives(impl: str) -> None:
     inputs = [u.requires_grad_(), weight.requires_grad_()]
     assert torch.autograd.gradcheck(partial(capsops.predictions, impl=impl), inputs)
     assert torch.autograd.gradgradcheck(partial(capsops.predictions, impl=impl), inputs)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_the_reference_computes_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    u, weight, _ = layer_inputs(Shape(33, 50, 10, 16, 8), bias=False, dtype=dtype)
+    wanted = reference.predictions(u.float(), weight.float()).to(dtype)
+    formula, given = reference.predictions, []
+
+    def noted(*tensors: torch.Tensor) -> torch.Tensor:
+        given.extend(tensor.dtype for tensor in tensors)
+        return formula(*tensors)
+
+    monkeypatch.setattr(reference, "predictions", noted)
+    assert torch.equal(capsops.predictions(u, weight, impl="reference"), wanted)
+    assert given == [torch.float32] * 2

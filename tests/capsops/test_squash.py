@@ -190,3 +190,9 @@ def test_second_derivatives_at_zero(impl: str) -> None:
     s[1] = 0
     assert torch.autograd.gradcheck(lambda x: capsops.squash(x, impl=impl), s.requires_grad_())
     assert torch.autograd.gradgradcheck(lambda x: capsops.squash(x, impl=impl), s)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_the_reference_computes_in_float32(dtype: torch.dtype) -> None:
+    s = torch.randn(50, 16).to(dtype)
+    assert torch.equal(capsops.squash(s, impl="reference"), reference.squash(s.float()).to(dtype))

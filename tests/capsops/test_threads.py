@@ -1,6 +1,7 @@
 """The same numbers from run to run, for any number of threads (to rounding), from several threads at once."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -129,3 +130,25 @@ assert torch.equal(list(loader)[5], want)
 """
     done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_kernel_is_given_the_threads_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("capsops._cpu", reason="the C++ extension is not built")
+    names = ("squash", "predictions", "routing", "couplings")
+    given = {}
+
+    def spy(name: str) -> Callable:
+        kernel = getattr(kernels, name)
+
+        def noted(*arguments: int) -> None:
+            given.setdefault(name, set()).add(arguments[-1])
+            kernel(*arguments)
+
+        return noted
+
+    for name in (*names, *(f"{name}_backward" for name in names[:3])):
+        monkeypatch.setattr(kernels, name, spy(name))
+    torch.set_num_threads(3)
+    everything("cpu", Shape(3, 5, 4, 3, 2), Options(2), torch.float32)
+    assert len(given) == 7
+    assert all(threads == {3} for threads in given.values()), given

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from infocapsgan.checkpoint import checkpoints
-from infocapsgan.parallel import Processes
+from infocapsgan.parallel import Processes, synchronise_batch_norm
 from infocapsgan.run import read_metrics
+from infocapsgan.systems import CapsNet
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["--width", "8", "--batch-size", "8", "--max-steps", "4", "--evaluate-every", "4", "--seed", "5"]
@@ -114,3 +115,16 @@ def test_how_often_processes_ask_whether_to_stop(world, device, asked, monkeypat
 def test_parts_of_a_batch():
     parts = [Processes(rank, 3).part(torch.arange(6)).tolist() for rank in range(3)]
     assert parts == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("world", "device", "wanted"), [(2, "cuda", True), (1, "cuda", False), (2, "cpu", False)]
+)
+def test_batch_norm_is_that_of_the_whole_batch_on_several_gpus(world, device, wanted):
+    system = CapsNet(width=8, encoder_batch_norm=True, decoder="deconv", decoder_batch_norm=True)
+    synchronise_batch_norm(system, Processes(0, world), torch.device(device))
+    norms = [
+        module for module in system.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+    ]
+    assert len(norms) == 4
+    assert all(isinstance(norm, torch.nn.SyncBatchNorm) == wanted for norm in norms)

@@ -210,3 +210,34 @@ def test_a_crash_is_counted_and_the_others_go_on_and_are_evaluated(tmp_path):
     assert "resnet" in outcome.crashed[0]
     metrics = sweep.summarise(found, outcome.crashed)["metrics"]
     assert metrics["error"]["values"] == [1 - metrics["accuracy"]["best"]]
+
+
+def test_as_many_runs_at_a_time_as_asked_for_and_all_on_one_device(tmp_path, monkeypatch):
+    words = ["infocapsgan", "--seeds", "0..2", "--jobs", "2", "--evaluate", "--device", "cpu"]
+    found = sweep.parse([*words, "--out", str(tmp_path)])
+    running, most, commands = [], [], []
+
+    class Process:
+        def __init__(self, command, **_):
+            self.words, self.polled = command[2:], False
+            commands.append(self.words)
+            running.append(self)
+            most.append(len(running))
+
+        def poll(self):
+            if not self.polled:
+                self.polled = True
+                return None
+            running.remove(self)
+            if self.words[0] == "infocapsgan.train":
+                write_run(Path(self.words[self.words.index("--out") + 1]), 0.9)
+            else:
+                Path(self.words[1], "evaluation.json").write_text("{}")
+            return 0
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", Process)
+    assert not sweep.run_all(found).crashed
+    assert len(commands) == 6
+    assert max(most) == 2
+    for command in commands:
+        assert command[command.index("--device") + 1] == "cpu"

@@ -3,12 +3,15 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from infocapsgan import trained
+from infocapsgan import evaluate, trained, visualize
 from infocapsgan.checkpoint import checkpoints, save_best
 from infocapsgan.data import DataError
 from infocapsgan.run import RunError
+from infocapsgan.systems import CapsNet
+from infocapsgan.train import train
 
 
 @pytest.fixture
@@ -63,3 +66,21 @@ def test_what_is_no_run_or_not_readable(copy, tmp_path):
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(RunError, match="has no checkpoint yet; train on with --resume"):
         trained.load(copy)
+
+
+def test_images_that_were_moved_since_the_training(tmp_path, monkeypatch, capsys):
+    for name, value in (("dark", 0), ("light", 255)):
+        (tmp_path / "before" / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("L", (32, 32), value).save(tmp_path / "before" / name / f"{number}.png")
+    path = tmp_path / "run"
+    options = {"dataset": "folder", "data_dir": tmp_path / "before", "device": "cpu", "width": 8}
+    train(CapsNet, CapsNet(batch_size=4, max_steps=1, out=path, **options).settings)
+    (tmp_path / "before").rename(tmp_path / "now")
+    for main, words in ((evaluate.main, [path]), (visualize.main, [path, "reconstruct"])):
+        monkeypatch.setattr("sys.argv", ["program", *map(str, words)])
+        with pytest.raises(SystemExit, match="error: --data-dir: got .*before, takes the directory"):
+            main()
+        monkeypatch.setattr("sys.argv", ["program", *map(str, words), "--data-dir", str(tmp_path / "now")])
+        main()
+        assert "written to" in capsys.readouterr().out
