@@ -1,6 +1,7 @@
 """capsops.dispatch: who serves what, `use_impl`, the environment variable, and what is not available."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,3 +209,20 @@ def test_environment_variable_that_names_what_is_missing() -> None:
     assert done.stdout.strip() == "imported"
     assert done.returncode != 0
     assert "impl='cuda'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "allowed"),
+    [
+        ({"fp32_precision": "tf32"}, True),
+        ({"fp32_precision": "ieee"}, False),
+        ({"allow_tf32": True}, True),
+        ({"allow_tf32": False}, False),
+    ],
+)
+def test_cuda_kernels_round_to_tf32_where_torch_may(
+    setting: dict[str, str | bool], allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = pytest.importorskip("capsops.impl.cuda", exc_type=ImportError)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(**setting))
+    assert kernels._allows_tf32() == allowed
