@@ -100,7 +100,7 @@ def squash(s: Tensor, dim: int = -1, *, impl: str = "auto") -> Tensor:
     Raises:
         TypeError: `s` is not a tensor.
         ValueError: `dim` is out of range, the dtype is not a floating one, or `impl` does not serve the
-            device.
+            device, or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
     _check_tensors(s=s)
@@ -133,7 +133,8 @@ def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
 
     Raises:
         TypeError: an argument is not a tensor, or dtypes differ.
-        ValueError: shapes, dtypes or devices do not fit, or `impl` does not serve the device.
+        ValueError: shapes, dtypes or devices do not fit, or `impl` does not serve the device, or
+            names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
     _check_tensors(u=u, weight=weight)
@@ -172,7 +173,8 @@ def dynamic_routing(
 
     Raises:
         TypeError: an argument is not a tensor, dtypes differ, or an option is of another type.
-        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device.
+        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device,
+            or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
     _check_tensors(u_hat=u_hat, bias=bias)
@@ -226,7 +228,8 @@ def capsule_routing(
 
     Raises:
         TypeError: an argument is not a tensor, dtypes differ, or an option is of another type.
-        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device.
+        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device,
+            or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
     _check_layer(u, weight, bias)

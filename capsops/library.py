@@ -422,7 +422,7 @@ def _kernel(function: Callable) -> Callable:
     return call
 
 
-def _autocast(op: Callable, device: str) -> Callable:
+def under_autocast(op: Callable, device: str) -> Callable:
     """What torch does for matrix products: every tensor but float64 in autocast's dtype."""
 
     def cast(x: Any) -> Any:
@@ -446,4 +446,4 @@ for _name, _schema in _SCHEMAS.items():
         torch.library.register_autograd(f"capsops::{_name}", _vjp, setup_context=_setup, lib=_library)
 for _name in ("squash", "predictions", "dynamic_routing", "capsule_routing", "couplings"):
     for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _library.impl(_name, _autocast(getattr(torch.ops.capsops, _name), _device), _key)
+        _library.impl(_name, under_autocast(getattr(torch.ops.capsops, _name), _device), _key)

@@ -1,10 +1,11 @@
 """Derivatives that the ops do not have, in forward mode and under torch.func: those of the reference formula.
 
-An op registered with torch.library has a gradient for autograd's backward mode alone. To forward-mode
-automatic differentiation it would look like a constant, and torch.func refuses it.
+The gradient of an op registered with torch.library is for autograd's backward mode. In forward mode the op
+would count as a constant, and torch.func refuses it.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from capsops.impl import accumulation_dtype
+from capsops.library import under_autocast
 
 
 def active(*tensors: Tensor | None) -> bool:
@@ -36,10 +38,6 @@ def by_formula(formula: Callable[..., Tensor], *tensors: Tensor | None, **option
     """`formula` of capsops.reference, in the dtypes of the op: autocast's, and summed in float32 at least."""
     dtype, device = tensors[0].dtype, tensors[0].device.type
     if torch.is_autocast_enabled(device):
-        if dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            narrow = (None if x is None else x.to(dtype) for x in tensors)
-            return by_formula(formula, *narrow, **options)
+        return under_autocast(partial(by_formula, formula, **options), device)(*tensors)
     wide = accumulation_dtype(dtype)
     return formula(*(None if x is None else x.to(wide) for x in tensors), **options).to(dtype)

@@ -18,11 +18,9 @@ def test_the_table_of_two_systems(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     words = "capsnet dcgan --width 8 --batch-size 8 --steps 2 --warm-up 1 --threads 1 --save-results"
-    threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["systems", *words.split()])
     monkeypatch.setattr(systems, "RESULTS", tmp_path)
     systems.main()
-    torch.set_num_threads(threads)
     (path,) = tmp_path.iterdir()
     header, (capsnet, compared, dcgan) = load(path)
     assert header["command"] == f"python -m benchmarks.systems {words}"

@@ -161,29 +161,20 @@ def test_the_loss_of_real_images_is_the_weighted_sum_of_what_is_named(name, digi
 def test_what_the_parts_of_that_loss_are_told(name, digits, monkeypatch):
     told = {}
 
-    def spy(module, function, option):
+    def spy(module, function):
         original = getattr(module, function)
+        monkeypatch.setattr(
+            module, function, lambda *given, **options: told.update(options) or original(*given, **options)
+        )
 
-        def call(*given, **options):
-            told[option] = options[option]
-            return original(*given, **options)
-
-        monkeypatch.setattr(module, function, call)
-
-    spy(losses, "mutual_information", "mean")
-    spy(losses, "adversarial_smoothness", "radius")
-    spy(class_code, "erased", "share")
-    information = losses.mutual_information
-    monkeypatch.setattr(
-        losses,
-        "mutual_information",
-        lambda *given, **options: told.update(options) or information(*given, **options),
-    )
+    spy(losses, "mutual_information")
+    spy(losses, "adversarial_smoothness")
+    spy(class_code, "erased")
     system = made(name, warm_up=9, smoothness_after=0, balance=2.5, smoothness_radius=1.5, erased=0.25)
     training = Training(system.optimizers, Draw(0))
     system.step(digits.train_images[:16], digits.train_labels[:16], training)
-    told["mean"] = told["mean"] == training.processes.mean
-    assert told == {"mean": True, "balance": 2.5, "radius": 1.5, "share": 0.25}
+    mean = training.processes.mean
+    assert told == {"mean": mean, "balance": 2.5, "radius": 1.5, "share": 0.25, "background": -1}
 
 
 @pytest.mark.parametrize("name", NAMES)
