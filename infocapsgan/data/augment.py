@@ -1,5 +1,6 @@
 """Moved and deformed copies of images, in batches, on the device that holds them."""
 
+import functools
 import math
 
 import torch
@@ -46,6 +47,42 @@ def moved(
         align_corners=False,
     )
     return F.grid_sample(images - background, grid, align_corners=False) + background
+
+
+@record_function("augmentation")
+def leaning(images: Tensor, slant: Tensor, *, background: float = 0.0) -> Tensor:
+    """Each image [B, C, H, W] sheared about its middle, to the right where `slant` [B] is above 0.
+
+    Args:
+        images: what is sheared.
+        slant: a row's shift over its height above the middle: what strokes.slant then finds more.
+        background: the value of what comes in from outside.
+    """
+    H, W = images.shape[2:]
+    matrix = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
+    matrix[:, 0, 1] = slant * H / W  # the grid runs from −1 to 1 along both sides, rows from the top
+    grid = F.affine_grid(matrix.to(images.dtype), list(images.shape), align_corners=False)
+    return F.grid_sample(images - background, grid, align_corners=False) + background
+
+
+@record_function("augmentation")
+def thickened(images: Tensor, pixels: Tensor) -> Tensor:
+    """Each image [B, C, H, W] with bright strokes that are wider by about `pixels` [B], from −2 to 2.
+
+    Between the image and its dilation, or for negative numbers its erosion, by a cross of 3 × 3, which moves
+    each border of a stroke by a pixel. Strokes that are as thin as what is taken from them vanish.
+    """
+    grown = functools.reduce(torch.maximum, _neighbours(images, -math.inf))
+    shrunk = functools.reduce(torch.minimum, _neighbours(images, math.inf))
+    share = (pixels / 2).view(-1, 1, 1, 1)
+    return images + share.clamp(min=0) * (grown - images) + share.clamp(max=0) * (images - shrunk)
+
+
+def _neighbours(images: Tensor, outside: float) -> list[Tensor]:
+    """Each pixel itself, and those above, below, left and right of it."""
+    padded = F.pad(images, [1, 1, 1, 1], value=outside)
+    H, W = images.shape[2:]
+    return [padded[:, :, y : y + H, x : x + W] for y, x in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))]
 
 
 @record_function("augmentation")

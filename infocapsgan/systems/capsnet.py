@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from capsops.nn import RoutingCapsules
 from infocapsgan import losses
 from infocapsgan.data import NAMES, Dataset
-from infocapsgan.data.augment import deformed, flipped, relit, shifted
+from infocapsgan.data.augment import deformed, flipped, moved, relit, shifted
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.data.multi_mnist import TEST_PAIRS, MultiMNIST, overlaid
 from infocapsgan.draw import Draw
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
 from infocapsgan.models.decoders import DeconvolutionalDecoder, FullyConnectedDecoder, masked
+from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
 from infocapsgan.settings import Count, Share, Weight, Whole
 from infocapsgan.systems.supervised import Supervised, SupervisedSettings
 from infocapsgan.training import Training, adam
@@ -38,8 +39,10 @@ class CapsNetSettings(SupervisedSettings):
     """Routing iterations."""
     leaky: bool = False
     """Whether the routing has an orphan class."""
+    stem: Literal["single", "stacked"] = "single"
+    """One convolution of 9 × 9 before the primary capsules, or four of 3 × 3 with batch norm."""
     encoder_batch_norm: bool = False
-    """Whether the encoder normalises after its first convolution."""
+    """Whether the encoder normalises after its first convolution; with the stacked ones it always does."""
     decoder: Literal["fc", "deconv"] = "fc"
     """Fully connected, or transposed convolutions with a fifth of the weights."""
     decoder_batch_norm: bool = False
@@ -56,6 +59,12 @@ class CapsNetSettings(SupervisedSettings):
     """What the learning rate is multiplied by after each epoch."""
     shift: Whole = 2
     """Each training image is moved by up to this many pixels along each axis."""
+    turn: Weight = 0.0
+    """Each training image is turned by up to this many degrees to either side."""
+    resize: Share = 0.0
+    """Each training image is made larger or smaller by up to this share."""
+    shear: Weight = 0.0
+    """Each training image is sheared by up to this much: a row's shift against one as far away."""
     deform: Weight = 0.0
     """Elastic deformation of training images: root mean square of a displacement, in pixels."""
     flip: bool = False
@@ -78,16 +87,17 @@ class CapsNetModel(nn.Module):
 
     def __init__(self, channels: int, size: int, classes: int, settings: CapsNetSettings) -> None:
         super().__init__()
-        self.encoder = CapsuleEncoder(
-            channels,
-            size,
-            classes,
-            width=settings.width,
-            class_dim=CLASS_DIM,
-            iterations=settings.iterations,
-            batch_norm=settings.encoder_batch_norm,
-            leaky=settings.leaky,
-        )
+        options = {
+            "width": settings.width,
+            "class_dim": CLASS_DIM,
+            "iterations": settings.iterations,
+            "leaky": settings.leaky,
+        }
+        if settings.stem == "single":
+            options["batch_norm"] = settings.encoder_batch_norm
+            self.encoder = CapsuleEncoder(channels, size, classes, **options)
+        else:
+            self.encoder = StackedCapsuleEncoder(channels, size, classes, **options)
         numbers, batch_norm = classes * CLASS_DIM, settings.decoder_batch_norm
         if settings.decoder == "fc":
             self.decoder = FullyConnectedDecoder(numbers, channels, size, batch_norm=batch_norm)
@@ -156,6 +166,8 @@ class CapsNet(Supervised):
     def augmented(self, images: Tensor, draw: Draw) -> Tensor:
         """Training images [B, C, H, W] in [0, 1] as the settings want them changed."""
         s = self.settings
+        if s.turn or s.resize or s.shear:
+            images = moved(images, draw, degrees=s.turn, scale=s.resize, shear=s.shear, shift=0)
         if s.deform:
             images = deformed(images, draw, s.deform)
         if s.shift:

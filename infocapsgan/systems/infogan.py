@@ -5,6 +5,10 @@ Source: Chen et al. 2016, networks of appendix C.1; loss weights and sizes of a 
 The recipe `tuned` finds the classes on real images first (class_code.py), by an optimiser of its own for
 trunk and recogniser. These have no batch norm: its statistics would be those of moved, real and generated
 images in turn, and a discriminator that sees each on a scale of its own cannot tell how bright they are.
+
+What the continuous codes mean is open as published: whatever varies most, at times the same twice. Copies of
+real images settle it (meaning_weight): where strokes lean more, the first code is to be higher, where they
+are wider the second, each by as much as the copy was changed, and neither with the other.
 """
 
 from dataclasses import dataclass
@@ -15,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infocapsgan.data import Dataset
+from infocapsgan.data.augment import leaning, thickened
 from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.draw import Draw
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
@@ -22,6 +27,8 @@ from infocapsgan.settings import Count, Range, Weight, Whole
 from infocapsgan.systems.class_code import NO_REAL_IMAGES, ClassCodeGAN, ClassCodeSettings
 from infocapsgan.systems.gan import ADAM_BETAS
 from infocapsgan.training import Training, adam
+
+LEAN, THICKNESS = 0.5, 1.0  # of copies, where a continuous code is to change by 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,13 @@ class InfoGANSettings(ClassCodeSettings):
     """Learning rate of what recognises classes, for what real images say of them."""
     batch_norm: bool = True
     """Whether discriminator and recogniser normalise."""
+    meaning_weight: Weight = 0.0
+    """Weight of: the first continuous code grows with slant, the second with the width of strokes."""
+
+    @property
+    def learns_of_copies(self) -> bool:
+        """Whether real images say what continuous codes mean."""
+        return bool(self.meaning_weight and self.continuous_codes)
 
 
 class InfoGANDiscriminator(nn.Module):
@@ -94,8 +108,8 @@ class InfoGAN(ClassCodeGAN):
     }
     datasets: ClassVar = {"cifar10": {"noise_dim": 64, "continuous_weight": 1.0, "epochs": 150}}
     tuned: ClassVar = {
-        "digits": {"width": 16, "epochs": 80, "warm_up": 260, "smoothness_after": 150},
-        "mnist": {"warm_up": 1000},
+        "digits": {"width": 16, "epochs": 80, "warm_up": 260, "smoothness_after": 150, "meaning_weight": 0.5},
+        "mnist": {"warm_up": 1000, "meaning_weight": 0.5},
         "fashion-mnist": {"warm_up": 1000},
     }
 
@@ -115,7 +129,7 @@ class InfoGAN(ClassCodeGAN):
             "discriminator": adam(shared, s.discriminator_rate, ADAM_BETAS),
             "generator": adam(generating, s.generator_rate, ADAM_BETAS),
         }
-        if s.learns_of_real_images:
+        if s.learns_of_real_images or s.learns_of_copies:
             weights = [*self.discriminator.trunk.parameters(), *self.discriminator.recogniser.parameters()]
             self.optimizers["classes"] = adam(weights, s.classes_rate, ADAM_BETAS)
 
@@ -139,10 +153,14 @@ class InfoGAN(ClassCodeGAN):
     def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
         """The classes of real images, and after the warm-up the two networks; no label is looked at."""
         s, real, named = self.settings, to_symmetric(images), {}
-        if s.learns_of_real_images:
+        if "classes" in self.optimizers:
             self.optimizers["classes"].param_groups[0]["lr"] = self.settled(s.classes_rate, training)
             with training.autocast():
-                loss = self.real_images_loss(real, self.class_logits(real), training, named)
+                _, categories, values = self.discriminator(real)
+                loss = self.real_images_loss(real, categories, training, named)
+                if s.learns_of_copies:
+                    named["meaning"] = self.meaning_loss(real, values, training.draw)
+                    loss = loss + s.meaning_weight * named["meaning"]
             training.update("classes", loss)
         if self.generates(training):
             named |= self.generator_step(real, training)
@@ -186,6 +204,23 @@ class InfoGAN(ClassCodeGAN):
         categorical = F.cross_entropy(categories.float(), code)
         squared = (values.float() - continuous).square().sum(dim=1).mean()
         return s.categorical_weight * categorical + s.continuous_weight * squared, categorical, squared
+
+    def meaning_loss(self, real: Tensor, values: Tensor, draw: Draw) -> Tensor:
+        """Squared error of how the first two continuous codes change with slant and width of strokes.
+
+        Σ_k (Q_k(copy) − Q_k(image) − a_k)², averaged over the batch, with amounts a_k even from −1 to 1: the
+        copy of an image leans by a_1 · LEAN more, its strokes are wider by about a_2 · THICKNESS pixels.
+
+        Args:
+            real: images [B, C, H, W] in [−1, 1].
+            values: continuous codes Q of these images [B, continuous_codes].
+            draw: where the amounts come from.
+        """
+        amounts = draw.uniform(len(real), 2) * 2 - 1
+        copy = leaning(real, amounts[:, 0] * LEAN, background=-1)
+        copy = thickened(copy, amounts[:, 1] * THICKNESS)
+        change = (self.discriminator(copy)[2].float() - values.float())[:, :2]
+        return (change - amounts[:, : change.shape[1]]).square().sum(dim=1).mean()
 
     def random_latents(self, number: int, draw: Draw, images: Tensor) -> Tensor:
         """Latents of normal noise, evenly drawn classes and continuous codes."""

@@ -1,6 +1,7 @@
 import torch
 
-from infocapsgan.data.augment import deformed, erased, flipped, moved, relit, shifted
+from infocapsgan import strokes
+from infocapsgan.data.augment import deformed, erased, flipped, leaning, moved, relit, shifted, thickened
 from infocapsgan.draw import Draw
 
 
@@ -38,7 +39,7 @@ def bars():
     return images
 
 
-def leaning(images):
+def lean_of(images):
     """By how many columns a bar is further left in a row than in the one above it [B]."""
     place = torch.arange(32.0) - 15.5
     x, y = place[None, :], place[:, None]
@@ -46,7 +47,7 @@ def leaning(images):
 
 
 def test_turns_are_in_degrees():
-    lean = leaning(moved(bars(), Draw(0), **STILL | {"degrees": 20}))
+    lean = lean_of(moved(bars(), Draw(0), **STILL | {"degrees": 20}))
     assert 0.3 < lean.max() < 0.37  # tan 20° = 0.364
     assert -0.37 < lean.min() < -0.3
 
@@ -59,10 +60,33 @@ def test_sizes_change_by_their_share():
 
 def test_shear_moves_rows_against_one_another():
     copies = moved(bars(), Draw(0), **STILL | {"shear": 0.5})
-    lean = leaning(copies)
+    lean = lean_of(copies)
     assert 0.45 < lean.max() < 0.51
     assert -0.51 < lean.min() < -0.45
     torch.testing.assert_close(copies.sum(3), bars().sum(3))  # no row becomes longer or goes to another
+
+
+def test_a_slant_is_a_shift_over_a_height():
+    slant = torch.linspace(-0.4, 0.4, 5)
+    tall = torch.zeros(5, 1, 24, 16)
+    tall[:, :, 4:20, 6:10] = 1
+    copies = leaning(tall, slant)
+    torch.testing.assert_close(strokes.slant(copies).float(), slant, atol=0.01, rtol=0)
+    torch.testing.assert_close(copies.sum(3), tall.sum(3))
+    torch.testing.assert_close(leaning(tall, 0 * slant), tall)
+    dark = torch.full((5, 1, 24, 16), -1.0)
+    torch.testing.assert_close(leaning(dark, slant, background=-1), dark)
+
+
+def test_strokes_become_wider_and_narrower_by_pixels():
+    images = torch.full((5, 1, 12, 12), -1.0)
+    images[:, :, :, 4:8] = 1  # upright, four pixels wide, to the upper and the lower border
+    copies = thickened(images, torch.tensor([-2.0, -1, 0, 1, 2]))
+    across = torch.stack([copies[n, 0, row] for n in range(5) for row in (0, 6, 11)]).view(5, 3, 12)
+    assert (across == across[:, :1]).all()
+    assert ((across[:, 0] + 1) / 2).sum(1).tolist() == [2, 3, 4, 5, 6]
+    assert across[1, 0, 3:9].tolist() == [-1, 0, 1, 1, 0, -1]
+    assert across[3, 0, 2:10].tolist() == [-1, 0, 1, 1, 1, 1, 0, -1]
 
 
 def test_the_background_comes_in_from_outside():

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from infocapsgan import data
-from infocapsgan.data.augment import deformed, flipped, relit, shifted
+from infocapsgan.data.augment import deformed, flipped, moved, relit, shifted
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.draw import Draw
+from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
 from infocapsgan.systems import CapsNet, capsnet
 from infocapsgan.systems.capsnet import reconstruction_error, schedule
 from infocapsgan.training import Training, parameter_count
@@ -81,6 +82,12 @@ def test_the_encoder_is_as_the_settings_want_it(options, iterations, norm, leaky
     assert isinstance(encoder.norm, norm)
 
 
+def test_a_stacked_encoder_is_as_the_settings_want_it():
+    encoder = CapsNet(width=8, stem="stacked", iterations=2, leaky=True).model.encoder
+    assert isinstance(encoder, StackedCapsuleEncoder)
+    assert (encoder.classes.iterations, encoder.classes.leaky) == (2, True)
+
+
 def test_published_initialisation():
     torch.manual_seed(0)
     model = CapsNet(recipe="published").model
@@ -122,6 +129,9 @@ def test_pictures_are_rebuilt_from_the_true_and_below_from_the_predicted_class(m
     [
         ({"deform": 2.0}, partial(deformed, strength=2.0)),
         ({"shift": 3}, partial(shifted, pixels=3)),
+        ({"turn": 10.0}, partial(moved, degrees=10, scale=0, shear=0, shift=0)),
+        ({"resize": 0.1}, partial(moved, degrees=0, scale=0.1, shear=0, shift=0)),
+        ({"shear": 0.2}, partial(moved, degrees=0, scale=0, shear=0.2, shift=0)),
         ({"flip": True}, flipped),
         ({"brightness": 0.3}, partial(relit, brightness=0.3, contrast=0)),
         ({"contrast": 0.3}, partial(relit, brightness=0, contrast=0.3)),

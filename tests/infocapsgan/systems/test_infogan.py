@@ -3,10 +3,12 @@ import math
 import pytest
 import torch
 
-from infocapsgan import data
+from infocapsgan import data, strokes
+from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.draw import Draw
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
 from infocapsgan.systems import InfoGAN
+from infocapsgan.systems.infogan import LEAN
 from infocapsgan.training import Training, parameter_count
 
 
@@ -86,7 +88,7 @@ def test_the_codes_train_the_trunk_that_discriminator_and_recogniser_share():
 def test_training_lowers_the_code_losses():
     torch.manual_seed(0)
     digits = data.load("digits")
-    system = InfoGAN(width=8, batch_size=32, warm_up=0, noise_dim=4)
+    system = InfoGAN(width=8, batch_size=32, warm_up=0, noise_dim=4, meaning_weight=0.0)
     training = Training(system.optimizers, Draw(0))
     rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(60)]
     assert rows[-1]["categorical"] < 0.8 * rows[0]["categorical"]
@@ -102,6 +104,53 @@ def test_continuous_codes_are_drawn_from_minus_one_to_one(monkeypatch):
     (codes,) = drawn
     assert -1 <= codes.min() < -0.8
     assert 0.8 < codes.max() <= 1
+
+
+def test_the_loss_of_what_codes_mean_by_hand(monkeypatch):
+    system, images = InfoGAN(width=8), data.load("digits").train_images[:64]
+    real = to_symmetric(images)
+
+    def measured(images):
+        unit = (images + 1) / 2
+        found = [strokes.slant(unit) / LEAN, strokes.stroke_width(unit), strokes.digit_width(unit)]
+        return None, None, torch.stack([measure.float() for measure in found], dim=1)
+
+    monkeypatch.setattr(system.discriminator, "forward", measured)
+    _, _, values = measured(real)
+    loss = system.meaning_loss(real, values, Draw(0))
+    still = system.meaning_loss(real, 0 * values, Draw(0))
+    # A code that measures slant is right to 0.01, one that measures strokes roughly: E[a²] is 1/3 for each.
+    assert loss < 0.15
+    assert still > 1
+    monkeypatch.setattr(system.discriminator, "forward", lambda images: (None, None, values))
+    amounts = Draw(0).uniform(64, 2) * 2 - 1
+    torch.testing.assert_close(system.meaning_loss(real, values, Draw(0)), amounts.square().sum(dim=1).mean())
+    monkeypatch.setattr(system.discriminator, "forward", lambda images: (None, None, values[:, :1]))
+    torch.testing.assert_close(
+        system.meaning_loss(real, values[:, :1], Draw(0)), amounts[:, 0].square().mean()
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"warm_up": 0, "information_weight": 0.0, "consistency_weight": 0.0}]
+)
+def test_real_images_teach_what_codes_mean(options):
+    torch.manual_seed(0)
+    digits = data.load("digits")
+    system = InfoGAN(width=8, batch_size=32, meaning_weight=1.0, **options)
+    training = Training(system.optimizers, Draw(0), steps=60)
+    rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(60)]
+    first, last = (sum(row["meaning"] for row in part) / 10 for part in (rows[:10], rows[-10:]))
+    assert last < 0.6 * first
+
+
+@pytest.mark.parametrize("options", [{"meaning_weight": 0.0}, {"continuous_codes": 0}])
+def test_codes_are_left_open(options):
+    system, digits = InfoGAN(width=8, batch_size=8, **options), data.load("digits")
+    named = system.step(
+        digits.train_images[:8], digits.train_labels[:8], Training(system.optimizers, Draw(0))
+    )
+    assert "meaning" not in named
 
 
 def test_each_part_has_its_own_learning_rate():
