@@ -40,7 +40,10 @@ command_of() {
             options="capsnet --epochs 25 --rate-decay 0.88 --decoder ${1%-bn}"
             [[ $1 != *-bn ]] || options+=" --decoder-batch-norm"
             ;;
-        multi) options="capsnet --epochs 20 --rate-decay 0.85" && dataset=multi-mnist ;;
+        multi)
+            options="capsnet --stem single --width 256 --batch-size 128 --epochs 20 --rate-decay 0.85"
+            dataset=multi-mnist
+            ;;
         *) echo "PART: got $1, takes ${parts// /, }" >&2 && exit 2 ;;
     esac
     [[ $impl == auto ]] || options+=" --impl $impl"

@@ -128,6 +128,13 @@ class CapsNet(Supervised):
     tuned: ClassVar = {
         "digits": {"width": 32, "epochs": 15, "shift": 1},
         "mnist": {"batch_size": 64, "learning_rate": 2e-3},
+        "multi-mnist": {
+            "stem": "stacked",
+            "width": 64,
+            "batch_size": 64,
+            "epochs": 26,
+            "rate_decay": 0.85,
+        },
     }
 
     def __init__(self, settings: Settings | None = None, **options) -> None:
