@@ -160,6 +160,8 @@ def test_published_settings():
     assert (s.learning_rate, s.rate_decay, s.batch_size, s.iterations) == (1e-3, 1, 128, 3)
     assert (s.reconstruction_weight, s.reconstruction_loss) == (0.0005, "squared")
     assert (s.reconstruction_schedule, s.decoder, s.leaky, s.width) == ("constant", "fc", False, 256)
+    assert (s.stem, s.turn, s.resize, s.shear) == ("single", 0, 0, 0)
+    assert CapsNet.defaults("published", "multi-mnist").stem == "single"
 
 
 def test_published_treatment_of_each_data_set():

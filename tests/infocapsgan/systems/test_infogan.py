@@ -32,6 +32,7 @@ def test_published_settings():
     s = InfoGAN.defaults("published", "mnist")
     assert (s.noise_dim, s.continuous_codes, s.continuous_weight, s.categorical_weight) == (62, 2, 0.5, 1)
     assert (s.batch_size, s.epochs, s.discriminator_rate, s.generator_rate) == (256, 50, 2e-4, 1e-3)
+    assert s.meaning_weight == 0
     s = InfoGAN.defaults("published", "cifar10")
     assert (s.noise_dim, s.continuous_weight, s.batch_size, s.epochs) == (64, 1, 256, 150)
 
