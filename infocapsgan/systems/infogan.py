@@ -58,7 +58,7 @@ class InfoGANSettings(ClassCodeSettings):
     batch_norm: bool = True
     """Whether discriminator and recogniser normalise."""
     meaning_weight: Weight = 0.0
-    """Weight of: the first continuous code grows with slant, the second with the width of strokes."""
+    """Weight of: the first continuous code grows with slant, the second with the width of bright strokes."""
 
     @property
     def learns_of_copies(self) -> bool:
@@ -108,7 +108,7 @@ class InfoGAN(ClassCodeGAN):
     }
     datasets: ClassVar = {"cifar10": {"noise_dim": 64, "continuous_weight": 1.0, "epochs": 150}}
     tuned: ClassVar = {
-        "digits": {"width": 16, "epochs": 80, "warm_up": 260, "smoothness_after": 150, "meaning_weight": 0.5},
+        "digits": {"width": 16, "epochs": 80, "warm_up": 260, "smoothness_after": 150},
         "mnist": {"warm_up": 1000, "meaning_weight": 0.5},
         "fashion-mnist": {"warm_up": 1000},
     }
