@@ -127,7 +127,16 @@ class CapsNet(Supervised):
     }
     tuned: ClassVar = {
         "digits": {"width": 32, "epochs": 15, "shift": 1},
-        "mnist": {"batch_size": 64, "learning_rate": 2e-3},
+        "mnist": {
+            "stem": "stacked",
+            "width": 48,
+            "batch_size": 64,
+            "epochs": 15,
+            "rate_decay": 0.76,
+            "turn": 10.0,
+            "resize": 0.1,
+            "shear": 0.1,
+        },
         "multi-mnist": {
             "stem": "stacked",
             "width": 64,

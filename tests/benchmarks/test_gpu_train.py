@@ -61,7 +61,7 @@ def test_every_command_of_the_results_is_one_that_the_sweep_takes() -> None:
     )
     start = "python -m infocapsgan.sweep "
     lines = [line.strip() for line in done.stdout.splitlines() if start in line]
-    assert len(lines) == 11
+    assert len(lines) == 12
     for line in lines:
         found = sweep.parse(line.removeprefix(start).split())
         assert found.seeds == (7,)
