@@ -133,7 +133,7 @@ def primary(found: Trained, *, image: int = 0, steps: int = 1000) -> Figure:
         inputs[row, :, i] = values[:, None] * u[0, i]
     rebuilt = decoder(inputs.flatten(0, 1)).unflatten(0, (len(chosen), len(values)))
     shown = torch.cat([pixels.expand(len(chosen), 1, *pixels.shape[1:]), rebuilt], dim=1)
-    side = math.isqrt(u.shape[1] // (system.settings.width // u.shape[2]))
+    side = math.isqrt(u.shape[1] // system.model.encoder.primary.capsules)
     rows = [
         f"type {i // side**2}, row {i % side**2 // side}, column {i % side}: {coupling[0, i]:.2f}"
         for i in chosen.tolist()

@@ -202,6 +202,22 @@ def test_a_primary_capsule_is_scaled_from_left_to_right(run_of, tmp_path, monkey
         capsules.primary(found, steps=31)
 
 
+@pytest.mark.parametrize("stem", ["single", "stacked"])
+def test_primary_capsules_are_named_by_their_place(stem, tmp_path, monkeypatch):
+    system = CapsNet(width=16, stem=stem).eval().requires_grad_(False)
+    found = Trained(tmp_path, "capsnet", system, Weights(tmp_path, 1), torch.device("cpu"))
+    u = system.model.encoder(torch.rand(1, 1, 28, 28)).primary
+    decoder = FullyConnectedDecoder(u[0].numel(), 1, 28).eval().requires_grad_(False)
+    monkeypatch.setattr(capsules, "primary_decoder", lambda *given: (decoder, 1.0))
+    coupling = torch.zeros(u.shape[:2])
+    # On a grid of 6 × 6: the first type's last place, then the second type's in row 1, column 2.
+    coupling[0, 35], coupling[0, 36 + 6 + 2] = 0.9, 0.5
+    monkeypatch.setattr(capsules, "couplings_to", lambda *given: (coupling, torch.zeros(1).long()))
+    monkeypatch.setattr(capsules, "lengths", lambda u: torch.ones(u.shape[:-1]))
+    rows = ticks(capsules.primary(found).axes[0])[1]
+    assert rows[:2] == ["type 0, row 5, column 5: 0.90", "type 1, row 1, column 2: 0.50"]
+
+
 def test_other_weights_of_the_same_name_have_another_decoder(run_of, tmp_path, monkeypatch):
     run = shutil.copytree(run_of("capsnet"), tmp_path / "run")
     trainings = []
