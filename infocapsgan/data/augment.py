@@ -41,11 +41,12 @@ def moved(
         [size * turn.cos(), lean - size * turn.sin(), size * turn.sin(), size * turn.cos()], dim=1
     )
     offset = (draw.uniform(B, 2) * 2 - 1) * (2 * shift)  # the grid runs from −1 to 1
-    grid = F.affine_grid(
-        torch.cat([matrix.view(B, 2, 2), offset[:, :, None]], dim=2).to(images.dtype),
-        list(images.shape),
-        align_corners=False,
-    )
+    return _mapped(images, torch.cat([matrix.view(B, 2, 2), offset[:, :, None]], dim=2), background)
+
+
+def _mapped(images: Tensor, matrix: Tensor, background: float) -> Tensor:
+    """Images [B, C, H, W] whose places are taken to those of the originals by `matrix` [B, 2, 3]."""
+    grid = F.affine_grid(matrix.to(images.dtype), list(images.shape), align_corners=False)
     return F.grid_sample(images - background, grid, align_corners=False) + background
 
 
@@ -61,8 +62,7 @@ def leaning(images: Tensor, slant: Tensor, *, background: float = 0.0) -> Tensor
     H, W = images.shape[2:]
     matrix = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
     matrix[:, 0, 1] = slant * H / W  # the grid runs from −1 to 1 along both sides, rows from the top
-    grid = F.affine_grid(matrix.to(images.dtype), list(images.shape), align_corners=False)
-    return F.grid_sample(images - background, grid, align_corners=False) + background
+    return _mapped(images, matrix, background)
 
 
 @record_function("augmentation")

@@ -54,7 +54,7 @@ class InfoGANSettings(ClassCodeSettings):
     generator_rate: Weight = 1e-3
     """Learning rate of the generator and the recogniser."""
     classes_rate: Weight = 1e-3
-    """Learning rate of what recognises classes, for what real images say of them."""
+    """Learning rate of trunk and recogniser, for what real images say of classes and codes."""
     batch_norm: bool = True
     """Whether discriminator and recogniser normalise."""
     meaning_weight: Weight = 0.0
@@ -151,7 +151,7 @@ class InfoGAN(ClassCodeGAN):
         return torch.cat([noise, F.one_hot(code, self.image_shape.classes), continuous], dim=1)
 
     def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
-        """The classes of real images, and after the warm-up the two networks; no label is looked at."""
+        """What real images say of classes and codes, after the warm-up the two networks; no label is seen."""
         s, real, named = self.settings, to_symmetric(images), {}
         if "classes" in self.optimizers:
             self.optimizers["classes"].param_groups[0]["lr"] = self.settled(s.classes_rate, training)
