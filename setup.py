@@ -160,8 +160,12 @@ def cuda_steps(
     """How capsops._cuda is compiled and linked: all of it by nvcc, which leaves C++ to the host compiler."""
     system = tuple(part for path in includes for part in ("-isystem", path))
     archs = cuda_arch_flags(cuda_archs(environ))
-    command = (nvcc, *CUDA_FLAGS, *archs, "-I", str(ROOT / "csrc"), *system)
-    steps = [Step((str(source),), f"{source.name}.o", command) for source in sources]
+    command = (nvcc, *CUDA_FLAGS, *archs, "-I", str(ROOT / "csrc"))
+    # Only the bindings see these paths, which pip makes anew for each build: the others stay compiled.
+    steps = [
+        Step((str(source),), f"{source.name}.o", (*command, *system) if source.stem == "bindings" else command)
+        for source in sources
+    ]
     link = (nvcc, "-shared", "-cudart", "static")
     return [*steps, Step(tuple(step.output for step in steps), "_cuda.so", link, compiles=False)]
 

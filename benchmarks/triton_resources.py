@@ -41,7 +41,9 @@ class Row(NamedTuple):
     resources: Resources
 
 
-def launches(case: RoutingCase, precision: str, target: str) -> list[Compiled]:
+def launches(
+    case: RoutingCase, precision: str, target: str, *, leaky: bool = False, detach: bool = False
+) -> list[Compiled]:
     """Every kernel that the ops launch for the case, forward and backward, each variant once."""
     dtype, tf32 = PRECISIONS[precision]
     B, I, J, D, K = case.batch, case.in_capsules, case.out_capsules, case.out_dim, case.in_dim  # noqa: E741
@@ -53,11 +55,11 @@ def launches(case: RoutingCase, precision: str, target: str) -> list[Compiled]:
         kernels.squash_backward(u, kernels.squash(u, 2), 2)
         kernels.predictions_backward(kernels.predictions(u, weight), u, weight, True, True)
         for iterations in (0, 3):
-            v, s = kernels.dynamic_routing(u_hat, bias, iterations, False)
-            kernels.dynamic_routing_backward(v, u_hat, s, iterations, False, False)
-            v, s = kernels.capsule_routing(u, weight, bias, iterations, False)
-            kernels.capsule_routing_backward(v, u, weight, s, iterations, False, False, True, True)
-        kernels.couplings(u, weight, bias, 3, False)
+            v, s = kernels.dynamic_routing(u_hat, bias, iterations, leaky)
+            kernels.dynamic_routing_backward(v, u_hat, s, iterations, leaky, detach)
+            v, s = kernels.capsule_routing(u, weight, bias, iterations, leaky)
+            kernels.capsule_routing_backward(v, u, weight, s, iterations, leaky, detach, True, True)
+        kernels.couplings(u, weight, bias, 3, leaky)
     return list({id(launch.artifact): launch for launch in found}.values())
 
 

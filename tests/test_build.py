@@ -117,6 +117,8 @@ def test_cuda_steps() -> None:
     *compilations, link = plan.cuda_steps("nvcc", sources, ["/include"], {"CAPSOPS_CUDA_ARCHS": "90"})
     assert [step.output for step in compilations] == ["bindings.cpp.o", "squash.cu.o"]
     assert all("-gencode=arch=compute_90,code=sm_90" in step.command for step in compilations)
+    # A build has its own folder of headers: what does not need it is not compiled again.
+    assert ["/include" in step.command for step in compilations] == [True, False]
     assert link.command == ("nvcc", "-shared", "-cudart", "static")
 
 

@@ -83,7 +83,7 @@ def _statistics(
     return top, 1.0 / z, mean / z
 
 
-@triton.jit(do_not_specialize=["I", "parts", "size"])
+@triton.jit(do_not_specialize=["B", "I", "parts", "size"])
 def given_pass_kernel(
     p_u_hat, p_total, p_grad_s, p_partials, B, I, parts, size,
     J: tl.constexpr, D: tl.constexpr, C: tl.constexpr, JB: tl.constexpr, DP: tl.constexpr,
@@ -146,7 +146,7 @@ def given_pass_kernel(
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["I", "parts", "passes"])
+@triton.jit(do_not_specialize=["B", "I", "parts", "passes"])
 def given_gradient_kernel(
     p_u_hat, p_total, p_grad_s, p_grad, B, I, parts, passes, factor,
     J: tl.constexpr, D: tl.constexpr, C: tl.constexpr, JB: tl.constexpr, DP: tl.constexpr,
