@@ -162,9 +162,9 @@ def cuda_steps(
     archs = cuda_arch_flags(cuda_archs(environ))
     command = (nvcc, *CUDA_FLAGS, *archs, "-I", str(ROOT / "csrc"))
     # Only the bindings see these paths, which pip makes anew for each build: the others stay compiled.
+    commands = {"bindings": (*command, *system)}
     steps = [
-        Step((str(source),), f"{source.name}.o", (*command, *system) if source.stem == "bindings" else command)
-        for source in sources
+        Step((str(source),), f"{source.name}.o", commands.get(source.stem, command)) for source in sources
     ]
     link = (nvcc, "-shared", "-cudart", "static")
     return [*steps, Step(tuple(step.output for step in steps), "_cuda.so", link, compiles=False)]

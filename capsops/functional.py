@@ -214,7 +214,7 @@ def capsule_routing(
     The predictions û_ij = W_ij u_i are recomputed in every pass, forward and backward; but by the reference,
     neither they nor the couplings are stored. Formula: see `dynamic_routing`.
 
-    Allocated beside the results, on a GPU: sums over I in parts [P, B, J, D], P as many as fill the device (in
+    A GPU allocates beside the results: sums over I in parts [P, B, J, D], P as many as fill the device (in
     small batches that can be more than B × I × J numbers); of each pass three numbers for each input capsule;
     the gradients of u and `weight` in parts, where one block does not make the whole sum.
 

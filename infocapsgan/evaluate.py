@@ -35,7 +35,7 @@ from infocapsgan.systems.gan import GAN
 from infocapsgan.systems.system import System
 from infocapsgan.trained import Trained
 
-SAMPLES = 10_000
+SAMPLES, FEWEST_SAMPLES = 10_000, 4
 STROKE_SETS = ("digits", "mnist")
 TRAVERSALS_PER_CLASS, TRAVERSAL_STEPS = 20, 11
 
@@ -189,17 +189,19 @@ def mean_rank_correlation(values: Tensor, rows: Tensor) -> float:
 def _no_labels_learned(system: System, dataset: Dataset) -> str:
     if not isinstance(system, (CapsNet, Encoder)):
         return "it is not trained with labels"
-    return _no_labels(dataset)
+    return no_labels(dataset)
 
 
 def _no_clusters(system: System, dataset: Dataset) -> str:
     if not isinstance(system, (InfoCapsGAN, InfoGAN)):
         return "it has no class code"
-    return _no_labels(dataset)
+    return no_labels(dataset)
 
 
 def _no_fidelity(system: System, dataset: Dataset) -> str:
-    return no_generator(system) or _no_labels(dataset)
+    few = min(len(dataset.train_images), len(dataset.test_images)) < FEWEST_SAMPLES
+    too_few = f"it takes {FEWEST_SAMPLES} training and test images" if few else ""
+    return no_generator(system) or no_labels(dataset) or too_few
 
 
 def _no_strokes(system: System, dataset: Dataset) -> str:
@@ -208,7 +210,8 @@ def _no_strokes(system: System, dataset: Dataset) -> str:
     return no_continuous_codes(system)
 
 
-def _no_labels(dataset: Dataset) -> str:
+def no_labels(dataset: Dataset) -> str:
+    """Why nothing can be compared with labels; empty where it can."""
     return "" if dataset.train_labels.unique().numel() > 1 else "its images have no labels"
 
 

@@ -46,18 +46,18 @@ def save_curves(
         headline: the metric that is measured on the test split.
         baselines: what a simpler method reaches, by name.
     """
-    names = dict.fromkeys(name for row in rows if row["kind"] == "train" for name in row)
+    training = [row for row in rows if row["kind"] == "train"]
+    names = dict.fromkeys(name for row in training for name in row)
     names = [name for name in names if name not in ("kind", "step", "epoch")]
     accuracies = [name for name in names if name.endswith("accuracy")]
     losses = [name for name in names if name not in accuracies]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name in losses:
-        left.plot(*_curve(rows, name), label=name.replace("_", " "), linewidth=1)
+        left.plot(*_curve(training, name), label=name.replace("_", " "), linewidth=1)
     left.set(xlabel="step", title="losses")
     if losses:
         left.legend(fontsize="small")
     for name in accuracies:
-        training = [row for row in rows if row["kind"] == "train"]
         right.plot(*_curve(training, name), label=f"{name.replace('_', ' ')} in training", linewidth=0.8)
     tested = [row for row in rows if row["kind"] == "evaluation"]
     right.plot(*_curve(tested, headline), "k", marker="o", markersize=3, label="this run")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -26,13 +27,16 @@ class RunError(RuntimeError):
 class Run:
     """config.json, metrics.jsonl, TensorBoard events, checkpoints/, samples/, curves.png, summary.json.
 
+    As a context manager it closes its files at the end and gives the directory free.
+
     Args:
         path: the directory, which create() made.
+        lock: what alone() gave.
         resume_step: where training goes on; what was logged after it is dropped.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
-        self.path = path
+    def __init__(self, path: Path, lock: FileLock, resume_step: int = 0) -> None:
+        self.path, self._lock = path, lock
         self.rows = [row for row in read_metrics(path) if row["step"] <= resume_step]
         with atomic_file(path / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
@@ -53,8 +57,17 @@ class Run:
             )
         for folder in ("samples", "checkpoints"):
             (path / folder).mkdir(parents=True)
+        lock = alone(path)
         write_json(path / "config.json", {"system": system, "settings": settings.to_json()})
-        return cls(path)
+        return cls(path, lock)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._metrics.close()
+        self._board.close()
+        self._lock.release()
 
     @property
     def checkpoints(self) -> Path:
@@ -81,11 +94,6 @@ class Run:
         """Writes curves.png anew."""
         pictures.save_curves(self.path / "curves.png", self.rows, headline, baselines)
 
-    def close(self) -> None:
-        """Closes the files."""
-        self._metrics.close()
-        self._board.close()
-
 
 class SilentRun:
     """The run of a process that does not write."""
@@ -95,7 +103,26 @@ class SilentRun:
     def log(self, *_: Any) -> None:
         """Nothing."""
 
-    draw = draw_curves = close = log
+    draw = draw_curves = __exit__ = log
+
+    def __enter__(self) -> "SilentRun":
+        return self
+
+
+def alone(path: Path) -> FileLock:
+    """Holds a run directory against other trainings, until the lock is released or the process ends.
+
+    Raises:
+        RunError: there is no run, or it is still being trained.
+    """
+    if not path.is_dir():
+        raise RunError(f"{path} is not a run directory")
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(f"{path} is still being trained, by another process") from error
+    return lock
 
 
 def read_config(path: Path) -> tuple[str, dict[str, Any]]:
@@ -108,6 +135,10 @@ def read_config(path: Path) -> tuple[str, dict[str, Any]]:
         config = json.loads((path / "config.json").read_text())
     except FileNotFoundError as error:
         raise RunError(f"{path} is not a run directory: it has no config.json") from error
+    except (NotADirectoryError, ValueError) as error:
+        raise RunError(f"{path} is not a run directory ({error})") from error
+    if not isinstance(config, dict) or not {"system", "settings"} <= config.keys():
+        raise RunError(f"{path} is not a run directory: its config.json names no system and settings")
     return config["system"], config["settings"]
 
 

@@ -190,12 +190,21 @@ def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
     """What the runs of a finished sweep came to, with the keys of results/*.json.
 
     Raises:
-        SweepError: no run came to an end, or one lacks a metric that others have.
+        SweepError: no run came to an end, or one has other settings than the sweep, or lacks a metric that
+            others have.
     """
     seeds = [seed for seed in sweep.seeds if seed not in crashed]
     if not seeds:
         raise SweepError(f"every run crashed; what they printed is in {sweep.path}/seed-*.log")
     summaries = [json.loads((sweep.run(seed) / SUMMARY).read_text()) for seed in seeds]
+    shared = _shared(sweep.settings)
+    for seed, summary in zip(seeds, summaries, strict=True):
+        values = summary["settings"]
+        if other := [f"{name} {values.get(name)}" for name in shared if values.get(name) != shared[name]]:
+            raise SweepError(
+                f"seed {seed} was trained on with other settings: {', '.join(other)}; "
+                f"delete {sweep.run(seed)}, and the same command trains it anew"
+            )
     found = [summary["metrics"] for summary in summaries]
     if sweep.evaluated:
         measured = [json.loads((sweep.run(seed) / EVALUATION).read_text()) for seed in seeds]

@@ -3,7 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,18 @@ from infocapsgan.data.batches import Batches
 from infocapsgan.device import check_impl, local_device
 from infocapsgan.draw import Draw
 from infocapsgan.parallel import join, leave, synchronise_batch_norm
-from infocapsgan.run import Run, RunError, SilentRun, device_name, read_config, versions, write_json
+from infocapsgan.run import (
+    EVALUATION,
+    SUMMARY,
+    Run,
+    RunError,
+    SilentRun,
+    alone,
+    device_name,
+    read_config,
+    versions,
+    write_json,
+)
 from infocapsgan.settings import Settings
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.system import System
@@ -76,10 +87,11 @@ def train(system_class: type[System], settings: Settings) -> str:
         steps=min(settings.epochs * batches.per_epoch, settings.max_steps or sys.maxsize),
         processes=processes,
     )
-    if processes.writes and (untrained := system.untrained(training.steps)):
-        print(f"warning: {untrained}", file=sys.stderr)
+    if processes.writes:
+        for warning in filter(None, _warnings(system, dataset, batches, training)):
+            print(f"warning: {warning}", file=sys.stderr)
     run, seconds = _start(system_class, settings, system, training)
-    with capsops.use_impl(settings.impl) if settings.impl != "auto" else nullcontext():
+    with run, capsops.use_impl(settings.impl) if settings.impl != "auto" else nullcontext():
         line = fit(system, dataset, batches, training, run, seconds=seconds, held_out=held_out)
     leave()
     return line if processes.writes else ""
@@ -187,7 +199,6 @@ def fit(
         if saves:
             save()
     bar.close()
-    run.close()
     interrupted.restore()
     if training.step < training.steps:
         return f"interrupted after step {training.step}. {_how_to_go_on(run, training)}"
@@ -229,7 +240,17 @@ def write_summary(
         "versions": versions(),
         "settings": settings,
     }
-    write_json(run.path / "summary.json", summary)
+    write_json(run.path / SUMMARY, summary)
+
+
+def _warnings(system: System, dataset: Dataset, batches: Batches, training: Training) -> Iterator[str]:
+    """What is not as the settings let one expect."""
+    s, whole = system.settings, system.settings.epochs * batches.per_epoch
+    yield system.untrained(training.steps)
+    if (s.max_steps or 0) > whole:
+        yield f"--max-steps {s.max_steps} is not reached: --epochs {s.epochs} ends after {whole} steps"
+    if system.headline == "unsupervised_accuracy" and len(dataset.train_labels.unique()) < 2:
+        yield "the images have no labels: accuracy, NMI, ARI and what k-means reaches mean nothing"
 
 
 def _start(
@@ -240,7 +261,7 @@ def _start(
     writes = training.processes.writes
     if not settings.resume:
         return Run.create(name, settings) if writes else SilentRun(), 0.0
-    seconds = 0.0
+    lock, seconds = alone(settings.resume) if writes else None, 0.0
     if saved := checkpoint.checkpoints(settings.resume / "checkpoints"):
         seconds = _take_up(saved[-1], system, training)
     asked = f"--epochs {settings.epochs}"
@@ -254,9 +275,12 @@ def _start(
         return SilentRun(), seconds
     if training.step == training.steps:
         print(f"nothing is left to train: all {training.step} steps of {asked} are done", file=sys.stderr)
+    else:  # what came out is of fewer steps
+        for result in (SUMMARY, EVALUATION):
+            (settings.resume / result).unlink(missing_ok=True)
     remove_unfinished(settings.resume / "checkpoints")
     write_json(settings.resume / "config.json", {"system": name, "settings": settings.to_json()})
-    return Run(settings.resume, training.step), seconds
+    return Run(settings.resume, lock, training.step), seconds
 
 
 def _take_up(path: Path, system: System, training: Training) -> float:

@@ -31,8 +31,11 @@ GIF_MILLISECONDS = 400
 
 def main() -> None:
     """The command line."""
-    given = vars(_parser().parse_args())
+    parser = _parser()
+    given = vars(parser.parse_args())
     run, kind, out = (given.pop(name) for name in ("run", "kind", "out"))
+    if out and (out.suffix != f".{suffix(kind)}" or out.is_dir()):
+        parser.error(f"--out: got {out}, takes a file that ends in .{suffix(kind)}")
     places = {name: given.pop(name) for name in ("device", "data_dir")}
     try:
         found = trained.load(run, **places)
@@ -55,7 +58,7 @@ def visualize(found: trained.Trained, kind: str, out: Path | None = None, **opti
     Raises:
         NotApplicableError: there is no such picture of this system.
     """
-    path = out or found.path / "pictures" / f"{kind}.{'gif' if kind == 'animate' else 'png'}"
+    path = out or found.path / "pictures" / f"{kind}.{suffix(kind)}"
     with torch.no_grad():
         picture = KINDS[kind](found, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +67,11 @@ def visualize(found: trained.Trained, kind: str, out: Path | None = None, **opti
     else:
         save_figure(path, picture)
     return path
+
+
+def suffix(kind: str) -> str:
+    """What the file of a picture ends in."""
+    return "gif" if kind == "animate" else "png"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,9 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, function in KINDS.items():
         summary = function.__doc__.splitlines()[0]
         made[name] = kinds.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        suffix = "gif" if name == "animate" else "png"
         made[name].add_argument(
-            "--out", type=Path, metavar="FILE", help=f"(default: RUN/pictures/{name}.{suffix})"
+            "--out", type=Path, metavar="FILE", help=f"(default: RUN/pictures/{name}.{suffix(name)})"
         )
         add_run_options(made[name])
 

@@ -20,13 +20,13 @@ def load(data_dir: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Te
 
     `data_dir` holds images, or a folder of images for each class, or train/ and test/ with either. Without
     those two a fifth of the images (seed 0, the same share of each class) is the test split. Without class
-    folders every label is 0 and a class code has ten values; metrics against labels then mean nothing. Names
-    that begin with a dot are passed over. Each split is in an order of chance, the same at every call: its
-    first images are a fair sample of it.
+    folders, or with one, every label is 0 and a class code has ten values; metrics against labels then mean
+    nothing. Names that begin with a dot are passed over. Each split is in an order of chance, the same at
+    every call: its first images are a fair sample of it. Grey images may have 16 bits a pixel.
 
     Raises:
-        DataError: there is no such folder, no image in it, or one cannot be read; train/ or test/ is there
-            without the other, or test/ has a class that train/ lacks.
+        DataError: there is no such folder, no image in it, or one cannot be read or has pixels of 32 bits;
+            train/ or test/ is there without the other, or test/ has a class that train/ lacks.
     """
     root = _root(data_dir)
     train, test = _splits(root)
@@ -51,8 +51,9 @@ def classes(data_dir: str | Path | None) -> int:
 
 
 def label_names(data_dir: str | Path | None) -> list[str]:
-    """The names of its class folders, in the order of their labels; none where there are no such folders."""
-    return class_names(_splits(_root(data_dir))[0])
+    """The names of its class folders, in the order of their labels; none where there are not two of them."""
+    names = class_names(_splits(_root(data_dir))[0])
+    return names if len(names) > 1 else []
 
 
 def class_names(folder: Path) -> list[str]:
@@ -103,10 +104,20 @@ def _read(found: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
 
 def _pixels(path: Path) -> Tensor:
     try:
-        image = Image.open(path).convert("RGB")
+        image = _eight_bits(Image.open(path), path).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise DataError(f"{path} cannot be read as an image ({error})") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.resize((SIZE, SIZE), box=(left, top, left + side, top + side))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """Pillow cuts larger values off at 255 where it is left to convert them."""
+    # By its version Pillow has grey images of 16 bits as I;16, or as I with the format alone to tell.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(f"{path} has pixels of 32 bits (mode {image.mode}); takes 8 or 16")
+    return image

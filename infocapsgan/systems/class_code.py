@@ -97,9 +97,9 @@ class ClassCodeGAN(GAN):
         )
 
     def settled(self, rate: float, training: Training) -> float:
-        """A learning rate on its line from `rate` at the first step to the end of the warm-up."""
+        """A learning rate on its line from `rate` at the first step to the end of a warm-up."""
         s = self.settings
-        done = min(1.0, training.step / s.warm_up) if s.warm_up else 1.0
+        done = min(1.0, training.step / s.warm_up) if s.warm_up else 0.0
         return rate * (1 - (1 - s.settled_rate) * done)
 
     def real_images_loss(

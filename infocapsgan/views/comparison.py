@@ -61,8 +61,10 @@ def comparison(found: Trained, metric: str, beside: Sequence[Path], reach: Seque
 
 
 def points(rows: Sequence[dict[str, Any]], metric: str) -> list[tuple[float, float]]:
-    """Epoch and value of each row of metrics.jsonl that holds the metric."""
-    return [(row["epoch"], row[metric]) for row in rows if metric in row]
+    """Epoch and value of each evaluation that holds the metric; where none does, of each row that does."""
+    having = [row for row in rows if metric in row]
+    evaluations = [row for row in having if row["kind"] == "evaluation"]
+    return [(row["epoch"], row[metric]) for row in evaluations or having]
 
 
 def first_epoch(values: Sequence[tuple[float, float]], metric: str, value: float) -> float | None:

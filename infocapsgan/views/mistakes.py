@@ -6,7 +6,7 @@ from torch import Tensor
 
 from infocapsgan.data import Dataset
 from infocapsgan.data.dataset import to_unit
-from infocapsgan.evaluate import NotApplicableError
+from infocapsgan.evaluate import NotApplicableError, no_labels
 from infocapsgan.figures import sheet_figure
 from infocapsgan.metrics import match_clusters
 from infocapsgan.systems import CapsNet, Encoder, InfoCapsGAN, InfoGAN
@@ -41,6 +41,8 @@ def mistakes(found: Trained, *, images: int = 60) -> Figure:
 def _predicted(found: Trained, dataset: Dataset) -> tuple[Tensor, str]:
     """The predicted class of each test image, and what it is called."""
     system = found.system
+    if reason := no_labels(dataset):
+        raise NotApplicableError(f"mistakes does not apply to this run of {found.name}: {reason}")
     if isinstance(system, (CapsNet, Encoder)):
         return system.judged(dataset)["predicted"], "predicted class"
     if not isinstance(system, (InfoCapsGAN, InfoGAN)):

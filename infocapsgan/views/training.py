@@ -30,7 +30,7 @@ WHAT_A_PICTURE_SHOWS = {
 def curves(
     found: Trained, *, metric: str | None = None, beside: Sequence[Path] = (), reach: Sequence[float] = ()
 ) -> Figure:
-    """Losses and shares of the training batches, and metrics of the test split, against steps.
+    """Losses and shares of training batches and of held-out images, metrics of the test split, over steps.
 
     With `metric` that number alone, against epochs, of this run and those beside it; see comparison.
     """
@@ -40,12 +40,17 @@ def curves(
         raise NotApplicableError("--beside, --reach: take --metric, the number to compare")
     rows = read_metrics(found.path)
     batches = [row for row in rows if row["kind"] == "train"]
-    tests = [row for row in rows if row["kind"] != "train"]
-    if not batches and not tests:
+    tests = [row for row in rows if row["kind"] == "evaluation"]
+    held_out = [row for row in rows if row["kind"] == "validation"]
+    if not rows:
         raise NotApplicableError(f"curves: {found.path} holds no metrics yet")
     panels = [
         (f"{split}: {kind}", rows, [name for name in _names(rows) if _kind(name) == kind])
-        for split, rows in (("training batches", batches), ("test images", tests))
+        for split, rows in (
+            ("training batches", batches),
+            ("held-out training images", held_out),
+            ("test images", tests),
+        )
         for kind in ("losses", "shares", "share of each cluster", CAPSULES)
     ]
     panels = [panel for panel in panels if panel[2]]

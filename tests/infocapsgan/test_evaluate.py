@@ -213,6 +213,14 @@ def test_images_without_labels(trained_as, monkeypatch):
             evaluate.evaluate(trained_as(name), ["classification"])
 
 
+def test_too_few_test_images_for_precision_and_recall(trained_as, monkeypatch):
+    digits = data.load("digits")
+    few = dataclasses.replace(digits, test_images=digits.test_images[:3], test_labels=digits.test_labels[:3])
+    monkeypatch.setattr(Trained, "dataset", few)
+    with pytest.raises(evaluate.NotApplicableError, match="generation: .* takes 4 training and test images"):
+        evaluate.evaluate(trained_as("dcgan"), ["generation"])
+
+
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"^error: .* is not a run directory"):
         run_command(monkeypatch, capsys, tmp_path)

@@ -8,7 +8,7 @@ from PIL import Image
 from infocapsgan.atomic import atomic_file, atomic_folder, remove_unfinished
 from infocapsgan.checkpoint import checkpoints
 from infocapsgan.pictures import grid, save_curves, save_png
-from infocapsgan.run import Run, RunError, read_metrics
+from infocapsgan.run import Run, RunError, alone, read_config, read_metrics
 from infocapsgan.systems import CapsNet
 
 
@@ -87,7 +87,6 @@ def test_new_runs_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("0001-capsnet-digits", "0002-capsnet-digits"):
         run = Run.create("capsnet", settings(None))
-        run.close()
         assert run.path.name == name
     config = json.loads((run.path / "config.json").read_text())
     assert config["system"] == "capsnet"
@@ -95,23 +94,43 @@ def test_new_runs_are_numbered(tmp_path, monkeypatch):
 
 
 def test_a_run_does_not_overwrite_another(tmp_path):
-    Run.create("capsnet", settings(tmp_path / "new")).close()
+    Run.create("capsnet", settings(tmp_path / "new"))
     with pytest.raises(RunError, match="continue a run with --resume"):
         Run.create("capsnet", settings(tmp_path / "new"))
 
 
 def test_what_was_logged_after_the_checkpoint_is_dropped(tmp_path):
-    run = Run.create("capsnet", settings(tmp_path / "run"))
-    for step in (1, 2, 3):
-        run.log("train", step, step / 2, {"loss": 0.5})
-    run.close()
+    with Run.create("capsnet", settings(tmp_path / "run")) as run:
+        for step in (1, 2, 3):
+            run.log("train", step, step / 2, {"loss": 0.5})
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # what a kill leaves
     assert [row["step"] for row in read_metrics(run.path)] == [1, 2, 3]
-    Run(tmp_path / "run", resume_step=2).close()
+    with Run(tmp_path / "run", alone(tmp_path / "run"), resume_step=2):
+        pass
     assert read_metrics(run.path) == [
         {"kind": "train", "step": step, "epoch": step / 2, "loss": 0.5} for step in (1, 2)
     ]
+
+
+def test_one_training_at_a_time_in_a_directory(tmp_path):
+    message = "is still being trained, by another process"
+    with Run.create("capsnet", settings(tmp_path / "run")) as run, pytest.raises(RunError, match=message):
+        alone(run.path)
+    alone(tmp_path / "run").release()
+    with pytest.raises(RunError, match="none is not a run directory"):
+        alone(tmp_path / "none")
+
+
+def test_what_is_no_run_directory(tmp_path):
+    with pytest.raises(RunError, match="has no config.json"):
+        read_config(tmp_path)
+    for text in ("{", "[]", '{"model_type": "bert"}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(RunError, match="is not a run directory"):
+            read_config(tmp_path)
+    with pytest.raises(RunError, match="is not a run directory"):
+        read_config(tmp_path / "config.json")
 
 
 def test_grid_by_hand():

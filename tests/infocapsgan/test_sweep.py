@@ -32,7 +32,8 @@ def fails(capsys, *words):
     return " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def write_run(path, value, *, baseline=0.8, seconds=10.0):
+def write_run(found, seed, value, *, baseline=0.8, seconds=10.0):
+    path = found.run(seed)
     path.mkdir(parents=True)
     summary = {
         "metrics": {"unsupervised_accuracy": value, "share_of_cluster_0": 0.1},
@@ -40,7 +41,7 @@ def write_run(path, value, *, baseline=0.8, seconds=10.0):
         "seconds": seconds,
         "device": "abacus",
         "versions": {"torch": "2"},
-        "settings": {"dataset": "digits", "recipe": "tuned", "seed": 0, "out": "x", "epochs": 3},
+        "settings": found.settings.to_json() | {"seed": seed, "out": str(path)},
     }
     (path / "summary.json").write_text(json.dumps(summary))
 
@@ -84,7 +85,7 @@ def test_nothing_starts_before_all_options_are_right(capsys, monkeypatch):
 def test_figures_by_hand(tmp_path):
     found = sweep.parse(["infocapsgan", "--seeds", "0..3", "--out", str(tmp_path)])
     for seed, value in ((0, 0.9), (1, 0.7), (2, 0.95)):
-        write_run(found.run(seed), value)
+        write_run(found, seed, value)
     result = sweep.summarise(found, {3: "stopped: the loss is nan"})
     accuracy = result["metrics"]["unsupervised_accuracy"]
     assert accuracy["mean"] == pytest.approx(0.85)
@@ -94,7 +95,8 @@ def test_figures_by_hand(tmp_path):
     assert result["metrics"]["share_of_cluster_0"]["best"] is None
     assert result["seeds"] == [0, 1, 2]
     assert result["seconds"] == [10, 10, 10]
-    assert result["settings"] == {"dataset": "digits", "recipe": "tuned", "epochs": 3}
+    left_out = {"seed": 0, "out": str(tmp_path)}
+    assert result["settings"] | left_out == found.settings.to_json() | left_out
     assert result["failed"] == {
         "share": 0.5,
         "below": 0.8,
@@ -109,7 +111,7 @@ def test_figures_by_hand(tmp_path):
 def test_the_threshold_can_be_chosen(tmp_path):
     words = ["infocapsgan", "--seeds", "0", "--out", str(tmp_path), "--failed-below", "0.95"]
     found = sweep.parse(words)
-    write_run(found.run(0), 0.9)
+    write_run(found, 0, 0.9)
     result = sweep.summarise(found, {})
     assert result["failed"] == {"share": 1, "below": 0.95, "seeds": [0], "crashed": {}}
     assert result["metrics"]["unsupervised_accuracy"]["std"] == 0
@@ -123,12 +125,23 @@ def test_every_run_crashed(tmp_path):
 def test_a_metric_that_a_run_lacks(tmp_path):
     found = sweep.parse(["infocapsgan", "--seeds", "0..1", "--out", str(tmp_path)])
     for seed, more in ((0, {}), (1, {"frechet_distance": 3.0})):
-        write_run(found.run(seed), 0.9)
+        write_run(found, seed, 0.9)
         file = found.run(seed) / "summary.json"
         summary = json.loads(file.read_text())
         file.write_text(json.dumps(summary | {"metrics": summary["metrics"] | more}))
     with pytest.raises(
         sweep.SweepError, match="seed 0 has no frechet_distance, .* delete summary.json in .*seed-0"
+    ):
+        sweep.summarise(found, {})
+
+
+def test_a_run_that_was_made_longer(tmp_path):
+    found = sweep.parse(["infocapsgan", "--seeds", "0..1", "--max-steps", "5", "--out", str(tmp_path)])
+    write_run(found, 0, 0.9)
+    longer = sweep.parse(["infocapsgan", "--seeds", "1", "--max-steps", "7", "--out", str(tmp_path)])
+    write_run(longer, 1, 0.9)
+    with pytest.raises(
+        sweep.SweepError, match=r"seed 1 was trained on with other settings: max_steps 7; delete"
     ):
         sweep.summarise(found, {})
 
@@ -230,7 +243,7 @@ def test_as_many_runs_at_a_time_as_asked_for_and_all_on_one_device(tmp_path, mon
                 return None
             running.remove(self)
             if self.words[0] == "infocapsgan.train":
-                write_run(Path(self.words[self.words.index("--out") + 1]), 0.9)
+                write_run(found, int(self.words[self.words.index("--seed") + 1]), 0.9)
             else:
                 Path(self.words[1], "evaluation.json").write_text("{}")
             return 0

@@ -237,6 +237,39 @@ def test_a_finished_run_taken_up_again_ends_as_before(tmp_path, monkeypatch):
     assert outcome(tmp_path / "run") == before
 
 
+def test_what_is_measured_of_fewer_steps_goes_when_a_run_is_made_longer(tmp_path, monkeypatch):
+    settings = CapsNet(width=8, batch_size=8, max_steps=2, out=tmp_path / "run").settings
+    train_module.train(CapsNet, settings)
+    (tmp_path / "run" / "evaluation.json").write_text("{}")
+    resume = ["--resume", str(tmp_path / "run")]
+    train_module.train(*parse(resume))  # nothing is left to train
+    assert (tmp_path / "run" / "evaluation.json").exists()
+    monkeypatch.setattr(CapsNet, "step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_module.train(*parse([*resume, "--max-steps", "4"]))
+    assert not {"summary.json", "evaluation.json"} & {file.name for file in (tmp_path / "run").iterdir()}
+
+
+def test_a_run_is_not_resumed_while_it_is_trained(tmp_path):
+    process = start("capsnet", *SMALL, "--out", tmp_path / "run")
+    wait_for_checkpoint(tmp_path / "run", process)
+    second = start("--resume", tmp_path / "run")
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == 1
+    assert f"error: {tmp_path / 'run'} is still being trained, by another process" in err
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+
+
+def test_what_is_not_as_the_settings_let_one_expect(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(CapsNet, "step", lambda *_: {})
+    train_module.train(CapsNet, CapsNet(epochs=1, max_steps=500, out=tmp_path / "short").settings)
+    assert (
+        "warning: --max-steps 500 is not reached: --epochs 1 ends after 11 steps" in capsys.readouterr().err
+    )
+
+
 def test_a_length_that_leaves_nothing_to_train(tmp_path, capsys):
     settings = CapsNet(width=8, batch_size=8, epochs=1, max_steps=2, out=tmp_path / "run").settings
     train_module.train(CapsNet, settings)

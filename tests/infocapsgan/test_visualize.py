@@ -392,7 +392,7 @@ def test_runs_are_compared(trained_as, run_of, tmp_path, monkeypatch):
         rows = [
             {"kind": "evaluation", "step": 2 * n, "epoch": n / 2, "distance": d} for n, d in enumerate(values)
         ]
-        rows.append({"kind": "train", "step": 9, "epoch": 9.0, "loss": 0.5})
+        rows.append({"kind": "train", "step": 9, "epoch": 9.0, "loss": 0.5, "distance": 1.0})
         (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         others.append(path)
     monkeypatch.setattr(metrics, "LOWER_IS_BETTER", {"distance"})
@@ -430,3 +430,33 @@ def test_errors_of_the_command(tmp_path, run_of, monkeypatch, capsys):
     assert "--degrees: got 0, takes a whole number of at least 1" in fails(
         tmp_path, "rotate", "--degrees", "0"
     )
+    for kind, out, takes in (
+        ("grid", "a.jpg", "png"),
+        ("animate", "a.png", "gif"),
+        ("grid", tmp_path, "png"),
+    ):
+        assert f"--out: got {out}, takes a file that ends in .{takes}" in fails(tmp_path, kind, "--out", out)
+
+
+def test_images_without_labels_hold_no_mistakes(trained_as, monkeypatch):
+    digits = data.load("digits")
+    labels = torch.zeros_like(digits.train_labels)
+    monkeypatch.setattr(Trained, "dataset", replace(digits, train_labels=labels))
+    with pytest.raises(NotApplicableError, match="mistakes does not apply .* its images have no labels"):
+        mistakes.mistakes(trained_as("infogan"))
+
+
+def test_held_out_images_have_curves_of_their_own(trained_as, tmp_path):
+    rows = [
+        {"kind": kind, "step": step, "epoch": step / 9, "squared_error": 3.0}
+        for step in (1, 2)
+        for kind in ("train", "validation", "evaluation")
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figure = training.curves(replace(trained_as("capsnet"), path=tmp_path))
+    assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == [
+        "training batches: losses",
+        "held-out training images: losses",
+        "test images: losses",
+    ]
+    assert all(len(line.get_xdata()) == 2 for axes in figure.axes for line in axes.lines)

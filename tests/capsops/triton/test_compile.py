@@ -165,7 +165,7 @@ class Made(TorchDispatchMode):
 def test_predictions_are_not_stored(
     B: int, share: float, K: int, detach: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside results nothing is made that is near the size of û, nor in a large batch one for each coupling."""
+    """Beside results nothing is made near the size of û, nor in a large batch of that of the couplings."""
     from capsops.impl import triton as kernels
 
     monkeypatch.setattr(triton.JITFunction, "run", lambda *args, **options: None)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -84,6 +85,30 @@ def test_without_class_folders_a_code_has_ten_values(tmp_path):
     assert image_shape("folder", tmp_path).classes == 10
     assert (len(dataset.train_labels), len(dataset.test_labels)) == (4, 1)
     assert dataset.train_labels.tolist() == [0] * 4
+
+
+def test_one_class_folder_makes_no_labels(tmp_path):
+    for number in range(5):
+        paint(tmp_path / "all" / f"{number}.png", (number, 0, 0), (20, 20))
+    assert image_shape("folder", tmp_path).classes == 10
+    assert class_names("folder", tmp_path) == [str(j) for j in range(10)]
+    assert load("folder", tmp_path).train_labels.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("name", ["png", "tif", "pgm"])
+def test_grey_images_of_16_bits(name, tmp_path):
+    values = np.full((4, 32, 32), 40 * 257 + 100, dtype=np.uint16)
+    for number, image in enumerate(values):
+        Image.fromarray(image).save(tmp_path / f"{number}.{name}")
+    assert load("folder", tmp_path).train_images.unique().tolist() == [40]
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("F", np.float32), ("I", np.int32)])
+def test_images_of_32_bits_are_refused(mode, kind, tmp_path):
+    for number in range(4):
+        Image.fromarray(np.ones((32, 32), dtype=kind)).save(tmp_path / f"{number}.tif")
+    with pytest.raises(DataError, match=rf"\.tif has pixels of 32 bits \(mode {mode}\); takes 8 or 16"):
+        load("folder", tmp_path)
 
 
 def test_the_middle_square_is_taken(tmp_path):

@@ -106,6 +106,8 @@ def test_the_learning_rate_settles_over_the_warm_up(name):
     for training.step in (0, 50, 100, 1000):
         rates.append(system.settled(1e-2, training))
     assert rates == pytest.approx([1e-2, 6e-3, 2e-3, 2e-3])
+    without = made(name, settled_rate=0.2, warm_up=0)
+    assert without.settled(1e-2, training) == 1e-2
 
 
 @pytest.mark.parametrize("name", NAMES)
