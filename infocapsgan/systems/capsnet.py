@@ -129,10 +129,10 @@ class CapsNet(Supervised):
         "digits": {"width": 32, "epochs": 15, "shift": 1},
         "mnist": {
             "stem": "stacked",
-            "width": 48,
+            "width": 64,
             "batch_size": 64,
-            "epochs": 15,
-            "rate_decay": 0.76,
+            "epochs": 30,
+            "rate_decay": 0.87,
             "turn": 10.0,
             "resize": 0.1,
             "shear": 0.1,

@@ -34,7 +34,7 @@ def test_recipe_and_data_set_choose_the_defaults():
     system, settings = parse(["capsnet", "--dataset", "mnist", "--epochs", "2", "--leaky"])
     assert system is CapsNet
     assert settings == dataclasses.replace(CapsNet.defaults("tuned", "mnist"), epochs=2, leaky=True)
-    assert (settings.width, settings.stem) == (48, "stacked")
+    assert (settings.width, settings.stem) == (64, "stacked")
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
