@@ -86,7 +86,8 @@ def test_an_unfinished_checkpoint_is_none(tmp_path):
 def test_new_runs_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("0001-capsnet-digits", "0002-capsnet-digits"):
-        run = Run.create("capsnet", settings(None))
+        with Run.create("capsnet", settings(None)) as run:
+            pass
         assert run.path.name == name
     config = json.loads((run.path / "config.json").read_text())
     assert config["system"] == "capsnet"
@@ -94,7 +95,8 @@ def test_new_runs_are_numbered(tmp_path, monkeypatch):
 
 
 def test_a_run_does_not_overwrite_another(tmp_path):
-    Run.create("capsnet", settings(tmp_path / "new"))
+    with Run.create("capsnet", settings(tmp_path / "new")):
+        pass
     with pytest.raises(RunError, match="continue a run with --resume"):
         Run.create("capsnet", settings(tmp_path / "new"))
 
