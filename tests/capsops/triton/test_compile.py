@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is not installed")
 
 from benchmarks.cases import RoutingCase  # noqa: E402
 from benchmarks.triton_compile import SHARED_LIMIT, TARGETS, compiling, resources  # noqa: E402

@@ -7,7 +7,7 @@ import pytest
 
 from tests.capsops.process import run_python
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is not installed")
 
 FILE = "tests/capsops/triton/test_kernels.py"
 

@@ -27,7 +27,8 @@ from tests.capsops.cases import (
 )
 from tests.capsops.compare import assert_all_low_precision, assert_low_precision
 
-triton_kernels = pytest.importorskip("capsops.impl.triton", reason="Triton is not installed")
+pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is not installed")
+triton_kernels = pytest.importorskip("capsops.impl.triton")
 if not triton_kernels.INTERPRETED:
     pytest.skip("Triton's interpreter is off", allow_module_level=True)
 

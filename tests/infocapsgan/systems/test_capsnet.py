@@ -137,7 +137,8 @@ def test_pictures_are_rebuilt_from_the_true_and_below_from_the_predicted_class(m
         ({"contrast": 0.3}, partial(relit, brightness=0, contrast=0.3)),
         ({}, lambda images, draw: images),
     ],
-    ids=str,
+    # Not the functions: their addresses differ among pytest-xdist's processes.
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_one_augmentation_alone(option, function):
     images = torch.rand(6, 1, 28, 28)
