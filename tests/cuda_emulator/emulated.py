@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,10 +63,13 @@ def load(name: str, library: Path) -> ModuleType:
 
 
 def load_implementation(extension: ModuleType) -> ModuleType:
-    """capsops/impl/cuda.py, a copy of its own that runs on `extension`."""
+    """capsops/impl/cuda.py, a copy of its own that runs on `extension`, be the real one built or not."""
     spec = importlib.util.spec_from_file_location("emulated_cuda", ROOT / "capsops/impl/cuda.py")
     module = importlib.util.module_from_spec(spec)
-    with mock.patch.object(capsops, "_cuda", extension, create=True):
+    with (
+        mock.patch.object(capsops, "_cuda", extension, create=True),
+        mock.patch.dict(sys.modules, {"capsops._cuda": extension}),
+    ):
         spec.loader.exec_module(module)
     return module
 
