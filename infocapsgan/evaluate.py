@@ -27,7 +27,7 @@ from infocapsgan.data import DataError, Dataset
 from infocapsgan.data.dataset import evenly
 from infocapsgan.draw import Draw
 from infocapsgan.features import FEATURES, feature_extractor
-from infocapsgan.fidelity import frechet_distance, precision_recall
+from infocapsgan.fidelity import NEIGHBOURS, frechet_distance, precision_recall
 from infocapsgan.metrics import clustering_metrics, confusion, match_clusters
 from infocapsgan.run import EVALUATION, RunError, device_name, versions, write_json
 from infocapsgan.systems import CapsNet, Encoder, InfoCapsGAN, InfoGAN
@@ -35,7 +35,7 @@ from infocapsgan.systems.gan import GAN
 from infocapsgan.systems.system import System
 from infocapsgan.trained import Trained
 
-SAMPLES, FEWEST_SAMPLES = 10_000, 4
+SAMPLES = 10_000
 STROKE_SETS = ("digits", "mnist")
 TRAVERSALS_PER_CLASS, TRAVERSAL_STEPS = 20, 11
 
@@ -199,8 +199,8 @@ def _no_clusters(system: System, dataset: Dataset) -> str:
 
 
 def _no_fidelity(system: System, dataset: Dataset) -> str:
-    few = min(len(dataset.train_images), len(dataset.test_images)) < FEWEST_SAMPLES
-    too_few = f"it takes {FEWEST_SAMPLES} training and test images" if few else ""
+    few = min(len(dataset.train_images), len(dataset.test_images)) <= NEIGHBOURS
+    too_few = f"it takes {NEIGHBOURS + 1} training and test images" if few else ""
     return no_generator(system) or no_labels(dataset) or too_few
 
 
@@ -212,7 +212,7 @@ def _no_strokes(system: System, dataset: Dataset) -> str:
 
 def no_labels(dataset: Dataset) -> str:
     """Why nothing can be compared with labels; empty where it can."""
-    return "" if dataset.train_labels.unique().numel() > 1 else "its images have no labels"
+    return "" if dataset.labelled else "its images have no labels"
 
 
 def no_generator(system: System) -> str:

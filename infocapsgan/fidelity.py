@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+NEIGHBOURS = 3
+
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
     """Fréchet distance between the normal distributions fitted to two sets of features.
@@ -22,7 +24,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     return distance.compute().item()
 
 
-def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(real: Tensor, generated: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """The share of generated images among real ones, and of real images among generated ones.
 
     An image is among others where it is no farther from one of them than that one is from its third nearest

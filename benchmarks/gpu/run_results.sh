@@ -10,9 +10,9 @@
 #
 # Parts: infocapsgan, information (mutual information on real images alone), encoder (with labels), infogan,
 # capsnet, stacked (its tuned encoder), deformed (ten epochs with deformed images), fc, fc-bn, deconv and deconv-bn
-# (its decoders), multi (MultiMNIST). After each seed $OUT/PART.json holds the mean over the seeds so far; $OUT is by default build/gpu. A
-# seed that the time cuts short has no result; on the same disk the same command goes on with it. No network is
-# needed: MNIST's four gz files lie in $INFOCAPSGAN_DATA/mnist (default: .data/mnist, which git ignores).
+# (its decoders), multi (MultiMNIST). After each seed $OUT/PART.json holds the mean over the seeds so far; $OUT is by
+# default build/gpu. A seed that the time cuts short has no result; on the same disk the same command goes on with
+# it. No network is needed: MNIST's four gz files lie in $INFOCAPSGAN_DATA/mnist (default: .data/mnist, which git ignores).
 # The packages that pyproject.toml requires must be importable.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

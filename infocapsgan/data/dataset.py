@@ -24,6 +24,11 @@ class Dataset:
     test_labels: Tensor
     size: int = 28
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the training images are of more than one class; without labels all are 0."""
+        return self.train_labels.unique().numel() > 1
+
     def train_batch(self, chosen: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """Training images [B, channels, size, size] and labels of the indices `chosen` [B]."""
         images = self.train_images[chosen]

@@ -92,7 +92,7 @@ class GAN(System):
     def load_data(self) -> Dataset:
         """The data set that the settings name; with labels, where a classifier's features are needed."""
         dataset = super().load_data()
-        if self.settings.frechet_samples and dataset.train_labels.unique().numel() < 2:
+        if self.settings.frechet_samples and not dataset.labelled:
             raise ValueError(
                 "--frechet-samples: the features are those of a classifier, and these images have no labels"
             )

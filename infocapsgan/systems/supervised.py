@@ -23,7 +23,7 @@ class Supervised(System):
     def load_data(self) -> Dataset:
         """The data set that the settings name; raises DataError where its images have no labels to learn."""
         dataset = super().load_data()
-        if dataset.train_labels.unique().numel() < 2:
+        if not dataset.labelled:
             raise DataError(
                 f"this system is trained with labels, and the images in {self.settings.data_dir} have none: "
                 "takes a folder for each of two classes or more"

@@ -92,7 +92,10 @@ def test_one_class_folder_makes_no_labels(tmp_path):
         paint(tmp_path / "all" / f"{number}.png", (number, 0, 0), (20, 20))
     assert image_shape("folder", tmp_path).classes == 10
     assert class_names("folder", tmp_path) == [str(j) for j in range(10)]
-    assert load("folder", tmp_path).train_labels.tolist() == [0] * 4
+    dataset = load("folder", tmp_path)
+    assert dataset.train_labels.tolist() == [0] * 4
+    assert not dataset.labelled
+    assert load("digits").labelled
 
 
 @pytest.mark.parametrize("name", ["png", "tif", "pgm"])
