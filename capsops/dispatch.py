@@ -74,8 +74,11 @@ if _triton is not None and _triton.INTERPRETED:
 
 
 def _checked(impl: str, origin: str) -> str:
+    names = ", ".join(map(repr, IMPLS))
+    if not isinstance(impl, str):
+        raise TypeError(f"{origin}: got {type(impl).__name__}, takes one of {names}")
     if impl not in IMPLS:
-        raise ValueError(f"{origin}: got {impl!r}, takes one of {', '.join(map(repr, IMPLS))}")
+        raise ValueError(f"{origin}: got {impl!r}, takes one of {names}")
     return impl
 
 
@@ -97,6 +100,7 @@ class use_impl:
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Raises:
+        TypeError: `impl` is not a str.
         ValueError: `impl` is none of these.
     """
 
@@ -125,6 +129,7 @@ def resolve(impl: str, device: str) -> str:
     """The implementation that serves a call: `impl` itself, or what "auto" stands for on that device type.
 
     Raises:
+        TypeError: `impl` is not a str.
         ValueError: `impl` is unknown, or does not serve the device.
         RuntimeError: `impl` is not available here; the message says why.
     """
@@ -133,7 +138,7 @@ def resolve(impl: str, device: str) -> str:
         for name in _PREFERENCE.get(device, ("reference",)):
             if name in _MODULES:
                 return name
-    if impl not in _MODULES:
+    if not isinstance(impl, str) or impl not in _MODULES:
         _checked(impl, "impl")
         raise RuntimeError(f"impl={impl!r} is not available: {_MISSING[impl]}")
     if impl == "cuda" and device != "cuda" and not torch.cuda.is_available():

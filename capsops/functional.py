@@ -1,72 +1,62 @@
-"""The public functions: each checks its arguments, settles the implementation, and calls the op."""
+"""The public functions: each settles the implementation and calls the op, which checks the tensors.
+
+Only what an op cannot check is checked here: whether an argument is a tensor, an int, a bool at all.
+"""
+
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from capsops import dispatch, reference, transforms
+from capsops import checks, dispatch, reference, transforms
 from capsops import library as _library  # noqa: F401  registers torch.ops.capsops
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-
-def _check_tensors(**tensors: Tensor | None) -> None:
-    """All are tensors of one device, and of one dtype unless autocast will give them one."""
-    first_name = first = None
+def _check_tensors(**tensors: object) -> None:
+    """All are dense tensors; `bias` may be None."""
     for name, x in tensors.items():
         if x is None and name == "bias":
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
-        if x.dtype not in _DTYPES:
-            raise ValueError(f"{name}: got dtype {x.dtype}, takes float32, bfloat16, float16 or float64")
-        if x.layout is not torch.strided:
-            raise ValueError(f"{name}: got layout {x.layout}, takes {torch.strided}: a dense tensor")
-        if first is None:
-            first_name, first = name, x
-            continue
-        if x.device != first.device:
-            raise ValueError(
-                f"{name}: got device {x.device}, takes that of {first_name}, which is {first.device}"
-            )
-        if x.dtype != first.dtype and (
-            torch.float64 in (x.dtype, first.dtype)
-            or x.is_meta
-            or not torch.is_autocast_enabled(x.device.type)
-        ):
-            raise TypeError(
-                f"{name}: got dtype {x.dtype}, takes that of {first_name}, which is {first.dtype}"
-            )
+        if x.is_nested or x.layout is not torch.strided:  # torch would look for a kernel of theirs
+            checks.check_dense(name, x)
 
 
-def _check_shape(name: str, x: Tensor, axes: str, sizes: tuple[int | None, ...]) -> None:
-    """`sizes` holds None where any size will do."""
-    if x.dim() != len(sizes) or any(n is not None and n != m for n, m in zip(sizes, x.shape, strict=True)):
-        fixed = ", ".join(
-            f"{axis} = {n}" for axis, n in zip(axes.split(), sizes, strict=True) if n is not None
-        )
-        wanted = f"[{', '.join(axes.split())}]" + (f" with {fixed}" if fixed else "")
-        raise ValueError(f"{name}: got shape {list(x.shape)}, takes {wanted}")
+def as_int(name: str, value: int) -> int:
+    """The value as an op takes it; integers of other libraries, such as NumPy, count as int.
+
+    Raises:
+        TypeError: it is a bool or no integer.
+        ValueError: it has more than 64 bits.
+    """
+    if isinstance(value, torch.SymInt):
+        return value
+    if type(value) is not int:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name}: got {type(value).__name__}, takes an int")
+        value = int(value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: got {value}, takes an int of 64 bits")
+    return value
 
 
-def _check_int(name: str, value: int) -> None:
-    # A tuple: torch 2.6 cannot compile a test against a union.
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: got {type(value).__name__}, takes an int")
+def as_iterations(value: int) -> int:
+    """The number of iterations as the ops take it.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is negative or above 1000.
+    """
+    iterations = as_int("iterations", value)
+    checks.check_iterations(iterations)
+    return iterations
 
 
-def check_options(iterations: int, **flags: bool) -> None:
-    """An error unless `iterations` is an int of 0 or more and every flag a bool."""
-    _check_int("iterations", iterations)
-    if iterations < 0:
-        raise ValueError(f"iterations: got {iterations}, takes 0 (no routing) or more")
+def check_flags(**flags: bool) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: got {type(flag).__name__}, takes a bool")
-
-
-def _effective_iterations(iterations: int, out_capsules: int, leaky: bool) -> int:
-    """With one output capsule the softmax is 1, whatever the logits, unless an orphan class takes part."""
-    return 0 if out_capsules == 1 and not leaky else iterations
 
 
 def _formula_serves(impl: str, *tensors: Tensor | None) -> bool:
@@ -98,23 +88,24 @@ def squash(s: Tensor, dim: int = -1, *, impl: str = "auto") -> Tensor:
         A tensor of the shape and dtype of `s`.
 
     Raises:
-        TypeError: `s` is not a tensor.
+        TypeError: `s` is not a tensor, `dim` not an int, or `impl` not a str.
         ValueError: `dim` is out of range, the dtype is not a floating one, or `impl` does not serve the
             device, or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
     _check_tensors(s=s)
-    if s.dim() == 0:
-        raise ValueError("s: got a scalar, takes a tensor with at least one dimension")
-    _check_int("dim", dim)
-    if not -s.dim() <= dim < s.dim():
-        raise ValueError(
-            f"dim: got {dim}, takes {-s.dim()} to {s.dim() - 1} for a tensor of shape {list(s.shape)}"
-        )
-    found = dispatch.resolve(impl, s.device.type)
+    dim = as_int("dim", dim)
+    axes = s.dim()
+    if axes:  # the op says what is wrong with a scalar
+        if not -axes <= dim < axes:
+            raise ValueError(
+                f"dim: got {dim}, takes {-axes} to {axes - 1} for a tensor of shape {list(s.shape)}"
+            )
+        dim %= axes
+    serving = dispatch.resolve(impl, s.device.type)
     if _formula_serves(impl, s):
-        return transforms.by_formula(reference.squash, s, dim=dim)
-    return torch.ops.capsops.squash(s, dim % s.dim(), found)
+        return transforms.by_formula(lambda s: checks.squash(s, dim), reference.squash, s, dim=dim)
+    return torch.ops.capsops.squash(s, dim, serving)
 
 
 def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
@@ -132,18 +123,16 @@ def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
         û [B, I, J, D].
 
     Raises:
-        TypeError: an argument is not a tensor, or dtypes differ.
+        TypeError: an argument is not a tensor, dtypes differ, or `impl` is not a str.
         ValueError: shapes, dtypes or devices do not fit, or `impl` does not serve the device, or
             names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
     _check_tensors(u=u, weight=weight)
-    _check_shape("u", u, "B I K", (None, None, None))
-    _check_shape("weight", weight, "I J D K", (u.shape[1], None, None, u.shape[2]))
-    found = dispatch.resolve(impl, u.device.type)
+    serving = dispatch.resolve(impl, u.device.type)
     if _formula_serves(impl, u, weight):
-        return transforms.by_formula(reference.predictions, u, weight)
-    return torch.ops.capsops.predictions(u, weight, found)
+        return transforms.by_formula(checks.predictions, reference.predictions, u, weight)
+    return torch.ops.capsops.predictions(u, weight, serving)
 
 
 def dynamic_routing(
@@ -163,7 +152,7 @@ def dynamic_routing(
     Args:
         u_hat: predictions [B, I, J, D].
         bias: β [J, D], added to s.
-        iterations: T, the number of softmax passes; 0 means no routing, every coupling is 1.
+        iterations: T, the number of softmax passes, 0 to 1000; 0 means no routing, every coupling is 1.
         leaky: one more logit, fixed at 0, takes part in the softmax and is dropped: an orphan class.
         detach: the couplings carry no gradient; it flows through û in the last weighted sum only.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
@@ -178,25 +167,21 @@ def dynamic_routing(
         RuntimeError: `impl` is not available here.
     """
     _check_tensors(u_hat=u_hat, bias=bias)
-    _check_shape("u_hat", u_hat, "B I J D", (None, None, None, None))
-    if bias is not None:
-        _check_shape("bias", bias, "J D", tuple(u_hat.shape[2:]))
-    check_options(iterations, leaky=leaky, detach=detach)
-    iterations = _effective_iterations(iterations, u_hat.shape[2], leaky)
-    found = dispatch.resolve(impl, u_hat.device.type)
+    iterations = as_int("iterations", iterations)
+    check_flags(leaky=leaky, detach=detach)
+    serving = dispatch.resolve(impl, u_hat.device.type)
     if _formula_serves(impl, u_hat, bias):
-        options = {"iterations": iterations, "leaky": leaky, "detach": detach}
-        return transforms.by_formula(reference.dynamic_routing, u_hat, bias, **options)
-    return torch.ops.capsops.dynamic_routing(u_hat, bias, iterations, leaky, detach, found)[0]
-
-
-def _check_layer(u: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_tensors(u=u, weight=weight, bias=bias)
-    _check_shape("u", u, "B I K", (None, None, None))
-    in_capsules, in_dim = u.shape[1:]
-    _check_shape("weight", weight, "I J D K", (in_capsules, None, None, in_dim))
-    if bias is not None:
-        _check_shape("bias", bias, "J D", tuple(weight.shape[1:3]))
+        return transforms.by_formula(
+            lambda u_hat, bias: checks.dynamic_routing(u_hat, bias, None, None, iterations),
+            reference.dynamic_routing,
+            u_hat,
+            bias,
+            iterations=iterations,
+            leaky=leaky,
+            detach=detach,
+        )
+    op = torch.ops.capsops.dynamic_routing
+    return op(u_hat, bias, None, None, iterations, leaky, detach, True, serving)[0]
 
 
 def capsule_routing(
@@ -222,7 +207,7 @@ def capsule_routing(
         u: input capsules [B, I, K].
         weight: one D × K matrix per pair of capsules [I, J, D, K].
         bias: β [J, D], added to s.
-        iterations: T, the number of softmax passes; 0 means no routing, every coupling is 1.
+        iterations: T, the number of softmax passes, 0 to 1000; 0 means no routing, every coupling is 1.
         leaky: one more logit, fixed at 0, takes part in the softmax and is dropped: an orphan class.
         detach: the couplings carry no gradient; it flows through û in the last weighted sum only.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
@@ -236,14 +221,23 @@ def capsule_routing(
             or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
-    _check_layer(u, weight, bias)
-    check_options(iterations, leaky=leaky, detach=detach)
-    iterations = _effective_iterations(iterations, weight.shape[1], leaky)
-    found = dispatch.resolve(impl, u.device.type)
+    _check_tensors(u=u, weight=weight, bias=bias)
+    iterations = as_int("iterations", iterations)
+    check_flags(leaky=leaky, detach=detach)
+    serving = dispatch.resolve(impl, u.device.type)
     if _formula_serves(impl, u, weight, bias):
-        options = {"iterations": iterations, "leaky": leaky, "detach": detach}
-        return transforms.by_formula(reference.capsule_routing, u, weight, bias, **options)
-    return torch.ops.capsops.capsule_routing(u, weight, bias, iterations, leaky, detach, found)[0]
+        return transforms.by_formula(
+            lambda u, weight, bias: checks.capsule_routing(u, weight, bias, None, None, iterations),
+            reference.capsule_routing,
+            u,
+            weight,
+            bias,
+            iterations=iterations,
+            leaky=leaky,
+            detach=detach,
+        )
+    op = torch.ops.capsops.capsule_routing
+    return op(u, weight, bias, None, None, iterations, leaky, detach, True, serving)[0]
 
 
 def couplings(
@@ -257,13 +251,15 @@ def couplings(
 ) -> Tensor:
     """Coupling coefficients of the last pass of `capsule_routing`: how much of capsule i goes to capsule j.
 
-    c_ij = softmax_j(û_ij · Vᵀ⁻¹_j); they sum to 1 over j (below 1 with `leaky`). No gradient.
+    c_ij = softmax_j(û_ij · Vᵀ⁻¹_j); they sum to 1 over j (below 1 with `leaky`). No gradient. Those of the
+    first pass are all equal, and those of a single output capsule without `leaky` are 1, whatever û is, NaN
+    included.
 
     Args:
         u: input capsules [B, I, K].
         weight: one D × K matrix per pair of capsules [I, J, D, K].
         bias: β [J, D], added to s.
-        iterations: T, the number of softmax passes; 0 gives ones.
+        iterations: T, the number of softmax passes, 0 to 1000; 0 gives ones.
         leaky: one more logit, fixed at 0, takes part in the softmax and is dropped.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -275,9 +271,9 @@ def couplings(
         ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device.
         RuntimeError: `impl` is not available here.
     """
-    _check_layer(u, weight, bias)
-    check_options(iterations, leaky=leaky)
-    iterations = _effective_iterations(iterations, weight.shape[1], leaky)
-    impl = dispatch.resolve(impl, u.device.type)
+    _check_tensors(u=u, weight=weight, bias=bias)
+    iterations = as_int("iterations", iterations)
+    check_flags(leaky=leaky)
+    serving = dispatch.resolve(impl, u.device.type)
     with torch.no_grad():
-        return torch.ops.capsops.couplings(u, weight, bias, iterations, leaky, impl)
+        return torch.ops.capsops.couplings(u, weight, bias, None, None, iterations, leaky, serving)

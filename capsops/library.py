@@ -1,6 +1,7 @@
 """Each op once: schema, kernel, fake, autograd and autocast, registered with torch.library.
 
-The kernels here pay what every implementation would otherwise pay by itself: contiguity and empty tensors.
+The kernels here pay what every implementation would otherwise pay by itself: the checks of all arguments,
+contiguity and empty tensors.
 The backward ops have gradients of their own, by autograd through the reference formula, at any order.
 """
 
@@ -10,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capsops import dispatch, reference
+from capsops import checks, dispatch, reference
 from capsops.impl import accumulation_dtype
 
 _library = torch.library.Library("capsops", "DEF")
+
+_ROUTING = "Tensor? bias, Tensor? logits, Tensor? mask, int iterations, bool leaky"
+
+_OPTIONS = ("iterations", "leaky", "detach", "squash_output")
 
 _SCHEMAS = {
     "squash": "(Tensor s, int dim, str impl) -> Tensor",
@@ -24,21 +29,22 @@ _SCHEMAS = {
         " -> (Tensor, Tensor)"
     ),
     "dynamic_routing": (
-        "(Tensor u_hat, Tensor? bias, int iterations, bool leaky, bool detach, str impl) -> (Tensor, Tensor)"
+        f"(Tensor u_hat, {_ROUTING}, bool detach, bool squash_output, str impl) -> (Tensor, Tensor)"
     ),
     "dynamic_routing_backward": (
         "(Tensor grad, Tensor u_hat, Tensor? bias, Tensor s, int iterations, bool leaky, bool detach,"
-        " str impl) -> (Tensor, Tensor)"
+        " bool squash_output, str impl) -> (Tensor, Tensor)"
     ),
     "capsule_routing": (
-        "(Tensor u, Tensor weight, Tensor? bias, int iterations, bool leaky, bool detach, str impl)"
+        f"(Tensor u, Tensor weight, {_ROUTING}, bool detach, bool squash_output, str impl)"
         " -> (Tensor, Tensor)"
     ),
     "capsule_routing_backward": (
         "(Tensor grad, Tensor u, Tensor weight, Tensor? bias, Tensor s, int iterations, bool leaky,"
-        " bool detach, bool needs_u, bool needs_weight, str impl) -> (Tensor, Tensor, Tensor)"
+        " bool detach, bool squash_output, bool needs_u, bool needs_weight, str impl)"
+        " -> (Tensor, Tensor, Tensor)"
     ),
-    "couplings": "(Tensor u, Tensor weight, Tensor? bias, int iterations, bool leaky, str impl) -> Tensor",
+    "couplings": f"(Tensor u, Tensor weight, {_ROUTING}, str impl) -> Tensor",
 }
 
 
@@ -52,21 +58,29 @@ def _implementation(impl: str, *tensors: Tensor) -> Any:
     return dispatch.module("reference" if any(x.numel() == 0 for x in tensors) else impl)
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _squash(s: Tensor, dim: int, impl: str) -> Tensor:
+    checks.squash(s, dim)
     return _implementation(impl, s).squash(s.contiguous(), dim)
 
 
 def _squash_backward(grad: Tensor, s: Tensor, dim: int, impl: str) -> Tensor:
+    checks.squash_backward(grad, s, dim)
     return _implementation(impl, s).squash_backward(grad.contiguous(), s.contiguous(), dim)
 
 
 def _predictions(u: Tensor, weight: Tensor, impl: str) -> Tensor:
+    checks.predictions(u, weight)
     return _implementation(impl, u, weight).predictions(u.contiguous(), weight.contiguous())
 
 
 def _predictions_backward(
     grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
+    checks.predictions_backward(grad, u, weight)
     serve = _implementation(impl, u, weight)
     return serve.predictions_backward(
         grad.contiguous(), u.contiguous(), weight.contiguous(), needs_u, needs_weight
@@ -74,10 +88,20 @@ def _predictions_backward(
 
 
 def _dynamic_routing(
-    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool, detach: bool, impl: str
+    u_hat: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    squash_output: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    bias = bias if bias is None else bias.contiguous()
-    return _implementation(impl, u_hat).dynamic_routing(u_hat.contiguous(), bias, iterations, leaky)
+    checks.dynamic_routing(u_hat, bias, logits, mask, iterations)
+    iterations = checks.effective_iterations(iterations, u_hat.shape[2], leaky)
+    serve = _implementation(impl, u_hat)
+    return serve.dynamic_routing(u_hat.contiguous(), _contiguous(bias), iterations, leaky, squash_output)
 
 
 def _dynamic_routing_backward(
@@ -88,20 +112,35 @@ def _dynamic_routing_backward(
     iterations: int,
     leaky: bool,
     detach: bool,
+    squash_output: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    checks.dynamic_routing_backward(grad, u_hat, bias, s, iterations, leaky)
+    iterations = checks.effective_iterations(iterations, u_hat.shape[2], leaky)
     serve = _implementation(impl, u_hat)
     return serve.dynamic_routing_backward(
-        grad.contiguous(), u_hat.contiguous(), s.contiguous(), iterations, leaky, detach
+        grad.contiguous(), u_hat.contiguous(), s.contiguous(), iterations, leaky, detach, squash_output
     )
 
 
 def _capsule_routing(
-    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool, detach: bool, impl: str
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    squash_output: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    bias = bias if bias is None else bias.contiguous()
+    checks.capsule_routing(u, weight, bias, logits, mask, iterations)
+    iterations = checks.effective_iterations(iterations, weight.shape[1], leaky)
     serve = _implementation(impl, u, weight)
-    return serve.capsule_routing(u.contiguous(), weight.contiguous(), bias, iterations, leaky)
+    return serve.capsule_routing(
+        u.contiguous(), weight.contiguous(), _contiguous(bias), iterations, leaky, squash_output
+    )
 
 
 def _capsule_routing_backward(
@@ -113,10 +152,13 @@ def _capsule_routing_backward(
     iterations: int,
     leaky: bool,
     detach: bool,
+    squash_output: bool,
     needs_u: bool,
     needs_weight: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    checks.capsule_routing_backward(grad, u, weight, bias, s, iterations, leaky)
+    iterations = checks.effective_iterations(iterations, weight.shape[1], leaky)
     serve = _implementation(impl, u, weight)
     return serve.capsule_routing_backward(
         grad.contiguous(),
@@ -126,51 +168,106 @@ def _capsule_routing_backward(
         iterations,
         leaky,
         detach,
+        squash_output,
         needs_u,
         needs_weight,
     )
 
 
 def _couplings(
-    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool, impl: str
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    impl: str,
 ) -> Tensor:
-    bias = bias if bias is None else bias.contiguous()
-    return _implementation(impl, u, weight).couplings(
-        u.contiguous(), weight.contiguous(), bias, iterations, leaky
-    )
+    checks.couplings(u, weight, bias, logits, mask, iterations)
+    iterations = checks.effective_iterations(iterations, weight.shape[1], leaky)
+    serve = _implementation(impl, u, weight)
+    return serve.couplings(u.contiguous(), weight.contiguous(), _contiguous(bias), iterations, leaky)
 
 
 def _routing_fakes(
-    like: Tensor, batch: int, capsules: int, dim: int, iterations: int
+    like: Tensor, batch: int, capsules: int, dim: int, iterations: int, leaky: bool
 ) -> tuple[Tensor, Tensor]:
     v = like.new_empty(batch, capsules, dim)
-    return v, v.new_empty(max(iterations, 1), batch, capsules, dim, dtype=accumulation_dtype(like.dtype))
+    passes = checks.saved_passes(iterations, capsules, leaky)
+    return v, v.new_empty(passes, batch, capsules, dim, dtype=accumulation_dtype(like.dtype))
 
 
 def _like(x: Tensor, needed: bool = True) -> Tensor:
     return x.new_empty(x.shape if needed else 0)
 
 
+def _squash_fake(s: Tensor, dim: int, impl: str) -> Tensor:
+    checks.squash(s, dim)
+    return _like(s)
+
+
+def _squash_backward_fake(grad: Tensor, s: Tensor, dim: int, impl: str) -> Tensor:
+    checks.squash_backward(grad, s, dim)
+    return _like(s)
+
+
+def _predictions_fake(u: Tensor, weight: Tensor, impl: str) -> Tensor:
+    checks.predictions(u, weight)
+    return u.new_empty(u.shape[0], *weight.shape[:3])
+
+
 def _predictions_backward_fake(
     grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
+    checks.predictions_backward(grad, u, weight)
     return _like(u, needs_u), _like(weight, needs_weight)
 
 
 def _dynamic_routing_fake(
-    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool, detach: bool, impl: str
+    u_hat: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    squash_output: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return _routing_fakes(u_hat, u_hat.shape[0], *u_hat.shape[2:], iterations)
+    checks.dynamic_routing(u_hat, bias, logits, mask, iterations)
+    return _routing_fakes(u_hat, u_hat.shape[0], *u_hat.shape[2:], iterations, leaky)
 
 
-def _dynamic_routing_backward_fake(grad: Tensor, u_hat: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _dynamic_routing_backward_fake(
+    grad: Tensor,
+    u_hat: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    squash_output: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    checks.dynamic_routing_backward(grad, u_hat, bias, s, iterations, leaky)
     return _like(u_hat), u_hat.new_empty(u_hat.shape[2:])
 
 
 def _capsule_routing_fake(
-    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool, detach: bool, impl: str
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    squash_output: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return _routing_fakes(u, u.shape[0], *weight.shape[1:3], iterations)
+    checks.capsule_routing(u, weight, bias, logits, mask, iterations)
+    return _routing_fakes(u, u.shape[0], *weight.shape[1:3], iterations, leaky)
 
 
 def _capsule_routing_backward_fake(
@@ -182,23 +279,39 @@ def _capsule_routing_backward_fake(
     iterations: int,
     leaky: bool,
     detach: bool,
+    squash_output: bool,
     needs_u: bool,
     needs_weight: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    checks.capsule_routing_backward(grad, u, weight, bias, s, iterations, leaky)
     return _like(u, needs_u), _like(weight, needs_weight), u.new_empty(weight.shape[1:3])
 
 
+def _couplings_fake(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    impl: str,
+) -> Tensor:
+    checks.couplings(u, weight, bias, logits, mask, iterations)
+    return u.new_empty(u.shape[0], *weight.shape[:2])
+
+
 _FAKES: dict[str, Callable] = {
-    "squash": lambda s, dim, impl: _like(s),
-    "squash_backward": lambda grad, s, dim, impl: _like(s),
-    "predictions": lambda u, weight, impl: u.new_empty(u.shape[0], *weight.shape[:3]),
+    "squash": _squash_fake,
+    "squash_backward": _squash_backward_fake,
+    "predictions": _predictions_fake,
     "predictions_backward": _predictions_backward_fake,
     "dynamic_routing": _dynamic_routing_fake,
     "dynamic_routing_backward": _dynamic_routing_backward_fake,
     "capsule_routing": _capsule_routing_fake,
     "capsule_routing_backward": _capsule_routing_backward_fake,
-    "couplings": lambda u, weight, *options: u.new_empty(u.shape[0], *weight.shape[:2]),
+    "couplings": _couplings_fake,
 }
 
 
@@ -291,7 +404,7 @@ def _predictions_backward_vjp(ctx: Any, grad_grad_u: Tensor | None, grad_grad_we
 
 
 def _dynamic_routing_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    u_hat, bias, *ctx.options = inputs
+    u_hat, bias, _, _, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(u_hat, bias, output[1])
@@ -299,15 +412,15 @@ def _dynamic_routing_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _dynamic_routing_vjp(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     if grad is None:
-        return (None,) * 6
+        return (None,) * 9
     u_hat, bias, s = ctx.saved_tensors
     grad_u_hat, grad_bias = torch.ops.capsops.dynamic_routing_backward(grad, u_hat, bias, s, *ctx.options)
-    return grad_u_hat, None if bias is None else grad_bias, None, None, None, None
+    return grad_u_hat, None if bias is None else grad_bias, *(None,) * 7
 
 
 def _dynamic_routing_backward_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    grad, u_hat, bias, _, iterations, leaky, detach, _ = inputs
-    ctx.options = {"iterations": iterations, "leaky": leaky, "detach": detach}
+    grad, u_hat, bias, _, *options, _ = inputs
+    ctx.options = dict(zip(_OPTIONS, options, strict=True))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad, u_hat, bias)
 
@@ -322,11 +435,11 @@ def _dynamic_routing_backward_vjp(
         grad,
         (grad_grad_u_hat, grad_grad_bias),
     )
-    return *found, None, None, None, None, None
+    return *found, *(None,) * 6
 
 
 def _capsule_routing_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    u, weight, bias, ctx.iterations, ctx.leaky, ctx.detach, ctx.impl = inputs
+    u, weight, bias, _, _, *ctx.options, ctx.impl = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(u, weight, bias, output[1])
@@ -334,7 +447,7 @@ def _capsule_routing_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _capsule_routing_vjp(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     if grad is None:
-        return (None,) * 7
+        return (None,) * 10
     u, weight, bias, s = ctx.saved_tensors
     needs_u, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     grad_u, grad_weight, grad_bias = torch.ops.capsops.capsule_routing_backward(
@@ -343,9 +456,7 @@ def _capsule_routing_vjp(ctx: Any, grad: Tensor | None, _: None) -> tuple:
         weight,
         bias,
         s,
-        ctx.iterations,
-        ctx.leaky,
-        ctx.detach,
+        *ctx.options,
         needs_u,
         needs_weight,
         ctx.impl,
@@ -355,12 +466,12 @@ def _capsule_routing_vjp(ctx: Any, grad: Tensor | None, _: None) -> tuple:
         grad_weight if needs_weight else None,
         grad_bias if needs_bias else None,
     )
-    return *found, None, None, None, None
+    return *found, *(None,) * 7
 
 
 def _capsule_routing_backward_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    grad, u, weight, bias, _, iterations, leaky, detach, ctx.needs_u, ctx.needs_weight, _ = inputs
-    ctx.options = {"iterations": iterations, "leaky": leaky, "detach": detach}
+    grad, u, weight, bias, _, *options, ctx.needs_u, ctx.needs_weight, _ = inputs
+    ctx.options = dict(zip(_OPTIONS, options, strict=True))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad, u, weight, bias)
 
@@ -379,7 +490,7 @@ def _capsule_routing_backward_vjp(
             grad_grad_bias,
         ),
     )
-    return *found, None, None, None, None, None, None, None
+    return *found, *(None,) * 8
 
 
 _GRADIENTS = {
@@ -410,9 +521,9 @@ def _kernel(function: Callable) -> Callable:
     """The kernel as registered: its results are contiguous, as the fakes say, and autocast stays outside."""
 
     def call(*args: Any) -> Any:
-        device = args[0].device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
+        first = args[0]
+        if first is not None and torch.is_autocast_enabled(first.device.type):
+            with torch.autocast(first.device.type, enabled=False):
                 return call(*args)
         results = function(*args)
         if isinstance(results, Tensor):
@@ -440,6 +551,8 @@ def under_autocast(op: Callable, device: str) -> Callable:
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _kernel(_KERNELS[_name]), "CompositeExplicitAutograd")
+    for _key in ("NestedTensorCPU", "NestedTensorCUDA"):  # the first check says that they are not served
+        _library.impl(_name, _KERNELS[_name], _key)
     torch.library.register_fake(f"capsops::{_name}", _FAKES[_name], lib=_library)
     if _name in _GRADIENTS:
         _vjp, _setup = _GRADIENTS[_name]

@@ -5,7 +5,24 @@ import math
 import torch
 from torch import Tensor, nn
 
-from capsops import functional
+from capsops import checks, functional
+
+
+def _size(name: str, value: int) -> int:
+    """A size of a layer: an int of 1 or more."""
+    size = functional.as_int(name, value)
+    if size < 1:
+        raise ValueError(f"{name}: got {size}, takes 1 or more")
+    return size
+
+
+def _sizes(name: str, value: int | tuple[int, int]) -> int | tuple[int, int]:
+    """A size, or one for the height and one for the width."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"{name}: got {value!r}, takes an int, or two: height and width")
+        return _size(name, value[0]), _size(name, value[1])
+    return _size(name, value)
 
 
 class Squash(nn.Module):
@@ -13,11 +30,14 @@ class Squash(nn.Module):
 
     Args:
         dim: the dimension along which a vector lies.
+
+    Raises:
+        TypeError: `dim` is not an int.
     """
 
     def __init__(self, dim: int = -1) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim = functional.as_int("dim", dim)
 
     def forward(self, s: Tensor) -> Tensor:
         return functional.squash(s, self.dim)
@@ -36,14 +56,30 @@ class PrimaryCapsules(nn.Module):
         in_channels: C, channels of the input.
         capsules: number of capsule types.
         dim: K, the dimension of a capsule.
-        kernel_size: of the convolution, in pixels.
-        stride: of the convolution, in pixels.
+        kernel_size: of the convolution, in pixels; two ints for height and width.
+        stride: of the convolution, in pixels; two ints for height and width.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is below 1.
     """
 
-    def __init__(self, in_channels: int, capsules: int, dim: int, kernel_size: int, stride: int = 2) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        capsules: int,
+        dim: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 2,
+    ) -> None:
         super().__init__()
-        self.capsules, self.dim = capsules, dim
-        self.conv = nn.Conv2d(in_channels, capsules * dim, kernel_size, stride)
+        self.capsules, self.dim = _size("capsules", capsules), _size("dim", dim)
+        self.conv = nn.Conv2d(
+            _size("in_channels", in_channels),
+            self.capsules * self.dim,
+            _sizes("kernel_size", kernel_size),
+            _sizes("stride", stride),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
@@ -62,14 +98,14 @@ class RoutingCapsules(nn.Module):
         out_capsules: J.
         in_dim: K.
         out_dim: D.
-        iterations: number of softmax passes; 0 means no routing, every coupling is 1.
+        iterations: number of softmax passes, 0 to 1000; 0 means no routing, every coupling is 1.
         bias: whether to add a learned β [J, D] to s.
         leaky: whether an orphan class takes part in the softmax.
         detach: whether the couplings are kept out of the gradient.
 
     Raises:
-        TypeError: an option is of another type.
-        ValueError: `iterations` is negative.
+        TypeError: a size or an option is of another type.
+        ValueError: a size is below 1, or `iterations` is not in 0 to 1000.
     """
 
     def __init__(
@@ -85,8 +121,10 @@ class RoutingCapsules(nn.Module):
         detach: bool = False,
     ) -> None:
         super().__init__()
-        functional.check_options(iterations, leaky=leaky, detach=detach)
-        self.iterations, self.leaky, self.detach = iterations, leaky, detach
+        functional.check_flags(bias=bias, leaky=leaky, detach=detach)
+        self.iterations, self.leaky, self.detach = functional.as_iterations(iterations), leaky, detach
+        in_capsules, out_capsules = _size("in_capsules", in_capsules), _size("out_capsules", out_capsules)
+        in_dim, out_dim = _size("in_dim", in_dim), _size("out_dim", out_dim)
         self.weight = nn.Parameter(torch.empty(in_capsules, out_capsules, out_dim, in_dim))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_capsules, out_dim))
@@ -99,8 +137,6 @@ class RoutingCapsules(nn.Module):
         in_capsules, out_capsules, out_dim, in_dim = self.weight.shape
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-        if self.weight.numel() == 0:
-            return
         coupling = 1.0 if self.iterations == 0 else 1 / (out_capsules + self.leaky)
         length = in_dim / (in_dim + 1)  # of a squashed normal vector, about
         nn.init.normal_(self.weight, std=0.3 / (coupling * length * math.sqrt(in_capsules * out_dim)))
@@ -126,25 +162,32 @@ class RoutingCapsules(nn.Module):
             iterations, leaky, detach: as for the class.
 
         Raises:
-            TypeError: `weight` or `bias` is not a tensor, or an option is of another type.
-            ValueError: `layout` does not name the axes of `weight`, or `bias` does not have J · D elements.
+            TypeError: `weight` or `bias` is not a tensor, `layout` not a str, an option of another type.
+            ValueError: `weight` or `bias` is not a dense tensor of floating-point numbers, `layout` does not
+                name the axes of `weight`, an axis is empty, or `bias` does not have J · D elements.
         """
         for name, x in (("weight", weight), ("bias", bias)):
-            if not isinstance(x, Tensor) and not (name == "bias" and x is None):
+            if name == "bias" and x is None:
+                continue
+            if not isinstance(x, Tensor):
                 raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
+            checks.check_dense(name, x)
+        if not isinstance(layout, str):
+            raise TypeError(f"layout: got {type(layout).__name__}, takes a str such as 'JIDK'")
         if sorted(layout.replace("1", "")) != sorted("IJDK") or len(layout) != weight.dim():
             raise ValueError(
                 f"layout: got {layout!r} for a weight of shape {list(weight.shape)}, takes a letter for each"
                 " axis: I, J, D, K once each, and 1 for an axis of size 1"
             )
+        shape = list(weight.shape)
         ones = [axis for axis, letter in enumerate(layout) if letter == "1"]
         if any(weight.shape[axis] != 1 for axis in ones):
-            raise ValueError(
-                f"layout: got {layout!r}, where 1 stands for an axis that is not 1 in {list(weight.shape)}"
-            )
+            raise ValueError(f"layout: got {layout!r}, where 1 stands for an axis that is not 1 in {shape}")
         weight = (
             weight.detach().squeeze(ones).permute([layout.replace("1", "").index(axis) for axis in "IJDK"])
         )
+        if weight.numel() == 0:
+            raise ValueError(f"weight: got shape {shape} in layout {layout!r}, takes no axis of size 0")
         in_capsules, out_capsules, out_dim, in_dim = weight.shape
         if bias is not None and bias.numel() != out_capsules * out_dim:
             raise ValueError(f"bias: got {bias.numel()} elements, takes J · D = {out_capsules * out_dim}")

@@ -48,20 +48,25 @@ def dynamic_routing(
     iterations: int = 3,
     leaky: bool = False,
     detach: bool = False,
+    squash_output: bool = True,
 ) -> Tensor:
     """Routing by agreement (procedure 1): û [B, I, J, D], bias [J, D] → v [B, J, D].
 
     `iterations` counts softmax passes; 0 means couplings of 1. With `detach` the couplings carry no gradient.
+    With `squash_output=False` the last s itself is the result.
+    One output capsule without `leaky` is no routing: the softmax of one logit is 1, whatever the logit.
     """
-    if iterations == 0:
+    if iterations == 0 or (u_hat.shape[2] == 1 and not leaky):
         s = u_hat.sum(1)
-        return squash(s if bias is None else s + bias)
+        s = s if bias is None else s + bias
+        return squash(s) if squash_output else s
     fixed = u_hat.detach() if detach else u_hat
     logits = u_hat.new_zeros(u_hat.shape[:3])
     for t in range(1, iterations + 1):
         last = t == iterations
         s = torch.einsum("bij,bijd->bjd", coupling_softmax(logits, leaky), u_hat if last else fixed)
-        v = squash(s if bias is None else s + bias)
+        s = s if bias is None else s + bias
+        v = s if last and not squash_output else squash(s)
         if not last:
             logits = logits + torch.einsum("bijd,bjd->bij", fixed, v.detach() if detach else v)
     return v
@@ -75,19 +80,21 @@ def capsule_routing(
     iterations: int = 3,
     leaky: bool = False,
     detach: bool = False,
+    squash_output: bool = True,
 ) -> Tensor:
     """dynamic_routing(predictions(u, weight), bias): u [B, I, K], weight [I, J, D, K] → v [B, J, D]."""
     u_hat = predictions(u, weight)
-    return dynamic_routing(u_hat, bias, iterations=iterations, leaky=leaky, detach=detach)
+    options = {"iterations": iterations, "leaky": leaky, "detach": detach, "squash_output": squash_output}
+    return dynamic_routing(u_hat, bias, **options)
 
 
 def couplings(
     u: Tensor, weight: Tensor, bias: Tensor | None = None, *, iterations: int = 3, leaky: bool = False
 ) -> Tensor:
-    """c of the last pass [B, I, J], without gradient; ones for `iterations` = 0."""
+    """c of the last pass [B, I, J], without gradient; ones where there is no routing."""
     u_hat = predictions(u.detach(), weight.detach())
     logits = u_hat.new_zeros(u_hat.shape[:3])
-    if iterations == 0:
+    if iterations == 0 or (weight.shape[1] == 1 and not leaky):
         return logits + 1
     for t in range(1, iterations):
         v = dynamic_routing(u_hat, None if bias is None else bias.detach(), iterations=t, leaky=leaky)

@@ -34,10 +34,16 @@ def differentiates() -> bool:
     return any(level.key() in (kinds.Grad, kinds.Jvp) for level in levels)
 
 
-def by_formula(formula: Callable[..., Tensor], *tensors: Tensor | None, **options: Any) -> Tensor:
-    """`formula` of capsops.reference, in the dtypes of the op: autocast's, and summed in float32 at least."""
+def by_formula(
+    check: Callable[..., None], formula: Callable[..., Tensor], *tensors: Tensor | None, **options: Any
+) -> Tensor:
+    """`formula` of capsops.reference, in the dtypes of the op: autocast's, and summed in float32 at least.
+
+    `check` is what the op would say of the tensors.
+    """
     dtype, device = tensors[0].dtype, tensors[0].device.type
     if torch.is_autocast_enabled(device):
-        return under_autocast(partial(by_formula, formula, **options), device)(*tensors)
+        return under_autocast(partial(by_formula, check, formula, **options), device)(*tensors)
+    check(*tensors)
     wide = accumulation_dtype(dtype)
     return formula(*(None if x is None else x.to(wide) for x in tensors), **options).to(dtype)

@@ -14,8 +14,9 @@ if os.environ.get("CAPSOPS_CPU_ISA"):
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _memory(x: Tensor | None) -> tuple[int, int]:
+    """What a kernel is told of a tensor: its address and its bytes."""
+    return (0, 0) if x is None else (x.data_ptr(), x.nbytes)
 
 
 def _like(x: Tensor, needed: bool) -> Tensor | None:
@@ -38,16 +39,16 @@ def _extent(s: Tensor, dim: int) -> tuple[int, int, int]:
 
 def squash(s: Tensor, dim: int) -> Tensor:
     v = torch.empty_like(s)
-    _cpu.squash(s.data_ptr(), v.data_ptr(), *_extent(s, dim), _STORAGE[s.dtype], torch.get_num_threads())
+    _cpu.squash(_memory(s), _memory(v), *_extent(s, dim), _STORAGE[s.dtype], torch.get_num_threads())
     return v
 
 
 def squash_backward(grad: Tensor, s: Tensor, dim: int) -> Tensor:
     grad_s = torch.empty_like(s)
     _cpu.squash_backward(
-        grad.data_ptr(),
-        s.data_ptr(),
-        grad_s.data_ptr(),
+        _memory(grad),
+        _memory(s),
+        _memory(grad_s),
         *_extent(s, dim),
         _STORAGE[s.dtype],
         torch.get_num_threads(),
@@ -58,9 +59,9 @@ def squash_backward(grad: Tensor, s: Tensor, dim: int) -> Tensor:
 def predictions(u: Tensor, weight: Tensor) -> Tensor:
     u_hat = u.new_empty(u.shape[0], *weight.shape[:3])
     _cpu.predictions(
-        u.data_ptr(),
-        weight.data_ptr(),
-        u_hat.data_ptr(),
+        _memory(u),
+        _memory(weight),
+        _memory(u_hat),
         u.shape[0],
         *weight.shape,
         _STORAGE[u.dtype],
@@ -74,11 +75,11 @@ def predictions_backward(
 ) -> tuple[Tensor, Tensor]:
     grad_u, grad_weight = _like(u, needs_u), _like(weight, needs_weight)
     _cpu.predictions_backward(
-        grad.data_ptr(),
-        u.data_ptr(),
-        weight.data_ptr(),
-        _address(grad_u),
-        _address(grad_weight),
+        _memory(grad),
+        _memory(u),
+        _memory(weight),
+        _memory(grad_u),
+        _memory(grad_weight),
         u.shape[0],
         *weight.shape,
         _STORAGE[u.dtype],
@@ -94,20 +95,22 @@ def _route(
     shape: tuple[int, ...],
     iterations: int,
     leaky: bool,
+    squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
     """v and s of all passes; `shape` is (B, I, J, D, K)."""
     batch, _, capsules, dim, _ = shape
     v = u.new_empty(batch, capsules, dim)
     s = u.new_empty(max(iterations, 1), batch, capsules, dim, dtype=accumulation_dtype(u.dtype))
     _cpu.routing(
-        u.data_ptr(),
-        _address(weight),
-        _address(bias),
-        v.data_ptr(),
-        s.data_ptr(),
+        _memory(u),
+        _memory(weight),
+        _memory(bias),
+        _memory(v),
+        _memory(s),
         *shape,
         iterations,
         leaky,
+        squash_output,
         _STORAGE[u.dtype],
         torch.get_num_threads(),
     )
@@ -115,28 +118,29 @@ def _route(
 
 
 def dynamic_routing(
-    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool
+    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
-    return _route(u_hat, None, bias, (*u_hat.shape, 1), iterations, leaky)
+    return _route(u_hat, None, bias, (*u_hat.shape, 1), iterations, leaky, squash_output)
 
 
 def dynamic_routing_backward(
-    grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool
+    grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
     grad_u_hat, grad_bias = torch.empty_like(u_hat), u_hat.new_empty(u_hat.shape[2:])
     _cpu.routing_backward(
-        grad.data_ptr(),
-        u_hat.data_ptr(),
-        0,
-        s.data_ptr(),
-        grad_u_hat.data_ptr(),
-        0,
-        grad_bias.data_ptr(),
+        _memory(grad),
+        _memory(u_hat),
+        _memory(None),
+        _memory(s),
+        _memory(grad_u_hat),
+        _memory(None),
+        _memory(grad_bias),
         *u_hat.shape,
         1,
         iterations,
         leaky,
         detach,
+        squash_output,
         _STORAGE[u_hat.dtype],
         torch.get_num_threads(),
     )
@@ -144,9 +148,9 @@ def dynamic_routing_backward(
 
 
 def capsule_routing(
-    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool
+    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
-    return _route(u, weight, bias, (u.shape[0], *weight.shape), iterations, leaky)
+    return _route(u, weight, bias, (u.shape[0], *weight.shape), iterations, leaky, squash_output)
 
 
 def capsule_routing_backward(
@@ -157,24 +161,26 @@ def capsule_routing_backward(
     iterations: int,
     leaky: bool,
     detach: bool,
+    squash_output: bool,
     needs_u: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_u, grad_weight = _like(u, needs_u), _like(weight, needs_weight)
     grad_bias = u.new_empty(weight.shape[1:3])
     _cpu.routing_backward(
-        grad.data_ptr(),
-        u.data_ptr(),
-        weight.data_ptr(),
-        s.data_ptr(),
-        _address(grad_u),
-        _address(grad_weight),
-        grad_bias.data_ptr(),
+        _memory(grad),
+        _memory(u),
+        _memory(weight),
+        _memory(s),
+        _memory(grad_u),
+        _memory(grad_weight),
+        _memory(grad_bias),
         u.shape[0],
         *weight.shape,
         iterations,
         leaky,
         detach,
+        squash_output,
         _STORAGE[u.dtype],
         torch.get_num_threads(),
     )
@@ -186,10 +192,10 @@ def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, l
     if iterations <= 1:
         return c.fill_(1 if iterations == 0 else 1 / (weight.shape[1] + leaky))
     _cpu.couplings(
-        u.data_ptr(),
-        weight.data_ptr(),
-        _address(bias),
-        c.data_ptr(),
+        _memory(u),
+        _memory(weight),
+        _memory(bias),
+        _memory(c),
         u.shape[0],
         *weight.shape,
         iterations,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import capsops._cuda as _cuda
+from capsops.impl import decline_unsquashed
 
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -40,8 +41,9 @@ def _allows_tf32() -> bool:
     return matmul.allow_tf32
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _memory(x: Tensor | None) -> tuple[int, int]:
+    """What a kernel is told of a tensor: its address and its bytes."""
+    return (0, 0) if x is None else (x.data_ptr(), x.nbytes)
 
 
 def _like(x: Tensor, needed: bool = True) -> Tensor | None:
@@ -60,9 +62,9 @@ def _squash(s: Tensor, grad: Tensor | None, dim: int) -> Tensor:
     for size in s.shape[dim + 1 :]:
         inner *= size
     _cuda.squash(
-        s.data_ptr(),
-        _address(grad),
-        out.data_ptr(),
+        _memory(s),
+        _memory(grad),
+        _memory(out),
         outer,
         s.shape[dim],
         inner,
@@ -84,9 +86,9 @@ def squash_backward(grad: Tensor, s: Tensor, dim: int) -> Tensor:
 def predictions(u: Tensor, weight: Tensor) -> Tensor:
     storage, u_hat = _storage(u), _empty((u.shape[0], *weight.shape[:3]), u.dtype, u.device)
     _cuda.predictions(
-        u.data_ptr(),
-        weight.data_ptr(),
-        u_hat.data_ptr(),
+        _memory(u),
+        _memory(weight),
+        _memory(u_hat),
         u.shape[0],
         *weight.shape,
         storage,
@@ -101,11 +103,11 @@ def predictions_backward(
 ) -> tuple[Tensor, Tensor]:
     storage, grad_u, grad_weight = _storage(u), _like(u, needs_u), _like(weight, needs_weight)
     _cuda.predictions_backward(
-        grad.data_ptr(),
-        u.data_ptr(),
-        weight.data_ptr(),
-        _address(grad_u),
-        _address(grad_weight),
+        _memory(grad),
+        _memory(u),
+        _memory(weight),
+        _memory(grad_u),
+        _memory(grad_weight),
         u.shape[0],
         *weight.shape,
         storage,
@@ -126,7 +128,7 @@ def _call(
 def _run(op: _cuda.RoutingOp, call: _cuda.RoutingCall, u: Tensor) -> None:
     device = u.get_device()
     workspace = _empty((call.workspace(op, device),), torch.uint8, u.device)
-    call.run(op, workspace.data_ptr(), device, _stream(u.device))
+    call.run(op, _memory(workspace), device, _stream(u.device))
 
 
 def _route(
@@ -137,34 +139,37 @@ def _route(
     shape = (u.shape[0], *(u.shape[2:] if weight is None else weight.shape[1:3]))
     v = _empty(shape, u.dtype, u.device)
     s = _empty((max(iterations, 1), *shape), torch.float32, u.device)
-    call.point(u=u.data_ptr(), weight=_address(weight), bias=_address(bias), v=v.data_ptr(), s=s.data_ptr())
+    call.point(u=_memory(u), weight=_memory(weight), bias=_memory(bias), v=_memory(v), s=_memory(s))
     _run(_cuda.RoutingOp.forward, call, u)
     return v, s
 
 
 def dynamic_routing(
-    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool
+    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
+    decline_unsquashed("cuda", squash_output)
     return _route(u_hat, None, bias, iterations, leaky)
 
 
 def capsule_routing(
-    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool
+    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
+    decline_unsquashed("cuda", squash_output)
     return _route(u, weight, bias, iterations, leaky)
 
 
 def dynamic_routing_backward(
-    grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool
+    grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
+    decline_unsquashed("cuda", squash_output)
     call = _call(u_hat, None, iterations, leaky, detach)
     grad_u_hat, grad_bias = _like(u_hat), _empty(u_hat.shape[2:], u_hat.dtype, u_hat.device)
     call.point(
-        u=u_hat.data_ptr(),
-        s=s.data_ptr(),
-        grad=grad.data_ptr(),
-        grad_u=grad_u_hat.data_ptr(),
-        grad_bias=grad_bias.data_ptr(),
+        u=_memory(u_hat),
+        s=_memory(s),
+        grad=_memory(grad),
+        grad_u=_memory(grad_u_hat),
+        grad_bias=_memory(grad_bias),
     )
     _run(_cuda.RoutingOp.backward, call, u_hat)
     return grad_u_hat, grad_bias
@@ -178,20 +183,22 @@ def capsule_routing_backward(
     iterations: int,
     leaky: bool,
     detach: bool,
+    squash_output: bool,
     needs_u: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    decline_unsquashed("cuda", squash_output)
     call = _call(u, weight, iterations, leaky, detach)
     grad_u, grad_weight = _like(u, needs_u), _like(weight, needs_weight)
     grad_bias = _empty(weight.shape[1:3], u.dtype, u.device)
     call.point(
-        u=u.data_ptr(),
-        weight=weight.data_ptr(),
-        s=s.data_ptr(),
-        grad=grad.data_ptr(),
-        grad_u=_address(grad_u),
-        grad_weight=_address(grad_weight),
-        grad_bias=grad_bias.data_ptr(),
+        u=_memory(u),
+        weight=_memory(weight),
+        s=_memory(s),
+        grad=_memory(grad),
+        grad_u=_memory(grad_u),
+        grad_weight=_memory(grad_weight),
+        grad_bias=_memory(grad_bias),
     )
     _run(_cuda.RoutingOp.backward, call, u)
     return _given(grad_u, u), _given(grad_weight, u), grad_bias
@@ -202,6 +209,6 @@ def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, l
     c = _empty((u.shape[0], *weight.shape[:2]), u.dtype, u.device)
     if iterations <= 1:
         return c.fill_(1 if iterations == 0 else 1 / (weight.shape[1] + leaky))
-    call.point(u=u.data_ptr(), weight=weight.data_ptr(), bias=_address(bias), couplings=c.data_ptr())
+    call.point(u=_memory(u), weight=_memory(weight), bias=_memory(bias), couplings=_memory(c))
     _run(_cuda.RoutingOp.couplings, call, u)
     return c

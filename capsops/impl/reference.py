@@ -85,11 +85,11 @@ def _routing(
 
 
 def _routing_backward(
-    grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool
+    grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
     """∂û and ∂β in the accumulation dtype."""
     if iterations == 0:
-        grad_s = _squash_vjp(grad, s[0], -1)
+        grad_s = _squash_vjp(grad, s[0], -1) if squash_output else grad
         return grad_s.unsqueeze(1).expand_as(u_hat), grad_s.sum(0)
     v = reference.squash(s[:-1])
     total_v = torch.cat([torch.zeros_like(s[:1]), v.cumsum(0)])  # Vᵗ⁻¹ of pass t
@@ -97,7 +97,8 @@ def _routing_backward(
     grad_bias = s.new_zeros(s.shape[2:])
     grad_v, grad_total_v = grad, torch.zeros_like(grad)
     for t in reversed(range(iterations)):
-        grad_s = _squash_vjp(grad_v, s[t], -1)
+        squashed = squash_output or t < iterations - 1
+        grad_s = _squash_vjp(grad_v, s[t], -1) if squashed else grad_v
         grad_bias = grad_bias + grad_s.sum(0)
         c = _couplings(u_hat, total_v[t] if t > 0 else None, leaky)
         grad_u_hat = grad_u_hat + c.unsqueeze(-1) * grad_s.unsqueeze(1)
@@ -113,25 +114,27 @@ def _routing_backward(
 
 
 def dynamic_routing(
-    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool
+    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
     v, s, _ = _routing(_wide(u_hat), None if bias is None else _wide(bias), iterations, leaky)
-    return v.to(u_hat.dtype), s
+    return (v if squash_output else s[-1].clone()).to(u_hat.dtype), s
 
 
 def dynamic_routing_backward(
-    grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool
+    grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_u_hat, grad_bias = _routing_backward(_wide(grad), _wide(u_hat), s, iterations, leaky, detach)
+    grad_u_hat, grad_bias = _routing_backward(
+        _wide(grad), _wide(u_hat), s, iterations, leaky, detach, squash_output
+    )
     return grad_u_hat.to(u_hat.dtype).contiguous(), grad_bias.to(u_hat.dtype)
 
 
 def capsule_routing(
-    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool
+    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
     u_hat = reference.predictions(_wide(u), _wide(weight))
     v, s, _ = _routing(u_hat, None if bias is None else _wide(bias), iterations, leaky)
-    return v.to(u.dtype), s
+    return (v if squash_output else s[-1].clone()).to(u.dtype), s
 
 
 def capsule_routing_backward(
@@ -142,12 +145,13 @@ def capsule_routing_backward(
     iterations: int,
     leaky: bool,
     detach: bool,
+    squash_output: bool,
     needs_u: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide_u, wide_weight = _wide(u), _wide(weight)
     u_hat = reference.predictions(wide_u, wide_weight)
-    grad_u_hat, grad_bias = _routing_backward(_wide(grad), u_hat, s, iterations, leaky, detach)
+    grad_u_hat, grad_bias = _routing_backward(_wide(grad), u_hat, s, iterations, leaky, detach, squash_output)
     grad_u, grad_weight = predictions_backward(grad_u_hat, wide_u, wide_weight, needs_u, needs_weight)
     return grad_u.to(u.dtype), grad_weight.to(u.dtype), grad_bias.to(u.dtype)
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "../memory.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -75,24 +76,70 @@ void check(bool allocated) {
     if (!allocated) throw std::bad_alloc();
 }
 
-typedef uintptr_t Address;
-
-template <typename T = void>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
+Storage storage_of(int storage) {
+    require(storage >= 0 && storage <= int(Storage::float64), "storage", storage, "0 to 3");
+    return Storage(storage);
 }
 
-SquashCall squash_call(Address s, Address grad, Address out, int64_t outer, int64_t n, int64_t inner,
-                       int storage, int threads) {
-    return {pointer(s), pointer(grad), pointer(out), outer, n, inner, Storage(storage), threads};
+int threads_of(int threads) {
+    require(threads >= 1 && threads <= max_threads, "threads", threads, "1 to 4096");
+    return threads;
+}
+
+SquashCall squash_call(const Memory& s, const Memory* grad, const Memory& out, int64_t outer, int64_t n,
+                       int64_t inner, int storage, int threads) {
+    SquashCall call{};
+    call.outer = outer, call.n = n, call.inner = inner;
+    call.storage = storage_of(storage), call.threads = threads_of(threads);
+    const int64_t element = storage_size(call.storage);
+    call.s = pointer("s", s, {outer, n, inner}, element);
+    if (grad) call.grad = pointer("grad", *grad, {outer, n, inner}, element);
+    call.out = pointer("out", out, {outer, n, inner}, element);
+    return call;
+}
+
+PredictionsCall predictions_call(const Memory& u, const Memory& weight, int64_t B, int64_t I, int64_t J,
+                                 int64_t D, int64_t K, int storage, int threads) {
+    PredictionsCall call{};
+    call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
+    call.storage = storage_of(storage), call.threads = threads_of(threads);
+    const int64_t element = storage_size(call.storage);
+    call.u = pointer("u", u, {B, I, K}, element);
+    call.weight = pointer("weight", weight, {I, J, D, K}, element);
+    return call;
+}
+
+// Without `weight`, `u` is the predictions [B, I, J, D].
+RoutingCall routing_call(const Memory& u, const Memory& weight, int64_t B, int64_t I, int64_t J, int64_t D,
+                         int64_t K, int64_t iterations, bool leaky, bool squash_output, int storage,
+                         int threads) {
+    RoutingCall call{};
+    call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
+    require(iterations >= 0 && iterations <= max_iterations, "iterations", iterations, "0 to 1000");
+    call.iterations = iterations, call.leaky = leaky, call.squash_output = squash_output;
+    call.storage = storage_of(storage), call.threads = threads_of(threads);
+    const int64_t element = storage_size(call.storage);
+    call.weight = optional_pointer("weight", weight, {I, J, D, K}, element);
+    call.u = call.weight ? pointer("u", u, {B, I, K}, element) : pointer("u", u, {B, I, J, D}, element);
+    return call;
+}
+
+// s of every pass, in the type of the sums.
+void* sums_pointer(const Memory& s, const RoutingCall& call) {
+    const int64_t passes = call.iterations > 1 ? call.iterations : 1;
+    return pointer("s", s, {passes, call.B, call.J, call.D}, call.storage == Storage::float64 ? 8 : 4);
+}
+
+void* bias_pointer(const Memory& bias, const RoutingCall& call) {
+    return optional_pointer("bias", bias, {call.J, call.D}, storage_size(call.storage));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() =
-        "Kernels for the CPU. Pointers are addresses of contiguous tensors; shapes are the caller's to "
-        "check.";
+        "Kernels for the CPU. A tensor is a pair: the address of contiguous memory, and its bytes; (0, 0) "
+        "where it may be missing. What does not fit its sizes is a ValueError.";
     chosen = available().back();
     const py::call_guard<py::gil_scoped_release> without_gil;
 
@@ -100,86 +147,91 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("use_isa", &use_isa, "Takes the kernels of an instruction set, by name.");
     m.def("isa", [] { return std::string(chosen->name); }, "The instruction set in use.");
     m.def(
-        "fma_flops", [](double seconds, int threads) { return chosen->fma_flops(seconds, threads); },
+        "fma_flops",
+        [](double seconds, int threads) {
+            if (!(seconds > 0 && seconds <= 60))
+                throw std::invalid_argument("seconds: takes a number in 0 to 60");
+            return chosen->fma_flops(seconds, threads_of(threads));
+        },
         without_gil, py::arg("seconds"), py::arg("threads"),
         "Floating-point operations a second, float32, that multiply-adds on registers attain on all "
         "threads.");
 
     m.def(
         "squash",
-        [](Address s, Address out, int64_t outer, int64_t n, int64_t inner, int storage, int threads) {
-            check(chosen->squash(squash_call(s, 0, out, outer, n, inner, storage, threads)));
+        [](Memory s, Memory out, int64_t outer, int64_t n, int64_t inner, int storage, int threads) {
+            check(chosen->squash(squash_call(s, nullptr, out, outer, n, inner, storage, threads)));
         },
         without_gil);
     m.def(
         "squash_backward",
-        [](Address grad, Address s, Address out, int64_t outer, int64_t n, int64_t inner, int storage,
+        [](Memory grad, Memory s, Memory out, int64_t outer, int64_t n, int64_t inner, int storage,
            int threads) {
-            check(chosen->squash_backward(squash_call(s, grad, out, outer, n, inner, storage, threads)));
+            check(chosen->squash_backward(squash_call(s, &grad, out, outer, n, inner, storage, threads)));
         },
         without_gil);
     m.def(
         "predictions",
-        [](Address u, Address weight, Address u_hat, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
+        [](Memory u, Memory weight, Memory u_hat, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
            int storage, int threads) {
-            PredictionsCall call{};
-            call.u = pointer(u), call.weight = pointer(weight), call.u_hat = pointer(u_hat);
-            call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
-            call.storage = Storage(storage), call.threads = threads;
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, storage, threads);
+            call.u_hat = pointer("u_hat", u_hat, {B, I, J, D}, storage_size(call.storage));
             check(chosen->predictions(call));
         },
         without_gil);
     m.def(
         "predictions_backward",
-        [](Address grad, Address u, Address weight, Address grad_u, Address grad_weight, int64_t B, int64_t I,
+        [](Memory grad, Memory u, Memory weight, Memory grad_u, Memory grad_weight, int64_t B, int64_t I,
            int64_t J, int64_t D, int64_t K, int storage, int threads) {
-            PredictionsCall call{};
-            call.u = pointer(u), call.weight = pointer(weight), call.grad = pointer(grad);
-            call.grad_u = pointer(grad_u), call.grad_weight = pointer(grad_weight);
-            call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
-            call.storage = Storage(storage), call.threads = threads;
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, storage, threads);
+            const int64_t element = storage_size(call.storage);
+            call.grad = pointer("grad", grad, {B, I, J, D}, element);
+            call.grad_u = optional_pointer("grad_u", grad_u, {B, I, K}, element);
+            call.grad_weight = optional_pointer("grad_weight", grad_weight, {I, J, D, K}, element);
             check(chosen->predictions_backward(call));
         },
         without_gil);
     m.def(
         "routing",
-        [](Address u, Address weight, Address bias, Address v, Address s, int64_t B, int64_t I, int64_t J,
-           int64_t D, int64_t K, int64_t iterations, bool leaky, int storage, int threads) {
-            RoutingCall call{};
-            call.u = pointer(u), call.weight = pointer(weight), call.bias = pointer(bias);
-            call.v = pointer(v), call.s = pointer(s);
-            call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
-            call.iterations = iterations, call.leaky = leaky;
-            call.storage = Storage(storage), call.threads = threads;
+        [](Memory u, Memory weight, Memory bias, Memory v, Memory s, int64_t B, int64_t I, int64_t J,
+           int64_t D, int64_t K, int64_t iterations, bool leaky, bool squash_output, int storage,
+           int threads) {
+            RoutingCall call =
+                routing_call(u, weight, B, I, J, D, K, iterations, leaky, squash_output, storage, threads);
+            call.bias = bias_pointer(bias, call);
+            call.v = pointer("v", v, {B, J, D}, storage_size(call.storage));
+            call.s = sums_pointer(s, call);
             check(chosen->routing(call));
         },
         without_gil);
     m.def(
         "routing_backward",
-        [](Address grad, Address u, Address weight, Address s, Address grad_u, Address grad_weight,
-           Address grad_bias, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations,
-           bool leaky, bool detach, int storage, int threads) {
-            RoutingCall call{};
-            call.u = pointer(u), call.weight = pointer(weight), call.s = pointer(s),
-            call.grad = pointer(grad);
-            call.grad_u = pointer(grad_u), call.grad_weight = pointer(grad_weight);
-            call.grad_bias = pointer(grad_bias);
-            call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
-            call.iterations = iterations, call.leaky = leaky, call.detach = detach;
-            call.storage = Storage(storage), call.threads = threads;
+        [](Memory grad, Memory u, Memory weight, Memory s, Memory grad_u, Memory grad_weight,
+           Memory grad_bias, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations,
+           bool leaky, bool detach, bool squash_output, int storage, int threads) {
+            RoutingCall call =
+                routing_call(u, weight, B, I, J, D, K, iterations, leaky, squash_output, storage, threads);
+            call.detach = detach;
+            const int64_t element = storage_size(call.storage);
+            call.s = sums_pointer(s, call);
+            call.grad = pointer("grad", grad, {B, J, D}, element);
+            call.grad_u = call.weight ? optional_pointer("grad_u", grad_u, {B, I, K}, element)
+                                      : pointer("grad_u", grad_u, {B, I, J, D}, element);
+            call.grad_weight = optional_pointer("grad_weight", grad_weight, {I, J, D, K}, element);
+            call.grad_bias = pointer("grad_bias", grad_bias, {J, D}, element);
+            if (!call.weight && call.grad_weight)
+                throw std::invalid_argument("grad_weight: got one without weight");
             check(chosen->routing_backward(call));
         },
         without_gil);
     m.def(
         "couplings",
-        [](Address u, Address weight, Address bias, Address couplings, int64_t B, int64_t I, int64_t J,
-           int64_t D, int64_t K, int64_t iterations, bool leaky, int storage, int threads) {
-            RoutingCall call{};
-            call.u = pointer(u), call.weight = pointer(weight), call.bias = pointer(bias);
-            call.couplings = pointer(couplings);
-            call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
-            call.iterations = iterations, call.leaky = leaky;
-            call.storage = Storage(storage), call.threads = threads;
+        [](Memory u, Memory weight, Memory bias, Memory couplings, int64_t B, int64_t I, int64_t J, int64_t D,
+           int64_t K, int64_t iterations, bool leaky, int storage, int threads) {
+            RoutingCall call =
+                routing_call(u, weight, B, I, J, D, K, iterations, leaky, true, storage, threads);
+            call.bias = bias_pointer(bias, call);
+            call.couplings = pointer("couplings", couplings, {B, I, J}, storage_size(call.storage));
             check(chosen->couplings(call));
         },
         without_gil);

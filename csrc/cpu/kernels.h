@@ -49,6 +49,7 @@ struct RoutingCall {
     int64_t B, I, J, D, K;
     int64_t iterations;
     bool leaky, detach;
+    bool squash_output;  // whether v is squash(s) of the last pass, else s itself
     Storage storage;
     int threads;
 };

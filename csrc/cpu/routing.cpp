@@ -68,8 +68,8 @@ struct Routing {
         return total;
     }
 
-    // `count` passes, each sᵗ to s and each squash(sᵗ) but the last into V; the last to v, where that is
-    // wanted.
+    // `count` passes, each sᵗ to s and each squash(sᵗ) but the last into V; the last, or its sᵗ, to v where
+    // that is wanted.
     void forward(const Team& team, T* s, int64_t count, void* v) {
         const int64_t J = call.J, D = call.D, rows = call.B * J;
         T* v_row = row + rounded_up(R, 64) * team.rank;
@@ -92,7 +92,7 @@ struct Routing {
                 }
                 squash_row(s_row, D, v_row);
                 if (v && t + 1 == count) {
-                    write_row(v, call.storage, n * D, D, v_row);
+                    write_row(v, call.storage, n * D, D, call.squash_output ? v_row : s_row);
                 } else {
                     T* total = total_v + n * D;
                     for (int64_t d = 0; d < D; ++d) total[d] = t == 0 ? v_row[d] : total[d] + v_row[d];
@@ -119,11 +119,16 @@ struct Routing {
         for (int64_t t = last; t >= 0; --t) {
             for (int64_t n = begin; n < end; ++n) {
                 const T* g = grad_v + n * D;
+                T* grad_row = grad_s + t * size + n * D;
+                if (t == last && !call.squash_output) {
+                    read_row(call.grad, call.storage, n * D, D, grad_row);
+                    continue;
+                }
                 if (t == last) {
                     read_row(call.grad, call.storage, n * D, D, scratch);
                     g = scratch;
                 }
-                squash_vjp_row(s + t * s_stride + n * D, g, D, grad_s + t * size + n * D);
+                squash_vjp_row(s + t * s_stride + n * D, g, D, grad_row);
             }
             team.barrier();
             if (t > 0 && t > last - terms) {

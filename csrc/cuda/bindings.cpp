@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../memory.h"
 #include "kernels.h"
 #include "plan.h"
 
@@ -12,22 +13,42 @@ namespace {
 
 using namespace capsops;
 
-typedef uintptr_t Address;
+Stream stream_of(uintptr_t stream) { return reinterpret_cast<Stream>(stream); }
 
-template <typename T = void>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
+Storage storage_of(int storage) {
+    require(storage >= 0 && storage <= int(Storage::float16), "storage", storage, "0 to 2");
+    return Storage(storage);
 }
 
-Stream stream_of(Address stream) { return reinterpret_cast<Stream>(stream); }
+int64_t storage_size(Storage storage) { return storage == Storage::float32 ? 4 : 2; }
+
+PredictionsCall predictions_call(const Memory& u, const Memory& weight, int64_t B, int64_t I, int64_t J,
+                                 int64_t D, int64_t K, int storage) {
+    PredictionsCall call{};
+    call.B = B, call.I = I, call.J = J, call.D = D, call.K = K, call.storage = storage_of(storage);
+    const int64_t element = storage_size(call.storage);
+    call.u = pointer("u", u, {B, I, K}, element);
+    call.weight = pointer("weight", weight, {I, J, D, K}, element);
+    return call;
+}
 
 RoutingCall routing_shape(int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations,
                           bool leaky, bool detach, int storage, bool tf32, bool cooperative) {
     RoutingCall call{};
+    bytes_of("shape", {B, I, J, D, K}, 1);
     call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
+    require(iterations >= 0 && iterations <= max_iterations, "iterations", iterations, "0 to 1000");
     call.iterations = iterations, call.leaky = leaky, call.detach = detach;
-    call.storage = Storage(storage), call.tf32 = tf32, call.cooperative = cooperative;
+    call.storage = storage_of(storage), call.tf32 = tf32, call.cooperative = cooperative;
     return call;
+}
+
+// Every tensor that the op reads or writes has been named, but for gradients that are not wanted.
+void require_tensors(RoutingOp op, const RoutingCall& call) {
+    const bool there = call.u && (op == RoutingOp::forward     ? call.s && call.v
+                                  : op == RoutingOp::couplings ? call.weight && call.couplings
+                                                               : call.s && call.grad && call.grad_bias);
+    if (!there) throw std::invalid_argument("run: a tensor that the op takes is missing; see point()");
 }
 
 py::dict described(const Tiling& t) {
@@ -68,9 +89,10 @@ py::object resident_plan(int64_t B, int64_t I, int64_t J, int64_t D, int element
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() =
-        "Kernels for CUDA devices. Pointers are addresses of contiguous tensors on the device; shapes are "
-        "the "
-        "caller's to check. Every call returns once its kernels are queued on the stream.";
+        "Kernels for CUDA devices. A tensor is a pair: the address of contiguous memory on the device, and "
+        "its "
+        "bytes; (0, 0) where it may be missing. What does not fit its sizes is a ValueError. Every call "
+        "returns once its kernels are queued on the stream.";
     const py::call_guard<py::gil_scoped_release> without_gil;
 
     m.def("fused_plan", &fused_plan, py::arg("gradients"), py::arg("B"), py::arg("I"), py::arg("J"),
@@ -88,32 +110,37 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("device_count", &device_count, "How many CUDA devices there are; 0 without a driver.");
     m.def(
         "squash",
-        [](Address s, Address grad, Address out, int64_t outer, int64_t n, int64_t inner, int storage,
-           int device, Address stream) {
+        [](Memory s, Memory grad, Memory out, int64_t outer, int64_t n, int64_t inner, int storage,
+           int device, uintptr_t stream) {
+            SquashCall call{};
+            call.outer = outer, call.n = n, call.inner = inner, call.storage = storage_of(storage);
+            const int64_t element = storage_size(call.storage);
+            call.s = pointer("s", s, {outer, n, inner}, element);
+            call.grad = optional_pointer("grad", grad, {outer, n, inner}, element);
+            call.out = pointer("out", out, {outer, n, inner}, element);
             const CurrentDevice current(device);
-            const SquashCall call{pointer(s), pointer(grad), pointer(out), outer, n, inner, Storage(storage)};
-            (grad == 0 ? squash : squash_backward)(call, stream_of(stream));
+            (call.grad ? squash_backward : squash)(call, stream_of(stream));
         },
-        without_gil, "squash, or its vector-Jacobian product where `grad` is not 0.");
+        without_gil, "squash, or its vector-Jacobian product where there is a `grad`.");
     m.def(
         "predictions",
-        [](Address u, Address weight, Address u_hat, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
-           int storage, int device, Address stream) {
-            PredictionsCall call{};
-            call.u = pointer(u), call.weight = pointer(weight), call.u_hat = pointer(u_hat);
-            call.B = B, call.I = I, call.J = J, call.D = D, call.K = K, call.storage = Storage(storage);
+        [](Memory u, Memory weight, Memory u_hat, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
+           int storage, int device, uintptr_t stream) {
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, storage);
+            call.u_hat = pointer("u_hat", u_hat, {B, I, J, D}, storage_size(call.storage));
             const CurrentDevice current(device);
             predictions(call, current.limits(), stream_of(stream));
         },
         without_gil);
     m.def(
         "predictions_backward",
-        [](Address grad, Address u, Address weight, Address grad_u, Address grad_weight, int64_t B, int64_t I,
-           int64_t J, int64_t D, int64_t K, int storage, int device, Address stream) {
-            PredictionsCall call{};
-            call.u = pointer(u), call.weight = pointer(weight), call.grad = pointer(grad);
-            call.grad_u = pointer(grad_u), call.grad_weight = pointer(grad_weight);
-            call.B = B, call.I = I, call.J = J, call.D = D, call.K = K, call.storage = Storage(storage);
+        [](Memory grad, Memory u, Memory weight, Memory grad_u, Memory grad_weight, int64_t B, int64_t I,
+           int64_t J, int64_t D, int64_t K, int storage, int device, uintptr_t stream) {
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, storage);
+            const int64_t element = storage_size(call.storage);
+            call.grad = pointer("grad", grad, {B, I, J, D}, element);
+            call.grad_u = optional_pointer("grad_u", grad_u, {B, I, K}, element);
+            call.grad_weight = optional_pointer("grad_weight", grad_weight, {I, J, D, K}, element);
             const CurrentDevice current(device);
             predictions_backward(call, current.limits(), stream_of(stream));
         },
@@ -131,16 +158,28 @@ PYBIND11_MODULE(_cuda, m) {
              py::arg("cooperative") = true)
         .def(
             "point",
-            [](RoutingCall& call, Address u, Address weight, Address bias, Address s, Address v,
-               Address couplings, Address grad, Address grad_u, Address grad_weight, Address grad_bias) {
-                call.u = pointer(u), call.weight = pointer(weight), call.bias = pointer(bias);
-                call.s = pointer<float>(s), call.v = pointer(v), call.couplings = pointer(couplings);
-                call.grad = pointer(grad), call.grad_u = pointer(grad_u);
-                call.grad_weight = pointer(grad_weight), call.grad_bias = pointer(grad_bias);
+            [](RoutingCall& call, Memory u, Memory weight, Memory bias, Memory s, Memory v, Memory couplings,
+               Memory grad, Memory grad_u, Memory grad_weight, Memory grad_bias) {
+                const int64_t B = call.B, I = call.I, J = call.J, D = call.D, K = call.K;
+                const int64_t passes = call.iterations > 1 ? call.iterations : 1;
+                const int64_t element = storage_size(call.storage);
+                call.weight = optional_pointer("weight", weight, {I, J, D, K}, element);
+                call.u = call.weight ? pointer("u", u, {B, I, K}, element)
+                                     : pointer("u", u, {B, I, J, D}, element);
+                call.bias = optional_pointer("bias", bias, {J, D}, element);
+                call.s = optional_pointer<float>("s", s, {passes, B, J, D}, 4);
+                call.v = optional_pointer("v", v, {B, J, D}, element);
+                call.couplings = optional_pointer("couplings", couplings, {B, I, J}, element);
+                call.grad = optional_pointer("grad", grad, {B, J, D}, element);
+                call.grad_u = call.weight ? optional_pointer("grad_u", grad_u, {B, I, K}, element)
+                                          : optional_pointer("grad_u", grad_u, {B, I, J, D}, element);
+                call.grad_weight = optional_pointer("grad_weight", grad_weight, {I, J, D, K}, element);
+                call.grad_bias = optional_pointer("grad_bias", grad_bias, {J, D}, element);
             },
-            py::kw_only(), py::arg("u"), py::arg("weight") = 0, py::arg("bias") = 0, py::arg("s") = 0,
-            py::arg("v") = 0, py::arg("couplings") = 0, py::arg("grad") = 0, py::arg("grad_u") = 0,
-            py::arg("grad_weight") = 0, py::arg("grad_bias") = 0, "Sets the addresses of the tensors.")
+            py::kw_only(), py::arg("u"), py::arg("weight") = Memory(), py::arg("bias") = Memory(),
+            py::arg("s") = Memory(), py::arg("v") = Memory(), py::arg("couplings") = Memory(),
+            py::arg("grad") = Memory(), py::arg("grad_u") = Memory(), py::arg("grad_weight") = Memory(),
+            py::arg("grad_bias") = Memory(), "Says where the tensors are.")
         .def(
             "workspace",
             [](const RoutingCall& call, RoutingOp op, int device) {
@@ -149,9 +188,13 @@ PYBIND11_MODULE(_cuda, m) {
             "Bytes of workspace that the call takes on this device.")
         .def(
             "run",
-            [](RoutingCall& call, RoutingOp op, Address workspace, int device, Address stream) {
-                call.workspace = pointer(workspace);
+            [](RoutingCall& call, RoutingOp op, Memory workspace, int device, uintptr_t stream) {
+                require_tensors(op, call);
                 const CurrentDevice current(device);
+                const int64_t bytes = routing_workspace(op, call, current.limits());
+                require(workspace.second >= bytes && (workspace.first || bytes == 0), "workspace",
+                        workspace.second, "as many bytes as workspace() says");
+                call.workspace = reinterpret_cast<void*>(workspace.first);
                 routing(op, call, current.limits(), stream_of(stream));
             },
             without_gil, "Queues the kernels on the stream.");

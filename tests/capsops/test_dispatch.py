@@ -67,8 +67,11 @@ def test_unknown_name() -> None:
         dispatch.resolve("CPU", "cpu")
     with pytest.raises(ValueError, match=message):
         capsops.use_impl("CPU")
-    with pytest.raises(ValueError, match=r"^impl: got None"):
-        dispatch.resolve(None, "cpu")
+    for wrong, name in ((None, "NoneType"), (["cpu"], "list"), (1, "int")):
+        with pytest.raises(TypeError, match=rf"^impl: got {name}, takes one of 'auto', 'reference', "):
+            dispatch.resolve(wrong, "cpu")
+        with pytest.raises(TypeError, match=rf"^impl: got {name}, takes one of 'auto', 'reference', "):
+            capsops.use_impl(wrong)
 
 
 def test_a_device_that_is_not_served() -> None:

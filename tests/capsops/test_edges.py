@@ -26,10 +26,10 @@ def test_couplings_of_the_first_pass_do_not_depend_on_u(impl: str) -> None:
 
 def test_saved_sums_in_any_layout(impl: str) -> None:
     u, weight, grad = torch.randn(3, 4, 2), torch.randn(4, 5, 3, 2), torch.randn(3, 5, 3)
-    _, s = torch.ops.capsops.capsule_routing(u, weight, None, 3, False, False, impl)
+    _, s = torch.ops.capsops.capsule_routing(u, weight, None, None, None, 3, False, False, True, impl)
     turned = s.transpose(0, 3).contiguous().transpose(0, 3)
     backward = torch.ops.capsops.capsule_routing_backward
-    options = (3, False, False, True, True, impl)
+    options = (3, False, False, True, True, True, impl)
     for got, want in zip(
         backward(grad, u, weight, None, turned, *options),
         backward(grad, u, weight, None, s, *options),
@@ -54,10 +54,6 @@ def test_types_of_options() -> None:
         capsops.dynamic_routing(u_hat, leaky="no")
     with pytest.raises(TypeError, match="detach: got int, takes a bool"):
         capsops.dynamic_routing(u_hat, detach=1)
-
-
-def test_a_layer_without_weights() -> None:
-    assert capsops.nn.RoutingCapsules(0, 3, 2, 4)(torch.randn(5, 0, 2)).shape == (5, 3, 4)
 
 
 def test_penalties_in_16_bit_are_summed_in_float32() -> None:

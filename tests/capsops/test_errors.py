@@ -22,9 +22,10 @@ dynamic_routing, capsule_routing, couplings = (
     capsops.couplings,
 )
 
-WEIGHT = "takes [I, J, D, K] with I = 3, K = 6"
+WEIGHT = "takes [I, J, D, K]"
+INPUT = "takes [B, I, K] with"
 BIAS = "takes [J, D] with J = 4, D = 5"
-COUNT = "takes 0 (no routing) or more"
+COUNT = "takes 0 (no routing) to 1000"
 FLOATS = "takes float32, bfloat16, float16 or float64"
 
 # (function, arguments, options, error, message)
@@ -109,15 +110,15 @@ CASES: list[tuple[Callable, tuple, dict[str, Any], type[Exception], str]] = [
     ),
     (squash, (S, 2), {}, ValueError, "dim: got 2, takes -2 to 1 for a tensor of shape [2, 5]"),
     (squash, (S, -3), {}, ValueError, "dim: got -3, takes -2 to 1 for a tensor of shape [2, 5]"),
-    (predictions, (U[0], W), {}, ValueError, "u: got shape [3, 6], takes [B, I, K]"),
+    (predictions, (U[0], W), {}, ValueError, f"u: got shape [3, 6], {INPUT} I = 3, K = 6"),
     (predictions, (U, W[0]), {}, ValueError, f"weight: got shape [4, 5, 6], {WEIGHT}"),
     (
         predictions, (U, W[:2]), {}, ValueError,
-        f"weight: got shape [2, 4, 5, 6], {WEIGHT}",
+        f"u: got shape [2, 3, 6], {INPUT} I = 2, K = 6",
     ),
     (
         predictions, (U, W[..., :5]), {}, ValueError,
-        f"weight: got shape [3, 4, 5, 5], {WEIGHT}",
+        f"u: got shape [2, 3, 6], {INPUT} I = 3, K = 5",
     ),
     (dynamic_routing, (U_HAT[0],), {}, ValueError, "u_hat: got shape [3, 4, 5], takes [B, I, J, D]"),
     (
@@ -125,10 +126,10 @@ CASES: list[tuple[Callable, tuple, dict[str, Any], type[Exception], str]] = [
         f"bias: got shape [5, 4], {BIAS}",
     ),
     (dynamic_routing, (U_HAT, BETA[0]), {}, ValueError, f"bias: got shape [5], {BIAS}"),
-    (capsule_routing, (U[0], W), {}, ValueError, "u: got shape [3, 6], takes [B, I, K]"),
+    (capsule_routing, (U[0], W), {}, ValueError, f"u: got shape [3, 6], {INPUT} I = 3, K = 6"),
     (
         capsule_routing, (U, W.mT), {}, ValueError,
-        f"weight: got shape [3, 4, 6, 5], {WEIGHT}",
+        f"u: got shape [2, 3, 6], {INPUT} I = 3, K = 5",
     ),
     (
         capsule_routing, (U, W, BETA[None]), {}, ValueError,

@@ -41,35 +41,53 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
         "predictions_backward": (OPS.predictions_backward, grad_u_hat, u, weight, True, True),
         "predictions_backward for u": (OPS.predictions_backward, grad_u_hat, u, weight, True, False),
         "predictions_backward for weight": (OPS.predictions_backward, grad_u_hat, u, weight, False, True),
-        "dynamic_routing": (OPS.dynamic_routing, u_hat, bias, 3, False, False),
-        "dynamic_routing without bias, leaky": (OPS.dynamic_routing, u_hat, None, 2, True, False),
-        "dynamic_routing, detached": (OPS.dynamic_routing, u_hat, bias, 2, False, True),
+        "dynamic_routing": (OPS.dynamic_routing, u_hat, bias, None, None, 3, False, False, True),
+        "dynamic_routing without bias, leaky": (
+            OPS.dynamic_routing, u_hat, None, None, None, 2, True, False, True,
+        ),
+        "dynamic_routing, detached": (OPS.dynamic_routing, u_hat, bias, None, None, 2, False, True, True),
         "dynamic_routing_backward": (
-            OPS.dynamic_routing_backward, grad, u_hat, bias, sums(3), 3, False, False,
+            OPS.dynamic_routing_backward, grad, u_hat, bias, sums(3), 3, False, False, True,
         ),
         "dynamic_routing_backward without bias, leaky": (
-            OPS.dynamic_routing_backward, grad, u_hat, None, sums(2), 2, True, False,
+            OPS.dynamic_routing_backward, grad, u_hat, None, sums(2), 2, True, False, True,
         ),
         "dynamic_routing_backward, no routing": (
-            OPS.dynamic_routing_backward, grad, u_hat, bias, sums(0), 0, False, False,
+            OPS.dynamic_routing_backward, grad, u_hat, bias, sums(0), 0, False, False, True,
         ),
-        "capsule_routing": (OPS.capsule_routing, u, weight, bias, 3, False, False),
-        "capsule_routing without bias, leaky": (OPS.capsule_routing, u, weight, None, 2, True, False),
-        "capsule_routing, no routing": (OPS.capsule_routing, u, weight, bias, 0, False, False),
+        "capsule_routing": (OPS.capsule_routing, u, weight, bias, None, None, 3, False, False, True),
+        "capsule_routing without bias, leaky": (
+            OPS.capsule_routing, u, weight, None, None, None, 2, True, False, True,
+        ),
+        "capsule_routing, no routing": (
+            OPS.capsule_routing, u, weight, bias, None, None, 0, False, False, True,
+        ),
         "capsule_routing of fixed input, detached": (
-            OPS.capsule_routing, u.detach(), weight, bias, 2, False, True,
+            OPS.capsule_routing, u.detach(), weight, bias, None, None, 2, False, True, True,
         ),
         "capsule_routing_backward": (
-            OPS.capsule_routing_backward, grad, u, weight, bias, sums(3), 3, False, False, True, True,
+            OPS.capsule_routing_backward, grad, u, weight, bias, sums(3), 3, False, False, True, True, True,
         ),
         "capsule_routing_backward for u, leaky": (
-            OPS.capsule_routing_backward, grad, u, weight, None, sums(2), 2, True, False, True, False,
+            OPS.capsule_routing_backward, grad, u, weight, None, sums(2), 2, True, False, True, True, False,
         ),
         "capsule_routing_backward for weight, detached": (
-            OPS.capsule_routing_backward, grad, u, weight, bias, sums(2), 2, False, True, False, True,
+            OPS.capsule_routing_backward, grad, u, weight, bias, sums(2), 2, False, True, True, False, True,
         ),
-        "couplings": (OPS.couplings, u.detach(), weight.detach(), bias.detach(), 3, False),
-        "couplings, no routing": (OPS.couplings, u.detach(), weight.detach(), None, 0, False),
+        "dynamic_routing, not squashed": (
+            OPS.dynamic_routing, u_hat, bias, None, None, 3, False, False, False,
+        ),
+        "dynamic_routing_backward, not squashed": (
+            OPS.dynamic_routing_backward, grad, u_hat, bias, sums(3), 3, False, False, False,
+        ),
+        "capsule_routing, not squashed": (
+            OPS.capsule_routing, u, weight, bias, None, None, 2, True, False, False,
+        ),
+        "capsule_routing_backward, not squashed": (
+            OPS.capsule_routing_backward, grad, u, weight, bias, sums(2), 2, True, True, False, True, True,
+        ),
+        "couplings": (OPS.couplings, u.detach(), weight.detach(), bias.detach(), None, None, 3, False),
+        "couplings, no routing": (OPS.couplings, u.detach(), weight.detach(), None, None, None, 0, False),
     }  # fmt: skip
 
 
@@ -221,7 +239,7 @@ def test_third_derivatives(impl: str, op: str) -> None:
 
 def test_saved_sums_carry_no_gradient(impl: str) -> None:
     u, weight, _ = layer_inputs(SHAPE)
-    v, s = OPS.capsule_routing(u.requires_grad_(), weight, None, 3, False, False, impl)
+    v, s = OPS.capsule_routing(u.requires_grad_(), weight, None, None, None, 3, False, False, True, impl)
     assert v.requires_grad
     assert not s.requires_grad
     assert s.shape == (3, 3, 4, 3)
@@ -230,7 +248,7 @@ def test_saved_sums_carry_no_gradient(impl: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_saved_sums_are_wide(impl: str, dtype: torch.dtype) -> None:
     inputs = layer_inputs(SHAPE, bias=True, dtype=dtype)
-    v, s = OPS.capsule_routing(*inputs, 2, False, False, impl)
+    v, s = OPS.capsule_routing(*inputs, None, None, 2, False, False, True, impl)
     assert v.dtype == dtype
     assert s.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_close(reference.squash(s[-1].double()), v.double(), tolerance=2 * torch.finfo(dtype).eps)

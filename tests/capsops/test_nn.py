@@ -213,11 +213,9 @@ def test_bias_that_does_not_fit() -> None:
 
 
 def test_wrong_input_names_the_argument() -> None:
-    with pytest.raises(
-        ValueError, match=r"^weight: got shape \[7, 3, 5, 4\], takes \[I, J, D, K\] with I = 8, K = 4$"
-    ):
+    with pytest.raises(ValueError, match=r"^u: got shape \[2, 8, 4\], takes \[B, I, K\] with I = 7, K = 4$"):
         RoutingCapsules(7, 3, 4, 5)(torch.zeros(2, 8, 4))
-    with pytest.raises(ValueError, match=r"^u: got shape \[2, 28\], takes \[B, I, K\]$"):
+    with pytest.raises(ValueError, match=r"^u: got shape \[2, 28\], takes \[B, I, K\] with I = 7, K = 4$"):
         RoutingCapsules(7, 3, 4, 5)(torch.zeros(2, 28))
 
 

@@ -52,10 +52,12 @@ def capsule_routing(
 ) -> Run:
     """Value and gradients by the kernels."""
     u, weight, bias = inputs
-    v, s = emulated.call("capsule_routing", u, weight, bias, options.iterations, options.leaky, **device)
+    v, s = emulated.call(
+        "capsule_routing", u, weight, bias, options.iterations, options.leaky, True, **device
+    )
     grads = emulated.call(
         "capsule_routing_backward",
-        *(upstream(v), u, weight, s, options.iterations, options.leaky, options.detach, True, True),
+        *(upstream(v), u, weight, s, options.iterations, options.leaky, options.detach, True, True, True),
         **device,
     )
     named = {f"gradient {n}": grad for n, grad in enumerate(grads) if inputs[n] is not None}
@@ -66,10 +68,10 @@ def dynamic_routing(
     emulated: Emulated, inputs: Sequence[Tensor | None], options: Options, **device: int | bool
 ) -> Run:
     u_hat, bias = inputs
-    v, s = emulated.call("dynamic_routing", u_hat, bias, options.iterations, options.leaky, **device)
+    v, s = emulated.call("dynamic_routing", u_hat, bias, options.iterations, options.leaky, True, **device)
     grads = emulated.call(
         "dynamic_routing_backward",
-        *(upstream(v), u_hat, s, options.iterations, options.leaky, options.detach),
+        *(upstream(v), u_hat, s, options.iterations, options.leaky, options.detach, True),
         **device,
     )
     named = {f"gradient {n}": grad for n, grad in enumerate(grads) if inputs[n] is not None}
@@ -169,7 +171,8 @@ def test_no_sums_of_the_softmax_in_memory(emulated: Emulated, given: bool) -> No
     emulated.device.set()
     B, I, J, D, K = 64, 20000, 10, 16, 8  # noqa: E741
     call = emulated.extension.RoutingCall(B, I, J, D, K, 3, False, False, 0, False)
-    call.point(u=16, weight=0 if given else 16, grad_u=16, grad_weight=0 if given else 16)
+    u, weight = (16, 4 * B * I * (J * D if given else K)), (0, 0) if given else (16, 4 * I * J * D * K)
+    call.point(u=u, weight=weight, grad_u=u, grad_weight=weight)
     assert call.workspace(emulated.extension.RoutingOp.backward, 0) < 4 * B * I
 
 
@@ -192,8 +195,8 @@ def test_capsule_routing_in_16_bit(
 def test_sums_of_16_bit_are_float32(emulated: Emulated, dtype: torch.dtype) -> None:
     """Nothing but the inputs and v is rounded to 16 bits: s is as exact as float32 makes it."""
     u, weight, bias = layer_inputs(Shape(18, 35, 10, 16, 8), True, dtype)
-    _, s = emulated.call("capsule_routing", u, weight, bias, 3, False)
-    _, exact = emulated.call("capsule_routing", u.float(), weight.float(), bias.float(), 3, False)
+    _, s = emulated.call("capsule_routing", u, weight, bias, 3, False, True)
+    _, exact = emulated.call("capsule_routing", u.float(), weight.float(), bias.float(), 3, False, True)
     assert (s - exact).norm() < 1e-6 * exact.norm()
 
 
@@ -201,8 +204,8 @@ def test_sums_of_16_bit_are_float32(emulated: Emulated, dtype: torch.dtype) -> N
 def test_sums_of_given_16_bit(emulated: Emulated, dtype: torch.dtype, bound: float) -> None:
     """V goes to the tensor cores in two parts, which leaves the logits far more exact than the dtype."""
     u_hat, bias = routing_inputs(Shape(2, 37, 10, 16, 1), True, dtype)
-    _, s = emulated.call("dynamic_routing", u_hat, bias, 3, False)
-    _, exact = emulated.call("dynamic_routing", u_hat.float(), bias.float(), 3, False)
+    _, s = emulated.call("dynamic_routing", u_hat, bias, 3, False, True)
+    _, exact = emulated.call("dynamic_routing", u_hat.float(), bias.float(), 3, False, True)
     assert (s - exact).norm() < bound * exact.norm()
 
 
@@ -259,8 +262,8 @@ def test_capsule_routing_on_other_devices(emulated: Emulated, device: dict[str, 
 
 def test_gradients_that_are_not_needed(emulated: Emulated) -> None:
     u, weight, _ = layer_inputs(Shape(5, 6, 3, 4, 8), dtype=torch.float32)
-    v, s = emulated.call("capsule_routing", u, weight, None, 3, False)
-    arguments = (upstream(v), u, weight, s, 3, False, False)
+    v, s = emulated.call("capsule_routing", u, weight, None, 3, False, True)
+    arguments = (upstream(v), u, weight, s, 3, False, False, True)
     whole = emulated.call("capsule_routing_backward", *arguments, True, True)
     for needs in ((True, False), (False, True), (False, False)):
         part = emulated.call("capsule_routing_backward", *arguments, *needs)

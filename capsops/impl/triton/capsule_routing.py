@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from capsops.impl import decline_unsquashed
 from capsops.impl.triton import sums, tiles
 from capsops.impl.triton.capsules import (
     agreement,
@@ -373,8 +374,9 @@ class Layer:
 
 
 def capsule_routing(
-    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool
+    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
+    decline_unsquashed("triton", squash_output)
     with on_device(u):
         v, s, _ = Layer(u, weight, leaky).forward(bias, iterations, max(iterations, 1))
     return v, s
@@ -388,9 +390,11 @@ def capsule_routing_backward(
     iterations: int,
     leaky: bool,
     detach: bool,
+    squash_output: bool,
     needs_u: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    decline_unsquashed("triton", squash_output)
     with on_device(u):
         layer = Layer(u, weight, leaky)
         factor = layer.first_factor(iterations)

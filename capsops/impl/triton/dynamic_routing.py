@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from capsops.impl import decline_unsquashed
 from capsops.impl.triton import sums, tiles
 from capsops.impl.triton.capsules import power
 from capsops.impl.triton.launch import launch, on_device
@@ -232,16 +233,18 @@ class Given:
 
 
 def dynamic_routing(
-    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool
+    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
+    decline_unsquashed("triton", squash_output)
     with on_device(u_hat):
         v, s, _ = Given(u_hat, leaky).forward(bias, iterations, max(iterations, 1))
     return v, s
 
 
 def dynamic_routing_backward(
-    grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool
+    grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
+    decline_unsquashed("triton", squash_output)
     with on_device(u_hat):
         given = Given(u_hat, leaky)
         total, grad_s = sums.prepare_backward(grad, s)

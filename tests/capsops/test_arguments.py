@@ -1,0 +1,399 @@
+"""Every op refuses arguments that do not fit, called by name, from a trace or from an exported program.
+
+Each hostile call stands beside a valid one, so that a test cannot pass because the op fails on everything.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import capsops
+from capsops import reference
+from capsops.impl import decline_unsquashed
+from capsops.nn import PrimaryCapsules, RoutingCapsules
+from tests.capsops.cases import Options, Shape, layer_inputs, routing_inputs, value_and_gradients
+from tests.capsops.compare import assert_all_close, assert_close
+
+OPS = torch.ops.capsops
+B, I, J, D, K, T = 2, 3, 4, 5, 6, 3  # noqa: E741
+
+# The arguments of a valid call of each op, in the order of its schema.
+VALID: dict[str, dict[str, Any]] = {
+    "squash": {"s": torch.zeros(B, D), "dim": 1},
+    "squash_backward": {"grad": torch.zeros(B, D), "s": torch.zeros(B, D), "dim": 1},
+    "predictions": {"u": torch.zeros(B, I, K), "weight": torch.zeros(I, J, D, K)},
+    "predictions_backward": {
+        "grad": torch.zeros(B, I, J, D), "u": torch.zeros(B, I, K), "weight": torch.zeros(I, J, D, K),
+        "needs_u": True, "needs_weight": True,
+    },
+    "dynamic_routing": {
+        "u_hat": torch.zeros(B, I, J, D), "bias": torch.zeros(J, D), "logits": None, "mask": None,
+        "iterations": T, "leaky": False, "detach": False, "squash_output": True,
+    },
+    "dynamic_routing_backward": {
+        "grad": torch.zeros(B, J, D), "u_hat": torch.zeros(B, I, J, D), "bias": torch.zeros(J, D),
+        "s": torch.zeros(T, B, J, D), "iterations": T, "leaky": False, "detach": False, "squash_output": True,
+    },
+    "capsule_routing": {
+        "u": torch.zeros(B, I, K), "weight": torch.zeros(I, J, D, K), "bias": torch.zeros(J, D),
+        "logits": None, "mask": None, "iterations": T, "leaky": False, "detach": False, "squash_output": True,
+    },
+    "capsule_routing_backward": {
+        "grad": torch.zeros(B, J, D), "u": torch.zeros(B, I, K), "weight": torch.zeros(I, J, D, K),
+        "bias": torch.zeros(J, D), "s": torch.zeros(T, B, J, D), "iterations": T, "leaky": False,
+        "detach": False, "squash_output": True, "needs_u": True, "needs_weight": True,
+    },
+    "couplings": {
+        "u": torch.zeros(B, I, K), "weight": torch.zeros(I, J, D, K), "bias": torch.zeros(J, D),
+        "logits": None, "mask": None, "iterations": T, "leaky": False,
+    },
+}  # fmt: skip
+
+
+def call(op: str, impl: str, changes: dict[str, Any], place: Callable[[Any], Any] = lambda x: x) -> Any:
+    """The op on its valid arguments with some of them changed; `place` is applied to each."""
+    return getattr(OPS, op)(*map(place, {**VALID[op], **changes}.values()), impl)
+
+
+# Axes that may have any length in a call whose other arguments stay as they are: (op, argument, axis).
+FREE = {
+    ("squash", "s", 0), ("squash", "s", 1),
+    ("predictions", "u", 0), ("predictions", "weight", 1), ("predictions", "weight", 2),
+    ("dynamic_routing", "u_hat", 0), ("dynamic_routing", "u_hat", 1),
+    ("dynamic_routing_backward", "u_hat", 1),
+    ("capsule_routing", "u", 0), ("couplings", "u", 0),
+}  # fmt: skip
+
+Hostile = tuple[str, dict[str, Any], type[Exception], str]
+
+
+def wrong_tensors(op: str) -> list[Hostile]:
+    """Each tensor of the op in turn: missing, of another rank, dtype and device, each axis shorter by one."""
+    rows: list[Hostile] = []
+    tensors = {name: x for name, x in VALID[op].items() if isinstance(x, Tensor)}
+    for name, x in tensors.items():
+        if name != "bias":
+            rows.append((op, {name: None}, TypeError, f"{name}: got NoneType, takes a torch.Tensor"))
+        rows.append((op, {name: x.long()}, ValueError, f"{name}: got dtype torch.int64"))
+        rows.append((op, {name: x.to(torch.complex64)}, ValueError, f"{name}: got dtype torch.complex64"))
+        rows.append((op, {name: x.to_sparse()}, ValueError, f"{name}: got layout torch.sparse_coo"))
+        if len(tensors) > 1:
+            first = "grad" if op == "squash_backward" else name  # any s will do for a squash
+            rows.append((op, {name: x[None]}, ValueError, f"{first}: got shape"))
+            rows.append((op, {name: x.double()}, TypeError, ""))
+            rows.append((op, {name: x.half()}, TypeError, ""))
+        for axis in range(x.dim()):
+            if (op, name, axis) not in FREE:
+                rows.append((op, {name: x.narrow(axis, 1, x.shape[axis] - 1)}, ValueError, ""))
+    return rows
+
+
+def wrong_values(op: str) -> list[Hostile]:
+    rows: list[Hostile] = []
+    if "dim" in VALID[op]:
+        for dim in (-1, 2, 2**62, -(2**63)):
+            rows.append((op, {"dim": dim}, ValueError, f"dim: got {dim}, takes 0 to 1 for"))
+        rows.append((op, {"s": torch.zeros(())}, ValueError, "s: got a scalar, takes"))
+    if "iterations" in VALID[op]:
+        for count in (-1, -5, 1001, 2**62, -(2**63)):
+            rows.append(
+                (
+                    op,
+                    {"iterations": count},
+                    ValueError,
+                    f"iterations: got {count}, takes 0 (no routing) to 1000",
+                )
+            )
+    if "s" in VALID[op] and "iterations" in VALID[op]:
+        for count in (0, T - 1, T + 1):
+            rows.append((op, {"iterations": count}, ValueError, f"s: got shape [{T}, {B}, {J}, {D}], takes"))
+    if "logits" in VALID[op]:
+        rows.append((op, {"logits": torch.zeros(I, J)}, ValueError, "logits: got a tensor, takes None"))
+        rows.append((op, {"mask": torch.ones(B, I) > 0}, ValueError, "mask: got a tensor, takes None"))
+    return rows
+
+
+HOSTILE = [row for op in VALID for row in (*wrong_tensors(op), *wrong_values(op))]
+
+
+@pytest.mark.parametrize("op", VALID)
+def test_valid_calls(impl: str, op: str) -> None:
+    """And so it is the change that a hostile call is refused for."""
+    for place in (lambda x: x, to_meta):
+        results = call(op, impl if place is not to_meta else "reference", {}, place)
+        assert all(isinstance(x, Tensor) for x in ((results,) if isinstance(results, Tensor) else results))
+
+
+def to_meta(x: Any) -> Any:
+    return x.to("meta") if isinstance(x, Tensor) and x.layout is torch.strided else x
+
+
+@pytest.mark.parametrize("op", VALID)
+def test_kernels_refuse_what_does_not_fit(impl: str, op: str) -> None:
+    for _, changes, error, message in (row for row in HOSTILE if row[0] == op):
+        with pytest.raises(error, match=f"^{re.escape(message)}"):
+            call(op, impl, changes)
+
+
+@pytest.mark.parametrize("op", VALID)
+def test_fakes_refuse_what_does_not_fit(op: str) -> None:
+    for _, changes, error, message in (row for row in HOSTILE if row[0] == op):
+        if any(isinstance(x, Tensor) and x.layout is not torch.strided for x in changes.values()):
+            continue  # a sparse tensor has no twin on the meta device
+        with pytest.raises(error, match=f"^{re.escape(message)}"):
+            call(op, "reference", changes, to_meta)
+
+
+@pytest.mark.parametrize("op", [op for op in VALID if op != "squash"])
+def test_devices_do_not_mix(op: str) -> None:
+    for name, x in VALID[op].items():
+        if isinstance(x, Tensor):
+            with pytest.raises(ValueError, match="got device (meta|cpu), takes that of"):
+                call(op, "reference", {name: x.to("meta")})
+
+
+def test_nested_tensors() -> None:
+    rows = [torch.zeros(2, 3), torch.zeros(3, 3)]
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor(rows, layout=layout)
+        for function in (
+            lambda x: capsops.squash(x),
+            lambda x: capsops.capsule_routing(x, VALID["predictions"]["weight"]),
+            lambda x: capsops.dynamic_routing(VALID["dynamic_routing"]["u_hat"], x),
+        ):
+            with pytest.raises(ValueError, match="got a nested tensor, takes a dense one"):
+                function(nested)
+    with pytest.raises(ValueError, match="s: got a nested tensor, takes a dense one"):
+        OPS.squash(torch.nested.nested_tensor(rows), 1, "reference")
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_integers_of_numpy(integer: type) -> None:
+    u, weight, _ = layer_inputs(Shape(B, I, J, D, K))
+    want = capsops.capsule_routing(u, weight, iterations=2)
+    assert torch.equal(capsops.capsule_routing(u, weight, iterations=integer(2)), want)
+    assert torch.equal(
+        RoutingCapsules(I, J, K, D, iterations=integer(2)).weight.new_zeros(()), torch.zeros(())
+    )
+    assert torch.equal(capsops.squash(u, integer(1)), capsops.squash(u, 1))
+
+
+@pytest.mark.parametrize("wrong", [np.float64(3), np.bool_(True), True, 3.0, "3", None, torch.tensor(3)])
+def test_what_is_no_integer(wrong: Any) -> None:
+    u_hat = VALID["dynamic_routing"]["u_hat"]
+    with pytest.raises(TypeError, match=r"^iterations: got \w+, takes an int$"):
+        capsops.dynamic_routing(u_hat, iterations=wrong)
+    with pytest.raises(TypeError, match=r"^iterations: got \w+, takes an int$"):
+        RoutingCapsules(I, J, K, D, iterations=wrong)
+    with pytest.raises(TypeError, match=r"^dim: got \w+, takes an int$"):
+        capsops.squash(u_hat, wrong)
+
+
+def test_integers_without_end() -> None:
+    u_hat = VALID["dynamic_routing"]["u_hat"]
+    for huge in (2**63, 2**70, -(2**70)):
+        with pytest.raises(ValueError, match=rf"^iterations: got {huge}, takes"):
+            capsops.dynamic_routing(u_hat, iterations=huge)
+        with pytest.raises(ValueError, match=rf"^dim: got {huge}, takes"):
+            capsops.squash(u_hat, huge)
+
+
+# A module in a graph: what was traced or exported meets another input.
+
+OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "fewer capsules": lambda u: u[:, :-1],
+    "shorter capsules": lambda u: u[..., :-1],
+    "another dtype": lambda u: u.double(),
+    "another rank": lambda u: u[0],
+}
+
+
+@pytest.fixture(scope="module")
+def layer() -> RoutingCapsules:
+    return RoutingCapsules(I, J, K, D)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_traced_module_that_meets_another_input(layer: RoutingCapsules) -> None:
+    """TorchScript raises a RuntimeError for any error of Python; its text has the error's type and words."""
+    u = torch.randn(B, I, K)
+    traced = torch.jit.trace(layer, u)
+    assert_close(traced(u[:1]).detach(), layer(u[:1]).detach(), tolerance=1e-6)
+    for other in OTHERS.values():
+        with pytest.raises(RuntimeError, match="(ValueError: u: got shape|TypeError: weight: got dtype)"):
+            traced(other(u))
+
+
+def test_an_exported_module_that_meets_another_input(layer: RoutingCapsules) -> None:
+    u = torch.randn(B, I, K)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(layer, (u,), dynamic_shapes=({0: batch},)).module()
+    assert_close(program(u[:1]).detach(), layer(u[:1]).detach(), tolerance=1e-6)
+    with pytest.raises(TypeError, match=r"^weight: got dtype torch.float32, takes that of u, which is"):
+        program(u.double())
+    for name in ("fewer capsules", "shorter capsules"):
+        with pytest.raises((AssertionError, RuntimeError, ValueError)):  # torch.export's own guards
+            program(OTHERS[name](u))
+
+
+# Modules.
+
+WRONG_LAYERS: list[tuple[type[nn.Module], tuple, dict, type[Exception], str]] = [
+    (RoutingCapsules, ("3", 4, 5, 6), {}, TypeError, "in_capsules: got str, takes an int"),
+    (RoutingCapsules, (3.0, 4, 5, 6), {}, TypeError, "in_capsules: got float, takes an int"),
+    (RoutingCapsules, (3, None, 5, 6), {}, TypeError, "out_capsules: got NoneType, takes an int"),
+    (RoutingCapsules, (3, 4, True, 6), {}, TypeError, "in_dim: got bool, takes an int"),
+    (RoutingCapsules, (0, 4, 5, 6), {}, ValueError, "in_capsules: got 0, takes 1 or more"),
+    (RoutingCapsules, (3, -4, 5, 6), {}, ValueError, "out_capsules: got -4, takes 1 or more"),
+    (RoutingCapsules, (3, 4, 0, 6), {}, ValueError, "in_dim: got 0, takes 1 or more"),
+    (RoutingCapsules, (3, 4, 5, -1), {}, ValueError, "out_dim: got -1, takes 1 or more"),
+    (RoutingCapsules, (3, 4, 5, 6), {"bias": 1}, TypeError, "bias: got int, takes a bool"),
+    (RoutingCapsules, (3, 4, 5, 6), {"leaky": "no"}, TypeError, "leaky: got str, takes a bool"),
+    (RoutingCapsules, (3, 4, 5, 6), {"iterations": 1001}, ValueError, "iterations: got 1001, takes 0"),
+    (PrimaryCapsules, (4, "2", 8, 3), {}, TypeError, "capsules: got str, takes an int"),
+    (PrimaryCapsules, (0, 2, 8, 3), {}, ValueError, "in_channels: got 0, takes 1 or more"),
+    (PrimaryCapsules, (4, -2, -8, 3), {}, ValueError, "capsules: got -2, takes 1 or more"),
+    (PrimaryCapsules, (4, 2, 8.0, 3), {}, TypeError, "dim: got float, takes an int"),
+    (PrimaryCapsules, (4, 2, 8, 0), {}, ValueError, "kernel_size: got 0, takes 1 or more"),
+    (
+        PrimaryCapsules,
+        (4, 2, 8, (3, 3, 3)),
+        {},
+        ValueError,
+        "kernel_size: got (3, 3, 3), takes an int, or two",
+    ),
+    (PrimaryCapsules, (4, 2, 8, 3), {"stride": (1, 0)}, ValueError, "stride: got 0, takes 1 or more"),
+    (capsops.nn.Squash, ("last",), {}, TypeError, "dim: got str, takes an int"),
+]
+
+
+@pytest.mark.parametrize(("module", "args", "options", "error", "message"), WRONG_LAYERS)
+def test_layers_of_no_size(
+    module: type[nn.Module], args: tuple, options: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        module(*args, **options)
+
+
+WEIGHT = torch.zeros(J, I, D, K)
+
+
+@pytest.mark.parametrize(
+    ("weight", "layout", "bias", "error", "message"),
+    [
+        (WEIGHT.int(), "JIDK", None, ValueError, "weight: got dtype torch.int32, takes float32"),
+        (WEIGHT.to(torch.complex64), "JIDK", None, ValueError, "weight: got dtype torch.complex64"),
+        (WEIGHT.to_sparse(), "JIDK", None, ValueError, "weight: got layout torch.sparse_coo"),
+        (WEIGHT, 5, None, TypeError, "layout: got int, takes a str such as 'JIDK'"),
+        (WEIGHT, None, None, TypeError, "layout: got NoneType, takes a str"),
+        (WEIGHT, ["J", "I", "D", "K"], None, TypeError, "layout: got list, takes a str"),
+        (
+            WEIGHT[:0],
+            "JIDK",
+            None,
+            ValueError,
+            "weight: got shape [0, 3, 5, 6] in layout 'JIDK', takes no axis",
+        ),
+        (WEIGHT, "JIDK", torch.zeros(J, D).long(), ValueError, "bias: got dtype torch.int64"),
+        (WEIGHT, "JIDK", [0.0], TypeError, "bias: got list, takes a torch.Tensor"),
+    ],
+)
+def test_weights_that_make_no_layer(
+    weight: Tensor, layout: Any, bias: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        RoutingCapsules.from_weight(weight, layout, bias=bias)
+
+
+def test_an_image_of_another_size_names_the_capsules() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), PrimaryCapsules(8, 2, 4, 3), RoutingCapsules(18, 3, 4, 5))
+    assert model(torch.zeros(1, 1, 9, 9)).shape == (1, 3, 5)
+    with pytest.raises(
+        ValueError, match=r"^u: got shape \[1, 32, 4\], takes \[B, I, K\] with I = 18, K = 4$"
+    ):
+        model(torch.zeros(1, 1, 11, 11))
+
+
+# The last s itself.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [Options(0, bias=True), Options(1), Options(3, True, bias=True), Options(2, detach=True)],
+    ids=str,
+)
+def test_an_output_that_is_not_squashed(options: Options) -> None:
+    """By the implementations that serve it: the formula's value, gradients and second gradients."""
+    extra = (None, None, *options[:3], False)
+    for impl in ("reference", "cpu"):
+        for op, inputs in (
+            ("capsule_routing", layer_inputs(Shape(5, 9, 3, 4, 2), options.bias)),
+            ("dynamic_routing", routing_inputs(Shape(5, 9, 3, 4, 2), options.bias)),
+        ):
+            formula = getattr(reference, op)
+            functions = (
+                lambda *x, op=op, impl=impl: getattr(OPS, op)(*x, *extra, impl)[0],
+                lambda *x, formula=formula: formula(*x, **options.keywords(), squash_output=False),
+            )
+            assert_all_close(*(value_and_gradients(function, inputs) for function in functions))
+
+            def penalty(function: Callable[..., Tensor], inputs: Any = inputs) -> Tensor:
+                leaf = inputs[0].detach().requires_grad_()
+                (first,) = torch.autograd.grad(function(leaf, *inputs[1:]).sum(), leaf, create_graph=True)
+                (second,) = torch.autograd.grad(first.square().sum() + leaf.sum(), leaf)
+                return second
+
+            assert_close(*map(penalty, functions), tolerance=1e-11)
+
+
+def test_an_output_that_is_not_squashed_is_no_part_of_the_saved_sums(impl: str) -> None:
+    if impl == "triton":
+        pytest.skip("impl='triton' squashes always")
+    s = OPS.dynamic_routing(*routing_inputs(Shape(2, 3, 4, 5, 1)), None, None, 2, False, False, False, impl)
+    assert torch.equal(s[0], s[1][-1])
+    assert s[0].data_ptr() != s[1][-1].data_ptr()
+
+
+def test_kernels_of_a_gpu_always_squash() -> None:
+    with pytest.raises(
+        ValueError, match=r"^squash_output: got False, takes True: impl='cuda' does not serve"
+    ):
+        decline_unsquashed("cuda", False)
+
+
+# One output capsule.
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+def test_one_output_capsule_has_couplings_of_1_whatever_is_routed(impl: str, iterations: int) -> None:
+    u, weight = torch.randn(2, 3, 4), torch.randn(3, 1, 5, 4)
+    u[0, 0, 0], weight[1, 0, 0, 0] = torch.nan, torch.inf
+    ones = torch.ones(2, 3, 1)
+    assert torch.equal(capsops.couplings(u, weight, iterations=iterations, impl=impl), ones)
+    assert torch.equal(OPS.couplings(u, weight, None, None, None, iterations, False, impl), ones)
+    assert torch.equal(reference.couplings(u, weight, iterations=iterations), ones)
+
+
+def test_one_output_capsule_beside_an_orphan_is_routed(impl: str) -> None:
+    u, weight = torch.randn(2, 3, 4), 0.3 * torch.randn(3, 1, 5, 4)
+    c = capsops.couplings(u, weight, leaky=True, impl=impl)
+    assert ((c > 0) & (c < 1)).all()
+    u[0, 0, 0] = torch.nan
+    c = capsops.couplings(u, weight, leaky=True, impl=impl)
+    assert c[0, 0].isnan().all()
+    assert not c[1].isnan().any()
+    torch.testing.assert_close(c, reference.couplings(u, weight, leaky=True), equal_nan=True)
+
+
+def test_one_output_capsule_saves_the_sums_of_one_pass(impl: str) -> None:
+    u, weight = torch.randn(2, 3, 4), torch.randn(3, 1, 5, 4)
+    v, s = OPS.capsule_routing(u, weight, None, None, None, 3, False, False, True, impl)
+    assert s.shape == (1, 2, 1, 5)
+    torch.testing.assert_close(v, reference.capsule_routing(u, weight))
+    _, s = OPS.capsule_routing(u, weight, None, None, None, 3, True, False, True, impl)
+    assert s.shape == (3, 2, 1, 5)

@@ -1,0 +1,135 @@
+"""capsops._cpu takes each tensor with its length and refuses what does not fit, before any kernel runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import capsops
+from tests.capsops.cases import Shape, layer_inputs, routing_inputs
+
+_cpu = pytest.importorskip("capsops._cpu", reason="capsops._cpu is not built", exc_type=ImportError)
+from capsops.impl import cpu  # noqa: E402  it needs the extension
+
+SHAPE = Shape(2, 3, 4, 5, 6)
+FUNCTIONS = (
+    *("squash", "squash_backward", "predictions", "predictions_backward"),
+    *("routing", "routing_backward", "couplings"),
+)
+
+
+class Recorder:
+    """Notes how the kernels are called."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, list[Any]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            self.calls.append((name, list(args)))
+            getattr(_cpu, name)(*args)
+
+        return call
+
+
+def recorded() -> tuple[list[tuple[str, list[Any]]], list[torch.Tensor]]:
+    """A call of every kernel as the ops make it, and the tensors whose addresses stand in it."""
+    recorder, kept = Recorder(), []
+    u, weight, bias = layer_inputs(SHAPE, bias=True, dtype=torch.float32)
+    u_hat, _ = routing_inputs(SHAPE, dtype=torch.float32)
+    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x)
+        return x
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_cpu", recorder)
+        patch.setattr(torch, "empty_like", lambda *a, **k: keep(empty_like(*a, **k)))
+        patch.setattr(torch.Tensor, "new_empty", lambda *a, **k: keep(new_empty(*a, **k)))
+        cpu.squash_backward(keep(u.clone()), cpu.squash(u, 2), 2)
+        cpu.predictions_backward(u_hat, u, weight, True, True)
+        cpu.predictions(u, weight)
+        v, s = cpu.capsule_routing(u, weight, bias, 3, False, True)
+        cpu.capsule_routing_backward(v, u, weight, s, 3, False, False, True, True, True)
+        v, s = cpu.dynamic_routing(u_hat, bias, 3, False, True)
+        cpu.dynamic_routing_backward(v, u_hat, s, 3, False, False, True)
+        cpu.couplings(u, weight, bias, 3, False)
+    return recorder.calls, [*kept, u, weight, bias, u_hat]
+
+
+CALLS, KEPT = recorded()
+
+
+def test_every_kernel_is_called() -> None:
+    assert {name for name, _ in CALLS} == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize(("name", "args"), CALLS, ids=[name for name, _ in CALLS])
+def test_lengths_that_do_not_fit(name: str, args: list[Any]) -> None:
+    function = getattr(_cpu, name)
+    function(*args)
+    for n, memory in enumerate(args):
+        if not isinstance(memory, tuple):
+            continue
+        address, size = memory
+        wrong = [(address, size - 4), (address, size + 4), (address, -size), (address, 2**62), (0, size)]
+        if size:  # a tensor that may be missing is left out with (0, 0) alone
+            wrong.append((address, 0))
+        for other in wrong if size else [(0, 4), (64, 0), (64, 4)]:
+            with pytest.raises(ValueError, match=r"^\w+: got -?\d+ (bytes at address|one without)"):
+                function(*args[:n], other, *args[n + 1 :])
+
+
+@pytest.mark.parametrize(("name", "args"), CALLS, ids=[name for name, _ in CALLS])
+def test_sizes_that_do_not_fit(name: str, args: list[Any]) -> None:
+    """Each size one more, one less, not positive, and so large that the bytes are no 64-bit number."""
+    function = getattr(_cpu, name)
+    sizes = [n for n, x in enumerate(args) if type(x) is int][: 3 if "squash" in name else 5]
+    given = name.startswith("routing") and (0, 0) in args[1:3]  # predictions, whose K is not looked at
+    for n in sizes[:4] if given else sizes:
+        for size in (args[n] + 1, args[n] - 1, 0, -1, -(2**62), 2**62):
+            with pytest.raises(ValueError, match=r"^\w+: (got \d+ bytes|its sizes are not positive)"):
+                function(*args[:n], size, *args[n + 1 :])
+
+
+@pytest.mark.parametrize(("name", "args"), CALLS, ids=[name for name, _ in CALLS])
+def test_storage_and_threads(name: str, args: list[Any]) -> None:
+    function = getattr(_cpu, name)
+    for threads in (0, -1, 4097, 2**31 - 1):
+        with pytest.raises(ValueError, match=rf"^threads: got {threads}, takes 1 to 4096$"):
+            function(*args[:-1], threads)
+    for storage in (-1, 4, 100):
+        with pytest.raises(ValueError, match=rf"^storage: got {storage}, takes 0 to 3$"):
+            function(*args[:-2], storage, args[-1])
+    with pytest.raises(ValueError, match=r"^\w+: got \d+ bytes"):
+        function(*args[:-2], 3, args[-1])  # float64 in place of float32
+
+
+@pytest.mark.parametrize("name", ["routing", "routing_backward", "couplings"])
+def test_iterations(name: str) -> None:
+    for kernel, args in CALLS:
+        if kernel == name:
+            n = next(n for n, x in enumerate(args) if isinstance(x, bool)) - 1
+            for iterations in (-1, 1001, 2**62):
+                with pytest.raises(ValueError, match=rf"^iterations: got {iterations}, takes 0 to 1000$"):
+                    getattr(_cpu, name)(*args[:n], iterations, *args[n + 1 :])
+
+
+def test_seconds_of_the_benchmark_loop() -> None:
+    for seconds in (-1.0, 0.0, float("nan"), float("inf"), 1e9):
+        with pytest.raises(ValueError, match="^seconds: takes"):
+            _cpu.fma_flops(seconds, 1)
+    with pytest.raises(ValueError, match="^threads: got 0"):
+        _cpu.fma_flops(0.001, 0)
+
+
+def test_the_operations_hand_over_lengths() -> None:
+    """The public functions on every memory layout give tensors that fit: nothing of the above is raised."""
+    u, weight, bias = layer_inputs(SHAPE, bias=True, dtype=torch.float32)
+    wide = torch.stack([u, u], -1)[..., 0]
+    torch.testing.assert_close(
+        capsops.capsule_routing(wide, weight.transpose(0, 1).contiguous().transpose(0, 1), bias, impl="cpu"),
+        capsops.capsule_routing(u, weight, bias, impl="reference"),
+    )
