@@ -1,17 +1,19 @@
-"""Builds the C++ extension capsops._cpu and, where nvcc is, the CUDA extension capsops._cuda, with ninja.
+"""Builds the C++ extension capsops._cpu and, on a machine for CUDA, the extension capsops._cuda, with ninja.
 
 An extension that cannot be built does not stop the installation: capsops then runs on what is left, and the
 reason goes into capsops/_build.json, from where `python -m capsops` reports it.
 
     CXX, CXXFLAGS, LDFLAGS        compiler and further flags
     MAX_JOBS                      how many compilers run at a time
-    CAPSOPS_BUILD_CUDA=0|1|auto   never, must (an error if it fails), where nvcc is found (the default)
+    CAPSOPS_BUILD_CUDA=0|1|auto   never; must, or an error, as for an image that is to run elsewhere; where
+                                  there are nvcc and an NVIDIA driver, libcuda.so.1 (the default)
     CAPSOPS_CUDA_ARCHS            such as "80;90+PTX" (the default)
     CUDA_HOME                     the toolkit to use, else the nvcc on the path; nvcc's own NVCC_CCBIN works
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -308,8 +310,17 @@ def build_cpu(folder: Path) -> tuple[Path, dict[str, object]]:
     }
 
 
+def has_cuda_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def build_cuda(folder: Path) -> tuple[Path, dict[str, object]]:
-    if cuda_choice(os.environ) == "0":
+    choice = cuda_choice(os.environ)
+    if choice == "0":
         raise NotWantedError("CAPSOPS_BUILD_CUDA was 0", f"unset CAPSOPS_BUILD_CUDA, {INSTALL_AGAIN}")
     sources = sorted(path for path in (ROOT / CUDA_SOURCES).glob("*") if path.suffix in (".cu", ".cpp"))
     if not sources:
@@ -320,6 +331,11 @@ def build_cuda(folder: Path) -> tuple[Path, dict[str, object]]:
         raise NotWantedError(
             "there is no nvcc on the path or in CUDA_HOME",
             f"install the CUDA toolkit and set CUDA_HOME to it, {INSTALL_AGAIN}",
+        )
+    if choice == "auto" and not has_cuda_driver():
+        raise NotWantedError(
+            "there is no NVIDIA driver here (libcuda.so.1)",
+            f"install the driver, or set CAPSOPS_BUILD_CUDA=1 to build for another machine, {INSTALL_AGAIN}",
         )
     library = run_ninja(cuda_steps(nvcc, sources, extension_includes(), os.environ), folder, MEND_NVCC)
     return library, {

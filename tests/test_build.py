@@ -266,6 +266,36 @@ def test_cuda_that_must_be_built_and_cannot(scratch: Path) -> None:
     assert "CAPSOPS_BUILD_CUDA=1: there is no nvcc" in build.stderr
 
 
+def test_cuda_is_for_machines_with_nvcc_and_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """nvcc by itself, as in a container for compiling, costs minutes that nothing comes of."""
+    asked = []
+
+    def library(name: str) -> object:
+        asked.append(name)
+        raise OSError(f"{name}: cannot open shared object file")
+
+    def no_compilation(*args: object) -> None:
+        raise AssertionError("nothing is compiled")
+
+    monkeypatch.setattr(plan.ctypes, "CDLL", library)
+    monkeypatch.setattr(plan, "run_ninja", no_compilation)
+    monkeypatch.setattr(plan.shutil, "which", lambda name, path=None: f"/cuda/bin/{name}")
+    monkeypatch.delenv("CAPSOPS_BUILD_CUDA", raising=False)
+    with pytest.raises(
+        plan.NotWantedError, match=r"^there is no NVIDIA driver here \(libcuda.so.1\)$"
+    ) as error:
+        plan.build_cuda(tmp_path)
+    assert asked == ["libcuda.so.1"]
+    assert "CAPSOPS_BUILD_CUDA=1" in error.value.mend
+    monkeypatch.setenv("CAPSOPS_BUILD_CUDA", "1")
+    with pytest.raises(AssertionError, match="nothing is compiled"):
+        plan.build_cuda(tmp_path)
+    monkeypatch.setenv("CAPSOPS_BUILD_CUDA", "auto")
+    monkeypatch.setattr(plan.ctypes, "CDLL", asked.append)
+    with pytest.raises(AssertionError, match="nothing is compiled"):
+        plan.build_cuda(tmp_path)
+
+
 @needs_compiler
 def test_nvcc_that_fails_gets_advice_about_nvcc(scratch: Path) -> None:
     (scratch / "csrc/cuda").mkdir(exist_ok=True)
@@ -276,11 +306,40 @@ def test_nvcc_that_fails_gets_advice_about_nvcc(scratch: Path) -> None:
     nvcc.chmod(0o755)
     command = (sys.executable, "setup.py", "build_ext", "--inplace")
     variables = {"CXX": "/bin/false", "CAPSOPS_BUILD_CUDA": "auto", "CUDA_HOME": str(scratch)}
-    build = _run(*command, cwd=scratch, **variables)
+    driver = scratch / "lib/libcuda.so.1"  # any library will do
+    driver.parent.mkdir()
+    (scratch / "driver.cpp").write_text("int driver() { return 0; }\n")
+    subprocess.run(["c++", "-shared", "-fPIC", scratch / "driver.cpp", "-o", driver], check=True)
+    build = _run(*command, cwd=scratch, LD_LIBRARY_PATH=str(driver.parent), **variables)
     assert build.returncode == 0, build.stderr
     record = json.loads((scratch / "capsops/_build.json").read_text())["cuda"]
     assert "Unsupported gpu architecture" in record["reason"]
     assert "CAPSOPS_CUDA_ARCHS" in record["mend"]
+
+
+def test_a_clone_in_the_working_directory_is_not_the_package(tmp_path: Path) -> None:
+    """Above a clone called capsops, Python finds that folder first; what is imported is the package in it."""
+    clone = tmp_path / "capsops"
+    (clone / "capsops").mkdir(parents=True)
+    for path in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / path, clone)
+    (clone / "capsops/__init__.py").write_text("__version__ = '1'\nnn = 'the package'\n")
+    target = tmp_path / "site"
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(target),
+    )
+    done = _run(*pip, "-e", str(clone), cwd=tmp_path, CXX="/bin/false")
+    assert done.returncode == 0, done.stdout + done.stderr
+    code = f"import site; site.addsitedir({str(target)!r}); import capsops; print(capsops.nn)"
+    used = _run(sys.executable, "-c", code, cwd=tmp_path)
+    assert used.stdout.strip() == "the package", used.stderr
 
 
 @pytest.mark.slow
