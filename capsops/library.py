@@ -517,13 +517,17 @@ _KERNELS: dict[str, Callable] = {
 }
 
 
+def autocast_enabled(x: Tensor | None) -> bool:
+    """Whether autocast is on for the device of x; torch raises an error for devices that have none."""
+    return x is not None and x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+
+
 def _kernel(function: Callable) -> Callable:
     """The kernel as registered: its results are contiguous, as the fakes say, and autocast stays outside."""
 
     def call(*args: Any) -> Any:
-        first = args[0]
-        if first is not None and torch.is_autocast_enabled(first.device.type):
-            with torch.autocast(first.device.type, enabled=False):
+        if autocast_enabled(args[0]):
+            with torch.autocast(args[0].device.type, enabled=False):
                 return call(*args)
         results = function(*args)
         if isinstance(results, Tensor):
@@ -551,12 +555,13 @@ def under_autocast(op: Callable, device: str) -> Callable:
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _kernel(_KERNELS[_name]), "CompositeExplicitAutograd")
-    for _key in ("NestedTensorCPU", "NestedTensorCUDA"):  # the first check says that they are not served
-        _library.impl(_name, _KERNELS[_name], _key)
+    for _key in ("NestedTensorCPU", "NestedTensorCUDA", "NestedTensorMeta"):
+        _library.impl(_name, _KERNELS[_name], _key)  # whose first check refuses them
     torch.library.register_fake(f"capsops::{_name}", _FAKES[_name], lib=_library)
     if _name in _GRADIENTS:
         _vjp, _setup = _GRADIENTS[_name]
         torch.library.register_autograd(f"capsops::{_name}", _vjp, setup_context=_setup, lib=_library)
+_library.impl("couplings", _couplings, "AutogradNestedTensor")  # the others have a gradient registered there
 for _name in ("squash", "predictions", "dynamic_routing", "capsule_routing", "couplings"):
     for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl(_name, under_autocast(getattr(torch.ops.capsops, _name), _device), _key)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from capsops.impl import accumulation_dtype
-from capsops.library import under_autocast
+from capsops.library import autocast_enabled, under_autocast
 
 
 def active(*tensors: Tensor | None) -> bool:
@@ -41,8 +41,9 @@ def by_formula(
 
     `check` is what the op would say of the tensors.
     """
-    dtype, device = tensors[0].dtype, tensors[0].device.type
-    if torch.is_autocast_enabled(device):
+    dtype = tensors[0].dtype
+    if autocast_enabled(tensors[0]):
+        device = tensors[0].device.type
         return under_autocast(partial(by_formula, check, formula, **options), device)(*tensors)
     check(*tensors)
     wide = accumulation_dtype(dtype)
