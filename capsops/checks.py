@@ -1,8 +1,11 @@
 """What each op takes: its kernel and its fake ask these functions first, whoever calls the op.
 
 Shapes, dtypes, layouts, devices and ranges are checked, so that no call can make a kernel read or write
-outside its tensors. An error names the argument, what it got and what it takes.
+outside its tensors. An error names the argument, what it got and what it takes. The conditions stand where
+they are tested, since a call pays for them; what words an error has is put together apart from them.
 """
+
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -12,6 +15,7 @@ from capsops.impl import accumulation_dtype
 MAX_ITERATIONS = 1000
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+_STRIDED = torch.strided
 
 
 def effective_iterations(iterations: int, out_capsules: int, leaky: bool) -> int:
@@ -38,43 +42,36 @@ def check_dense(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
     if x.is_nested:
         raise ValueError(f"{name}: got a nested tensor, takes a dense one")
-    if x.layout is not torch.strided:
-        raise ValueError(f"{name}: got layout {x.layout}, takes {torch.strided}: a dense tensor")
+    if x.layout is not _STRIDED:
+        raise ValueError(f"{name}: got layout {x.layout}, takes {_STRIDED}: a dense tensor")
     if x.dtype not in _DTYPES:
         raise ValueError(f"{name}: got dtype {x.dtype}, takes float32, bfloat16, float16 or float64")
-
-
-def _check_shape(name: str, x: Tensor, axes: str, **sizes: int) -> None:
-    """`axes` has a letter for each dimension; `sizes` says how long some of them are."""
-    shape = x.shape
-    if len(shape) == len(axes):
-        for axis, size in sizes.items():
-            if shape[axes.index(axis)] != size:
-                break
-        else:
-            return
-    wanted = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
-    raise ValueError(
-        f"{name}: got shape {list(shape)}, takes [{', '.join(axes)}]" + (f" with {wanted}" if wanted else "")
-    )
-
-
-def _check_like(name: str, x: Tensor, first_name: str, first: Tensor) -> None:
-    """x is a dense tensor with the device and dtype of another argument, which has been checked."""
-    if x is None or x.is_nested or x.layout is not torch.strided:
-        check_dense(name, x)
-    if x.device != first.device:
-        raise ValueError(
-            f"{name}: got device {x.device}, takes that of {first_name}, which is {first.device}"
-        )
-    if x.dtype != first.dtype:
-        check_dense(name, x)
-        raise TypeError(f"{name}: got dtype {x.dtype}, takes that of {first_name}, which is {first.dtype}")
 
 
 def check_iterations(iterations: int) -> None:
     if not 0 <= iterations <= MAX_ITERATIONS:
         raise ValueError(f"iterations: got {iterations}, takes 0 (no routing) to {MAX_ITERATIONS}")
+
+
+def _check_like(name: str, x: Tensor, first_name: str, first: Tensor) -> None:
+    """x is a dense tensor with the device and dtype of another argument, which has been checked."""
+    if x is None or x.is_nested or x.layout is not _STRIDED:
+        check_dense(name, x)
+    if x.dtype is first.dtype and x.device == first.device:
+        return
+    check_dense(name, x)
+    if x.device != first.device:
+        raise ValueError(
+            f"{name}: got device {x.device}, takes that of {first_name}, which is {first.device}"
+        )
+    raise TypeError(f"{name}: got dtype {x.dtype}, takes that of {first_name}, which is {first.dtype}")
+
+
+def _refuse_shape(name: str, x: Tensor, axes: str, *sizes: int | None) -> NoReturn:
+    """`axes` has a letter for each dimension that x should have; `sizes` is None where any size will do."""
+    known = ", ".join(f"{axis} = {n}" for axis, n in zip(axes, sizes, strict=False) if n is not None)
+    wanted = f"[{', '.join(axes)}]" + (f" with {known}" if known else "")
+    raise ValueError(f"{name}: got shape {list(x.shape)}, takes {wanted}")
 
 
 def _check_not_built(logits: Tensor | None, mask: Tensor | None) -> None:
@@ -86,10 +83,11 @@ def _check_not_built(logits: Tensor | None, mask: Tensor | None) -> None:
 
 def squash(s: Tensor, dim: int) -> None:
     check_dense("s", s)
-    if s.dim() == 0:
+    axes = s.dim()
+    if axes == 0:
         raise ValueError("s: got a scalar, takes a tensor with at least one dimension")
-    if not 0 <= dim < s.dim():
-        raise ValueError(f"dim: got {dim}, takes 0 to {s.dim() - 1} for a tensor of shape {list(s.shape)}")
+    if not 0 <= dim < axes:
+        raise ValueError(f"dim: got {dim}, takes 0 to {axes - 1} for a tensor of shape {list(s.shape)}")
 
 
 def squash_backward(grad: Tensor, s: Tensor, dim: int) -> None:
@@ -102,36 +100,47 @@ def squash_backward(grad: Tensor, s: Tensor, dim: int) -> None:
 def predictions(u: Tensor, weight: Tensor) -> None:
     check_dense("u", u)
     _check_like("weight", weight, "u", u)
-    _check_shape("weight", weight, "IJDK")
+    if weight.dim() != 4:
+        _refuse_shape("weight", weight, "IJDK")
     in_capsules, _, _, in_dim = weight.shape
-    _check_shape("u", u, "BIK", I=in_capsules, K=in_dim)
+    if u.dim() != 3 or u.shape[1] != in_capsules or u.shape[2] != in_dim:
+        _refuse_shape("u", u, "BIK", None, in_capsules, in_dim)
 
 
 def predictions_backward(grad: Tensor, u: Tensor, weight: Tensor) -> None:
     predictions(u, weight)
-    in_capsules, out_capsules, out_dim, _ = weight.shape
     _check_like("grad", grad, "u", u)
-    _check_shape("grad", grad, "BIJD", B=u.shape[0], I=in_capsules, J=out_capsules, D=out_dim)
+    sizes = (u.shape[0], *weight.shape[:3])
+    if grad.shape != sizes:
+        _refuse_shape("grad", grad, "BIJD", *sizes)
 
 
-def _check_bias(bias: Tensor | None, name: str, like: Tensor, out_capsules: int, out_dim: int) -> None:
-    if bias is not None:
-        _check_like("bias", bias, name, like)
-        _check_shape("bias", bias, "JD", J=out_capsules, D=out_dim)
-
-
-def dynamic_routing(
-    u_hat: Tensor,
+def _check_routing(
+    name: str,
+    like: Tensor,
+    sizes: tuple[int, int],
     bias: Tensor | None,
     logits: Tensor | None,
     mask: Tensor | None,
     iterations: int,
 ) -> None:
-    check_dense("u_hat", u_hat)
-    _check_shape("u_hat", u_hat, "BIJD")
-    _check_bias(bias, "u_hat", u_hat, *u_hat.shape[2:])
+    """What all routing takes beside the capsules; `sizes` is [J, D]."""
+    if bias is not None:
+        _check_like("bias", bias, name, like)
+        if bias.shape != sizes:
+            _refuse_shape("bias", bias, "JD", *sizes)
     check_iterations(iterations)
-    _check_not_built(logits, mask)
+    if logits is not None or mask is not None:
+        _check_not_built(logits, mask)
+
+
+def dynamic_routing(
+    u_hat: Tensor, bias: Tensor | None, logits: Tensor | None, mask: Tensor | None, iterations: int
+) -> None:
+    check_dense("u_hat", u_hat)
+    if u_hat.dim() != 4:
+        _refuse_shape("u_hat", u_hat, "BIJD")
+    _check_routing("u_hat", u_hat, u_hat.shape[2:], bias, logits, mask, iterations)
 
 
 def capsule_routing(
@@ -143,32 +152,34 @@ def capsule_routing(
     iterations: int,
 ) -> None:
     predictions(u, weight)
-    _check_bias(bias, "u", u, *weight.shape[1:3])
-    check_iterations(iterations)
-    _check_not_built(logits, mask)
+    _check_routing("u", u, weight.shape[1:3], bias, logits, mask, iterations)
+
+
+couplings = capsule_routing
 
 
 def _check_saved(
-    grad: Tensor,
-    s: Tensor,
     name: str,
     like: Tensor,
     sizes: tuple[int, int, int],
+    grad: Tensor,
+    s: Tensor,
     iterations: int,
     leaky: bool,
 ) -> None:
     """The upstream gradient [B, J, D], and s of every pass as the forward op returned it."""
-    batch, out_capsules, out_dim = sizes
     _check_like("grad", grad, name, like)
-    _check_shape("grad", grad, "BJD", B=batch, J=out_capsules, D=out_dim)
+    if grad.shape != sizes:
+        _refuse_shape("grad", grad, "BJD", *sizes)
     check_dense("s", s)
     wanted = accumulation_dtype(like.dtype)
-    if s.dtype != wanted:
+    if s.dtype is not wanted:
         raise TypeError(f"s: got dtype {s.dtype}, takes {wanted}, in which {like.dtype} is summed")
     if s.device != like.device:
         raise ValueError(f"s: got device {s.device}, takes that of {name}, which is {like.device}")
-    passes = saved_passes(iterations, out_capsules, leaky)
-    _check_shape("s", s, "TBJD", T=passes, B=batch, J=out_capsules, D=out_dim)
+    wanted_s = (saved_passes(iterations, sizes[1], leaky), *sizes)
+    if s.shape != wanted_s:
+        _refuse_shape("s", s, "TBJD", *wanted_s)
 
 
 def dynamic_routing_backward(
@@ -176,23 +187,11 @@ def dynamic_routing_backward(
 ) -> None:
     dynamic_routing(u_hat, bias, None, None, iterations)
     batch, _, out_capsules, out_dim = u_hat.shape
-    _check_saved(grad, s, "u_hat", u_hat, (batch, out_capsules, out_dim), iterations, leaky)
+    _check_saved("u_hat", u_hat, (batch, out_capsules, out_dim), grad, s, iterations, leaky)
 
 
 def capsule_routing_backward(
     grad: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, iterations: int, leaky: bool
 ) -> None:
     capsule_routing(u, weight, bias, None, None, iterations)
-    _, out_capsules, out_dim, _ = weight.shape
-    _check_saved(grad, s, "u", u, (u.shape[0], out_capsules, out_dim), iterations, leaky)
-
-
-def couplings(
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    logits: Tensor | None,
-    mask: Tensor | None,
-    iterations: int,
-) -> None:
-    capsule_routing(u, weight, bias, logits, mask, iterations)
+    _check_saved("u", u, (u.shape[0], *weight.shape[1:3]), grad, s, iterations, leaky)

@@ -12,15 +12,11 @@ from capsops import checks, dispatch, reference, transforms
 from capsops import library as _library  # noqa: F401  registers torch.ops.capsops
 
 
-def _check_tensors(**tensors: object) -> None:
-    """All are dense tensors; `bias` may be None."""
-    for name, x in tensors.items():
-        if x is None and name == "bias":
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
-        if x.is_nested or x.layout is not torch.strided:  # torch would look for a kernel of theirs
-            checks.check_dense(name, x)
+def _check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
+    if x.is_nested:  # torch would look for an op of theirs
+        checks.check_dense(name, x)
 
 
 def as_int(name: str, value: int) -> int:
@@ -30,9 +26,9 @@ def as_int(name: str, value: int) -> int:
         TypeError: it is a bool or no integer.
         ValueError: it has more than 64 bits.
     """
-    if isinstance(value, torch.SymInt):
-        return value
     if type(value) is not int:
+        if isinstance(value, torch.SymInt):
+            return value
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name}: got {type(value).__name__}, takes an int")
         value = int(value)
@@ -53,10 +49,9 @@ def as_iterations(value: int) -> int:
     return iterations
 
 
-def check_flags(**flags: bool) -> None:
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: got {type(flag).__name__}, takes a bool")
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes a bool")
 
 
 def _formula_serves(impl: str, *tensors: Tensor | None) -> bool:
@@ -93,7 +88,7 @@ def squash(s: Tensor, dim: int = -1, *, impl: str = "auto") -> Tensor:
             device, or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
-    _check_tensors(s=s)
+    _check_tensor("s", s)
     dim = as_int("dim", dim)
     axes = s.dim()
     if axes:  # the op says what is wrong with a scalar
@@ -128,7 +123,8 @@ def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
             names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
-    _check_tensors(u=u, weight=weight)
+    _check_tensor("u", u)
+    _check_tensor("weight", weight)
     serving = dispatch.resolve(impl, u.device.type)
     if _formula_serves(impl, u, weight):
         return transforms.by_formula(checks.predictions, reference.predictions, u, weight)
@@ -166,9 +162,12 @@ def dynamic_routing(
             or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
-    _check_tensors(u_hat=u_hat, bias=bias)
+    _check_tensor("u_hat", u_hat)
+    if bias is not None:
+        _check_tensor("bias", bias)
     iterations = as_int("iterations", iterations)
-    check_flags(leaky=leaky, detach=detach)
+    check_flag("leaky", leaky)
+    check_flag("detach", detach)
     serving = dispatch.resolve(impl, u_hat.device.type)
     if _formula_serves(impl, u_hat, bias):
         return transforms.by_formula(
@@ -221,9 +220,13 @@ def capsule_routing(
             or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
-    _check_tensors(u=u, weight=weight, bias=bias)
+    _check_tensor("u", u)
+    _check_tensor("weight", weight)
+    if bias is not None:
+        _check_tensor("bias", bias)
     iterations = as_int("iterations", iterations)
-    check_flags(leaky=leaky, detach=detach)
+    check_flag("leaky", leaky)
+    check_flag("detach", detach)
     serving = dispatch.resolve(impl, u.device.type)
     if _formula_serves(impl, u, weight, bias):
         return transforms.by_formula(
@@ -271,9 +274,12 @@ def couplings(
         ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device.
         RuntimeError: `impl` is not available here.
     """
-    _check_tensors(u=u, weight=weight, bias=bias)
+    _check_tensor("u", u)
+    _check_tensor("weight", weight)
+    if bias is not None:
+        _check_tensor("bias", bias)
     iterations = as_int("iterations", iterations)
-    check_flags(leaky=leaky)
+    check_flag("leaky", leaky)
     serving = dispatch.resolve(impl, u.device.type)
     with torch.no_grad():
         return torch.ops.capsops.couplings(u, weight, bias, None, None, iterations, leaky, serving)

@@ -55,7 +55,10 @@ def _implementation(impl: str, *tensors: Tensor) -> Any:
     another device or machine perhaps: it is looked at again.
     """
     impl = dispatch.resolve(impl, tensors[0].device.type)
-    return dispatch.module("reference" if any(x.numel() == 0 for x in tensors) else impl)
+    for x in tensors:
+        if x.numel() == 0:
+            impl = "reference"
+    return dispatch.module(impl)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -121,7 +121,8 @@ class RoutingCapsules(nn.Module):
         detach: bool = False,
     ) -> None:
         super().__init__()
-        functional.check_flags(bias=bias, leaky=leaky, detach=detach)
+        for name, flag in (("bias", bias), ("leaky", leaky), ("detach", detach)):
+            functional.check_flag(name, flag)
         self.iterations, self.leaky, self.detach = functional.as_iterations(iterations), leaky, detach
         in_capsules, out_capsules = _size("in_capsules", in_capsules), _size("out_capsules", out_capsules)
         in_dim, out_dim = _size("in_dim", in_dim), _size("out_dim", out_dim)
