@@ -25,6 +25,16 @@ def product(b_x, b_y, UNIT: tl.constexpr):
 
 
 @triton.jit
+def load_if(condition, p, mask):
+    """What stands at p where `condition`, a comparison of two numbers, and the mask are true; else 0.
+
+    `mask & condition` is the same to the compiler, but the interpreter makes integers of it, which Triton 3.9
+    takes for no mask.
+    """
+    return tl.load(p, mask=tl.where(condition, mask, False), other=0.0)
+
+
+@triton.jit
 def load_inputs(p_u, row, m_row, i, k, I, K: tl.constexpr):
     """Components k of u of the rows and input capsules `i`, in float32: [R, KB, C].
 
