@@ -154,14 +154,29 @@ def test_strided_inputs(impl: str) -> None:
     )
 
 
+class StoredPredictions(torch.nn.Module):
+    """A layer that routes predictions of its own."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(sizes))
+
+    def forward(self, u: Tensor) -> Tensor:
+        return capsops.dynamic_routing(capsops.predictions(u, self.weight))
+
+
 def test_whole_network_with_the_default_backend(impl: str) -> None:
-    """Convolution, primary capsules, two layers of routing and a loss, forward and backward, by inductor."""
+    """Convolution, primary capsules, three layers of routing and a loss, forward and backward, by inductor.
+
+    One graph serves all batch sizes, so that none may be taken for a constant.
+    """
     network = torch.nn.Sequential(
         torch.nn.Conv2d(1, 8, 5),
         torch.nn.ReLU(),
         capsops.nn.PrimaryCapsules(8, 2, 4, 5),
         capsops.nn.RoutingCapsules(32, 5, 4, 6),
         capsops.nn.RoutingCapsules(5, 3, 6, 8, leaky=True, detach=True),
+        StoredPredictions(3, 2, 5, 8),
     ).double()
 
     def step(images: Tensor, forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -170,7 +185,10 @@ def test_whole_network_with_the_default_backend(impl: str) -> None:
         return {"loss": loss.detach(), **{str(n): g for n, g in enumerate(gradients)}}
 
     with capsops.use_impl(impl):
-        compiled = torch.compile(network, fullgraph=True)
-        for batch in (3, 5, 8):
+        counter = CompileCounterWithBackend("inductor")
+        compiled = torch.compile(network, fullgraph=True, backend=counter)
+        for batch in (8, 5, 6):
             images = torch.randn(batch, 1, 16, 16, dtype=torch.float64)
+            torch._dynamo.mark_dynamic(images, 0)
             assert_all_close(step(images, compiled), step(images, network), tolerance=1e-12)
+    assert counter.frame_count == 1

@@ -14,6 +14,7 @@ from tests.capsops.cases import (
     layer_inputs,
     routing_inputs,
     runs_in_other_orders,
+    to_tf32,
     value_and_gradients,
 )
 from tests.capsops.compare import assert_all_low_precision, assert_low_precision
@@ -207,15 +208,6 @@ def test_sums_of_given_16_bit(emulated: Emulated, dtype: torch.dtype, bound: flo
     _, s = emulated.call("dynamic_routing", u_hat, bias, 3, False, True)
     _, exact = emulated.call("dynamic_routing", u_hat.float(), bias.float(), 3, False, True)
     assert (s - exact).norm() < bound * exact.norm()
-
-
-def to_tf32(x: Tensor) -> Tensor:
-    """To 10 bits behind the point, in the way of every product on tensor cores; the gradient as well."""
-    bits = (x.detach().view(torch.int32) + 0x1000) & ~0x1FFF
-    rounded = x + (bits.view(torch.float32) - x).detach()
-    if rounded.requires_grad:
-        rounded.register_hook(to_tf32)
-    return rounded
 
 
 @pytest.mark.parametrize("options", SOME, ids=str)

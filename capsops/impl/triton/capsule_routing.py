@@ -31,6 +31,7 @@ from capsops.impl import decline_unsquashed
 from capsops.impl.triton import sums, tiles
 from capsops.impl.triton.capsules import (
     agreement,
+    load_if,
     load_inputs,
     load_outputs,
     load_weights,
@@ -170,7 +171,7 @@ def routed_pass_kernel(
                     b_s += product(b_x, tl.trans(b_w), UNIT)
                 p_bjd = p_partials + (row * (J * D) + j * D)[:, None] + (d_first + d)[None, :]
                 m_bjd = m_row[:, None] & (d_first + d < D)[None, :]
-                b_s += tl.load(p_bjd, mask=m_bjd & (chunk > first), other=0.0)
+                b_s += load_if(chunk > first, p_bjd, m_bjd)
                 tl.store(p_bjd, b_s, mask=m_bjd)
         tl.debug_barrier()
 
@@ -263,7 +264,7 @@ def routed_gradient_kernel(
                     b_w = tl.permute(tl.reshape(grad_w, [KB, C, DB]), (1, 2, 0))
                     p_ijdk = p_grad_w + weight_offsets(i, j, d_first + d, k, J, D, K)
                     m_ijdk = weight_mask(i, d_first + d, k, I, D, K)
-                    b_w += tl.load(p_ijdk, mask=m_ijdk & (at > begin), other=0.0)
+                    b_w += load_if(at > begin, p_ijdk, m_ijdk)
                     tl.store(p_ijdk, b_w.to(p_grad_w.dtype.element_ty), mask=m_ijdk)
         if NEEDS_U:
             store_inputs(p_grad_u, grad_u, row, m_row, i, k, I, K)

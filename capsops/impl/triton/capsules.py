@@ -13,8 +13,24 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
+def to_tf32(b_x):
+    """Float32 rounded to the nearest number of 10 bits behind the point, ties away from 0.
+
+    Matrix units cut the other 13 bits off, which doubles the largest error and gives all errors one sign. An
+    addition to the bits carries into the exponent as it should, up to infinity, but would make 0 of some NaN.
+    """
+    bits = (b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(b_x == b_x, bits.to(tl.float32, bitcast=True), b_x)
+
+
+@triton.jit
 def product(b_x, b_y, UNIT: tl.constexpr):
     """b_x @ b_y summed in float32, of operands as UNIT (launch.unit) takes them."""
+    if UNIT == "tf32":  # which holds float16 as it is
+        if b_x.dtype == tl.float32:
+            b_x = to_tf32(b_x)
+        if b_y.dtype == tl.float32:
+            b_y = to_tf32(b_y)
     if UNIT == "bf16":
         b_x = b_x.to(tl.bfloat16)
         b_y = b_y.to(tl.bfloat16)
@@ -22,6 +38,16 @@ def product(b_x, b_y, UNIT: tl.constexpr):
         b_x = b_x.to(tl.float32)
         b_y = b_y.to(tl.float32)
     return tl.dot(b_x, b_y, input_precision="tf32" if UNIT == "tf32" else "ieee")
+
+
+@triton.jit
+def load_if(condition, p, mask):
+    """What stands at p where `condition`, a comparison of two numbers, and the mask are true; else 0.
+
+    `mask & condition` is the same to the compiler, but the interpreter makes integers of it, which Triton 3.9
+    takes for no mask.
+    """
+    return tl.load(p, mask=tl.where(condition, mask, False), other=0.0)
 
 
 @triton.jit

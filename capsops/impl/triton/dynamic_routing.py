@@ -16,7 +16,7 @@ from torch import Tensor
 
 from capsops.impl import decline_unsquashed
 from capsops.impl.triton import sums, tiles
-from capsops.impl.triton.capsules import power
+from capsops.impl.triton.capsules import load_if, power
 from capsops.impl.triton.launch import launch, on_device
 from capsops.impl.triton.tiles import ceil_div
 
@@ -141,8 +141,7 @@ def given_pass_kernel(
                     c = c * (a - mean[:, None])
                 mask = (j < J)[:, None] & (d < D)[None, :]
                 p_jd = p_sum + (j * D)[:, None] + d[None, :]
-                b_sum = tl.sum(c[:, :, None] * b_u_hat, 0)
-                b_sum += tl.load(p_jd, mask=mask & (at > begin), other=0.0)
+                b_sum = tl.sum(c[:, :, None] * b_u_hat, 0) + load_if(at > begin, p_jd, mask)
                 tl.store(p_jd, b_sum, mask=mask)
             tl.debug_barrier()
 

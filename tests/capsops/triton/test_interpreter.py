@@ -9,6 +9,8 @@ from tests.capsops.process import run_python
 
 pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is not installed")
 
+from capsops.impl.triton.launch import INTERPRETER_FAILS, why_interpreter_fails
+
 FILE = "tests/capsops/triton/test_kernels.py"
 
 
@@ -39,11 +41,46 @@ def run(selection: str) -> int:
     return int(passed[1])
 
 
+runs = pytest.mark.skipif(bool(INTERPRETER_FAILS), reason=INTERPRETER_FAILS)
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "fails"),
+    [
+        ("3.6.0", "2.4.0", True),
+        ("3.6.0", "2.10.1", True),
+        ("3.6.0", "2.3.5", False),
+        ("3.6.0", "1.26.4", False),
+        ("3.7.1", "2.4.0", False),
+        ("3.10.0", "2.4.0", False),
+    ],
+)
+def test_where_the_interpreter_fails(triton: str, numpy: str, fails: bool) -> None:
+    why = why_interpreter_fails(triton, numpy)
+    assert bool(why) == fails
+    if fails:
+        assert f"Triton {triton} " in why
+        assert f"got {numpy};" in why
+
+
+def test_a_call_says_why_the_interpreter_fails() -> None:
+    code = (
+        "import torch, capsops; from capsops.impl.triton import launch\n"
+        "launch.INTERPRETER_FAILS = 'of a reason'\n"
+        "try: capsops.squash(torch.ones(3), impl='triton')\n"
+        "except RuntimeError as error: print(error)"
+    )
+    done = run_python("-c", code, TRITON_INTERPRET="1")
+    assert done.stdout.strip() == "impl='triton' is not available: of a reason", done.stderr
+
+
+@runs
 @pytest.mark.timeout(900)
 def test_every_kernel_equals_the_reference() -> None:
     assert run("not slow") > 200
 
 
+@runs
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_every_kernel_in_every_dtype() -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from tests.capsops.cases import (
     layer_inputs,
     routing_inputs,
     runs_in_other_orders,
+    to_tf32,
     value_and_gradients,
 )
 from tests.capsops.compare import assert_all_low_precision, assert_low_precision
@@ -31,6 +33,15 @@ pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is n
 triton_kernels = pytest.importorskip("capsops.impl.triton")
 if not triton_kernels.INTERPRETED:
     pytest.skip("Triton's interpreter is off", allow_module_level=True)
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+from capsops.impl.triton import capsules, launch  # noqa: E402
+
+if launch.INTERPRETER_FAILS:
+    pytest.skip(launch.INTERPRETER_FAILS, allow_module_level=True)
 
 # Sizes that divide nothing; D, K and J below and above what a block holds; several blocks of each axis.
 SHAPES = [
@@ -70,6 +81,25 @@ def poison() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 products as a matrix unit makes them, which cuts 13 bits off its operands.
+
+    Those of the interpreter keep all bits, so that a kernel which does not round would seem to be right.
+    """
+
+    def cut(x: Any) -> Any:
+        return interpreter.TensorHandle((x.data.view(np.int32) & -0x2000).view(np.float32), x.dtype)
+
+    def create_dot(self: Any, x: Any, y: Any, found: Any, precision: Any, *rest: Any) -> Any:
+        if precision.name == "TF32":
+            x, y = cut(x), cut(y)
+        return whole(self, x, y, found, precision, *rest)
+
+    whole = interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def layer(options: Options, impl: str = "triton") -> Callable[..., Tensor]:
@@ -214,6 +244,77 @@ def test_gradients_near_the_ends_of_float16(
     for name, tensor in exact.items():
         factor = 2 if dtype == torch.float16 else 4  # operands of products are rounded to bfloat16
         assert_low_precision(got[name], [low[name] for low in lows], tensor, factor, name)
+
+
+@triton.jit
+def rounding_kernel(p_x, p_found, count, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    b_x = tl.load(p_x + at, mask=at < count, other=0.0)
+    tl.store(p_found + at, capsules.to_tf32(b_x), mask=at < count)
+
+
+def rounded(x: Tensor) -> Tensor:
+    found = torch.empty_like(x)
+    launch.launch(rounding_kernel, 1, x, found, len(x), SIZE=triton.next_power_of_2(len(x)))
+    return found
+
+
+def test_rounding_to_tf32() -> None:
+    last = 2.0**-10
+    x = [1.0, 1 + 0.49 * last, 1 + 0.51 * last, 1 + last / 2, -1 - last / 2, 1 + 1.5 * last, 2 - last / 4]
+    want = [1.0, 1.0, 1 + last, 1 + last, -1 - last, 1 + 2 * last, 2.0]
+    assert rounded(torch.tensor(x)).tolist() == want
+    x = torch.randn(500) * 10.0 ** torch.randint(-38, 38, (500,))
+    assert torch.equal(rounded(x), to_tf32(x))
+
+
+def test_rounding_to_tf32_of_extremes() -> None:
+    """Zeros keep their sign, what is near infinity becomes infinite, and NaN of any bits stays NaN."""
+    largest = (2 - 2.0**-10) * 2.0**127
+    x = torch.tensor([0.0, -0.0, 1e-45, INF, -INF, largest, -largest, 3.4028e38, -3.4028e38])
+    found = rounded(x)
+    assert found.tolist() == [0, 0, 0, INF, -INF, largest, -largest, INF, -INF]
+    assert torch.equal(found.signbit(), x.signbit())
+    bits = [0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0x7F801000, -1, -0x400000, -0x7FFFFF]
+    assert rounded(torch.tensor(bits, dtype=torch.int32).view(torch.float32)).isnan().all()
+
+
+TF32_SHAPES = [
+    Shape(1, 7, 3, 4, 8),
+    Shape(3, 33, 10, 16, 8),
+    Shape(17, 3, 3, 20, 20),
+    *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES),
+]
+
+
+@pytest.mark.parametrize("options", FEW_OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", TF32_SHAPES, ids=str)
+def test_capsule_routing_in_tf32(shape: Shape, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch's setting allows TF32: the error is that of plain torch on inputs rounded to it."""
+    monkeypatch.setattr(launch, "_tf32_allowed", lambda: True)
+    inputs, upstream = layer_inputs(shape, options.bias, torch.float32), upstream_of(shape, torch.float32)
+
+    def plain(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return plain_layer(options)(to_tf32(u), to_tf32(weight), bias)
+
+    got = value_and_gradients(layer(options), inputs, upstream)
+    exact = value_and_gradients(plain_layer(options), double(inputs), upstream.double())
+    assert_all_low_precision(got, runs_in_other_orders(plain, inputs, (1, 0, None), upstream), exact)
+    assert (got["value"] - exact["value"]).abs().max() > 1e-5  # it is TF32 that was tested
+
+
+@pytest.mark.parametrize("shape", [SMALL, Shape(33, 3, 3, 20, 20)], ids=str)
+def test_predictions_in_tf32(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_tf32_allowed", lambda: True)
+    u, weight, _ = layer_inputs(shape, dtype=torch.float32)
+
+    def plain(u: Tensor, weight: Tensor) -> Tensor:
+        return reference.predictions(to_tf32(u), to_tf32(weight))
+
+    got = value_and_gradients(partial(capsops.predictions, impl="triton"), [u, weight])
+    exact = value_and_gradients(reference.predictions, double([u, weight]))
+    assert_all_low_precision(got, [value_and_gradients(plain, [u, weight])], exact)
+    assert (got["value"] - exact["value"]).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
