@@ -167,7 +167,7 @@ def _check_saved(
     iterations: int,
     leaky: bool,
 ) -> None:
-    """The upstream gradient [B, J, D], and s of every pass as the forward op returned it."""
+    """The upstream gradient [B, J, D], and s of every pass as the forward op returned it, or flat as saved."""
     _check_like("grad", grad, name, like)
     if grad.shape != sizes:
         _refuse_shape("grad", grad, "BJD", *sizes)
@@ -177,9 +177,10 @@ def _check_saved(
         raise TypeError(f"s: got dtype {s.dtype}, takes {wanted}, in which {like.dtype} is summed")
     if s.device != like.device:
         raise ValueError(f"s: got device {s.device}, takes that of {name}, which is {like.device}")
-    wanted_s = (saved_passes(iterations, sizes[1], leaky), *sizes)
-    if s.shape != wanted_s:
-        _refuse_shape("s", s, "TBJD", *wanted_s)
+    batch, out_capsules, out_dim = sizes
+    passes = saved_passes(iterations, out_capsules, leaky)
+    if s.shape != (passes, batch, out_capsules * out_dim) and s.shape != (passes, *sizes):
+        _refuse_shape("s", s, "TBJD", passes, *sizes)
 
 
 def dynamic_routing_backward(
