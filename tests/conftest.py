@@ -5,6 +5,8 @@ import pytest
 
 # Before anything imports matplotlib.
 os.environ["MPLBACKEND"] = "Agg"
+# Before anything imports torch: a thread that waits by spinning takes a processor that another test could have.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import torch
