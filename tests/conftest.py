@@ -5,7 +5,7 @@ import pytest
 
 # Before anything imports matplotlib.
 os.environ["MPLBACKEND"] = "Agg"
-# Before anything imports torch: a thread that waits by spinning takes a processor that another test could have.
+# Before anything imports torch: threads that spin while they wait take processors that others could use.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis

@@ -22,6 +22,7 @@ import tempfile
 import types
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,9 +47,10 @@ IMPORTS = [
 class Process:
     """What tests use of subprocess.Popen, for a process that the server forks off."""
 
-    def __init__(self, args: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, args: list[str], environment: dict[str, str], log: IO[bytes] | None = None) -> None:
+        """With `log` both outputs go there, and communicate has nothing to return."""
         self.args, self.returncode = args, None
-        self._output = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
+        self._output = [log or tempfile.TemporaryFile() for _ in range(2)]
         self._news, theirs = socket.socketpair()
         request = {"args": args, "environment": environment}
         with theirs:

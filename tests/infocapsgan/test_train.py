@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,16 +19,14 @@ from infocapsgan.command_line import parse
 from infocapsgan.run import RunError, read_metrics
 from infocapsgan.systems import DCGAN, SYSTEMS, CapsNet, InfoCapsGAN, System
 from infocapsgan.training import NonFiniteLossError
+from tests.processes import ROOT, start_python
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["--width", "8", "--batch-size", "8", "--evaluate-every", "100", "--checkpoint-every", "5"]
 
 
-def start(*words):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "infocapsgan.train", *map(str, words)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, **pipes)
+def start(*words, fresh=False):
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return start_python("-m", "infocapsgan.train", *words, fresh=fresh, **environment)
 
 
 def run(*words, seconds=240):
@@ -395,7 +391,7 @@ def test_a_state_that_does_not_fit(tmp_path):
 def test_errors_are_one_line(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    process = start("--out", tmp_path / "full")
+    process = start("--out", tmp_path / "full", fresh=True)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert err.strip().splitlines()[-1].startswith("error: --out: ")
