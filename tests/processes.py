@@ -50,7 +50,7 @@ class Process:
     def __init__(self, args: list[str], environment: dict[str, str], log: IO[bytes] | None = None) -> None:
         """With `log` both outputs go there, and communicate has nothing to return."""
         self.args, self.returncode = args, None
-        self._output = [log or tempfile.TemporaryFile() for _ in range(2)]
+        self._output = [log or tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
         self._news, theirs = socket.socketpair()
         request = {"args": args, "environment": environment}
         with theirs:

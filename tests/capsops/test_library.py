@@ -45,6 +45,9 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
         "dynamic_routing without bias, leaky": (OPS.dynamic_routing, u_hat, None, 2, True, False),
         "dynamic_routing, detached": (OPS.dynamic_routing, u_hat, bias, 2, False, True),
         "dynamic_routing_backward": (
+            OPS.dynamic_routing_backward, grad, u_hat, bias, sums(2), 2, False, False,
+        ),
+        "dynamic_routing_backward of three passes": (
             OPS.dynamic_routing_backward, grad, u_hat, bias, sums(3), 3, False, False,
         ),
         "dynamic_routing_backward without bias, leaky": (
@@ -60,6 +63,9 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
             OPS.capsule_routing, u.detach(), weight, bias, 2, False, True,
         ),
         "capsule_routing_backward": (
+            OPS.capsule_routing_backward, grad, u, weight, bias, sums(2), 2, False, False, True, True,
+        ),
+        "capsule_routing_backward of three passes": (
             OPS.capsule_routing_backward, grad, u, weight, bias, sums(3), 3, False, False, True, True,
         ),
         "capsule_routing_backward for u, leaky": (
@@ -85,7 +91,7 @@ def test_every_op_is_checked() -> None:
 def test_opcheck(impl: str, name: str) -> None:
     op, *args = op_calls()[name]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if name.isidentifier():  # tracing takes seconds: once an op
+    if name.isidentifier():  # tracing takes seconds, and more with each pass: once an op
         checks.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(op.default, (*args, impl), test_utils=checks)
 

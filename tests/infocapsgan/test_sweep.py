@@ -25,7 +25,7 @@ def start(*words):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """The runs of a sweep in this process are forked off; a sweep in a process of its own starts them anew."""
+    """Forks off the runs of a sweep in this process; one in a process of its own starts them as ever."""
 
     def start(command, *, env, stdout, **_):
         assert command[:2] == [sys.executable, "-m"]
