@@ -341,9 +341,11 @@ def test_ten_steps_on_cifar10(system, tmp_path, monkeypatch):
     if not sample.is_dir():
         pytest.skip("$INFOCAPSGAN_DATA with cifar-10-sample/ is not there")
     (tmp_path / "cifar-10-batches-py").symlink_to(sample.resolve())
-    # of 2,000 images of 3,072 numbers it takes longer than the run
-    few = lambda dataset, classes: kmeans_accuracy(dataset.head(100), classes)  # noqa: E731
-    monkeypatch.setattr("infocapsgan.systems.class_code.kmeans_accuracy", few)
+    # of all images it takes longer than the run
+    monkeypatch.setattr(
+        "infocapsgan.systems.class_code.kmeans_accuracy",
+        lambda dataset, classes: kmeans_accuracy(dataset.head(100), classes),
+    )
     settings = SYSTEMS[system](
         dataset="cifar10", data_dir=tmp_path, width=8, batch_size=8, max_steps=10, out=tmp_path / "run"
     ).settings
