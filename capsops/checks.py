@@ -167,7 +167,7 @@ def _check_saved(
     iterations: int,
     leaky: bool,
 ) -> None:
-    """The upstream gradient [B, J, D], and s of every pass as the forward op returned it, or flat as saved."""
+    """The upstream gradient [B, J, D], and s of every pass: as returned, or [T, B, J · D] as it is saved."""
     _check_like("grad", grad, name, like)
     if grad.shape != sizes:
         _refuse_shape("grad", grad, "BJD", *sizes)

@@ -5,6 +5,8 @@ import pytest
 
 # Before anything imports matplotlib.
 os.environ["MPLBACKEND"] = "Agg"
+# Before anything imports torch: threads that spin while they wait take processors that others could use.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import torch

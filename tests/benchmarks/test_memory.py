@@ -1,14 +1,10 @@
 """The measurement of memory, on allocations of known size."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from benchmarks import memory
+from tests.processes import run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 
 pytestmark = pytest.mark.skipif(not memory.available(), reason="no resettable high-water mark on this system")
@@ -35,13 +31,7 @@ ON_THE_HEAP = "x = bytearray(b'1') * (64 << 20); del x"
 
 @pytest.mark.parametrize("body", [ONE_BLOCK, SMALL_BLOCKS, ONE_AFTER_ANOTHER, KEPT_AND_FREED, ON_THE_HEAP])
 def test_sixty_four_mebibytes_are_seen(body: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(body=body)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-c", SCRIPT.format(body=body))
     assert done.returncode == 0, done.stderr
     assert abs(int(done.stdout) - 64 * MIB) <= 2 * MIB
 

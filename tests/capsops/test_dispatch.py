@@ -8,7 +8,7 @@ import torch
 
 import capsops
 from capsops import dispatch
-from tests.capsops.process import run_python
+from tests.processes import run_python
 
 
 def served(device: str) -> list[str]:

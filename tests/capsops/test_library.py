@@ -47,6 +47,9 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
         ),
         "dynamic_routing, detached": (OPS.dynamic_routing, u_hat, bias, None, None, 2, False, True, True),
         "dynamic_routing_backward": (
+            OPS.dynamic_routing_backward, grad, u_hat, bias, sums(2), 2, False, False, True,
+        ),
+        "dynamic_routing_backward of three passes": (
             OPS.dynamic_routing_backward, grad, u_hat, bias, sums(3), 3, False, False, True,
         ),
         "dynamic_routing_backward without bias, leaky": (
@@ -66,6 +69,9 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
             OPS.capsule_routing, u.detach(), weight, bias, None, None, 2, False, True, True,
         ),
         "capsule_routing_backward": (
+            OPS.capsule_routing_backward, grad, u, weight, bias, sums(2), 2, False, False, True, True, True,
+        ),
+        "capsule_routing_backward of three passes": (
             OPS.capsule_routing_backward, grad, u, weight, bias, sums(3), 3, False, False, True, True, True,
         ),
         "capsule_routing_backward for u, leaky": (
@@ -103,7 +109,7 @@ def test_every_op_is_checked() -> None:
 def test_opcheck(impl: str, name: str) -> None:
     op, *args = op_calls()[name]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if name.isidentifier():  # tracing takes seconds: once an op
+    if name.isidentifier():  # tracing takes seconds, and more with each pass: once an op
         checks.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(op.default, (*args, impl), test_utils=checks)
 

@@ -5,7 +5,7 @@ import pytest
 import capsops
 from capsops import __main__ as main
 from capsops import dispatch
-from tests.capsops.process import run_python
+from tests.processes import run_python
 
 MAPS = """\
 7f1000000000-7f1000001000 r--p 00000000 fe:00 1 /usr/lib/python3/site-packages/torch/lib/libgomp.so.1

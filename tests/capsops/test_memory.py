@@ -1,5 +1,6 @@
 """Peak resident memory of the fused layer, and results that do not depend on what memory held before."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import capsops
 from tests.capsops.cases import FEW_OPTIONS, Shape, layer_inputs, routing_inputs, value_and_gradients
-from tests.capsops.process import run_python
+from tests.processes import run_python
 
 SHAPE = Shape(512, 1024, 32, 4, 4)
 
@@ -25,6 +26,7 @@ def step(u, weight, bias):
 def leaves(B, I, J, D, K):
     return [torch.randn(s, requires_grad=True) for s in ((B, I, K), (I, J, D, K), (J, D))]
 
+torch.set_num_threads({threads})
 B, I, J, D, K = {shape}
 upstream = torch.randn(2, J, D)
 step(*leaves(2, 3, J, D, K))  # loads the code and starts the threads
@@ -40,7 +42,8 @@ print(status("VmHWM") - before - sum(x.nbytes for x in results))
 
 def peak(impl: str, shape: Shape, detach: bool) -> int:
     """Bytes beyond inputs, result and gradients at the highest point of a forward and a backward pass."""
-    done = run_python("-c", PEAK.format(shape=tuple(shape), impl=impl, detach=detach))
+    threads = os.cpu_count() or 1
+    done = run_python("-c", PEAK.format(shape=tuple(shape), impl=impl, detach=detach, threads=threads))
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
@@ -112,39 +115,43 @@ def test_empty_calls_write_their_results(impl: str, shape: Shape) -> None:
 
 
 WORKSPACE = """
+import ctypes
 import torch, capsops
 from tests.capsops.cases import *
 from tests.capsops.test_memory import SHAPES
 
-torch.manual_seed(0)
-digest = []
-for shape in SHAPES:
-    for options in FEW_OPTIONS:
-        for dtype in (torch.float64, torch.float32, torch.bfloat16):
-            layer = layer_inputs(shape, options.bias, dtype)
-            routing = routing_inputs(shape, options.bias, dtype)
-            keywords = options.keywords() | {{"impl": {impl!r}}}
-            found = value_and_gradients(lambda *x: capsops.capsule_routing(*x, **keywords), layer)
-            digest.append([x.double().sum().item() for x in found.values()])
-            found = value_and_gradients(lambda *x: capsops.dynamic_routing(*x, **keywords), routing)
-            digest.append([x.double().sum().item() for x in found.values()])
-            digest.append([capsops.couplings(*layer, impl={impl!r}).double().sum().item()])
-print(digest)
+M_PERTURB = -6  # of malloc.h
+
+def digest():
+    torch.manual_seed(0)
+    for shape in SHAPES:
+        for options in FEW_OPTIONS:
+            for dtype in (torch.float64, torch.float32, torch.bfloat16):
+                layer = layer_inputs(shape, options.bias, dtype)
+                routing = routing_inputs(shape, options.bias, dtype)
+                keywords = options.keywords() | {{"impl": {impl!r}}}
+                found = value_and_gradients(lambda *x: capsops.capsule_routing(*x, **keywords), layer)
+                yield [x.double().sum().item() for x in found.values()]
+                found = value_and_gradients(lambda *x: capsops.dynamic_routing(*x, **keywords), routing)
+                yield [x.double().sum().item() for x in found.values()]
+                yield capsops.couplings(*layer, impl={impl!r}).double().sum().item()
+
+for byte in (1, 120):  # memory of 0xfe and of 0x87
+    assert ctypes.CDLL(None).mallopt(M_PERTURB, byte) == 1
+    print(list(digest()))
 """
 
 
 def test_workspace_is_not_read_before_it_is_written(impl: str) -> None:
     """glibc fills what malloc gives with a byte of our choice: the results are the same for any."""
-    runs = [
-        run_python(
-            "-c",
-            WORKSPACE.format(impl=impl),
-            MALLOC_PERTURB_=byte,
-            MALLOC_MMAP_THRESHOLD_=str(32 << 20),
-            GLIBC_TUNABLES="glibc.malloc.tcache_count=0",
-        )
-        for byte in ("1", "120")  # memory of 0xfe and of 0x87
-    ]
-    assert runs[0].returncode == 0, runs[0].stderr
-    assert "nan" not in runs[0].stdout
-    assert runs[0].stdout == runs[1].stdout
+    done = run_python(
+        "-c",
+        WORKSPACE.format(impl=impl),
+        fresh=True,
+        MALLOC_MMAP_THRESHOLD_=str(32 << 20),
+        GLIBC_TUNABLES="glibc.malloc.tcache_count=0",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nan" not in done.stdout
+    first, second = done.stdout.splitlines()
+    assert first == second

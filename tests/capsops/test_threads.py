@@ -13,7 +13,7 @@ import capsops
 from tests.capsops import cases
 from tests.capsops.cases import Options, Shape, layer_inputs, routing_inputs, value_and_gradients
 from tests.capsops.compare import assert_all_close
-from tests.capsops.process import run_python
+from tests.processes import run_python
 
 # Large enough that the kernels start their threads; B = 1 and 3 do not fill a vector.
 SHAPES = [

@@ -1,10 +1,10 @@
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,16 +13,26 @@ from infocapsgan.checkpoint import checkpoints
 from infocapsgan.metrics import best
 from infocapsgan.run import read_metrics
 from infocapsgan.systems import CapsNet
+from tests.processes import ROOT, Process, start_python
 
-ROOT = Path(__file__).parents[2]
 TINY = ["--width", "8", "--batch-size", "8", "--max-steps", "4"]
 
 
 def start(*words):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "infocapsgan.sweep", *map(str, words)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, **pipes)
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return start_python("-m", "infocapsgan.sweep", *words, **environment)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Forks off the runs of a sweep in this process; one in a process of its own starts them as ever."""
+
+    def start(command, *, env, stdout, **_):
+        assert command[:2] == [sys.executable, "-m"]
+        return Process(command[1:], env, log=stdout)
+
+    if sys.platform == "linux":
+        monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": start}))
 
 
 def fails(capsys, *words):
@@ -166,7 +176,7 @@ def test_a_folder_is_for_one_sweep(tmp_path):
         sweep.remember(sweep.parse(words))
 
 
-def test_a_sweep_interrupted_and_taken_up_again(tmp_path, monkeypatch, capsys):
+def test_a_sweep_interrupted_and_taken_up_again(forked, tmp_path, monkeypatch, capsys):
     words = ["capsnet", "--seeds", "0,1", "--out", str(tmp_path / "sweep"), *TINY[:4]]
     words += ["--max-steps", "60", "--checkpoint-every", "1"]
     process = start(*words)
@@ -203,7 +213,7 @@ def test_a_sweep_interrupted_and_taken_up_again(tmp_path, monkeypatch, capsys):
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
-def test_a_crash_is_counted_and_the_others_go_on_and_are_evaluated(tmp_path):
+def test_a_crash_is_counted_and_the_others_go_on_and_are_evaluated(forked, tmp_path):
     settings = CapsNet(width=8, batch_size=8, max_steps=4).settings
     found = sweep.Sweep(
         name="capsnet",

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,19 +16,18 @@ from infocapsgan import data
 from infocapsgan import train as train_module
 from infocapsgan.checkpoint import checkpoints
 from infocapsgan.command_line import parse
+from infocapsgan.metrics import kmeans_accuracy
 from infocapsgan.run import RunError, read_metrics
 from infocapsgan.systems import DCGAN, SYSTEMS, CapsNet, InfoCapsGAN, System
 from infocapsgan.training import NonFiniteLossError
+from tests.processes import ROOT, start_python
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["--width", "8", "--batch-size", "8", "--evaluate-every", "100", "--checkpoint-every", "5"]
 
 
-def start(*words):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "infocapsgan.train", *map(str, words)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, **pipes)
+def start(*words, fresh=False):
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return start_python("-m", "infocapsgan.train", *words, fresh=fresh, **environment)
 
 
 def run(*words, seconds=240):
@@ -339,11 +336,16 @@ def test_weights_of_a_run_load_into_an_ordinary_module(tmp_path):
 
 
 @pytest.mark.parametrize("system", ["capsnet", "infogan"])
-def test_ten_steps_on_cifar10(system, tmp_path):
+def test_ten_steps_on_cifar10(system, tmp_path, monkeypatch):
     sample = Path(os.environ.get("INFOCAPSGAN_DATA", "")) / "cifar-10-sample"
     if not sample.is_dir():
         pytest.skip("$INFOCAPSGAN_DATA with cifar-10-sample/ is not there")
     (tmp_path / "cifar-10-batches-py").symlink_to(sample.resolve())
+    # of all images it takes longer than the run
+    monkeypatch.setattr(
+        "infocapsgan.systems.class_code.kmeans_accuracy",
+        lambda dataset, classes: kmeans_accuracy(dataset.head(100), classes),
+    )
     settings = SYSTEMS[system](
         dataset="cifar10", data_dir=tmp_path, width=8, batch_size=8, max_steps=10, out=tmp_path / "run"
     ).settings
@@ -395,7 +397,7 @@ def test_a_state_that_does_not_fit(tmp_path):
 def test_errors_are_one_line(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    process = start("--out", tmp_path / "full")
+    process = start("--out", tmp_path / "full", fresh=True)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert err.strip().splitlines()[-1].startswith("error: --out: ")

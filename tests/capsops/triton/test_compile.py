@@ -49,7 +49,6 @@ OTHERS = {
 }
 FAST = {
     ("MNIST", "float32, TF32 allowed", "sm_90"),
-    ("MNIST", "bfloat16", "sm_90"),
     ("MNIST", "bfloat16", "sm_100"),
     ("odd", "bfloat16", "sm_80"),
     ("odd", "bfloat16", "gfx942"),

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.capsops.process import run_python
+from tests.processes import run_python
 
 pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is not installed")
 
