@@ -347,6 +347,29 @@ def test_dynamic_routing_on_other_devices(
         check(got, lambda *x, o=options: reference.dynamic_routing(*x, **o.keywords()), inputs, [1, None])
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (Shape(16, 100, 12, 24, 1), torch.bfloat16),
+        (Shape(32, 40, 5, 24, 1), torch.bfloat16),
+        (Shape(16, 8, 12, 17, 1), torch.float16),
+        (Shape(16, 24, 10, 20, 1), torch.float16),
+        (Shape(32, 40, 5, 24, 1), torch.float16),
+    ],
+    ids=str,
+)
+def test_dynamic_routing_of_three_tiles_of_d(emulated: Emulated, shape: Shape, dtype: torch.dtype) -> None:
+    """The kernels read four. On one multiprocessor, so that some chunks meet what earlier ones left behind.
+
+    A row too short for them made the last row run on into the logits, whose bits are NaN now and then when
+    read as 16-bit numbers.
+    """
+    options = Options(3, bias=True)
+    inputs = routing_inputs(shape, options.bias, dtype)
+    got = dynamic_routing(emulated, inputs, options, multiprocessors=1)
+    check(got, lambda *x: reference.dynamic_routing(*x, **options.keywords()), inputs, [1, None])
+
+
 def test_slots_are_used_again(emulated: Emulated) -> None:
     """In the two cases above that are to show it."""
     for B, I, J, D, element, kilobytes in ((2, 700, 3, 8, 4, 64), (2, 600, 10, 13, 2, 220)):  # noqa: E741
