@@ -359,7 +359,7 @@ def test_dynamic_routing_on_other_devices(
     ids=str,
 )
 def test_dynamic_routing_of_three_tiles_of_d(emulated: Emulated, shape: Shape, dtype: torch.dtype) -> None:
-    """The kernels read four. On one multiprocessor, so that some chunks meet what earlier ones left behind.
+    """The kernels read four tiles, and what lies beyond D must be 0.
 
     A row too short for them made the last row run on into the logits, whose bits are NaN now and then when
     read as 16-bit numbers.
