@@ -100,8 +100,11 @@ class Emulated:
         return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype).view(tuple(shape))
 
     def guarded(self, x: Any) -> Any:
-        """A copy in guarded memory of what is a tensor."""
-        return self._empty(x.shape, x.dtype).copy_(x) if isinstance(x, Tensor) else x
+        """A copy in guarded memory of what is a tensor, aligned to 16 bytes if its storage_offset() is."""
+        if not isinstance(x, Tensor):
+            return x
+        beside = x.storage_offset() % (16 // x.dtype.itemsize)
+        return self._empty((beside + x.numel(),), x.dtype)[beside:].view(x.shape).copy_(x)
 
     def call(self, name: str, *arguments: Any, **device: Any) -> tuple[Tensor, ...]:
         """The results of a function of capsops.impl.cuda, on a device as emulator.set() describes it."""
