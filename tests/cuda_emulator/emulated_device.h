@@ -1,11 +1,12 @@
 // The twin of csrc/cuda/device.h: runs the same kernels on a CPU, each thread a fiber.
 //
-// Emulated: the threads of a block, or in a cooperative launch of all blocks, interleaved in a forward or a
-// backward order; barriers of warp, block and grid; exchange within a warp; the tensor core with its fragment
-// layout and rounding; dynamic shared memory, poisoned with NaN; asynchronous copies, made either when they
-// begin or when they are waited for, the earliest and the latest moment at which hardware may make them. A
-// barrier that some threads never reach, lanes of a warp that meet in different instructions, a thread that
-// ends before it has waited for its copies, and an access outside an allocation are errors.
+// Emulated: the threads of a block, or in a cooperative launch of all blocks, in a forward or a backward
+// order, one warp at a time as far as it can go; barriers of warp, block and grid; exchange within a warp;
+// the tensor core with its fragment layout and rounding; dynamic shared memory, poisoned with NaN;
+// asynchronous copies, made either when they begin or when they are waited for, the earliest and the latest
+// moment at which hardware may make them. A barrier that some threads never reach, lanes of a warp that meet
+// in different instructions, a thread that ends before it has waited for its copies, and an access outside an
+// allocation are errors.
 //
 // Not shown: the PTX itself, memory fences and caches, warps that run truly at the same time, the tensor
 // core's order of summation, limits on registers.

@@ -190,15 +190,22 @@ void run_together(std::vector<std::unique_ptr<Block>>& blocks, const char* name)
             fibers.push_back(&fiber);
         }
     }
+    const auto in_order = [](size_t n, size_t count) { return settings.backwards ? count - 1 - n : n; };
+    const size_t warps = fibers.size() / 32;
     for (size_t left = fibers.size(); left > 0;) {
         bool moved = false;
-        for (size_t n = 0; n < fibers.size(); ++n) {
-            Fiber& fiber = *fibers[settings.backwards ? fibers.size() - 1 - n : n];
-            if (!ready(fiber)) continue;
-            resume(fiber);
-            moved = true;
-            left -= fiber.done;
-            if (!failure.empty()) break;
+        for (size_t n = 0; n < warps; ++n) {
+            // A warp goes as far ahead of the others as it can.
+            for (bool again = true; again && failure.empty();) {
+                again = false;
+                for (size_t lane = 0; lane < 32 && failure.empty(); ++lane) {
+                    Fiber& fiber = *fibers[32 * in_order(n, warps) + in_order(lane, 32)];
+                    if (!ready(fiber)) continue;
+                    resume(fiber);
+                    left -= fiber.done;
+                    again = moved = true;
+                }
+            }
         }
         if (!moved) failure = "threads wait at a barrier that the others never reach";
         if (!failure.empty()) {
@@ -264,7 +271,7 @@ void grid_barrier() { meet(grid, threads_now * blocks_now); }
 const char* exchange(const char* instruction, const void* mine, int size) {
     Warp& warp = current->block->warps[current->thread / 32];
     if (warp.arrived % 32 == 0) warp.instruction = instruction;
-    if (std::strcmp(warp.instruction, instruction) != 0) {
+    if (warp.instruction != instruction && std::strcmp(warp.instruction, instruction) != 0) {
         fail(std::string("lanes of one warp meet in ") + warp.instruction + " and in " + instruction);
     }
     char* slots = warp.slots[warp.arrived / 32 % 2];
