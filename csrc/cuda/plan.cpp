@@ -21,7 +21,8 @@ bool common(const FusedShape& shape, Tiling& to) {
     if (to.n == 0 || shape.K > 1024 || shape.B >= 1 << 24 || shape.J >= 1 << 16 || shape.I >= 1 << 30)
         return false;
     to.steps = shape.given ? 0 : int(divide_up(shape.K, 8));
-    to.stride = row_stride(shape.given ? shape.D : shape.K);
+    // Of predictions whole tiles are read, of which D may fill three where there are four.
+    to.stride = row_stride(shape.given ? 8 * to.n : shape.K);
     return true;
 }
 

@@ -32,7 +32,7 @@ struct Tiling {
     int warps;   // of a block
     int chunk;   // input capsules at a time
     int steps;   // 8 components of an input capsule each
-    int stride;  // numbers between rows of u and W in shared memory
+    int stride;  // numbers between rows of u and W, or of predictions, in shared memory
     int slot;    // gradients: numbers for what one input and one output capsule exchange
     int64_t tiles_b, tiles_j, splits,
         length;      // length: input capsules (passes) or samples (gradient) of a split

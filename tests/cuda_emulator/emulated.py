@@ -32,6 +32,7 @@ FLAGS = (
 
 def sources() -> list[Path]:
     kernels = [path for path in (ROOT / "csrc/cuda").iterdir() if path.suffix in (".cu", ".cpp")]
+    kernels.remove(ROOT / "csrc/cuda/bindings.cpp")  # modules.cpp includes it
     return sorted(kernels, key=lambda path: -path.stat().st_size) + sorted(HERE.glob("*.cpp"))
 
 
@@ -77,8 +78,9 @@ def load_implementation(extension: ModuleType) -> ModuleType:
 class Emulated:
     """The CUDA kernels on an emulated device.
 
-    Every call runs twice: with the threads in a forward order and every tensor at the end of its pages, and
-    in the backward order with every tensor at the beginning of its pages. Both must give the same bits.
+    Every call runs twice: with the threads in a forward order, every tensor at the end of its pages and
+    asynchronous copies as early as can be, and in the backward order with every tensor at the beginning of
+    its pages and copies as late as can be. Both must give the same bits.
     """
 
     def __init__(self, library: Path) -> None:
@@ -98,14 +100,17 @@ class Emulated:
         return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype).view(tuple(shape))
 
     def guarded(self, x: Any) -> Any:
-        """A copy in guarded memory of what is a tensor."""
-        return self._empty(x.shape, x.dtype).copy_(x) if isinstance(x, Tensor) else x
+        """A copy in guarded memory of what is a tensor, aligned to 16 bytes if its storage_offset() is."""
+        if not isinstance(x, Tensor):
+            return x
+        beside = x.storage_offset() % (16 // x.dtype.itemsize)
+        return self._empty((beside + x.numel(),), x.dtype)[beside:].view(x.shape).copy_(x)
 
     def call(self, name: str, *arguments: Any, **device: Any) -> tuple[Tensor, ...]:
         """The results of a function of capsops.impl.cuda, on a device as emulator.set() describes it."""
         runs = []
         for backwards in (False, True):
-            self.device.set(backwards=backwards, **device)
+            self.device.set(backwards=backwards, late_copies=backwards, **device)
             self.at_end = not backwards
             try:
                 results = getattr(self.implementation, name)(*map(self.guarded, arguments))
@@ -115,5 +120,7 @@ class Emulated:
                 self.device.check_and_free()
         for n, (one, other) in enumerate(zip(*runs, strict=True)):
             same = one.contiguous().view(torch.uint8) == other.contiguous().view(torch.uint8)
-            assert same.all(), f"{name}, result {n}: {(~same).sum()} bytes depend on the order of the threads"
+            assert same.all(), (
+                f"{name}, result {n}: {(~same).sum()} bytes depend on the order of threads and copies"
+            )
         return tuple(runs[0])

@@ -1,12 +1,15 @@
 // The twin of csrc/cuda/device.h: runs the same kernels on a CPU, each thread a fiber.
 //
-// Emulated: the threads of a block, or in a cooperative launch of all blocks, interleaved in a forward or a
-// backward order; barriers of warp, block and grid; exchange within a warp; the tensor core with its fragment
-// layout and rounding; dynamic shared memory, poisoned with NaN. A barrier that some threads never reach,
-// lanes of a warp that meet in different instructions, and an access outside an allocation are errors.
+// Emulated: the threads of a block, or in a cooperative launch of all blocks, in a forward or a backward
+// order, one warp at a time as far as it can go; barriers of warp, block and grid; exchange within a warp;
+// the tensor core with its fragment layout and rounding; dynamic shared memory, poisoned with NaN;
+// asynchronous copies, made either when they begin or when they are waited for, the earliest and the latest
+// moment at which hardware may make them. A barrier that some threads never reach, lanes of a warp that meet
+// in different instructions, a thread that ends before it has waited for its copies, and an access outside an
+// allocation are errors.
 //
-// Not shown: the PTX itself, memory fences and caches, copies in flight (they are done at once), warps that
-// run truly at the same time, the tensor core's order of summation, limits on registers.
+// Not shown: the PTX itself, memory fences and caches, warps that run truly at the same time, the tensor
+// core's order of summation, limits on registers.
 #pragma once
 
 #include <cmath>
@@ -35,6 +38,12 @@ const char* exchange(const char* instruction, const void* mine, int size);
 
 void check_alignment(const void* address, size_t bytes);
 
+// Copies of 16 bytes, or of 0, and the groups of one thread's copies; as PTX's cp.async, commit_group and
+// wait_group.
+void begin_copy(void* shared, const void* global, bool valid);
+void end_group();
+void wait_for_groups(int64_t newest);
+
 void run(const char* name, int64_t blocks, int threads, int64_t shared, bool cooperative,
          const std::function<void()>& kernel);
 
@@ -42,7 +51,8 @@ struct Settings {
     int multiprocessors = 3;
     int64_t shared_per_block = 227 * 1024;
     bool cooperative = true;
-    bool backwards = false;  // the order in which the fibers, and the blocks of a plain launch, run
+    bool backwards = false;    // the order in which the fibers, and the blocks of a plain launch, run
+    bool late_copies = false;  // copies are made when they are waited for, else when they begin
 };
 extern Settings settings;
 
@@ -242,15 +252,21 @@ inline float power_of_2(float x) {
 inline void copy_async(void* shared, const void* global, bool valid) {
     emulator::check_alignment(shared, 16);
     emulator::check_alignment(global, 16);
-    if (valid) {
-        std::memcpy(shared, global, 16);
+    emulator::begin_copy(shared, global, valid);
+}
+inline void commit_copies() { emulator::end_group(); }
+// PTX defines wait_all by these two.
+inline void wait_for_copies() {
+    emulator::end_group();
+    emulator::wait_for_groups(0);
+}
+inline void wait_for_older_copies(int newest) {
+    if (newest >= 1 && newest <= 7) {
+        emulator::wait_for_groups(newest);
     } else {
-        std::memset(shared, 0, 16);
+        wait_for_copies();
     }
 }
-inline void wait_for_copies() {}
-inline void commit_copies() {}
-inline void wait_for_older_copies(int) {}
 
 inline float load_written(const float* x) { return *x; }
 inline float2 load_written(const float2* x) { return *x; }

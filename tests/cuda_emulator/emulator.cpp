@@ -1,5 +1,6 @@
-// Fibers, barriers, guarded memory, and the Python module that drives them.
-#include <pybind11/pybind11.h>
+// Fibers, barriers, copies and guarded memory.
+#include "emulator.h"
+
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -13,7 +14,6 @@
 #include <vector>
 
 #include "emulated_device.h"
-#include "faults.h"
 
 namespace emulator {
 
@@ -81,6 +81,22 @@ struct Block {
     Barrier barrier;
 };
 
+// That a thread has begun and, with late_copies, not yet made.
+struct Copy {
+    void* shared;
+    const void* global;
+    bool valid;
+    int64_t group;
+};
+
+void make(const Copy& copy) {
+    if (copy.valid) {
+        std::memcpy(copy.shared, copy.global, 16);
+    } else {
+        std::memset(copy.shared, 0, 16);
+    }
+}
+
 constexpr size_t stack_size = 128 * 1024;
 
 struct Fiber {
@@ -95,6 +111,8 @@ struct Fiber {
     int64_t goal;
     const int* lanes;
     int lanes_goal;
+    std::vector<Copy> copies;
+    int64_t groups;  // that have ended
 };
 
 std::vector<std::unique_ptr<Fiber>> pool;
@@ -110,17 +128,18 @@ void leave() {
     if (_setjmp(current->state) == 0) _longjmp(scheduler, 1);
 }
 
-void fiber_main() {
-    for (;;) {
-        (*kernel_now)();
-        current->done = true;
-        leave();
-    }
-}
-
 void fail(const std::string& what) {
     if (failure.empty()) failure = what;
     _longjmp(scheduler, 1);
+}
+
+void fiber_main() {
+    for (;;) {
+        (*kernel_now)();
+        if (!current->copies.empty()) fail("a thread ends before it has waited for its copies");
+        current->done = true;
+        leave();
+    }
 }
 
 void resume(Fiber& fiber) {
@@ -167,19 +186,26 @@ void run_together(std::vector<std::unique_ptr<Block>>& blocks, const char* name)
         for (int thread = 0; thread < threads_now; ++thread) {
             Fiber& fiber = fiber_of_pool(fibers.size());
             fiber.block = block.get(), fiber.thread = thread, fiber.done = false;
-            fiber.counter = nullptr, fiber.lanes = nullptr;
+            fiber.counter = nullptr, fiber.lanes = nullptr, fiber.groups = 0;
             fibers.push_back(&fiber);
         }
     }
+    const auto in_order = [](size_t n, size_t count) { return settings.backwards ? count - 1 - n : n; };
+    const size_t warps = fibers.size() / 32;
     for (size_t left = fibers.size(); left > 0;) {
         bool moved = false;
-        for (size_t n = 0; n < fibers.size(); ++n) {
-            Fiber& fiber = *fibers[settings.backwards ? fibers.size() - 1 - n : n];
-            if (!ready(fiber)) continue;
-            resume(fiber);
-            moved = true;
-            left -= fiber.done;
-            if (!failure.empty()) break;
+        for (size_t n = 0; n < warps; ++n) {
+            // A warp goes as far ahead of the others as it can.
+            for (bool again = true; again && failure.empty();) {
+                again = false;
+                for (size_t lane = 0; lane < 32 && failure.empty(); ++lane) {
+                    Fiber& fiber = *fibers[32 * in_order(n, warps) + in_order(lane, 32)];
+                    if (!ready(fiber)) continue;
+                    resume(fiber);
+                    left -= fiber.done;
+                    again = moved = true;
+                }
+            }
         }
         if (!moved) failure = "threads wait at a barrier that the others never reach";
         if (!failure.empty()) {
@@ -245,7 +271,7 @@ void grid_barrier() { meet(grid, threads_now * blocks_now); }
 const char* exchange(const char* instruction, const void* mine, int size) {
     Warp& warp = current->block->warps[current->thread / 32];
     if (warp.arrived % 32 == 0) warp.instruction = instruction;
-    if (std::strcmp(warp.instruction, instruction) != 0) {
+    if (warp.instruction != instruction && std::strcmp(warp.instruction, instruction) != 0) {
         fail(std::string("lanes of one warp meet in ") + warp.instruction + " and in " + instruction);
     }
     char* slots = warp.slots[warp.arrived / 32 % 2];
@@ -261,6 +287,24 @@ void check_alignment(const void* address, size_t bytes) {
     if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
         fail("an address is not aligned to " + std::to_string(bytes) + " bytes");
     }
+}
+
+void begin_copy(void* shared, const void* global, bool valid) {
+    const Copy copy{shared, global, valid, current->groups};
+    if (settings.late_copies) {
+        current->copies.push_back(copy);
+    } else {
+        make(copy);
+    }
+}
+
+void end_group() { ++current->groups; }
+
+void wait_for_groups(int64_t newest) {
+    std::vector<Copy>& copies = current->copies;
+    auto next = copies.begin();
+    for (; next != copies.end() && next->group < current->groups - newest; ++next) make(*next);
+    copies.erase(copies.begin(), next);
 }
 
 void run(const char* name, int64_t blocks, int threads, int64_t shared, bool cooperative,
@@ -298,8 +342,6 @@ void run(const char* name, int64_t blocks, int threads, int64_t shared, bool coo
     }
 }
 
-namespace {
-
 uintptr_t allocate(size_t size, bool at_end) {
     allocations.push_back(guarded(size, at_end));
     return reinterpret_cast<uintptr_t>(allocations.back().begin);
@@ -312,24 +354,4 @@ void check_and_free() {
     if (over) throw std::runtime_error("wrote outside an allocation");
 }
 
-}  // namespace
 }  // namespace emulator
-
-PYBIND11_MODULE(emulator, m) {
-    namespace py = pybind11;
-    m.doc() = "Runs the CUDA kernels on the CPU; see emulated_device.h.";
-    m.def("allocate", &emulator::allocate, py::arg("bytes"), py::arg("at_end"),
-          "Address of memory between pages that cannot be touched, filled with NaN: at the end of its pages "
-          "(aligned to 16), or at their beginning.");
-    m.def("check_and_free", &emulator::check_and_free,
-          "Frees all allocations; an error if something beside one of them was overwritten.");
-    m.def(
-        "set",
-        [](int multiprocessors, int64_t shared_per_block, bool cooperative, bool backwards) {
-            emulator::settings = {multiprocessors, shared_per_block, cooperative, backwards};
-        },
-        py::arg("multiprocessors") = 3, py::arg("shared_per_block") = 227 * 1024,
-        py::arg("cooperative") = true, py::arg("backwards") = false,
-        "The emulated device, and the order in which threads run.");
-    emulator::define_faults(m);
-}

@@ -1,5 +1,7 @@
 #include "faults.h"
 
+#include <stdexcept>
+
 #include "cuda/device.h"
 
 namespace emulator {
@@ -100,6 +102,42 @@ void divergent(Parameters p) {
     p.out[thread_index()] = p.sound || thread_index() % 2 == 0 ? shuffle_xor(x, 1) : shuffle(x, 0);
 }
 
+// out = in, four numbers a thread at a time by way of shared memory. The faulty one waits when it has read.
+void late_wait(Parameters p) {
+    float* const shared = reinterpret_cast<float*>(shared_memory()) + 4 * thread_index();
+    const bool has = 4 * thread_index() < p.n;
+    if (has) copy_async(shared, p.in + 4 * thread_index(), true);
+    if (p.sound) wait_for_copies();
+    for (int e = 0; e < 4 && has; ++e) p.out[4 * thread_index() + e] = shared[e];
+    wait_for_copies();
+}
+
+// Two copies; the faulty one never waits for the second.
+void forgotten_wait(Parameters p) {
+    float* const shared = reinterpret_cast<float*>(shared_memory());
+    if (thread_index() > 0) return;
+    for (int n = 0; n < 2; ++n) {
+        copy_async(shared + 4 * n, p.in, true);
+        commit_copies();
+    }
+    wait_for_older_copies(p.sound ? 0 : 1);
+    for (int e = 0; e < 4; ++e) p.out[e] = shared[e];
+}
+
+// Nine groups of one copy each, the last of which has not ended, and a wait for all but the newest n: out is
+// what has arrived then, the copies not made being NaN.
+void groups(Parameters p) {
+    float* const shared = reinterpret_cast<float*>(shared_memory());
+    if (thread_index() > 0) return;
+    for (int group = 0; group < 9; ++group) {
+        copy_async(shared + 4 * group, p.in + 4 * group, group % 2 == 0);
+        if (group < 8) commit_copies();
+    }
+    wait_for_older_copies(p.n);
+    for (int group = 0; group < 9; ++group) p.out[group] = shared[4 * group];
+    wait_for_copies();
+}
+
 struct Named {
     const char* name;
     void (*kernel)(Parameters);
@@ -113,19 +151,23 @@ constexpr Named kernels[] = {{"reverse", reverse},
                              {"products_float16", products_16_bit<Float16>},
                              {"deserted", deserted},
                              {"divergent", divergent},
+                             {"late_wait", late_wait},
+                             {"forgotten_wait", forgotten_wait},
+                             {"groups", groups},
                              {"shared_overrun", shared_overrun}};
 
 }  // namespace
 
-void define_faults(pybind11::module_& m) {
+void run_fault(const std::string& name, uintptr_t in, uintptr_t out, int n, int blocks, int threads,
+               bool sound) {
     for (const Named& named : kernels) {
-        m.def(named.name, [named](uintptr_t in, uintptr_t out, int n, int blocks, int threads, bool sound) {
-            const Launch how{named.name, blocks,    threads, int64_t(threads * sizeof(float)),
-                             nullptr,    blocks > 1};
-            launch(named.kernel, how,
-                   Parameters{reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), n, sound});
-        });
+        if (name != named.name) continue;
+        const Launch how{named.name, blocks, threads, int64_t(threads * sizeof(float)), nullptr, blocks > 1};
+        launch(named.kernel, how,
+               Parameters{reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), n, sound});
+        return;
     }
+    throw std::invalid_argument("there is no kernel " + name);
 }
 
 }  // namespace emulator

@@ -8,15 +8,17 @@ from tests.cuda_emulator.emulated import Emulated
 
 
 def run(emulated: Emulated, name: str, size: int, threads: int, sound: bool, **options: int | bool) -> Tensor:
-    """What the kernel makes of 0, 1, 2, …; one block, or `blocks` of them in a cooperative launch."""
-    blocks = options.pop("blocks", 1)
+    """What the kernel makes of 0, 1, 2, …; one block, or `blocks` of them in a cooperative launch.
+
+    The kernel's `n` is the size unless it is given.
+    """
+    blocks, n = options.pop("blocks", 1), options.pop("n", size)
     emulated.device.set(**options)
     emulated.at_end = not options.get("backwards", False)
     try:
         numbers = emulated.guarded(torch.arange(size, dtype=torch.float32))
         out = emulated._empty((size,), torch.float32)
-        kernel = getattr(emulated.device, name)
-        kernel(numbers.data_ptr(), out.data_ptr(), size, blocks, threads, sound)
+        emulated.device.run_fault(name, numbers.data_ptr(), out.data_ptr(), n, blocks, threads, sound)
         return out.clone()
     finally:
         emulated.device.check_and_free()
@@ -90,6 +92,34 @@ def test_lanes_in_different_instructions(emulated: Emulated) -> None:
     assert run(emulated, "divergent", 32, 32, True)[0] == 1
     with pytest.raises(RuntimeError, match="lanes of one warp meet in shuffle_xor and in shuffle"):
         run(emulated, "divergent", 32, 32, False)
+
+
+def test_wait_that_is_missing(emulated: Emulated) -> None:
+    """A copy made when it begins hides the fault; of one made when it is waited for, NaN has been read."""
+    numbers = torch.arange(32.0)
+    for late in (False, True):
+        assert torch.equal(run(emulated, "late_wait", 32, 32, True, late_copies=late), numbers)
+    assert torch.equal(run(emulated, "late_wait", 32, 32, False), numbers)
+    assert run(emulated, "late_wait", 32, 32, False, late_copies=True).isnan().all()
+
+
+def test_copies_that_nothing_waits_for(emulated: Emulated) -> None:
+    run(emulated, "forgotten_wait", 32, 32, True, late_copies=True)
+    run(emulated, "forgotten_wait", 32, 32, False)
+    with pytest.raises(RuntimeError, match="a thread ends before it has waited for its copies"):
+        run(emulated, "forgotten_wait", 32, 32, False, late_copies=True)
+
+
+@pytest.mark.parametrize("newest", range(9))
+def test_groups_of_copies(emulated: Emulated, newest: int) -> None:
+    """As PTX defines wait_group: all groups but the newest that have ended, never the one that has not."""
+    early = run(emulated, "groups", 64, 64, True, n=newest)[:9]
+    numbers = torch.tensor([0, 0, 8, 0, 16, 0, 24, 0, 32.0])  # every second copy is one of zeros
+    assert torch.equal(early, numbers)
+    late = run(emulated, "groups", 64, 64, True, n=newest, late_copies=True)[:9]
+    arrived = 8 - newest if 1 <= newest <= 7 else 9
+    assert torch.equal(late[:arrived], numbers[:arrived])
+    assert late[arrived:].isnan().all()
 
 
 def test_limits_of_a_launch(emulated: Emulated) -> None:

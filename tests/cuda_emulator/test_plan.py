@@ -1,10 +1,12 @@
 """The planner of the fused kernels: all of the work once, within the limits of the device."""
 
+from types import ModuleType
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-_cuda = pytest.importorskip("capsops._cuda")
+from tests.cuda_emulator.emulated import Emulated
 
 # Shared memory that a block may have, and multiprocessors: A100, RTX 3090 and 4090, H100 and H200.
 DEVICES = {"sm_80": (166912, 108), "sm_86": (101376, 82), "sm_89": (101376, 128), "sm_90": (232448, 132)}
@@ -24,15 +26,21 @@ shapes = st.fixed_dictionaries(
 )
 
 
+@pytest.fixture(scope="module")
+def cuda(emulated: Emulated) -> ModuleType:
+    """The bindings: the plan is plain host code, the same in the emulated library as in the real one."""
+    return emulated.extension
+
+
 def covers(parts: int, length: int, whole: int) -> bool:
     """`parts` pieces of `length`, the last one shorter, are the whole, and none is empty."""
     return (parts - 1) * length < whole <= parts * length
 
 
 @given(shape=shapes, device=st.sampled_from(sorted(DEVICES)), resident=st.integers(1, 4))
-def test_passes(shape: dict[str, int], device: str, resident: int) -> None:
+def test_passes(cuda: ModuleType, shape: dict[str, int], device: str, resident: int) -> None:
     shared, multiprocessors = DEVICES[device]
-    plan = _cuda.fused_plan(
+    plan = cuda.fused_plan(
         False, **shape, multiprocessors=multiprocessors, shared_per_block=shared, resident_blocks=resident
     )
     if plan is None:  # W of one input capsule is too large for this device: the general kernels serve it
@@ -52,9 +60,9 @@ def test_passes(shape: dict[str, int], device: str, resident: int) -> None:
 
 
 @given(shape=shapes, device=st.sampled_from(sorted(DEVICES)))
-def test_gradients(shape: dict[str, int], device: str) -> None:
+def test_gradients(cuda: ModuleType, shape: dict[str, int], device: str) -> None:
     shared, multiprocessors = DEVICES[device]
-    plan = _cuda.fused_plan(True, **shape, multiprocessors=multiprocessors, shared_per_block=shared)
+    plan = cuda.fused_plan(True, **shape, multiprocessors=multiprocessors, shared_per_block=shared)
     assert plan is not None
     assert covers(plan["tiles_b"], 16 * plan["m"], shape["B"])
     assert covers(plan["tiles_j"], plan["tile_j"], shape["J"])
@@ -71,7 +79,8 @@ def check_block(plan: dict[str, int], shape: dict[str, int], shared: int) -> Non
     assert 1 <= plan["chunk"] <= 16
     assert plan["shared"] <= shared
     assert plan["stage"] % 16 == 0
-    assert plan["stride"] >= (shape["D"] if shape["given"] else shape["K"])
+    # The tiles of a row of predictions, the steps along one of u or W, are read to their end.
+    assert plan["stride"] >= 8 * (plan["n"] if shape["given"] else plan["steps"])
     assert 8 * plan["steps"] >= (0 if shape["given"] else shape["K"])
     assert plan["stride"] % 16 == 8  # an odd multiple of 8: rows begin in different banks
 
@@ -86,15 +95,17 @@ def check_block(plan: dict[str, int], shape: dict[str, int], shared: int) -> Non
         ({"B": 1, "I": 1, "J": 1, "D": 16, "K": 8, "passes": 2000}, True),
     ],
 )
-def test_what_is_left_to_the_general_kernels(shape: dict[str, int], gradients: bool) -> None:
-    assert _cuda.fused_plan(gradients, **shape) is None
+def test_what_is_left_to_the_general_kernels(
+    cuda: ModuleType, shape: dict[str, int], gradients: bool
+) -> None:
+    assert cuda.fused_plan(gradients, **shape) is None
 
 
 @given(shape=shapes, device=st.sampled_from(sorted(DEVICES)))
-def test_resident(shape: dict[str, int], device: str) -> None:
+def test_resident(cuda: ModuleType, shape: dict[str, int], device: str) -> None:
     shared, multiprocessors = DEVICES[device]
     B, I, J, D = (shape[axis] for axis in "BIJD")  # noqa: E741
-    plan = _cuda.resident_plan(
+    plan = cuda.resident_plan(
         B, I, J, D, shape["element"], shape["passes"], multiprocessors, shared_per_block=shared
     )
     busy = B / (-(-B // multiprocessors) * multiprocessors)
@@ -116,22 +127,22 @@ def test_resident(shape: dict[str, int], device: str) -> None:
     assert plan["ring"] + (plan["warps"] + 2) * J * 16 * plan["parts"] <= plan["shared"] <= shared
 
 
-def test_half_of_the_predictions_of_a_capsule_network_stay_on_an_h200() -> None:
-    plan = _cuda.resident_plan(128, 1152, 10, 16, element=2)
+def test_half_of_the_predictions_of_a_capsule_network_stay_on_an_h200(cuda: ModuleType) -> None:
+    plan = cuda.resident_plan(128, 1152, 10, 16, element=2)
     assert plan["warps"] * plan["slots"] >= plan["sets"] / 2
 
 
-def test_a_capsule_network_fills_an_h200() -> None:
+def test_a_capsule_network_fills_an_h200(cuda: ModuleType) -> None:
     """MNIST's capsule layer: B = 128, I = 1152, J = 10, D = 16, K = 8."""
-    passes = _cuda.fused_plan(False, 128, 1152, 10, 16, 8)
+    passes = cuda.fused_plan(False, 128, 1152, 10, 16, 8)
     assert passes["items"] >= 0.95 * 132
-    gradients = _cuda.fused_plan(True, 128, 1152, 10, 16, 8)
+    gradients = cuda.fused_plan(True, 128, 1152, 10, 16, 8)
     assert gradients["items"] >= 0.95 * 132
     assert gradients["splits"] == gradients["tiles_j"] == 1  # nothing to add up afterwards
 
 
-def test_many_output_capsules_fill_an_h200() -> None:
+def test_many_output_capsules_fill_an_h200(cuda: ModuleType) -> None:
     """I = 3872, J = 196: tiles of j and splits of i together, in rounds of which none is half empty."""
-    plan = _cuda.fused_plan(False, 128, 3872, 196, 16, 8)
+    plan = cuda.fused_plan(False, 128, 3872, 196, 16, 8)
     rounds = -(-plan["items"] // 132)
     assert plan["items"] >= 0.75 * 132 * rounds
