@@ -384,3 +384,48 @@ def test_no_instruction_set_leaks_into_shared_functions() -> None:
         if isa:
             leaks = {name for name in _symbols(item, "WVu") - everywhere if isa.group() not in name}
             assert not leaks, f"{item.name}: {sorted(leaks)}"
+
+
+SANITIZED = (
+    *("squash", "predictions", "dynamic_routing", "capsule_routing", "couplings", "edges", "threads"),
+    *("properties", "bindings", "arguments", "fuzz"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@needs_compiler
+def test_kernels_under_sanitizers(scratch: Path) -> None:
+    """The tests of the kernels for CPUs, with every address and every undefined operation watched.
+
+    Without the tests of precision: the sums of watched code are in another order.
+    """
+    shutil.copytree(ROOT / "tests", scratch / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    watch = "-fsanitize=address,undefined"
+    variables = {
+        "CXXFLAGS": f"-O1 -g1 {watch} -fno-sanitize-recover=all",
+        "LDFLAGS": watch,
+        # The interpreter is not watched itself, and torch does not free all that it takes.
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(scratch),
+    }
+    setup = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    build = _run(*setup, cwd=scratch, **{**variables, "PYTHONPATH": ""})
+    assert build.returncode == 0, build.stderr
+    runtimes = [
+        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    variables["LD_PRELOAD"] = " ".join(runtimes)
+    overrun = (
+        "from capsops import _cpu; import torch; x = torch.zeros(3)\n"
+        "_cpu.squash((x.data_ptr(), 400), (x.data_ptr(), 400), 1, 100, 1, 0, 1)"
+    )
+    watched = _run(sys.executable, "-c", overrun, cwd=scratch, **variables)
+    assert "AddressSanitizer: heap-buffer-overflow" in watched.stderr, watched.stderr[-1000:]
+    files = [f"tests/capsops/test_{name}.py" for name in SANITIZED]
+    chosen = "(cpu or bindings or fuzz) and not low_precision"
+    command = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files)
+    tests = _run(*command, cwd=scratch, **variables)
+    assert tests.returncode == 0, tests.stdout[-4000:] + tests.stderr[-4000:]
+    assert re.search(r"^[0-9]{3,} passed", tests.stdout, re.MULTILINE), tests.stdout[-1000:]

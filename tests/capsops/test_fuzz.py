@@ -241,7 +241,7 @@ def test_hostile_arguments(case: tuple[Call, Call]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@fuzz(100_000)
+@fuzz(45_000)
 @given(cases())
 def test_many_hostile_arguments(case: tuple[Call, Call]) -> None:
     check_case(case)
@@ -305,7 +305,7 @@ def test_hostile_inputs_of_a_layer(case: tuple[str, str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@fuzz(10_000)
+@fuzz(5_000)
 @given(inputs_of_a_layer())
 def test_many_hostile_inputs_of_a_layer(case: tuple[str, str, Any]) -> None:
     check_input(case)
