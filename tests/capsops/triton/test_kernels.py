@@ -50,7 +50,7 @@ SHAPES = [
     Shape(1, 7, 11, 8, 16),
     Shape(2, 33, 2, 3, 5),
     Shape(66, 3, 2, 4, 3),
-    Shape(2, 2, 2, 40, 20),
+    Shape(13, 2, 2, 40, 20),
 ]
 FEW_OPTIONS = [
     Options(0, bias=True),
