@@ -139,6 +139,22 @@ def test_a_named_implementation_says_that_it_cannot_and_the_reference_can(impl: 
         assert forward_ad.unpack_dual(capsops.squash(forward_ad.make_dual(s, s))).tangent.any()
 
 
+@pytest.mark.parametrize(
+    ("function", "sizes", "message"),
+    [
+        (capsops.squash, [()], "s: got a scalar"),
+        (capsops.predictions, [(2, 3, 4), (3, 5, 6, 7)], r"u: got shape \[2, 3, 4\], takes"),
+        (capsops.dynamic_routing, [(3, 4, 5)], r"u_hat: got shape \[3, 4, 5\], takes"),
+        (capsops.capsule_routing, [(2, 3, 7), (3, 5, 6, 7), (6, 5)], r"bias: got shape \[6, 5\], takes"),
+    ],
+)
+def test_arguments_that_do_not_fit(
+    function: Callable[..., Tensor], sizes: list[tuple[int, ...]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        torch.func.grad(lambda *x: function(*x).sum())(*map(torch.zeros, sizes))
+
+
 def test_a_named_kernel_serves_vmap(impl: str) -> None:
     s = torch.randn(4, 2, 3)
     found = torch.func.vmap(lambda s: capsops.squash(s, impl=impl))(s)
