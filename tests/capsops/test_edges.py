@@ -85,8 +85,15 @@ def test_types_of_options() -> None:
         capsops.dynamic_routing(u_hat, detach=1)
 
 
-def test_penalties_in_16_bit_are_summed_in_float32() -> None:
+def test_penalties_in_16_bit_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     u, weight = torch.randn(4, 50, 8), 0.05 * torch.randn(50, 10, 16, 8)
+    formula, given = reference.capsule_routing, []
+
+    def noted(*tensors: torch.Tensor | None, **options: object) -> torch.Tensor:
+        given.extend(x.dtype for x in tensors if x is not None)
+        return formula(*tensors, **options)
+
+    monkeypatch.setattr(reference, "capsule_routing", noted)
 
     def penalty(dtype: torch.dtype) -> torch.Tensor:
         x = u.bfloat16().to(dtype).requires_grad_()
@@ -96,3 +103,4 @@ def test_penalties_in_16_bit_are_summed_in_float32() -> None:
 
     exact, got = penalty(torch.float64), penalty(torch.bfloat16)
     assert (got - exact).norm() < 0.05 * exact.norm()
+    assert given == [torch.float64] * 2 + [torch.float32] * 2
