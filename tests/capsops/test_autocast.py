@@ -118,7 +118,10 @@ def test_gradient_penalty_inside_autocast(impl: str, op: str) -> None:
         value = CALLS[op](*inputs, impl=impl).float().sum()
         (first,) = torch.autograd.grad(value, leaf, create_graph=True)
         penalty = (first.float().norm() - 1) ** 2
-    (got,) = torch.autograd.grad(penalty, leaf)
+    (got,) = torch.autograd.grad(penalty, leaf, retain_graph=True)
+    with autocast(torch.bfloat16):
+        (inside,) = torch.autograd.grad(penalty, leaf)
+    assert torch.equal(inside, got)
     assert got.dtype == torch.float32
     assert got.isfinite().all()
     assert got.abs().sum() > 0

@@ -97,6 +97,7 @@ def test_sizes_that_do_not_fit(name: str, args: list[Any]) -> None:
 @pytest.mark.parametrize(("name", "args"), CALLS, ids=[name for name, _ in CALLS])
 def test_storage_and_threads(name: str, args: list[Any]) -> None:
     function = getattr(_cpu, name)
+    function(*args[:-1], 4096)  # of which so little work takes one
     for threads in (0, -1, 4097, 2**31 - 1):
         with pytest.raises(ValueError, match=rf"^threads: got {threads}, takes 1 to 4096$"):
             function(*args[:-1], threads)
@@ -115,6 +116,17 @@ def test_iterations(name: str) -> None:
             for iterations in (-1, 1001, 2**62):
                 with pytest.raises(ValueError, match=rf"^iterations: got {iterations}, takes 0 to 1000$"):
                     getattr(_cpu, name)(*args[:n], iterations, *args[n + 1 :])
+
+
+def test_1000_iterations_are_taken() -> None:
+    v = capsops.dynamic_routing(torch.ones(1, 2, 2, 1), iterations=1000, impl="cpu")
+    torch.testing.assert_close(v, torch.full((1, 2, 1), 0.5))
+
+
+def test_sizes_of_0_are_refused_even_where_the_bytes_fit() -> None:
+    for sizes in ((0, 3, 1), (3, 0, 1), (3, 1, 0)):
+        with pytest.raises(ValueError, match="^s: its sizes are not positive"):
+            _cpu.squash((64, 0), (64, 0), *sizes, 0, 1)
 
 
 def test_seconds_of_the_benchmark_loop() -> None:

@@ -93,6 +93,22 @@ def test_equals_the_reference(impl: str, shape: Shape, options: Options) -> None
     )
 
 
+# On CPUs float32 has kernels of its own for K = 4, 16 and 32, and up to three samples are routed one by one.
+FLOAT32_SHAPES = [
+    *(Shape(5, 9, 3, 7, K) for K in (4, 16, 32)),
+    *(Shape(3, 9, 3, D, K) for D, K in ((3, 8), (3, 4), (5, 3))),
+]
+
+
+@pytest.mark.parametrize("options", [Options(2, detach=True, bias=True), Options(4, leaky=True)], ids=str)
+@pytest.mark.parametrize("shape", FLOAT32_SHAPES, ids=str)
+def test_equals_the_reference_in_float32(impl: str, shape: Shape, options: Options) -> None:
+    inputs = layer_inputs(shape, options.bias, torch.float32)
+    got = value_and_gradients(ours(impl, options), inputs)
+    want = value_and_gradients(plain(options), [x if x is None else x.double() for x in inputs])
+    assert_all_close({name: x.double() for name, x in got.items()}, want, tolerance=1e-5)
+
+
 @pytest.mark.parametrize("options", [Options(T, detach=T == 2, bias=True) for T in range(4)], ids=str)
 @pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3]

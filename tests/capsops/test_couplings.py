@@ -64,6 +64,7 @@ def test_memory_layout_changes_nothing(impl: str, layout: str) -> None:
 def test_no_gradient(impl: str) -> None:
     u, weight, bias = (x.requires_grad_() for x in layer_inputs(Shape(2, 3, 4, 5, 2), bias=True))
     assert not capsops.couplings(u, weight, bias, impl=impl).requires_grad
+    assert not reference.couplings(u, weight, bias).requires_grad
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 3])

@@ -1,5 +1,7 @@
 """capsops.dispatch: who serves what, `use_impl`, the environment variable, and what is not available."""
 
+import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +106,20 @@ def test_an_extension_that_is_not_there_is_called_missing() -> None:
     )
     done = run_python("-c", code)
     assert "capsops._cpu cannot be imported (No module named 'capsops._cpu')" in done.stdout, done.stderr
+
+
+def test_what_the_build_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
+    assert dispatch._build_failure("cpu").startswith("the extension was not built (no build record)")
+    record = {"cpu": {"built": True}, "cuda": {"built": False, "reason": "there is no nvcc"}}
+    (tmp_path / "_build.json").write_text(json.dumps(record))
+    assert dispatch._build_failure("cpu") == "its build succeeded; run: pip install -e ."
+    assert dispatch._build_failure("cuda") == "there is no nvcc"
+
+
+def test_a_triton_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.5.1"))
+    assert dispatch._load_triton() == (None, "Triton 3.5.1 is too old: the kernels take 3.6 or newer")
 
 
 def test_use_impl_rules_auto_and_only_auto(impl: str) -> None:

@@ -7,14 +7,43 @@ import capsops
 from capsops import reference
 
 
-def test_a_coupling_that_vanishes_is_zero(impl: str) -> None:
-    """A logit 100 below the largest: e⁻¹⁰⁰ is 0 in float32, also when a huge û is multiplied by it."""
-    u_hat = torch.zeros(5, 1152, 2, 1)
-    u_hat[:, :, 0], u_hat[:, :, 1] = 1e35, 3e34
+@pytest.mark.parametrize(("dtype", "huge"), [(torch.float32, 1e35), (torch.float64, 1e304)])
+def test_a_coupling_that_vanishes_is_zero(impl: str, dtype: torch.dtype, huge: float) -> None:
+    """A logit far below the largest: its power of e is 0, also when a huge û is multiplied by it."""
+    u_hat = torch.zeros(5, 1152, 2, 1, dtype=dtype)
+    u_hat[:, :, 0], u_hat[:, :, 1] = huge, 0.3 * huge
     v = capsops.dynamic_routing(u_hat, iterations=2, impl=impl)
     assert torch.equal(v, reference.dynamic_routing(u_hat, iterations=2))
-    u, weight = torch.ones(5, 1152, 1), u_hat[0].unsqueeze(-1).contiguous()
+    u, weight = torch.ones(5, 1152, 1, dtype=dtype), u_hat[0].unsqueeze(-1).contiguous()
     assert torch.equal(capsops.capsule_routing(u, weight, iterations=2, impl=impl), v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [1, 4, 17])
+def test_an_input_capsule_that_opposes_all_others_goes_to_the_orphan(
+    impl: str, batch: int, dtype: torch.dtype
+) -> None:
+    """Seven predict (1000, 0), one (−1000, 1000): its logits are about −800 beside the orphan's 0."""
+    u, weight = torch.ones(batch, 8, 1, dtype=dtype), torch.zeros(8, 2, 2, 1, dtype=dtype)
+    weight[:7, :, 0], weight[7, :, 0], weight[7, :, 1] = 1000, -1000, 1000
+    c = capsops.couplings(u, weight, iterations=2, leaky=True, impl=impl)
+    assert torch.equal(c[:, :7], torch.full((batch, 7, 2), 0.5, dtype=dtype))
+    assert torch.equal(c[:, 7], torch.zeros(batch, 2, dtype=dtype))
+    want = torch.tensor([1.0, 0.0], dtype=dtype).expand(batch, 2, 2)
+    for v in (
+        capsops.capsule_routing(u, weight, iterations=2, leaky=True, impl=impl),
+        capsops.dynamic_routing(reference.predictions(u, weight), iterations=2, leaky=True, impl=impl),
+    ):
+        torch.testing.assert_close(v, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nan_of_any_bits_is_nan_in_16_bits(impl: str, dtype: torch.dtype) -> None:
+    """The last NaN of float32: rounded up it would be −0."""
+    s = torch.full((3, 2, 4, 5), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    grad, u_hat = torch.ones(2, 4, 5, dtype=dtype), torch.ones(2, 3, 4, 5, dtype=dtype)
+    found = torch.ops.capsops.dynamic_routing_backward(grad, u_hat, None, s, 3, False, False, True, impl)
+    assert all(x.isnan().all() for x in found)
 
 
 def test_couplings_of_the_first_pass_do_not_depend_on_u(impl: str) -> None:
@@ -56,8 +85,15 @@ def test_types_of_options() -> None:
         capsops.dynamic_routing(u_hat, detach=1)
 
 
-def test_penalties_in_16_bit_are_summed_in_float32() -> None:
+def test_penalties_in_16_bit_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     u, weight = torch.randn(4, 50, 8), 0.05 * torch.randn(50, 10, 16, 8)
+    formula, given = reference.capsule_routing, []
+
+    def noted(*tensors: torch.Tensor | None, **options: object) -> torch.Tensor:
+        given.extend(x.dtype for x in tensors if x is not None)
+        return formula(*tensors, **options)
+
+    monkeypatch.setattr(reference, "capsule_routing", noted)
 
     def penalty(dtype: torch.dtype) -> torch.Tensor:
         x = u.bfloat16().to(dtype).requires_grad_()
@@ -67,3 +103,4 @@ def test_penalties_in_16_bit_are_summed_in_float32() -> None:
 
     exact, got = penalty(torch.float64), penalty(torch.bfloat16)
     assert (got - exact).norm() < 0.05 * exact.norm()
+    assert given == [torch.float64] * 2 + [torch.float32] * 2

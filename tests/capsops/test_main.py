@@ -26,6 +26,15 @@ def test_openmp_runtimes_of_a_process() -> None:
     ]
 
 
+def test_several_openmp_runtimes_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    for runtimes, said in (
+        (["/a/libgomp.so.1"], "/a/libgomp.so.1, shared with torch"),
+        (["/a", "/b"], "2 runtimes in one process, whose threads may compete: /a, /b"),
+    ):
+        monkeypatch.setattr(main, "openmp_runtimes", lambda maps, found=runtimes: found)
+        assert main.openmp() == said
+
+
 def test_columns_are_aligned() -> None:
     assert main.table([("a", "bb", ""), ("ccc", "d", "e f")]) == "  a    bb\n  ccc  d   e f"
 

@@ -114,6 +114,29 @@ def test_empty_calls_write_their_results(impl: str, shape: Shape) -> None:
         assert tensor.isfinite().all(), name
 
 
+@pytest.mark.parametrize("batch", [1, 3, 17])
+def test_nothing_is_left_of_an_earlier_call(impl: str, batch: int) -> None:
+    """All NaN with D = 8, then D = 7: both need a workspace of one size, which malloc gives again."""
+    full, short = (
+        [*layer_inputs(shape, True, torch.bfloat16), *routing_inputs(shape, dtype=torch.bfloat16)[:1]]
+        for shape in (Shape(batch, 5, 2, 8, 1), Shape(batch, 5, 2, 7, 1))
+    )
+    full = [torch.full_like(x, torch.nan) for x in full]
+    calls = (
+        lambda u, weight, bias, u_hat: (capsops.capsule_routing, [u, weight, bias]),
+        lambda u, weight, bias, u_hat: (capsops.dynamic_routing, [u_hat, bias]),
+        lambda u, weight, bias, u_hat: (capsops.predictions, [u, weight]),
+    )
+    with capsops.use_impl(impl):
+        for call in calls:
+            for _ in range(3):
+                value_and_gradients(*call(*full))
+                for name, tensor in value_and_gradients(*call(*short)).items():
+                    assert tensor.isfinite().all(), name
+            capsops.couplings(*full[:3])
+            assert capsops.couplings(*short[:3]).isfinite().all()
+
+
 WORKSPACE = """
 import ctypes
 import torch, capsops

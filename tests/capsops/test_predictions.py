@@ -49,6 +49,37 @@ def test_low_precision(impl: str, shape: Shape, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits_passes_unchanged(impl: str, dtype: torch.dtype) -> None:
+    u = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    u_hat = capsops.predictions(u.view(64, 1024, 1), torch.ones(1024, 1, 1, 1, dtype=dtype), impl=impl)
+    assert torch.equal(
+        u_hat.flatten().nan_to_num(-7, torch.inf, -torch.inf), u.nan_to_num(-7, torch.inf, -torch.inf)
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "steps", "exponents"),
+    [
+        (torch.bfloat16, 8, (1, 1), [(0, 0)]),
+        # normal, subnormal, and around the largest number: 1008 · 65 is a tie that becomes infinite
+        (torch.float16, 11, (31, 4), [(0, 0), (-8, -9), (7, 8)]),
+    ],
+)
+def test_products_in_16_bits_are_rounded_to_even(
+    impl: str, dtype: torch.dtype, bits: int, steps: tuple[int, int], exponents: list[tuple[int, int]]
+) -> None:
+    """With K = 1 every product is exact in float32, and many lie midway between two results."""
+    significands = torch.arange(2 ** (bits - 1), 2**bits) * torch.tensor([1, -1]).repeat(2 ** (bits - 2))
+    for pair in exponents:
+        u, weight = (
+            significands[::step].to(dtype) * 2.0 ** (1 - bits + exponent)
+            for step, exponent in zip(steps, pair, strict=True)
+        )
+        u_hat = capsops.predictions(u.view(-1, 1, 1), weight.view(1, -1, 1, 1), impl=impl)
+        assert torch.equal(u_hat.view(len(u), len(weight)), (u[:, None].float() * weight.float()).to(dtype))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [Shape(17, 5, 3, 16, 8), Shape(3, 4, 5, 3, 2)], ids=str)
 def test_memory_layout_changes_nothing(impl: str, shape: Shape, layout: str) -> None:

@@ -105,6 +105,35 @@ def test_the_largest_numbers_give_a_unit_vector(
     assert s.grad.abs().max() <= torch.finfo(dtype).tiny  # a difference of terms of the size of 1 / r
 
 
+@pytest.mark.parametrize("inner", [2, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_numbers_beside_others_along_another_dim(
+    impl: str, dtype: torch.dtype, inner: int
+) -> None:
+    """Column 0 is 0, column 1 and every third after it have numbers of order 1, the others the largest."""
+    for n in (1, 3, 8, 16, 33):
+        sign = torch.randn(n, inner, dtype=dtype).sign()
+        s = sign * torch.finfo(dtype).max
+        s[:, 1::3] = torch.randn(n, len(range(1, inner, 3)), dtype=dtype)
+        s[:, 0] = 0
+        found = value_and_gradients(partial(capsops.squash, dim=0, impl=impl), [s])
+        want = value_and_gradients(partial(reference.squash, dim=0), [s.double()])
+        want["value"] = torch.where(s.abs() == torch.finfo(dtype).max, sign * n**-0.5, want["value"])
+        for name, tensor in want.items():
+            assert_close(found[name].double(), tensor.double(), name, tolerance=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("size", [1e-17, 1e17, 1e30])
+def test_derivatives_where_the_square_leaves_the_range(impl: str, size: float, dim: int) -> None:
+    """Value and gradient in float32, of any size, have the relative error of float32."""
+    s = torch.randn(9, 7) * size
+    found = value_and_gradients(partial(capsops.squash, dim=dim, impl=impl), [s])
+    want = value_and_gradients(partial(reference.squash, dim=dim), [s.double()])
+    for name, tensor in want.items():
+        assert_close(found[name].double(), tensor, name, tolerance=1e-6, floor=0)
+
+
 @pytest.mark.parametrize("size", [1e-20, 1e-30, 1e-38])
 def test_tiny_vectors_vanish_without_nan(impl: str, size: float) -> None:
     """r² underflows in float32 before r does."""

@@ -117,8 +117,10 @@ def test_16_bit_numbers_are_summed_in_float32(dtype: torch.dtype) -> None:
         assert_close(got, exact.to(dtype), tolerance=torch.finfo(dtype).eps)
 
 
-def test_autocast() -> None:
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_autocast(with_bias: bool) -> None:
     u, weight, bias = (x.float() for x in arguments("capsule_routing"))
+    bias = bias if with_bias else None
     with torch.autocast("cpu", torch.bfloat16):
         v, tangent = torch.func.jvp(
             lambda u: capsops.capsule_routing(u, weight, bias), (u,), (torch.ones_like(u),)
@@ -131,12 +133,32 @@ def test_a_named_implementation_says_that_it_cannot_and_the_reference_can(impl: 
     message = f"impl: got {impl!r}, takes 'auto' or 'reference' in forward-mode"
     answer = nullcontext() if impl == "reference" else pytest.raises(ValueError, match=message)
     s = torch.randn(2, 3)
-    for take in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
+
+    def grad_of_vmap(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return torch.func.grad(lambda s: torch.func.vmap(function)(s).sum())
+
+    for take in (torch.func.grad, torch.func.jacfwd, torch.func.hessian, grad_of_vmap):
         with answer:
             found = take(lambda s: capsops.squash(s, impl=impl).sum())(s)
             assert_close(found, take(lambda s: reference.squash(s).sum())(s), tolerance=1e-5)
     with answer, capsops.use_impl(impl), forward_ad.dual_level():
         assert forward_ad.unpack_dual(capsops.squash(forward_ad.make_dual(s, s))).tangent.any()
+
+
+@pytest.mark.parametrize(
+    ("function", "sizes", "message"),
+    [
+        (capsops.squash, [()], "s: got a scalar"),
+        (capsops.predictions, [(2, 3, 4), (3, 5, 6, 7)], r"u: got shape \[2, 3, 4\], takes"),
+        (capsops.dynamic_routing, [(3, 4, 5)], r"u_hat: got shape \[3, 4, 5\], takes"),
+        (capsops.capsule_routing, [(2, 3, 7), (3, 5, 6, 7), (6, 5)], r"bias: got shape \[6, 5\], takes"),
+    ],
+)
+def test_arguments_that_do_not_fit(
+    function: Callable[..., Tensor], sizes: list[tuple[int, ...]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        torch.func.grad(lambda *x: function(*x).sum())(*map(torch.zeros, sizes))
 
 
 def test_a_named_kernel_serves_vmap(impl: str) -> None:
