@@ -118,6 +118,18 @@ def test_iterations(name: str) -> None:
                     getattr(_cpu, name)(*args[:n], iterations, *args[n + 1 :])
 
 
+def test_use_isa() -> None:
+    before = _cpu.isa()
+    try:
+        for isa in _cpu.isas():
+            _cpu.use_isa(isa)
+            assert _cpu.isa() == isa
+    finally:
+        _cpu.use_isa(before)
+    with pytest.raises(ValueError, match="^CAPSOPS_CPU_ISA: got 'mmx', takes one of baseline"):
+        _cpu.use_isa("mmx")
+
+
 def test_1000_iterations_are_taken() -> None:
     v = capsops.dynamic_routing(torch.ones(1, 2, 2, 1), iterations=1000, impl="cpu")
     torch.testing.assert_close(v, torch.full((1, 2, 1), 0.5))

@@ -133,8 +133,11 @@ def test_nothing_is_left_of_an_earlier_call(impl: str, batch: int) -> None:
                 value_and_gradients(*call(*full))
                 for name, tensor in value_and_gradients(*call(*short)).items():
                     assert tensor.isfinite().all(), name
-            capsops.couplings(*full[:3])
-            assert capsops.couplings(*short[:3]).isfinite().all()
+        capsops.couplings(*full[:3])
+        assert capsops.couplings(*short[:3]).isfinite().all()
+    for u, weight, _, u_hat in (full, short):
+        found = torch.ops.capsops.predictions_backward(u_hat, u, weight, True, True, impl)
+    assert all(x.isfinite().all() for x in found)
 
 
 WORKSPACE = """
