@@ -17,10 +17,11 @@ def to_tf32(b_x):
     """Float32 rounded to the nearest number of 10 bits behind the point, ties away from 0.
 
     Matrix units cut the other 13 bits off, which doubles the largest error and gives all errors one sign. An
-    addition to the bits carries into the exponent as it should, up to infinity, but would make 0 of some NaN.
+    addition to the bits carries into the exponent as it should, up to infinity, but would make zeros of some
+    NaN, and the cut infinities of others: hence one that stays what it is.
     """
     bits = (b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-    return tl.where(b_x == b_x, bits.to(tl.float32, bitcast=True), b_x)
+    return tl.where(b_x == b_x, bits.to(tl.float32, bitcast=True), float("nan"))
 
 
 @triton.jit
