@@ -2,8 +2,9 @@
 
 The first call starts a server: a process that imports torch and what else of others the project needs, then
 forks for each request. What is forked off has its own environment, output and signals, and imports the
-project itself. Variables that a library reads while it is loaded (those of malloc, of OpenMP, TRITON_INTERPRET)
-come too late for it: where they matter, or the imports themselves, `fresh` starts an interpreter instead.
+project itself. Variables that a library reads while it is loaded (those of malloc and of OpenMP,
+TRITON_INTERPRET) come too late for it: where they matter, or the imports themselves, `fresh` starts an
+interpreter instead.
 """
 
 import array
