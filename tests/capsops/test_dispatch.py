@@ -188,7 +188,7 @@ def test_a_folder_called_triton_is_not_triton(tmp_path: Path) -> None:
         "sys.modules['triton'] = u.module_from_spec(spec)\n"
         "from capsops import dispatch; print(dispatch._load_triton())"
     )
-    done = run_python("-c", code)
+    done = run_python("-c", code, fresh=True)
     assert "Triton is not installed: what is called triton is ['" in done.stdout, done.stderr
 
 
