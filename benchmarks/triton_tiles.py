@@ -61,15 +61,17 @@ def measure(case: RoutingCase, precision: str, programs: int) -> list[dict[str, 
     torch.backends.cuda.matmul.allow_tf32 = tf32
     kind = tiles.kind(unit(u), case.batch, case.out_dim, case.in_dim)
 
+    options = (case.iterations, False, False, True)  # leaky, detach, squash_output
+
     def forward() -> object:
-        return kernels.capsule_routing(u, weight, None, case.iterations, False)
+        return kernels.capsule_routing(u, weight, None, case.iterations, False, True)
 
     def backward() -> object:
-        return kernels.capsule_routing_backward(grad, u, weight, s, case.iterations, False, False, True, True)
+        return kernels.capsule_routing_backward(grad, u, weight, s, *options, True, True)
 
     found = []
     with mock.patch.object(tiles, "PROGRAMS", programs):
-        _, s = kernels.capsule_routing(u, weight, None, case.iterations, False)
+        _, s = kernels.capsule_routing(u, weight, None, case.iterations, False, True)
         for entry in filter(sensible, CANDIDATES):
             row: dict[str, object] = {"case": str(case), "precision": precision, "programs": programs}
             row["entry"] = entry

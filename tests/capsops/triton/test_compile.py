@@ -173,8 +173,8 @@ def test_predictions_are_not_stored(
         torch.empty(n, device="meta") for n in ((B, I, K), (I, J, D, K), (B, J, D), (B, I, J, D))
     )
     with Made() as made:
-        v, s = kernels.capsule_routing(u, weight, None, 3, False)
-        gradients = kernels.capsule_routing_backward(grad, u, weight, s, 3, False, detach, True, True)
+        v, s = kernels.capsule_routing(u, weight, None, 3, False, True)
+        gradients = kernels.capsule_routing_backward(grad, u, weight, s, 3, False, detach, True, True, True)
     results = {x.numel() for x in (v, s, *gradients)}
     assert results <= set(made.sizes)
     assert max(size for size in made.sizes if size not in results) < u_hat.numel() * share
@@ -183,5 +183,5 @@ def test_predictions_are_not_stored(
     assert B * I * J in made.sizes
     assert max(made.sizes) <= u_hat.numel() * share
     with Made() as made:
-        kernels.dynamic_routing_backward(grad, u_hat, s, 3, False, detach)
+        kernels.dynamic_routing_backward(grad, u_hat, s, 3, False, detach, True)
     assert u_hat.numel() in made.sizes
