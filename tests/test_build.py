@@ -338,7 +338,8 @@ def test_a_clone_in_the_working_directory_is_not_the_package(tmp_path: Path) -> 
     done = _run(*pip, "-e", str(clone), cwd=tmp_path, CXX="/bin/false")
     assert done.returncode == 0, done.stdout + done.stderr
     code = f"import site; site.addsitedir({str(target)!r}); import capsops; print(capsops.nn)"
-    used = _run(sys.executable, "-c", code, cwd=tmp_path)
+    # -S: not the packages of the environment, of which capsops may be one.
+    used = _run(sys.executable, "-S", "-c", code, cwd=tmp_path)
     assert used.stdout.strip() == "the package", used.stderr
 
 

@@ -49,7 +49,7 @@ SHAPES = [
     Shape(3, 17, 3, 4, 4),
     Shape(1, 7, 11, 8, 16),
     Shape(2, 33, 2, 3, 5),
-    Shape(66, 3, 2, 4, 3),
+    Shape(66, 3, 5, 4, 3),
     Shape(13, 2, 2, 40, 20),
 ]
 FEW_OPTIONS = [
