@@ -26,7 +26,9 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 # What torch says where an argument cannot be handed to an op at all, and where a graph's own guards see that
 # an input is not the one it was made for.
-OF_TORCH = re.compile("Expected a value of type|Guard failed")
+OF_TORCH = re.compile(
+    "Expected a value of type|Guard failed|Unexpected number of dimensions in input|Expected input at"
+)
 
 
 class Call(NamedTuple):
