@@ -121,7 +121,8 @@ def _dynamic_routing_backward(
     checks.dynamic_routing_backward(grad, u_hat, bias, s, iterations, leaky)
     iterations = checks.effective_iterations(iterations, u_hat.shape[2], leaky)
     serve = _implementation(impl, u_hat)
-    s = s.reshape(s.shape[0], u_hat.shape[0], *u_hat.shape[2:])
+    if s.dim() == 3:
+        s = s.unflatten(2, u_hat.shape[2:])
     return serve.dynamic_routing_backward(
         grad.contiguous(), u_hat.contiguous(), s.contiguous(), iterations, leaky, detach, squash_output
     )
@@ -164,7 +165,8 @@ def _capsule_routing_backward(
     checks.capsule_routing_backward(grad, u, weight, bias, s, iterations, leaky)
     iterations = checks.effective_iterations(iterations, weight.shape[1], leaky)
     serve = _implementation(impl, u, weight)
-    s = s.reshape(s.shape[0], u.shape[0], *weight.shape[1:3])
+    if s.dim() == 3:
+        s = s.unflatten(2, weight.shape[1:3])
     return serve.capsule_routing_backward(
         grad.contiguous(),
         u.contiguous(),
@@ -408,20 +410,20 @@ def _predictions_backward_vjp(ctx: Any, grad_grad_u: Tensor | None, grad_grad_we
     return *found, None, None, None
 
 
-def _flat(s: Tensor) -> Tensor:
-    """s [T, B, J, D] as it is kept for backward: [T, B, J · D].
+def _saved(s: Tensor) -> Tensor:
+    """s [T, B, J, D] as it is kept for backward: in a graph that is traced, as [T, B, J · D].
 
     Behind a convolution, torch 2.6's inductor takes what has four axes for images, puts the second axis last
-    in memory, and takes the strides that this gives, which hold the batch size, for constants.
+    in memory, and takes the strides that this gives, which depend on the batch size, for constants.
     """
-    return s.flatten(2)
+    return s if type(s) is Tensor else s.flatten(2)
 
 
 def _dynamic_routing_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     u_hat, bias, _, _, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(u_hat, bias, _flat(output[1]))
+    ctx.save_for_backward(u_hat, bias, _saved(output[1]))
 
 
 def _dynamic_routing_vjp(ctx: Any, grad: Tensor | None, _: None) -> tuple:
@@ -456,7 +458,7 @@ def _capsule_routing_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     u, weight, bias, _, _, *ctx.options, ctx.impl = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(u, weight, bias, _flat(output[1]))
+    ctx.save_for_backward(u, weight, bias, _saved(output[1]))
 
 
 def _capsule_routing_vjp(ctx: Any, grad: Tensor | None, _: None) -> tuple:
