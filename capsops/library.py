@@ -390,7 +390,7 @@ def _predictions_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _predictions_vjp(ctx: Any, grad: Tensor) -> tuple:
     u, weight = ctx.saved_tensors
-    needs_u, needs_weight, _ = ctx.needs_input_grad
+    needs_u, needs_weight, *_ = ctx.needs_input_grad
     grad_u, grad_weight = torch.ops.capsops.predictions_backward(
         grad, u, weight, needs_u, needs_weight, ctx.impl
     )
@@ -553,6 +553,41 @@ def _kernel(function: Callable) -> Callable:
     return call
 
 
+def _autograd_kernel(name: str, vjp: Callable[..., tuple], setup: Callable[..., None]) -> Callable:
+    """The kernel that records the gradient: `setup` keeps what `vjp` takes.
+
+    What torch.library.register_autograd does, for ops of positional arguments alone: it asks the schema for
+    defaults and looks into lists of tensors at every call, which costs as long as a small layer computes.
+    """
+    op = getattr(torch.ops.capsops, name).default
+    below = torch._C._after_autograd_keyset
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            *args, keyset = args
+            with torch._C._AutoDispatchBelowAutograd():
+                results = op.redispatch(keyset & below, *args)
+            setup(ctx, args, results)
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+            return *vjp(ctx, *grads), None
+
+    Recorded.__name__ = f"capsops_{name}"
+
+    def call(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            for x in args:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return Recorded.apply(*args, keyset)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & below, *args)
+
+    return call
+
+
 def under_autocast(op: Callable, device: str) -> Callable:
     """What torch does for matrix products: every tensor but float64 in autocast's dtype."""
 
@@ -575,8 +610,7 @@ for _name, _schema in _SCHEMAS.items():
         _library.impl(_name, _KERNELS[_name], _key)  # whose first check refuses them
     torch.library.register_fake(f"capsops::{_name}", _FAKES[_name], lib=_library)
     if _name in _GRADIENTS:
-        _vjp, _setup = _GRADIENTS[_name]
-        torch.library.register_autograd(f"capsops::{_name}", _vjp, setup_context=_setup, lib=_library)
+        _library.impl(_name, _autograd_kernel(_name, *_GRADIENTS[_name]), "Autograd", with_keyset=True)
 _library.impl("couplings", _couplings, "AutogradNestedTensor")  # the others have a gradient registered there
 for _name in ("squash", "predictions", "dynamic_routing", "capsule_routing", "couplings"):
     for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
