@@ -556,7 +556,7 @@ def _kernel(function: Callable) -> Callable:
 def _autograd_kernel(name: str, vjp: Callable[..., tuple], setup: Callable[..., None]) -> Callable:
     """The kernel that records the gradient: `setup` keeps what `vjp` takes.
 
-    What torch.library.register_autograd does, for ops of positional arguments alone: it asks the schema for
+    What torch.library.register_autograd does, for ops without keyword arguments: it asks the schema for
     defaults and looks into lists of tensors at every call, which costs as long as a small layer computes.
     """
     op = getattr(torch.ops.capsops, name).default
