@@ -75,7 +75,7 @@ def test_lengths_that_do_not_fit(name: str, args: list[Any]) -> None:
             continue
         address, size = memory
         wrong = [(address, size - 4), (address, size + 4), (address, -size), (address, 2**62), (0, size)]
-        if size:  # a tensor that may be missing is left out with (0, 0) alone
+        if size:  # only (0, 0) stands for a tensor that is left out
             wrong.append((address, 0))
         for other in wrong if size else [(0, 4), (64, 0), (64, 4)]:
             with pytest.raises(ValueError, match=r"^\w+: got -?\d+ (bytes at address|one without)"):
