@@ -58,9 +58,9 @@ def stroke_width(images: Tensor) -> Tensor:
     large = F.interpolate(images.double(), scale_factor=ENLARGED, mode="bilinear", align_corners=False)
     inside = F.pad(large, [1, 1, 1, 1]).cpu().numpy()[:, 0] > 0.5
     # A pixel's own half is not part of the way to the border.
-    distance = np.stack([np.maximum(distance_transform_edt(image) - 0.5, 0) for image in inside])
+    distance = np.array([np.maximum(distance_transform_edt(image) - 0.5, 0).sum() for image in inside])
     count = np.maximum(inside.sum((1, 2)), 1)
-    return images.new_tensor(4 / ENLARGED * distance.sum((1, 2)) / count)
+    return images.new_tensor(4 / ENLARGED * distance / count)
 
 
 MEASURES = {"slant": slant, "stroke_width": stroke_width, "digit_width": digit_width}

@@ -108,10 +108,28 @@ def test_every_op_is_checked() -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(impl: str, name: str) -> None:
     op, *args = op_calls()[name]
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if name.isidentifier():  # tracing takes seconds, and more with each pass: once an op
-        checks.append("test_aot_dispatch_dynamic")
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(op.default, (*args, impl), test_utils=checks)
+
+
+def check_traced(impl: str, name: str) -> None:
+    op, *args = op_calls()[name]
+    torch.library.opcheck(op.default, (*args, impl), test_utils="test_aot_dispatch_dynamic")
+
+
+# Tracing takes seconds, and more with each pass: once an op, and in the fast tier of one implementation.
+TRACED = [name for name in CALLS if name.isidentifier()]
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_opcheck_traced(name: str) -> None:
+    check_traced(dispatch.resolve("auto", "cpu"), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRACED)
+def test_opcheck_of_the_reference_traced(name: str) -> None:
+    check_traced("reference", name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

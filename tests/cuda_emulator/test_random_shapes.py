@@ -34,9 +34,9 @@ COMBINATIONS = [
 ]
 
 
-WORK = 40_000  # B I J D at most, D filling its tiles: keeps a case within a second or two
+WORK = 20_000  # B I J D at most, D filling its tiles: keeps a case within a second
 FAST = 2 * len(COMBINATIONS)
-SLOW = 7 * len(COMBINATIONS)  # with twice the work
+SLOW = 7 * len(COMBINATIONS)  # with four times the work
 
 
 class Case(NamedTuple):
@@ -72,7 +72,7 @@ def case(number: int) -> Case:
     most = 40 if tiles is None else 8 * tiles
     D = most if draw.random() < 0.4 else draw.randint(1 if tiles is None else most - 7, most)
     K = draw.choice([4, 8, 16, 24]) if draw.random() < 0.5 else draw.randint(1, 24)
-    work = WORK if number < FAST else 2 * WORK
+    work = WORK if number < FAST else 4 * WORK
     if tiles == 5:  # the general kernels compute the logits anew for every component of a gradient
         work //= 4
     if op == "resident":  # fewer of all else, so that warps have several sets of input capsules

@@ -73,12 +73,13 @@ def train(world, *words):
 @pytest.mark.parametrize(
     ("system", "options", "train_two"),
     [
-        ("capsnet", [], train_with_torchrun),
+        ("capsnet", [], partial(train, 2)),
+        pytest.param("capsnet", [], train_with_torchrun, marks=pytest.mark.slow),
         ("capsulegan", [], partial(train, 2)),
         ("infocapsgan", ["--adversarial-weight", "0"], partial(train, 2)),
         ("infogan", ["--warm-up", "4"], partial(train, 2)),
     ],
-    ids=["capsnet", "capsulegan", "infocapsgan", "infogan"],
+    ids=["capsnet", "capsnet by torchrun", "capsulegan", "infocapsgan", "infogan"],
 )
 def test_two_processes_equal_one(system, options, train_two, tmp_path):
     train(1, system, *OPTIONS, *options, "--out", tmp_path / "one")

@@ -1,6 +1,4 @@
-"""Under Triton's interpreter every call of a function within a kernel replaces parts of Triton's language
-anew, which is two fifths of the time. Once for each module that has a function of the kernel is enough.
-"""
+"""Under Triton's interpreter half of the time goes to what need not be done anew: see the fixtures."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,12 +7,15 @@ from typing import Any
 
 import pytest
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def language_is_replaced_once() -> Iterator[None]:
-    interpreter = os.environ.get("TRITON_INTERPRET") == "1" and pytest.importorskip(
-        "triton.runtime.interpreter"
-    )
+    """Every call of a function within a kernel replaces parts of Triton's language anew. Once for each module
+    that has a function of the kernel is enough.
+    """
+    interpreter = INTERPRETED and pytest.importorskip("triton.runtime.interpreter")
     if not hasattr(interpreter, "_LangPatchScope"):
         yield
         return
@@ -34,4 +35,35 @@ def language_is_replaced_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", replace_once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def types_are_made_once() -> Iterator[None]:
+    """Every operation checks and describes its block type anew, and makes a table of NumPy's types."""
+    interpreter = INTERPRETED and pytest.importorskip("triton.runtime.interpreter")
+    if not hasattr(interpreter, "_get_np_dtype"):
+        yield
+        return
+    from triton.language import block_type
+
+    of_numpy, numpy_types = interpreter._get_np_dtype, {}
+    describe, described = block_type.__init__, {}
+
+    def of_numpy_once(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in numpy_types:
+            numpy_types[name] = of_numpy(dtype)
+        return numpy_types[name]
+
+    def describe_once(self: Any, element: Any, shape: Any) -> None:
+        key = (element.name, tuple(shape))
+        if key not in described:
+            describe(self, element, shape)
+            described[key] = dict(vars(self))
+        vars(self).update(described[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_get_np_dtype", of_numpy_once)
+        patch.setattr(block_type, "__init__", describe_once)
         yield

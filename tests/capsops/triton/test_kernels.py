@@ -58,16 +58,37 @@ FEW_OPTIONS = [
     Options(2, leaky=True, detach=True, bias=True),
     Options(3, bias=True),
 ]
-ALL_OPTIONS = [Options(*option) for option in product(range(5), *[(False, True)] * 3)]
+ALL_OPTIONS = [
+    pytest.param(Options(*option), marks=pytest.mark.slow if option[0] == 4 else ())
+    for option in product(range(5), *[(False, True)] * 3)
+]
 SMALL = Shape(3, 5, 3, 4, 4)
+
+
+def slow_if(slow: bool) -> Any:
+    return pytest.mark.slow if slow else ()
 
 
 def dtypes_by_shape(shapes: list[Shape]) -> list[Any]:
     """Every shape in float32, the first in every dtype; the others in 16 bit are slow."""
     return [
-        pytest.param(shape, dtype, marks=pytest.mark.slow if dtype != torch.float32 and n > 0 else ())
+        pytest.param(shape, dtype, marks=slow_if(dtype != torch.float32 and n > 0))
         for n, shape in enumerate(shapes)
         for dtype in LOW_PRECISION
+    ]
+
+
+def routing_cases(shapes: list[Shape]) -> list[Any]:
+    """The same with few options. Three passes take the most time: they are fast in float32 and two shapes."""
+
+    def slow(n: int, dtype: torch.dtype, options: Options) -> bool:
+        wide, three = dtype == torch.float32, options.iterations == 3
+        return n > 1 or not wide if three else n > 0 and not wide
+
+    return [
+        pytest.param(shape, dtype, options, marks=slow_if(slow(n, dtype, options)))
+        for n, shape in enumerate(shapes)
+        for dtype, options in product(LOW_PRECISION, FEW_OPTIONS)
     ]
 
 
@@ -154,8 +175,7 @@ def test_triton_serves_cpu_tensors_here() -> None:
     assert dispatch.resolve("triton", "cpu") == "triton"
 
 
-@pytest.mark.parametrize("options", FEW_OPTIONS, ids=str)
-@pytest.mark.parametrize(("shape", "dtype"), dtypes_by_shape(SHAPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "options"), routing_cases(SHAPES), ids=str)
 def test_capsule_routing(shape: Shape, options: Options, dtype: torch.dtype) -> None:
     check_layer(shape, options, dtype)
 
@@ -165,8 +185,9 @@ def test_all_options_of_capsule_routing(options: Options) -> None:
     check_layer(SMALL, options, torch.float32)
 
 
-@pytest.mark.parametrize("options", FEW_OPTIONS, ids=str)
-@pytest.mark.parametrize(("shape", "dtype"), dtypes_by_shape([*SHAPES[:4], Shape(2, 3, 9, 300, 1)]), ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"), routing_cases([*SHAPES[:4], Shape(2, 3, 9, 300, 1)]), ids=str
+)
 def test_dynamic_routing(shape: Shape, options: Options, dtype: torch.dtype) -> None:
     check_routing(shape, options, dtype)
 
@@ -221,10 +242,18 @@ def test_couplings_of_input_capsules_of_several_blocks() -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e4, 1e-6])
 @pytest.mark.parametrize("wanted", ["u", "weight"])
-@pytest.mark.parametrize("options", [Options(1), Options(3)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        (Options(1), torch.float16),
+        (Options(1), torch.bfloat16),
+        (Options(3), torch.float16),
+        pytest.param(Options(3), torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_gradients_near_the_ends_of_float16(
     options: Options, wanted: str, scale: float, dtype: torch.dtype
 ) -> None:
@@ -284,16 +313,17 @@ def test_rounding_to_tf32_of_extremes() -> None:
     assert (found.view(torch.int32) & -0x2000).view(torch.float32).isnan().all()
 
 
-TF32_SHAPES = [
-    Shape(1, 7, 3, 4, 8),
-    Shape(3, 33, 10, 16, 8),
-    Shape(17, 3, 3, 20, 20),
-    *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES),
-]
+TF32_SHAPES = [Shape(1, 7, 3, 4, 8), Shape(3, 33, 10, 16, 8), Shape(17, 3, 3, 20, 20), *SHAPES]
 
 
-@pytest.mark.parametrize("options", FEW_OPTIONS, ids=str)
-@pytest.mark.parametrize("shape", TF32_SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        pytest.param(shape, options, marks=slow_if(n > (0 if options.iterations == 3 else 2)))
+        for (n, shape), options in product(enumerate(TF32_SHAPES), FEW_OPTIONS)
+    ],
+    ids=str,
+)
 def test_capsule_routing_in_tf32(shape: Shape, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch's setting allows TF32: the error is that of plain torch on inputs rounded to it."""
     monkeypatch.setattr(launch, "_tf32_allowed", lambda: True)
@@ -371,9 +401,15 @@ def test_the_same_bits_every_time() -> None:
         assert torch.equal(tensor, second[name]), name
 
 
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("where", ["u", "weight", "bias", "grad"])
-@pytest.mark.parametrize("options", [Options(0), Options(1), Options(3, leaky=True)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "bad"),
+    [
+        pytest.param(options, bad, marks=slow_if(options.iterations == 3 and bad != NAN))
+        for options, bad in product([Options(0), Options(1), Options(3, leaky=True)], [NAN, INF, -INF])
+    ],
+    ids=str,
+)
 def test_what_is_not_finite_stays_so_and_stays_alone(options: Options, where: str, bad: float) -> None:
     shape = Shape(17, 5, 3, 4, 3)
     u, weight, bias = layer_inputs(shape, True, torch.float32)

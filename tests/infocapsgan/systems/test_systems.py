@@ -90,7 +90,9 @@ def test_twenty_steps_in_low_precision(name, precision, digits):
     assert dtypes == {DTYPES[precision]}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", *(pytest.param(low, marks=pytest.mark.slow) for low in ("bf16", "fp16"))]
+)
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_twenty_steps_on_mnist(name, precision, mnist):
     finite_and_changed(SYSTEMS[name](dataset="mnist", precision=precision, **SMALL[name]), mnist)
