@@ -18,6 +18,7 @@ from benchmarks.gpu.breakdown import kernel_name, part_of
 from benchmarks.gpu.clock import device_clock, in_turns, input_sets
 from benchmarks.gpu.floor import GRADIENTS, PASSES, REDUCTIONS, Ceilings, floor_seconds, least_seconds
 from benchmarks.passes import BOTH, FORWARD, FORWARD_BACKWARD, run
+from tests.tiers import fast_only
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -25,7 +26,7 @@ CEILINGS = Ceilings(bandwidth=4e12, bfloat16=8e14, tf32=4e14, float32=5e13, expo
 SMALL = RoutingCase(2, 5, 3, 4, 8)
 
 
-@pytest.mark.parametrize("impl", ["triton", "cuda"])
+@pytest.mark.parametrize("impl", fast_only(["cuda"], ["triton", "cuda"]))
 def test_the_scripts_plan_without_a_gpu(impl: str) -> None:
     script = ROOT / "benchmarks" / "gpu" / f"run_{impl}.sh"
     environment = os.environ | {"PYTHON": sys.executable}
@@ -71,6 +72,7 @@ def test_failures_are_collected_and_late_ones_named() -> None:
     assert not late.failures
 
 
+@pytest.mark.slow
 def test_processes_share_the_comparisons() -> None:
     found = equivalence.compare_all("cpu", CPU, equivalence.SMALL[:1], 1e9, workers=1)
     assert not found.failures

@@ -86,6 +86,7 @@ def test_the_rows_of_a_case(command: list[str], tmp_path: Path, monkeypatch: pyt
     assert "capsops::capsule_routing_backward" in profile
 
 
+@pytest.mark.slow
 def test_what_fails_is_named_and_the_rest_goes_on(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def test_the_table_of_two_systems(
         assert part in shown
 
 
+@pytest.mark.slow
 def test_bfloat16(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     words = "capsnet --width 8 --batch-size 8 --steps 2 --warm-up 1 --precision bf16"
     threads = torch.get_num_threads()

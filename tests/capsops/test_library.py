@@ -12,6 +12,7 @@ import capsops
 from capsops import dispatch, reference
 from tests.capsops.cases import Options, Shape, layer_inputs, routing_inputs
 from tests.capsops.compare import assert_close
+from tests.tiers import slow
 
 OPS = torch.ops.capsops
 SHAPE = Shape(3, 5, 4, 3, 2)
@@ -121,7 +122,7 @@ def check_traced(impl: str, name: str) -> None:
 TRACED = [name for name in CALLS if name.isidentifier()]
 
 
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("name", [slow(n) if n == "dynamic_routing_backward" else n for n in TRACED])
 def test_opcheck_traced(name: str) -> None:
     check_traced(dispatch.resolve("auto", "cpu"), name)
 

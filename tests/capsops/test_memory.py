@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import capsops
+from capsops import dispatch
 from tests.capsops.cases import FEW_OPTIONS, Shape, layer_inputs, routing_inputs, value_and_gradients
 from tests.processes import run_python
 
@@ -168,7 +169,7 @@ for byte in (1, 120):  # memory of 0xfe and of 0x87
 """
 
 
-def test_workspace_is_not_read_before_it_is_written(impl: str) -> None:
+def check_workspace(impl: str) -> None:
     """glibc fills what malloc gives with a byte of our choice: the results are the same for any."""
     done = run_python(
         "-c",
@@ -181,3 +182,12 @@ def test_workspace_is_not_read_before_it_is_written(impl: str) -> None:
     assert "nan" not in done.stdout
     first, second = done.stdout.splitlines()
     assert first == second
+
+
+def test_workspace_is_not_read_before_it_is_written() -> None:
+    check_workspace(dispatch.resolve("auto", "cpu"))
+
+
+@pytest.mark.slow
+def test_workspace_of_the_reference_is_not_read_before_it_is_written() -> None:
+    check_workspace("reference")

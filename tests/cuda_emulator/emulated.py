@@ -25,7 +25,7 @@ import capsops
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 FLAGS = (
-    *("-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DCAPSOPS_EMULATED"),
+    *("-Og", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DCAPSOPS_EMULATED"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"),
 )
 

@@ -20,6 +20,7 @@ from tests.capsops.cases import (
 )
 from tests.capsops.compare import assert_all_low_precision, assert_low_precision
 from tests.cuda_emulator.emulated import Emulated
+from tests.tiers import slow
 
 Run = dict[str, Tensor]
 Layout = Callable[[Tensor], Tensor]
@@ -340,8 +341,8 @@ def test_dynamic_routing(emulated: Emulated, shape: Shape, options: Options, dty
     ("shape", "dtype", "device"),
     [
         (Shape(2, 700, 3, 8, 1), torch.float32, {"shared_per_block": 64 * 1024}),
-        (Shape(2, 600, 10, 13, 1), torch.bfloat16, {"shared_per_block": 220 * 1024}),
-        (Shape(2, 333, 9, 16, 1), torch.float16, {"shared_per_block": 220 * 1024}),
+        slow(Shape(2, 600, 10, 13, 1), torch.bfloat16, {"shared_per_block": 220 * 1024}),
+        slow(Shape(2, 333, 9, 16, 1), torch.float16, {"shared_per_block": 220 * 1024}),
         (Shape(3, 9, 10, 16, 1), torch.float32, {"multiprocessors": 16}),
         (Shape(3, 9, 4, 7, 1), torch.float16, {"multiprocessors": 16, "cooperative": False}),
     ],

@@ -35,8 +35,8 @@ COMBINATIONS = [
 
 
 WORK = 20_000  # B I J D at most, D filling its tiles: keeps a case within a second
-FAST = 2 * len(COMBINATIONS)
-SLOW = 7 * len(COMBINATIONS)  # with four times the work
+FAST = len(COMBINATIONS)
+SLOW = 8 * len(COMBINATIONS)  # with four times the work
 
 
 class Case(NamedTuple):

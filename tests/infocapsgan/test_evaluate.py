@@ -17,6 +17,7 @@ from infocapsgan.models.capsule_encoder import lengths
 from infocapsgan.models.decoders import masked
 from infocapsgan.systems import CapsNet
 from infocapsgan.trained import Trained, Weights
+from tests.tiers import fast_only
 
 
 def run_command(monkeypatch, capsys, *words):
@@ -125,7 +126,7 @@ def test_repeated_evaluations_agree_to_the_byte(run_of, cache, few_rows, tmp_pat
     assert len(result["codes"]["slant_of_each_code"]) == 2
 
 
-@pytest.mark.parametrize("name", ["capsulegan", "dcgan", "infocapsgan", "mimic"])
+@pytest.mark.parametrize("name", fast_only(["infocapsgan"], ["capsulegan", "dcgan", "infocapsgan", "mimic"]))
 def test_every_generator_is_measured(name, trained_as, cache, kept_cache, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept_cache))
     result = evaluate.evaluate(trained_as(name), ["generation"], samples=100)

@@ -8,7 +8,7 @@ from infocapsgan.features import feature_extractor
 
 
 def test_a_classifier_is_trained_once_and_always_the_same(cache, monkeypatch):
-    monkeypatch.setattr(features, "IMAGES_SEEN", 3_000)
+    monkeypatch.setattr(features, "IMAGES_SEEN", 1_600)
     digits = data.load("digits").head(400)
     state = torch.get_rng_state()
     first = feature_extractor(digits, 10)

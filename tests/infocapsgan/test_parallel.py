@@ -17,6 +17,7 @@ from infocapsgan.parallel import Processes, synchronise_batch_norm
 from infocapsgan.run import read_metrics
 from infocapsgan.systems import CapsNet
 from tests.processes import ROOT, start_python
+from tests.tiers import slow
 
 OPTIONS = ["--width", "8", "--batch-size", "8", "--max-steps", "4", "--evaluate-every", "4", "--seed", "5"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
@@ -74,10 +75,10 @@ def train(world, *words):
     ("system", "options", "train_two"),
     [
         ("capsnet", [], partial(train, 2)),
-        pytest.param("capsnet", [], train_with_torchrun, marks=pytest.mark.slow),
-        ("capsulegan", [], partial(train, 2)),
+        slow("capsnet", [], train_with_torchrun),
+        slow("capsulegan", [], partial(train, 2)),
         ("infocapsgan", ["--adversarial-weight", "0"], partial(train, 2)),
-        ("infogan", ["--warm-up", "4"], partial(train, 2)),
+        slow("infogan", ["--warm-up", "4"], partial(train, 2)),
     ],
     ids=["capsnet", "capsnet by torchrun", "capsulegan", "infocapsgan", "infogan"],
 )

@@ -302,6 +302,7 @@ def test_resume_removes_what_a_killed_process_left(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_resumes_to_the_same_weights_under_the_same_names(tmp_path, monkeypatch):
     compiled = []
 

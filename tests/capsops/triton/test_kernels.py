@@ -28,6 +28,7 @@ from tests.capsops.cases import (
     value_and_gradients,
 )
 from tests.capsops.compare import assert_all_low_precision, assert_low_precision
+from tests.tiers import slow
 
 pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is not installed")
 triton_kernels = pytest.importorskip("capsops.impl.triton")
@@ -59,20 +60,16 @@ FEW_OPTIONS = [
     Options(3, bias=True),
 ]
 ALL_OPTIONS = [
-    pytest.param(Options(*option), marks=pytest.mark.slow if option[0] == 4 else ())
+    slow(Options(*option)) if option[0] == 4 else Options(*option)
     for option in product(range(5), *[(False, True)] * 3)
 ]
 SMALL = Shape(3, 5, 3, 4, 4)
 
 
-def slow_if(slow: bool) -> Any:
-    return pytest.mark.slow if slow else ()
-
-
 def dtypes_by_shape(shapes: list[Shape]) -> list[Any]:
     """Every shape in float32, the first in every dtype; the others in 16 bit are slow."""
     return [
-        pytest.param(shape, dtype, marks=slow_if(dtype != torch.float32 and n > 0))
+        slow(shape, dtype) if dtype != torch.float32 and n > 0 else (shape, dtype)
         for n, shape in enumerate(shapes)
         for dtype in LOW_PRECISION
     ]
@@ -81,12 +78,12 @@ def dtypes_by_shape(shapes: list[Shape]) -> list[Any]:
 def routing_cases(shapes: list[Shape]) -> list[Any]:
     """The same with few options. Three passes take the most time: they are fast in float32 and two shapes."""
 
-    def slow(n: int, dtype: torch.dtype, options: Options) -> bool:
+    def is_slow(n: int, dtype: torch.dtype, options: Options) -> bool:
         wide, three = dtype == torch.float32, options.iterations == 3
         return n > 1 or not wide if three else n > 0 and not wide
 
     return [
-        pytest.param(shape, dtype, options, marks=slow_if(slow(n, dtype, options)))
+        slow(shape, dtype, options) if is_slow(n, dtype, options) else (shape, dtype, options)
         for n, shape in enumerate(shapes)
         for dtype, options in product(LOW_PRECISION, FEW_OPTIONS)
     ]
@@ -250,7 +247,7 @@ def test_couplings_of_input_capsules_of_several_blocks() -> None:
         (Options(1), torch.float16),
         (Options(1), torch.bfloat16),
         (Options(3), torch.float16),
-        pytest.param(Options(3), torch.bfloat16, marks=pytest.mark.slow),
+        slow(Options(3), torch.bfloat16),
     ],
     ids=str,
 )
@@ -319,7 +316,7 @@ TF32_SHAPES = [Shape(1, 7, 3, 4, 8), Shape(3, 33, 10, 16, 8), Shape(17, 3, 3, 20
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        pytest.param(shape, options, marks=slow_if(n > (0 if options.iterations == 3 else 2)))
+        slow(shape, options) if n > (0 if options.iterations == 3 else 2) else (shape, options)
         for (n, shape), options in product(enumerate(TF32_SHAPES), FEW_OPTIONS)
     ],
     ids=str,
@@ -405,7 +402,7 @@ def test_the_same_bits_every_time() -> None:
 @pytest.mark.parametrize(
     ("options", "bad"),
     [
-        pytest.param(options, bad, marks=slow_if(options.iterations == 3 and bad != NAN))
+        slow(options, bad) if options.iterations == 3 and bad in (INF, -INF) else (options, bad)
         for options, bad in product([Options(0), Options(1), Options(3, leaky=True)], [NAN, INF, -INF])
     ],
     ids=str,

@@ -8,6 +8,7 @@ from infocapsgan.parallel import Processes
 from infocapsgan.systems import InfoCapsGAN
 from infocapsgan.systems.infocapsgan import compare_capsules
 from infocapsgan.training import Training, parameter_count
+from tests.tiers import slow
 
 
 def test_published_parameter_counts():
@@ -48,7 +49,7 @@ def test_noise_and_code_are_squashed_together_as_published():
     assert InfoCapsGAN(width=8).latent(noise, code)[:, 52:].argmax(dim=1).tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("recipe", "loss"), [("tuned", "code"), ("published", "discriminator")])
+@pytest.mark.parametrize(("recipe", "loss"), [("tuned", "code"), slow("published", "discriminator")])
 def test_training_lowers_the_losses(recipe, loss):
     torch.manual_seed(0)
     digits = data.load("digits")
