@@ -89,9 +89,8 @@ py::object resident_plan(int64_t B, int64_t I, int64_t J, int64_t D, int element
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() =
-        "Kernels for CUDA devices. A tensor is a pair: the address of contiguous memory on the device, and "
-        "its "
-        "bytes; (0, 0) where it may be missing. What does not fit its sizes is a ValueError. Every call "
+        "Kernels for CUDA devices. A tensor is a pair: the address of contiguous memory on the device, and\n"
+        "its bytes; (0, 0) where it may be missing. What does not fit its sizes is a ValueError. Every call\n"
         "returns once its kernels are queued on the stream.";
     const py::call_guard<py::gil_scoped_release> without_gil;
 
