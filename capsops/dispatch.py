@@ -122,6 +122,8 @@ class use_impl:
 
 def asked(impl: str) -> str:
     """The implementation that a call names: `impl`, or for "auto" what use_impl or CAPSOPS_IMPL says."""
+    if not isinstance(impl, str):
+        _checked(impl, "impl")
     return _choices[-1].impl if impl == "auto" else impl
 
 
@@ -138,7 +140,7 @@ def resolve(impl: str, device: str) -> str:
         for name in _PREFERENCE.get(device, ("reference",)):
             if name in _MODULES:
                 return name
-    if not isinstance(impl, str) or impl not in _MODULES:
+    if impl not in _MODULES:
         _checked(impl, "impl")
         raise RuntimeError(f"impl={impl!r} is not available: {_MISSING[impl]}")
     if impl == "cuda" and device != "cuda" and not torch.cuda.is_available():

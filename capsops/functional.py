@@ -51,7 +51,8 @@ def as_iterations(value: int) -> int:
 
 def check_flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}, takes a bool")
+        of = "" if type(value).__module__ == "builtins" else f"{type(value).__module__}."
+        raise TypeError(f"{name}: got {of}{type(value).__name__}, takes a bool")
 
 
 def _formula_serves(impl: str, *tensors: Tensor | None) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from capsops import checks, dispatch, reference
 from capsops.impl import accumulation_dtype
@@ -553,6 +554,28 @@ def _kernel(function: Callable) -> Callable:
     return call
 
 
+def _refuse_tangents(name: str, args: tuple) -> None:
+    """The ops have no derivative in forward mode: a tangent would be lost."""
+    for argument, x in zip(getattr(torch.ops.capsops, name).default._schema.arguments, args, strict=True):
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{argument.name}: got a tensor with a tangent, takes one without:"
+                f" torch.ops.capsops.{name} has no derivative in forward mode"
+            )
+
+
+def _without_gradient(name: str) -> Callable:
+    """The kernel of an op whose result is a constant, whatever its arguments require."""
+    op = getattr(torch.ops.capsops, name).default
+    below = torch._C._after_autograd_keyset
+
+    def call(keyset: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & below, *args)
+
+    return call
+
+
 def _autograd_kernel(name: str, vjp: Callable[..., tuple], setup: Callable[..., None]) -> Callable:
     """The kernel that records the gradient: `setup` keeps what `vjp` takes.
 
@@ -578,6 +601,8 @@ def _autograd_kernel(name: str, vjp: Callable[..., tuple], setup: Callable[..., 
     Recorded.__name__ = f"capsops_{name}"
 
     def call(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
         if torch.is_grad_enabled():
             for x in args:
                 if isinstance(x, Tensor) and x.requires_grad:
@@ -611,7 +636,7 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.register_fake(f"capsops::{_name}", _FAKES[_name], lib=_library)
     if _name in _GRADIENTS:
         _library.impl(_name, _autograd_kernel(_name, *_GRADIENTS[_name]), "Autograd", with_keyset=True)
-_library.impl("couplings", _couplings, "AutogradNestedTensor")  # the others have a gradient registered there
+_library.impl("couplings", _without_gradient("couplings"), "Autograd", with_keyset=True)
 for _name in ("squash", "predictions", "dynamic_routing", "capsule_routing", "couplings"):
     for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl(_name, under_autocast(getattr(torch.ops.capsops, _name), _device), _key)

@@ -82,6 +82,9 @@ class PrimaryCapsules(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        channels = self.conv.in_channels
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(f"x: got shape {list(x.shape)}, takes [B, C, H, W] with C = {channels}")
         x = self.conv(x)
         x = x.unflatten(1, (self.capsules, self.dim)).flatten(3).transpose(2, 3)
         return functional.squash(x.flatten(1, 2))
@@ -159,13 +162,13 @@ class RoutingCapsules(nn.Module):
             weight: the transformation matrices.
             layout: a letter for each axis of `weight`: I, J, D, K once each, and 1 for an axis of size 1. The
                 layouts met in public code are "JIDK", "JIKD", "1IJDK" and "1JIDK".
-            bias: β with J · D elements, in the order of J and then D.
+            bias: β [J, D], flat or with further axes of size 1 if need be, on the device of `weight`.
             iterations, leaky, detach: as for the class.
 
         Raises:
             TypeError: `weight` or `bias` is not a tensor, `layout` not a str, an option of another type.
             ValueError: `weight` or `bias` is not a dense tensor of floating-point numbers, `layout` does not
-                name the axes of `weight`, an axis is empty, or `bias` does not have J · D elements.
+                name the axes of `weight`, an axis is empty, or `bias` is not [J, D] or on another device.
         """
         for name, x in (("weight", weight), ("bias", bias)):
             if name == "bias" and x is None:
@@ -190,8 +193,17 @@ class RoutingCapsules(nn.Module):
         if weight.numel() == 0:
             raise ValueError(f"weight: got shape {shape} in layout {layout!r}, takes no axis of size 0")
         in_capsules, out_capsules, out_dim, in_dim = weight.shape
-        if bias is not None and bias.numel() != out_capsules * out_dim:
-            raise ValueError(f"bias: got {bias.numel()} elements, takes J · D = {out_capsules * out_dim}")
+        if bias is not None:
+            sizes = [n for n in bias.shape if n != 1]
+            if sizes != [n for n in (out_capsules, out_dim) if n != 1] and sizes != [out_capsules * out_dim]:
+                raise ValueError(
+                    f"bias: got shape {list(bias.shape)}, takes [J, D] with J = {out_capsules} and"
+                    f" D = {out_dim}, flat or with axes of size 1"
+                )
+            if bias.device != weight.device:
+                raise ValueError(
+                    f"bias: got device {bias.device}, takes that of weight, which is {weight.device}"
+                )
         layer = cls(
             in_capsules,
             out_capsules,

@@ -24,8 +24,11 @@ inline void require(bool fits, const char* name, int64_t got, const char* takes)
 inline int64_t bytes_of(const char* name, std::initializer_list<int64_t> sizes, int64_t element) {
     int64_t bytes = element;
     for (int64_t size : sizes) {
-        if (size < 1 || __builtin_mul_overflow(bytes, size, &bytes))
-            throw std::invalid_argument(std::string(name) + ": its sizes are not positive, or too large");
+        if (size >= 1 && !__builtin_mul_overflow(bytes, size, &bytes)) continue;
+        std::string got;
+        for (int64_t each : sizes) got += (got.empty() ? "" : ", ") + std::to_string(each);
+        throw std::invalid_argument(std::string(name) + ": got sizes [" + got +
+                                    "], takes positive ones whose bytes are a 64-bit number");
     }
     return bytes;
 }

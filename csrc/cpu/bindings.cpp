@@ -230,6 +230,7 @@ PYBIND11_MODULE(_cpu, m) {
            int64_t K, int64_t iterations, bool leaky, int storage, int threads) {
             RoutingCall call =
                 routing_call(u, weight, B, I, J, D, K, iterations, leaky, true, storage, threads);
+            if (!call.weight) throw std::invalid_argument("weight: got none, takes one");
             call.bias = bias_pointer(bias, call);
             call.couplings = pointer("couplings", couplings, {B, I, J}, storage_size(call.storage));
             check(chosen->couplings(call));

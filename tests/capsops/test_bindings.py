@@ -1,5 +1,6 @@
 """capsops._cpu takes each tensor with its length and refuses what does not fit, before any kernel runs."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_sizes_that_do_not_fit(name: str, args: list[Any]) -> None:
     given = name.startswith("routing") and (0, 0) in args[1:3]  # predictions, whose K is not looked at
     for n in sizes[:4] if given else sizes:
         for size in (args[n] + 1, args[n] - 1, 0, -1, -(2**62), 2**62):
-            with pytest.raises(ValueError, match=r"^\w+: (got \d+ bytes|its sizes are not positive)"):
+            with pytest.raises(ValueError, match=r"^\w+: (got \d+ bytes|got sizes )"):
                 function(*args[:n], size, *args[n + 1 :])
 
 
@@ -118,6 +119,14 @@ def test_iterations(name: str) -> None:
                     getattr(_cpu, name)(*args[:n], iterations, *args[n + 1 :])
 
 
+def test_couplings_take_a_weight() -> None:
+    """Where routing takes predictions without one, of which these have the size."""
+    u_hat, couplings = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4)
+    given, out = ((x.data_ptr(), x.nbytes) for x in (u_hat, couplings))
+    with pytest.raises(ValueError, match="^weight: got none, takes one$"):
+        _cpu.couplings(given, (0, 0), (0, 0), out, 2, 3, 4, 5, 1, 3, False, 0, 1)
+
+
 def test_use_isa() -> None:
     before = _cpu.isa()
     try:
@@ -137,7 +146,9 @@ def test_1000_iterations_are_taken() -> None:
 
 def test_sizes_of_0_are_refused_even_where_the_bytes_fit() -> None:
     for sizes in ((0, 3, 1), (3, 0, 1), (3, 1, 0)):
-        with pytest.raises(ValueError, match="^s: its sizes are not positive"):
+        with pytest.raises(
+            ValueError, match=rf"^s: got sizes {re.escape(str(list(sizes)))}, takes positive ones"
+        ):
             _cpu.squash((64, 0), (64, 0), *sizes, 0, 1)
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,7 +70,7 @@ def test_unknown_name() -> None:
         dispatch.resolve("CPU", "cpu")
     with pytest.raises(ValueError, match=message):
         capsops.use_impl("CPU")
-    for wrong, name in ((None, "NoneType"), (["cpu"], "list"), (1, "int")):
+    for wrong, name in ((None, "NoneType"), (["cpu"], "list"), (1, "int"), (np.zeros(3), "ndarray")):
         with pytest.raises(TypeError, match=rf"^impl: got {name}, takes one of 'auto', 'reference', "):
             dispatch.resolve(wrong, "cpu")
         with pytest.raises(TypeError, match=rf"^impl: got {name}, takes one of 'auto', 'reference', "):

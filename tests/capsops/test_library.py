@@ -155,6 +155,13 @@ def test_fakes_know_shapes_dtypes_and_strides(impl: str, name: str, dtype: torch
         assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
 
 
+def test_couplings_are_constants(impl: str) -> None:
+    u, weight = leaf(3, 5, 2), leaf(5, 4, 3, 2)
+    c = OPS.couplings(u, weight, None, None, None, 2, False, impl)
+    assert not c.requires_grad
+    assert torch.equal(c, OPS.couplings(u.detach(), weight.detach(), None, None, None, 2, False, impl))
+
+
 def penalty_gradients(function: Callable[..., Tensor], inputs: list[Tensor], target: int) -> list[Tensor]:
     """Gradients of value + (‖∂value/∂input‖ − 1)², as in a critic with a gradient penalty."""
     leaves = [x.detach().requires_grad_() for x in inputs]

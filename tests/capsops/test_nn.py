@@ -1,6 +1,7 @@
 """capsops.nn: shapes, the order of capsules, initialisation, loading weights of other layouts, training."""
 
 import copy
+import re
 from collections.abc import Iterator
 from itertools import permutations
 from typing import Any
@@ -68,6 +69,13 @@ def test_primary_capsules_are_squashed_and_train() -> None:
     u.square().sum().backward()
     for parameter in layer.parameters():
         assert parameter.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(1, 65, 9), (2, 3, 9, 9), (2, 1, 9), (1, 1, 1, 9, 9)])
+def test_images_that_primary_capsules_do_not_take(shape: tuple[int, ...]) -> None:
+    layer = PrimaryCapsules(1, 8, 4, 3)
+    with pytest.raises(ValueError, match=rf"^x: got shape {re.escape(str(list(shape)))}, takes .* C = 1$"):
+        layer(torch.randn(shape))
 
 
 def test_primary_capsules_take_an_empty_batch() -> None:
@@ -208,8 +216,12 @@ def test_layouts_that_do_not_fit(sizes: tuple[int, ...], layout: str, message: s
 
 
 def test_bias_that_does_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"^bias: got 14 elements, takes J · D = 15$"):
+    with pytest.raises(ValueError, match=r"^bias: got shape \[14\], takes \[J, D\] with J = 3 and D = 5, "):
         RoutingCapsules.from_weight(torch.zeros(7, 3, 5, 4), "IJDK", bias=torch.zeros(14))
+    with pytest.raises(ValueError, match=r"^bias: got shape \[5, 3\], takes"):
+        RoutingCapsules.from_weight(torch.zeros(7, 3, 5, 4), "IJDK", bias=torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="^bias: got device meta, takes that of weight, which is cpu$"):
+        RoutingCapsules.from_weight(torch.zeros(7, 3, 5, 4), "IJDK", bias=torch.zeros(15, device="meta"))
 
 
 def test_wrong_input_names_the_argument() -> None:

@@ -175,3 +175,17 @@ def test_what_carries_no_tangent_is_left_to_the_kernel(impl: str, monkeypatch: p
     with forward_ad.dual_level():
         capsops.squash(torch.ones(3), impl=impl)
     assert calls == [impl]
+
+
+def test_an_op_called_by_name_does_not_lose_a_tangent() -> None:
+    s = torch.randn(3, 4)
+    message = (
+        r"^s: got a tensor with a tangent, takes one without: torch.ops.capsops.squash has no derivative"
+    )
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        torch.ops.capsops.squash(forward_ad.make_dual(s, s), 1, "reference")
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(lambda s: torch.ops.capsops.squash(s, 1, "reference"), (s,), (s,))
+    with forward_ad.dual_level():
+        plain = torch.ops.capsops.squash(s, 1, "reference")
+    assert torch.equal(plain, capsops.squash(s, impl="reference"))
