@@ -85,7 +85,8 @@ def train(world, *words):
 def test_two_processes_equal_one(system, options, train_two, tmp_path):
     train(1, system, *OPTIONS, *options, "--out", tmp_path / "one")
     output = train_two(system, *OPTIONS, *options, "--out", tmp_path / "two")
-    assert len(output.splitlines()) == 1  # one of the two writes
+    # One of the two writes. torch 2.10's Gloo prints whom it is connected to.
+    assert len([line for line in output.splitlines() if not line.startswith("[Gloo]")]) == 1
     one, two = (
         load_file(checkpoints(tmp_path / name / "checkpoints")[-1] / "weights.safetensors")
         for name in ("one", "two")
