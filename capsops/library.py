@@ -555,17 +555,21 @@ def _kernel(function: Callable) -> Callable:
 
 
 def _refuse_tangents(name: str, args: tuple) -> None:
-    """The ops have no derivative in forward mode: a tangent would be lost."""
+    """The ops have no derivative in forward mode: a tangent would be lost.
+
+    Raises:
+        ValueError: a tensor carries one.
+    """
     for argument, x in zip(getattr(torch.ops.capsops, name).default._schema.arguments, args, strict=True):
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
+            raise ValueError(
                 f"{argument.name}: got a tensor with a tangent, takes one without:"
                 f" torch.ops.capsops.{name} has no derivative in forward mode"
             )
 
 
-def _without_gradient(name: str) -> Callable:
-    """The kernel of an op whose result is a constant, whatever its arguments require."""
+def _below_autograd(name: str) -> Callable:
+    """The op itself, its result a constant whatever the arguments require."""
     op = getattr(torch.ops.capsops, name).default
     below = torch._C._after_autograd_keyset
 
@@ -582,15 +586,13 @@ def _autograd_kernel(name: str, vjp: Callable[..., tuple], setup: Callable[..., 
     What torch.library.register_autograd does, for ops without keyword arguments: it asks the schema for
     defaults and looks into lists of tensors at every call, which costs as long as a small layer computes.
     """
-    op = getattr(torch.ops.capsops, name).default
-    below = torch._C._after_autograd_keyset
+    plain = _below_autograd(name)
 
     class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             *args, keyset = args
-            with torch._C._AutoDispatchBelowAutograd():
-                results = op.redispatch(keyset & below, *args)
+            results = plain(keyset, *args)
             setup(ctx, args, results)
             return results
 
@@ -607,8 +609,7 @@ def _autograd_kernel(name: str, vjp: Callable[..., tuple], setup: Callable[..., 
             for x in args:
                 if isinstance(x, Tensor) and x.requires_grad:
                     return Recorded.apply(*args, keyset)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & below, *args)
+        return plain(keyset, *args)
 
     return call
 
@@ -636,7 +637,7 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.register_fake(f"capsops::{_name}", _FAKES[_name], lib=_library)
     if _name in _GRADIENTS:
         _library.impl(_name, _autograd_kernel(_name, *_GRADIENTS[_name]), "Autograd", with_keyset=True)
-_library.impl("couplings", _without_gradient("couplings"), "Autograd", with_keyset=True)
+_library.impl("couplings", _below_autograd("couplings"), "Autograd", with_keyset=True)
 for _name in ("squash", "predictions", "dynamic_routing", "capsule_routing", "couplings"):
     for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl(_name, under_autocast(getattr(torch.ops.capsops, _name), _device), _key)

@@ -182,9 +182,9 @@ def test_an_op_called_by_name_does_not_lose_a_tangent() -> None:
     message = (
         r"^s: got a tensor with a tangent, takes one without: torch.ops.capsops.squash has no derivative"
     )
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=message):
         torch.ops.capsops.squash(forward_ad.make_dual(s, s), 1, "reference")
-    with pytest.raises(NotImplementedError, match=message):
+    with pytest.raises(ValueError, match=message):
         torch.func.jvp(lambda s: torch.ops.capsops.squash(s, 1, "reference"), (s,), (s,))
     with forward_ad.dual_level():
         plain = torch.ops.capsops.squash(s, 1, "reference")
