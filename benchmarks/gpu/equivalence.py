@@ -9,8 +9,8 @@ shapes only. Prints a line for each failure; exits with 1 if there is one, or if
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -34,6 +34,10 @@ FULL = [
     (5, 33, 2, 17, 5),
     (16, 1152, 10, 16, 8),
     (16, 100, 200, 16, 8),
+    (32, 288, 12, 24, 8),
+    (33, 50, 10, 16, 7),
+    (64, 288, 10, 20, 8),
+    (128, 144, 10, 17, 4),
     (37, 257, 10, 16, 16),
     (63, 300, 1, 16, 8),
     (64, 128, 10, 32, 32),
@@ -56,6 +60,14 @@ OPTIONS = [  # iterations, leaky, detach, bias
     (0, False, False, True),
     (4, False, True, True),
 ]
+FEW_SHAPES = [
+    (3, 33, 10, 16, 8),
+    (17, 19, 11, 8, 4),
+    (5, 33, 2, 17, 5),
+    (128, 1152, 10, 16, 8),
+    (16, 100, 200, 16, 8),
+]
+FEW_OPTIONS = [(3, False, False, True), (2, True, True, False)]
 LARGEST = 1 << 27  # numbers of û that float64 on the device is asked for
 
 
@@ -67,6 +79,7 @@ class Outcome:
     worst: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
+    lost: bool = False  # nothing was compared: an earlier fault ended this process's use of the device
 
     def take(self, name: str, kind: str, compare: Callable[[], float]) -> None:
         """Runs one comparison; an exception of any kind is a failure of it."""
@@ -108,7 +121,11 @@ class Comparison:
 
 
 def comparisons(
-    impl: str, device: torch.device, dtype: torch.dtype, shapes: list[tuple]
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: Sequence[tuple],
+    options: Sequence[tuple] = OPTIONS,
 ) -> Iterator[Comparison]:
     """Every op on every shape, capsule_routing and dynamic_routing with every set of options."""
 
@@ -134,17 +151,17 @@ def comparisons(
             f"predictions {label}", predictions, reference.predictions, (u, weight), FORWARD_BACKWARD, terms
         )
         u_hat = reference.predictions(u, weight).detach().requires_grad_()
-        for iterations, leaky, detach, with_bias in OPTIONS:
-            options = {"iterations": iterations, "leaky": leaky}
+        for iterations, leaky, detach, with_bias in options:
+            chosen_options = {"iterations": iterations, "leaky": leaky}
             chosen = f"T={iterations} leaky={leaky} detach={detach} bias={with_bias} {label}"
             biases = (bias,) if with_bias else ()
             for op, inputs in (("capsule_routing", (u, weight)), ("dynamic_routing", (u_hat,))):
-                ours = partial(getattr(capsops, op), **options, detach=detach, impl=impl)
-                plain = partial(getattr(reference, op), **options, detach=detach)
+                ours = partial(getattr(capsops, op), **chosen_options, detach=detach, impl=impl)
+                plain = partial(getattr(reference, op), **chosen_options, detach=detach)
                 name = f"{op} {chosen}"
                 yield Comparison(name, ours, plain, (*inputs, *biases), FORWARD_BACKWARD, terms)
-            ours = partial(capsops.couplings, **options, impl=impl)
-            plain = partial(reference.couplings, **options)
+            ours = partial(capsops.couplings, **chosen_options, impl=impl)
+            plain = partial(reference.couplings, **chosen_options)
             yield Comparison(f"couplings {chosen}", ours, plain, (u, weight, *biases), FORWARD, terms)
 
 
@@ -154,39 +171,89 @@ def _modes(device: torch.device) -> list[tuple[torch.dtype, bool]]:
     return [*modes, (torch.float32, True)] if device.type == "cuda" else modes
 
 
-def _compare(
-    impl: str, device: torch.device, shape: tuple, dtype: torch.dtype, tf32: bool, end: float
-) -> Outcome:
-    """All comparisons of one shape in one dtype, until `end` by the clock. Memory is poisoned meanwhile."""
+@dataclass(frozen=True)
+class Task:
+    """All comparisons of one shape in one dtype."""
+
+    impl: str
+    device: torch.device
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tf32: bool
+    options: Sequence[tuple]
+    end: float  # by time.time()
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{' with TF32' if self.tf32 else ''} {self.shape}"
+
+    @property
+    def kind(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{' with TF32' if self.tf32 else ''}"
+
+
+def _device_works(device: torch.device) -> bool:
+    try:
+        torch.zeros(1, device=device).cpu()
+    except RuntimeError:
+        return False
+    return True
+
+
+def compare(task: Task) -> Outcome:
+    """The comparisons of a task, until its end. Memory is poisoned meanwhile.
+
+    A kernel that reads or writes where it may not ends the whole process's use of the device: the task stops
+    there, and later ones in the same process are `lost`.
+    """
+    if not _device_works(task.device):
+        return Outcome(lost=True)
     torch.manual_seed(0)
     outcome = Outcome()
-    kind = f"{str(dtype).removeprefix('torch.')}{' with TF32' if tf32 else ''}"
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns
     try:
-        with matrix_precision(tf32):
-            for comparison in comparisons(impl, device, dtype, [shape]):
-                if time.time() > end:
-                    outcome.late.append(f"not compared, time was over: {kind}: {comparison.name} and on")
+        with matrix_precision(task.tf32):
+            cases = comparisons(task.impl, task.device, task.dtype, [task.shape], task.options)
+            for comparison in cases:
+                if time.time() > task.end:
+                    outcome.late.append(f"not compared, time was over: {task.kind}: {comparison.name} and on")
                     break
-                outcome.take(f"{kind}: {comparison.name}", kind, partial(comparison, tf32))
+                failed = len(outcome.failures)
+                outcome.take(f"{task.kind}: {comparison.name}", task.kind, partial(comparison, task.tf32))
+                if len(outcome.failures) > failed and not _device_works(task.device):
+                    outcome.late.append(
+                        f"not compared, the device was lost: {task.kind}: what follows {comparison.name}"
+                    )
+                    break
+    except Exception as error:  # where inputs could not be made
+        outcome.failures.append(f"{task}: {type(error).__name__}: {error}")
     finally:
         torch.use_deterministic_algorithms(before)
     return outcome
 
 
 def compare_all(
-    impl: str, device: torch.device, shapes: list[tuple], seconds: float, workers: int = 0
+    impl: str,
+    device: torch.device,
+    shapes: Sequence[tuple],
+    seconds: float,
+    workers: int = 0,
+    options: Sequence[tuple] = OPTIONS,
+    each: Callable[[Task, Outcome], None] = lambda task, outcome: None,
 ) -> Outcome:
     """All comparisons in every dtype, float32 with and without TF32, as far as the seconds reach.
 
-    With `workers` so many processes share the work: most of the time goes into compiling kernels.
+    With `workers` so many processes share the work: most of the time goes into compiling kernels. `each` is
+    told the outcome of a task as soon as it is known.
     """
     end = time.time() + seconds
-    work = [(impl, device, shape, *mode, end) for shape, mode in product(shapes, _modes(device))]
+    tasks = [
+        Task(impl, device, shape, *mode, options, end) for shape, mode in product(shapes, _modes(device))
+    ]
     outcome = Outcome()
 
-    def join(one: Outcome) -> None:
+    def join(task: Task, one: Outcome) -> None:
+        each(task, one)
         outcome.compared += one.compared
         outcome.failures += one.failures
         outcome.late += one.late
@@ -194,16 +261,27 @@ def compare_all(
             outcome.worst[kind] = max(outcome.worst.get(kind, 0.0), error)
 
     if not workers:
-        for one in work:
-            join(_compare(*one))
+        for task in tasks:
+            join(task, compare(task))
         return outcome
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(_compare, *one): one for one in work}
-        for future, (_, _, shape, dtype, tf32, _) in running.items():
-            try:
-                join(future.result())
-            except Exception as error:  # of the process itself
-                outcome.failures.append(f"{shape}, {dtype}, TF32 {tf32}: {type(error).__name__}: {error}")
+    while tasks:
+        lost = []
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            running = {pool.submit(compare, task): task for task in tasks}
+            for future in as_completed(running):
+                task = running[future]
+                try:
+                    one = future.result()
+                except Exception as error:  # of the process itself
+                    one = Outcome(failures=[f"{task}: {type(error).__name__}: {error}"])
+                if one.lost:
+                    lost.append(task)
+                else:
+                    join(task, one)
+        if len(lost) == len(tasks):
+            outcome.failures.append(f"{len(lost)} tasks: the device does not work in a new process")
+            break
+        tasks = lost
     return outcome
 
 
