@@ -8,7 +8,7 @@ to write into capsops/impl/triton/tiles.py (ROUTED from the forward times, GRADI
 import argparse
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -21,15 +21,20 @@ from benchmarks.triton_resources import PRECISIONS
 from capsops.impl.triton import tiles
 from capsops.impl.triton.launch import unit
 
-CANDIDATES = list(
-    itertools.starmap(tiles.Entry, itertools.product((32, 64, 128), (32, 64, 128), (32,), (2, 4, 8), (1, 2)))
-)
+ROWS = (16, 32, 64, 128)
 
 
 def sensible(entry: tiles.Entry) -> bool:
     """A warp has 16 samples at most and 8 to 64 numbers a thread."""
     numbers = entry.rows * entry.numbers // (32 * entry.warps)
     return entry.warps <= entry.rows // 8 and 8 <= numbers <= 64
+
+
+def candidates(batch: int) -> list[tiles.Entry]:
+    """Entries for a batch: 16 samples in a block where there are no more, else 32 or more."""
+    rows = [rows for rows in ROWS if (rows == 16) == (batch <= 16)]
+    grid = itertools.product(rows[:1] if batch <= 16 else rows, (32, 64, 128), (32,), (2, 4, 8), (1, 2))
+    return [entry for entry in itertools.starmap(tiles.Entry, grid) if sensible(entry)]
 
 
 def milliseconds(call: Callable[[], object], replays: int = 20) -> float:
@@ -52,8 +57,20 @@ def milliseconds(call: Callable[[], object], replays: int = 20) -> float:
     return sorted(times)[replays // 2]
 
 
-def measure(case: RoutingCase, precision: str, programs: int) -> list[dict[str, object]]:
-    """Times of every candidate."""
+def once(call: Callable[[], object]) -> float:
+    """Compiles what the call needs."""
+    call()
+    return 0.0
+
+
+def measure(
+    case: RoutingCase,
+    precision: str,
+    programs: int,
+    entries: Sequence[tiles.Entry],
+    time: Callable = milliseconds,
+) -> list[dict[str, object]]:
+    """Times of every entry."""
     kernels = capsops.dispatch.module("triton")
     dtype, tf32 = PRECISIONS[precision]
     (u, weight), grad = case.inputs("cuda")
@@ -72,13 +89,13 @@ def measure(case: RoutingCase, precision: str, programs: int) -> list[dict[str, 
     found = []
     with mock.patch.object(tiles, "PROGRAMS", programs):
         _, s = kernels.capsule_routing(u, weight, None, case.iterations, False, True)
-        for entry in filter(sensible, CANDIDATES):
+        for entry in entries:
             row: dict[str, object] = {"case": str(case), "precision": precision, "programs": programs}
             row["entry"] = entry
             for call, table in ((forward, tiles.ROUTED), (backward, tiles.GRADIENT)):
                 with mock.patch.dict(table, {kind: entry}):
                     try:
-                        row[call.__name__] = milliseconds(call)
+                        row[call.__name__] = time(call)
                     except (TritonError, RuntimeError) as error:  # does not compile, or does not fit
                         row[call.__name__] = float("inf")
                         row[f"{call.__name__} failed"] = str(error).partition("\n")[0]
@@ -95,22 +112,32 @@ def main() -> None:
     parser.add_argument(
         "--programs", nargs="+", type=int, default=[tiles.PROGRAMS], help="per multiprocessor"
     )
+    parser.add_argument(
+        "--compile", help="fill Triton's cache with a share of the entries, such as 1/8, and stop"
+    )
     parser.add_argument("--out", type=Path, help="a JSON file for all rows")
     parser.add_argument("--plan", action="store_true", help="say what would be measured, and stop")
     chosen = parser.parse_args()
-    entries = [entry for entry in CANDIDATES if sensible(entry)]
-    cases = list(itertools.product(chosen.batches, chosen.precisions, chosen.programs))
-    print(f"{len(cases)} cases × {len(entries)} entries, each compiled once and timed twice")
+    cases = list(itertools.product(chosen.programs, chosen.precisions, chosen.batches))
+    count = sum(len(candidates(batch)) for _, _, batch in cases)
+    print(f"{len(cases)} cases, {count} entries in all, each timed forward and backward")
     if chosen.plan:
         print(
-            *(f"B={batch} {precision} {programs} programs" for batch, precision, programs in cases), sep="\n"
+            *(f"B={batch} {precision} {programs} programs" for programs, precision, batch in cases), sep="\n"
         )
+        return
+    if chosen.compile:
+        share, shares = map(int, chosen.compile.split("/"))
+        for precision, batch in itertools.product(
+            chosen.precisions, {min(batch, 128) for batch in chosen.batches}
+        ):
+            measure(RoutingCase(batch), precision, tiles.PROGRAMS, candidates(batch)[share::shares], once)
         return
     if chosen.out:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
     everything = []
-    for batch, precision, programs in cases:
-        rows = measure(RoutingCase(batch), precision, programs)
+    for programs, precision, batch in cases:
+        rows = measure(RoutingCase(batch), precision, programs, candidates(batch))
         everything += rows
         for name in ("forward", "backward"):
             for row in sorted(rows, key=lambda row: row[name])[:3]:

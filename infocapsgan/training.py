@@ -93,7 +93,7 @@ class Training:
         elif not torch.isfinite(norm):
             raise NonFiniteLossError(f"the gradient of {name} is not finite")
         for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad = gradient
+            weight.grad = None if gradient is None else _laid_out_as(weight, gradient)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -104,6 +104,13 @@ class Training:
         self._finite.fill_(True)
         if not finite:
             raise NonFiniteLossError("a loss or a gradient is not finite")
+
+
+def _laid_out_as(weight: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the weight's strides, which Adam's one kernel on a GPU insists on."""
+    if gradient.stride() == weight.stride():
+        return gradient
+    return torch.empty_like(weight).copy_(gradient)
 
 
 def parameter_count(module: nn.Module) -> int:

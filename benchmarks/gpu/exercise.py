@@ -1,6 +1,6 @@
 """Every op of an implementation on small shapes, forward and backward, once each: for compute-sanitizer.
 
-python -m benchmarks.gpu.exercise --impl cuda [--device cuda]
+python -m benchmarks.gpu.exercise --impl cuda [--device cuda] [--share 0/8]
 
 Inputs come from the host and nothing else runs on the device but what autograd needs, so that what a tool
 finds is the op's. Exits with 1 where a result is not finite.
@@ -54,11 +54,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--impl", required=True)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--share", default="0/1", help="which shapes and dtypes, such as 1/4")
     args = parser.parse_args()
+    share, shares = map(int, args.share.split("/"))
     device, made, wrong = torch.device(args.device), 0, []
     torch.manual_seed(0)
     modes = [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, False)]
-    for shape, (dtype, tf32) in product(SMALL, modes):
+    for shape, (dtype, tf32) in list(product(SMALL, modes))[share::shares]:
         with matrix_precision(tf32):
             for name, function, inputs, passes in calls(args.impl, device, dtype, shape):
                 with torch.no_grad():
@@ -67,6 +69,7 @@ def main() -> None:
                 made += 1
                 if not all(x.cpu().isfinite().all() for x in run(function, passes, inputs, grad)):
                     wrong.append(f"{name} in {dtype} on {shape}: not finite")
+        print(f"{dtype}{' with TF32' if tf32 else ''} on {shape} done", flush=True)
     print(*wrong, sep="\n")
     print(f"{made} calls, {len(wrong)} wrong")
     sys.exit(bool(wrong))

@@ -9,6 +9,7 @@ edge        graphs, streams, odd addresses, TF32, second gradients (--first: cap
 warm-up     compiles what the timed cases need, into the caches on disk
 times       every op by graph replay and by calls, beside the reference and plain PyTorch
 train       an MNIST epoch of CapsNet as published: step by step, and with the whole step in a graph
+systems     a few training steps of each system, as a user's first run takes them
 counters    three headline calls, to be run under Nsight Compute
 sanitizer   reads the logs of compute-sanitizer
 table       prints what results.jsonl holds
@@ -176,6 +177,29 @@ def train(args: argparse.Namespace) -> None:
             profile.replace(folder() / "train-profile.txt")
 
 
+def systems(args: argparse.Namespace) -> None:
+    from benchmarks.system_step import SystemStep
+    from infocapsgan.systems import SYSTEMS
+
+    for (name, system_class), precision in product(SYSTEMS.items(), args.precisions):
+        try:
+            torch.manual_seed(0)
+            system = system_class(dataset="digits", precision=precision)
+            dataset = system.load_data().to(args.device)
+            step = SystemStep(system.to(args.device), dataset)
+            begin = time.monotonic()
+            for _ in range(args.steps):
+                losses = step()
+            step.training.check()
+            seconds = time.monotonic() - begin
+            losses = {key: value.item() for key, value in losses.items()}
+            record("systems", system=name, precision=precision, seconds=round(seconds, 2), losses=losses)
+        except Exception as error:
+            traceback.print_exc()
+            failed = f"{type(error).__name__}: {str(error)[:400]}"
+            record("systems", system=name, precision=precision, failed=failed)
+
+
 def counters(args: argparse.Namespace) -> None:
     from benchmarks.gpu import op_times
     from benchmarks.gpu.floor import matrix_precision
@@ -231,7 +255,9 @@ def table(args: argparse.Namespace) -> None:
         print(f"{row['case']}{floor}: {'; '.join(map(partial(seconds_in_words, row), names))}")
         for name, failure in row["failures"].items():
             print(f"    {name}: {failure[:160]}")
-    for row in recorded("kernels", "train", "not trained", "train failures", "sanitizer", "failed"):
+    for row in recorded(
+        "kernels", "systems", "train", "not trained", "train failures", "sanitizer", "failed"
+    ):
         print(str({name: value for name, value in row.items() if name != "time"})[:900])
 
 
@@ -243,6 +269,7 @@ PARTS = {
     "warm-up": warm_up,
     "times": times,
     "train": train,
+    "systems": systems,
     "counters": counters,
     "sanitizer": sanitizer,
     "table": table,
@@ -258,6 +285,7 @@ def main() -> None:
     parser.add_argument("--impl", default="cuda")
     parser.add_argument("--impls", nargs="+", default=["cuda", "triton"])
     parser.add_argument("--seconds", type=float, default=60, help="after which nothing new is begun")
+    parser.add_argument("--steps", type=int, default=20, help="of each system")
     parser.add_argument("--workers", type=int, default=0, help="processes that compare; 0: this one")
     parser.add_argument("--few", action="store_true", help="compare a few shapes and options")
     parser.add_argument("--first", action="store_true", help="of edge: what needs a fresh process")

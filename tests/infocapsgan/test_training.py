@@ -56,3 +56,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     with pytest.raises(NonFiniteLossError, match="the gradient of ours is not finite"):
         Training({"ours": torch.optim.SGD([ours], 0.1)}, Draw(0)).update("ours", ours.sqrt().sum())
     assert ours.item() == 0
+
+
+def test_gradients_reach_the_optimiser_in_the_layout_of_their_weights():
+    """As in einsum's gradient of a weight; Adam's fused kernel on a GPU raises where strides differ."""
+    ours = torch.nn.Parameter(torch.rand(3, 4))
+    (gradient,) = torch.autograd.grad(loss_of_a_transpose(ours), ours)
+    assert gradient.stride() != ours.stride()
+    seen = []
+    optimizer = torch.optim.SGD([ours], 0.1)
+    optimizer.register_step_pre_hook(lambda *_: seen.append(ours.grad))
+    Training({"ours": optimizer}, Draw(0)).update("ours", loss_of_a_transpose(ours))
+    assert seen[0].stride() == ours.stride()
+    assert torch.equal(seen[0], gradient)
+
+
+def loss_of_a_transpose(x):
+    return (x.t().exp() * torch.arange(4.0)[:, None]).sum()
