@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import capsops
-from capsops import dispatch
+from capsops import dispatch, gpu_record
 
 RECORD = Path(__file__).with_name("_build.json")
 
@@ -74,9 +74,24 @@ def extension(name: str, record: dict[str, dict[str, str]]) -> list[tuple[str, s
 def automatic(device: str) -> str:
     """What impl="auto" takes on a device, or why it takes nothing there."""
     try:
-        return dispatch.resolve("auto", device)
+        chosen = dispatch.resolve("auto", device)
     except (RuntimeError, ValueError) as error:
         return f"nothing: {str(error).splitlines()[0]}"
+    return chosen if chosen != "auto" else "what is proved on the GPU; torch sees none"
+
+
+def on_gpu(index: int) -> list[tuple[str, str]]:
+    """What impl="auto" takes on a GPU: the ops of each implementation; why it leaves the others."""
+    model, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    taken: dict[str, list[str]] = {}
+    for op in gpu_record.ORDER:
+        impl = dispatch.serving(op, torch.device("cuda", index), torch.float32)
+        taken.setdefault(impl, []).append(op)
+    rows = [(f"cuda:{index}", model), *(("", f"{impl}: {', '.join(ops)}") for impl, ops in taken.items())]
+    for impl in ("cuda", "triton"):
+        why = dispatch.why_not_proved(impl, model, capability)
+        rows += [("", f"not {impl}: {why.splitlines()[0]}")] if why else []
+    return rows
 
 
 def main() -> None:
@@ -97,7 +112,9 @@ def main() -> None:
     print(table([("impl", "tensors on", ""), *services]))
     asked = dispatch.asked("auto")
     print('\nimpl="auto" takes' + (f", because CAPSOPS_IMPL is {asked}" if asked != "auto" else ""))
-    print(table((device, automatic(device)) for device in ("cpu", "cuda")))
+    gpus = range(torch.cuda.device_count() if asked == "auto" else 0)
+    rows = [row for index in gpus for row in on_gpu(index)]
+    print(table([("cpu", automatic("cpu")), *(rows or [("cuda", automatic("cuda"))])]))
 
 
 if __name__ == "__main__":

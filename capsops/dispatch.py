@@ -3,12 +3,14 @@
 import importlib
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
+from capsops import gpu_record
 from capsops.impl import reference
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -64,9 +66,8 @@ _MISSING = {"cpu": _cpu_missing, "triton": _triton_missing, "cuda": _cuda_missin
 
 _NO_DEVICE = "torch sees no CUDA device"
 
-# "auto" takes the first that is available; a kernel stands before the reference on a CUDA device only where
-# a row of benchmarks/results/GPU_LEDGER.md shows it right and faster on real hardware.
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+# "auto" takes the first that is available. On CUDA devices it stays "auto" until the op runs: see serving().
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("auto",)}
 
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 if _triton is not None and _triton.INTERPRETED:
@@ -130,6 +131,8 @@ def asked(impl: str) -> str:
 def resolve(impl: str, device: str) -> str:
     """The implementation that serves a call: `impl` itself, or what "auto" stands for on that device type.
 
+    On "cuda" it stands for itself: serving() then says what it is for an op on a certain GPU.
+
     Raises:
         TypeError: `impl` is not a str.
         ValueError: `impl` is unknown, or does not serve the device.
@@ -138,7 +141,7 @@ def resolve(impl: str, device: str) -> str:
     impl = asked(impl)
     if impl == "auto":
         for name in _PREFERENCE.get(device, ("reference",)):
-            if name in _MODULES:
+            if name in _MODULES or name == "auto":
                 return name
     if impl not in _MODULES:
         _checked(impl, "impl")
@@ -149,6 +152,59 @@ def resolve(impl: str, device: str) -> str:
     if devices is not None and device not in devices:
         raise ValueError(f"impl={impl!r} serves tensors on {', '.join(devices)}, got tensors on {device}")
     return impl
+
+
+def _build_record() -> dict[str, dict[str, object]]:
+    record = Path(__file__).with_name("_build.json")
+    return json.loads(record.read_text()) if record.exists() else {}
+
+
+def why_not_proved(impl: str, model: str, capability: tuple[int, int]) -> str:
+    """Why "auto" does not take these kernels on a GPU of that model, or nothing where it does."""
+    if impl not in _MODULES:
+        return _MISSING[impl]
+    proof = next((p for p in gpu_record.PROOFS if (p.model, p.impl) == (model, impl)), None)
+    if proof is None:
+        return f"not proved on {model}"
+    if impl == "triton":
+        release = ".".join(_MODULES["triton"].VERSION.split(".")[:2])
+        return "" if release == proof.triton else f"proved with Triton {proof.triton}, here is {release}"
+    archs = str(_build_record().get("cuda", {}).get("archs", "")).replace("+PTX", "").split(";")
+    arch = "{}{}".format(*capability)
+    if arch not in archs:
+        return f"built for {', '.join(archs) or 'unknown architectures'}, not for sm_{arch}"
+    return (
+        ""
+        if _MODULES["cuda"].device_count()
+        else "the NVIDIA driver is too old for the CUDA toolkit of the build"
+    )
+
+
+@lru_cache
+def _proved(index: int) -> frozenset[str]:
+    """The kernels that "auto" may take on this GPU."""
+    model, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    return frozenset(impl for impl in ("cuda", "triton") if not why_not_proved(impl, model, capability))
+
+
+def serving(
+    op: str, device: torch.device, dtype: torch.dtype, out_dim: int = 0, squashes: bool = True
+) -> str:
+    """What "auto" stands for where an op runs on a CUDA device. The same for an op and its gradients.
+
+    Args:
+        op: without "_backward".
+        device: of the tensors.
+        dtype: of the tensors; float64 is the reference's.
+        out_dim: D, for the routing ops.
+        squashes: whether the last s is squashed; the kernels for GPUs do not serve it as it is.
+    """
+    if dtype != torch.float64 and squashes:
+        proved = _proved(torch.cuda.current_device() if device.index is None else device.index)
+        for impl in gpu_record.ORDER[op]:
+            if impl in proved and not (impl == "cuda" and out_dim > gpu_record.CUDA_OUT_DIM):
+                return impl
+    return "reference"
 
 
 def module(impl: str) -> ModuleType:

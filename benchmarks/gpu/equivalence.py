@@ -66,6 +66,8 @@ FEW_SHAPES = [
     (5, 33, 2, 17, 5),
     (128, 1152, 10, 16, 8),
     (16, 100, 200, 16, 8),
+    (64, 128, 10, 32, 32),
+    (70, 33, 3, 17, 5),
 ]
 FEW_OPTIONS = [(3, False, False, True), (2, True, True, False)]
 LARGEST = 1 << 27  # numbers of û that float64 on the device is asked for

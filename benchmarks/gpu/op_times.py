@@ -101,6 +101,8 @@ def cases() -> list[Case]:
         *routing(512, mnist, (TF32, BF16)),
         *routing(64, (128, 10, 32, 32), (TF32, BF16)),
         *others(1024),
+        *routing(64, (288, 10, 52, 16), (TF32, BF16)),
+        *routing(64, (288, 10, 17, 7), (TF32, BF16)),
     ]
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 import capsops._cuda as _cuda
 from capsops.impl import decline_unsquashed
 
+device_count = _cuda.device_count
+
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 import capsops
-from capsops import dispatch
+from capsops import dispatch, gpu_record
+from capsops.gpu_record import Proof
 from tests.processes import run_python
 
 
@@ -28,11 +30,101 @@ def test_auto_prefers_the_kernels_on_the_cpu() -> None:
     assert dispatch.resolve("auto", "cpu") == ("cpu" if "cpu" in served("cpu") else "reference")
 
 
-def test_auto_takes_a_kernel_on_cuda_only_where_the_ledger_has_a_row_for_it() -> None:
-    ledger = (Path(__file__).parents[2] / "benchmarks/results/GPU_LEDGER.md").read_text()
-    rows = ledger.split("\n## What ran\n")[1].lower().splitlines()
-    chosen = dispatch.resolve("auto", "cuda")
-    assert chosen == "reference" or any(chosen in row for row in rows)
+def test_auto_on_a_cuda_device_is_settled_where_the_op_runs() -> None:
+    assert dispatch.resolve("auto", "cuda") == "auto"
+    with capsops.use_impl("reference"):
+        assert dispatch.resolve("auto", "cuda") == "reference"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A GPU called "Card", of compute capability 9.0, on which both sets of kernels are proved."""
+    card = SimpleNamespace(name="Card", capability=(9, 0), devices=1, archs="80;90+PTX")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: card.name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: card.capability)
+    cuda = SimpleNamespace(device_count=lambda: card.devices)
+    monkeypatch.setitem(dispatch._MODULES, "cuda", cuda)
+    monkeypatch.setitem(dispatch._MODULES, "triton", SimpleNamespace(VERSION="3.6.1"))
+    monkeypatch.setattr(dispatch, "_build_record", lambda: {"cuda": {"archs": card.archs}})
+    proofs = (Proof("Card", "cuda", "f"), Proof("Card", "triton", "f", triton="3.6"))
+    monkeypatch.setattr(gpu_record, "PROOFS", proofs)
+    dispatch._proved.cache_clear()
+    yield card
+    dispatch._proved.cache_clear()
+
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_auto_takes_what_is_proved_on_the_gpu_in_the_order_that_ships(gpu: SimpleNamespace) -> None:
+    for op, order in gpu_record.ORDER.items():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert dispatch.serving(op, CUDA, dtype, 16) == order[0]
+
+
+def test_auto_takes_the_reference_for_what_the_kernels_do_not_serve(gpu: SimpleNamespace) -> None:
+    assert dispatch.serving("capsule_routing", CUDA, torch.float64, 16) == "reference"
+    assert dispatch.serving("capsule_routing", CUDA, torch.float32, 16, squashes=False) == "reference"
+
+
+def test_long_output_capsules_are_not_for_the_cuda_kernels(gpu: SimpleNamespace) -> None:
+    assert dispatch.serving("capsule_routing", CUDA, torch.float32, 32) == "cuda"
+    assert dispatch.serving("capsule_routing", CUDA, torch.float32, 33) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("change", "taken", "why"),
+    [
+        ({"name": "Other card"}, "reference", "not proved on Other card"),
+        ({"archs": "80"}, "triton", "built for 80, not for sm_90"),
+        ({"archs": ""}, "triton", "built for unknown architectures, not for sm_90"),
+        ({"devices": 0}, "triton", "the NVIDIA driver is too old for the CUDA toolkit of the build"),
+    ],
+)
+def test_auto_takes_no_kernel_that_is_not_proved_there(
+    gpu: SimpleNamespace, change: dict[str, object], taken: str, why: str
+) -> None:
+    vars(gpu).update(change)
+    assert dispatch.serving("squash", CUDA, torch.float32) == taken
+    assert dispatch.why_not_proved("cuda", gpu.name, gpu.capability) == why
+
+
+def test_another_release_of_triton_is_not_proved(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(dispatch._MODULES, "triton", SimpleNamespace(VERSION="3.7.0"))
+    assert dispatch.serving("predictions", CUDA, torch.float32) == "reference"
+    why = dispatch.why_not_proved("triton", gpu.name, gpu.capability)
+    assert why == "proved with Triton 3.6, here is 3.7"
+
+
+def test_what_is_not_there_is_not_proved(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(dispatch._MODULES, "cuda")
+    monkeypatch.setitem(dispatch._MISSING, "cuda", "there is no nvcc")
+    assert dispatch.why_not_proved("cuda", gpu.name, gpu.capability) == "there is no nvcc"
+    assert dispatch.serving("squash", CUDA, torch.float32) == "triton"
+
+
+@pytest.mark.parametrize("op", list(gpu_record.ORDER))
+def test_an_op_asks_for_what_serves_it_and_its_gradient_alike(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the CPU's device taken for a GPU's: "auto" reaches the op, which asks by name, dtype and D."""
+    asked = []
+
+    def serving(name: str, device: torch.device, dtype: torch.dtype, out_dim: int, squashes: bool) -> str:
+        asked.append((name, dtype, out_dim, squashes))
+        return "reference"
+
+    monkeypatch.setattr(dispatch, "serving", serving)
+    monkeypatch.setitem(dispatch._PREFERENCE, "cpu", ("auto",))
+    u, weight = torch.randn(2, 4, 3, requires_grad=True), torch.randn(4, 2, 5, 3, requires_grad=True)
+    inputs = {"squash": (u,), "dynamic_routing": (torch.randn(2, 4, 2, 5, requires_grad=True),)}
+    result = getattr(capsops, op)(*inputs.get(op, (u, weight)))
+    if op != "couplings":
+        result.sum().backward()
+    assert len(asked) == (1 if op == "couplings" else 2)
+    assert set(asked) == {(op, torch.float32, 5 if "rout" in op or op == "couplings" else 0, True)}
 
 
 def test_auto_falls_back_on_devices_nobody_knows() -> None:

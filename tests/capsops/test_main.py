@@ -1,6 +1,7 @@
 """python -m capsops."""
 
 import pytest
+import torch
 
 import capsops
 from capsops import __main__ as main
@@ -60,6 +61,21 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
             for line in said.splitlines()
         )
     assert f"  cpu   {dispatch.resolve('auto', 'cpu')}\n" in said
+
+
+def test_report_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(dispatch, "serving", lambda op, *_: "cuda" if op == "squash" else "reference")
+    monkeypatch.setattr(dispatch, "why_not_proved", lambda impl, *_: "" if impl == "cuda" else "too old")
+    main.main()
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        "  cuda:0  Card",
+        "          cuda: squash",
+        "          reference: predictions, dynamic_routing, capsule_routing, couplings",
+        "          not triton: too old",
+    ]
 
 
 @pytest.mark.parametrize(

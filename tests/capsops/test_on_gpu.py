@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import capsops
-from capsops import reference
+from capsops import dispatch, gpu_record, reference
 from tests.capsops.cases import (
     FEW_OPTIONS,
     GRID,
@@ -149,6 +149,38 @@ def test_memory() -> None:
     kept = u.nbytes + weight.nbytes
     beside = torch.cuda.max_memory_allocated() - before - kept
     assert beside < 128 * 1152 * 10 * 16 * 4 / 10
+
+
+def auto_inputs(op: str, dtype: torch.dtype) -> list[Tensor]:
+    u, weight, _ = on_device(layer_inputs(Shape(33, 100, 10, 16, 8), dtype=dtype))
+    inputs = {"squash": (u,), "dynamic_routing": (reference.predictions(u, weight),)}.get(op, (u, weight))
+    return [x.detach().requires_grad_() for x in inputs]
+
+
+@pytest.mark.parametrize("dtype", [*LOW_PRECISION, torch.float64])
+@pytest.mark.parametrize("op", list(gpu_record.ORDER))
+def test_auto_is_what_is_proved_on_this_gpu(op: str, dtype: torch.dtype) -> None:
+    """Bit for bit, value and gradients."""
+    inputs = auto_inputs(op, dtype)
+    serving = dispatch.serving(op, inputs[0].device, dtype, 16 if op != "squash" else 0)
+    results = []
+    for impl in ("auto", serving):
+        value = getattr(capsops, op)(*inputs, impl=impl)
+        backward = op != "couplings"
+        gradients = torch.autograd.grad(value.square().sum(), inputs) if backward else ()
+        results.append((value, *gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_auto_in_a_compiled_graph() -> None:
+    u, weight = auto_inputs("capsule_routing", torch.float32)
+    compiled = torch.compile(lambda u, w: 2 * capsops.capsule_routing(u, w), fullgraph=True)
+    v = 2 * capsops.capsule_routing(u, weight)
+    assert torch.equal(compiled(u, weight), v)
+    ours, theirs = (
+        torch.autograd.grad(f(u, weight).sum(), u)[0] for f in (compiled, capsops.capsule_routing)
+    )
+    assert torch.allclose(ours, 2 * theirs)
 
 
 def test_float64_is_refused() -> None:

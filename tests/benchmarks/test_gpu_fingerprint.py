@@ -1,0 +1,47 @@
+"""What counts as a change of kernels, and that the proofs that ship are about the kernels that ship."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import fingerprint
+from capsops import gpu_record
+
+LEDGER = Path(__file__).resolve().parents[2] / "benchmarks/results/GPU_LEDGER.md"
+
+
+def test_comments_and_white_space_do_not_count() -> None:
+    assert fingerprint.cpp_code('int a; // one\n/* two */ char* b = "// c";') == fingerprint.cpp_code(
+        'int a;\nchar*  b = "// c";'
+    )
+    assert fingerprint.cpp_code("int a = 1;") != fingerprint.cpp_code("int a = 2;")
+
+
+def test_docstrings_do_not_count() -> None:
+    plain = "def f(x):\n    return x + 1\n"
+    told = '"""A module."""\n\ndef f(x):  # adds\n    """Adds one."""\n    return (x + 1)\n'
+    assert fingerprint.python_code(plain) == fingerprint.python_code(told)
+    assert fingerprint.python_code(plain) != fingerprint.python_code(plain.replace("1", "2"))
+
+
+@pytest.mark.parametrize("proof", gpu_record.PROOFS, ids=lambda proof: f"{proof.model} {proof.impl}")
+def test_a_proof_is_about_these_sources_and_has_its_row(proof: gpu_record.Proof) -> None:
+    """Where it fails: run benchmarks/gpu/first_contact.sh on such a GPU, or show that the machine code is the
+    same (python -m benchmarks.gpu.fingerprint --same), or take the proof out."""
+    assert proof.fingerprint == fingerprint.fingerprint(proof.impl)
+    rows = LEDGER.read_text().split("\n## What ran\n")[1].splitlines()
+    row = next(row for row in rows if proof.fingerprint in row)
+    assert proof.model in row
+    assert proof.commit in row
+    assert "0 failed" in row
+
+
+def test_only_real_ops_and_kernels_are_in_the_order() -> None:
+    assert set(gpu_record.ORDER) == {
+        "squash",
+        "predictions",
+        "dynamic_routing",
+        "capsule_routing",
+        "couplings",
+    }
+    assert {impl for order in gpu_record.ORDER.values() for impl in order} <= {"cuda", "triton"}
