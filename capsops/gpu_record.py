@@ -19,7 +19,10 @@ class Proof(NamedTuple):
     commit: str = ""
 
 
-PROOFS: tuple[Proof, ...] = ()
+PROOFS: tuple[Proof, ...] = (
+    Proof("NVIDIA H200", "cuda", "560e71c921ca91c4", commit="67d8fe9"),
+    Proof("NVIDIA H200", "triton", "b32dda5878b53494", triton="3.6", commit="COMMIT"),
+)
 
 # By op, the first that is proved serves; where none is, the reference. Backward ops follow their forward op.
 # From the times in benchmarks/results/gpu-nvidia-h200.json, by calls and by graph replay: Triton's kernels
