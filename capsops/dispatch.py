@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -154,9 +156,16 @@ def resolve(impl: str, device: str) -> str:
     return impl
 
 
-def _build_record() -> dict[str, dict[str, object]]:
+def _cuda_archs() -> list[str]:
+    """The architectures that capsops._cuda was built for, such as "90"; PTX does not count."""
     record = Path(__file__).with_name("_build.json")
-    return json.loads(record.read_text()) if record.exists() else {}
+    facts = json.loads(record.read_text()).get("cuda", {}) if record.exists() else {}
+    return [arch.strip() for arch in re.split("[;,]", facts.get("archs", "").replace("+PTX", "")) if arch]
+
+
+def _triton_release() -> str:
+    """Such as "3.6"."""
+    return ".".join(importlib.import_module("triton").__version__.split(".")[:2])
 
 
 def why_not_proved(impl: str, model: str, capability: tuple[int, int]) -> str:
@@ -167,17 +176,14 @@ def why_not_proved(impl: str, model: str, capability: tuple[int, int]) -> str:
     if proof is None:
         return f"not proved on {model}"
     if impl == "triton":
-        release = ".".join(_MODULES["triton"].VERSION.split(".")[:2])
+        release = _triton_release()
         return "" if release == proof.triton else f"proved with Triton {proof.triton}, here is {release}"
-    archs = str(_build_record().get("cuda", {}).get("archs", "")).replace("+PTX", "").split(";")
-    arch = "{}{}".format(*capability)
+    arch, archs = "{}{}".format(*capability), _cuda_archs()
     if arch not in archs:
-        return f"built for {', '.join(archs) or 'unknown architectures'}, not for sm_{arch}"
-    return (
-        ""
-        if _MODULES["cuda"].device_count()
-        else "the NVIDIA driver is too old for the CUDA toolkit of the build"
-    )
+        return f"built for {', '.join(archs) or 'unknown architectures'}, not for {arch}"
+    if not _MODULES["cuda"].device_count():
+        return "the NVIDIA driver is too old for the CUDA toolkit that built it"
+    return ""
 
 
 @lru_cache
@@ -188,7 +194,11 @@ def _proved(index: int) -> frozenset[str]:
 
 
 def serving(
-    op: str, device: torch.device, dtype: torch.dtype, out_dim: int = 0, squashes: bool = True
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    lengths: Sequence[int] = (),
+    squash_output: bool = True,
 ) -> str:
     """What "auto" stands for where an op runs on a CUDA device. The same for an op and its gradients.
 
@@ -196,13 +206,13 @@ def serving(
         op: without "_backward".
         device: of the tensors.
         dtype: of the tensors; float64 is the reference's.
-        out_dim: D, for the routing ops.
-        squashes: whether the last s is squashed; the kernels for GPUs do not serve it as it is.
+        lengths: D of a routing op, and K where there is a weight.
+        squash_output: whether the last s is squashed; the kernels for GPUs do not serve it as it is.
     """
-    if dtype != torch.float64 and squashes:
+    if dtype != torch.float64 and squash_output:
         proved = _proved(torch.cuda.current_device() if device.index is None else device.index)
         for impl in gpu_record.ORDER[op]:
-            if impl in proved and not (impl == "cuda" and out_dim > gpu_record.CUDA_OUT_DIM):
+            if impl in proved and gpu_record.within_limits(impl, op, lengths):
                 return impl
     return "reference"
 

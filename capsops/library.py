@@ -5,7 +5,7 @@ contiguity and empty tensors.
 The backward ops have gradients of their own, by autograd through the reference formula, at any order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,9 @@ _SCHEMAS = {
 }
 
 
-def _implementation(impl: str, op: str, *tensors: Tensor, out_dim: int = 0, squashes: bool = True) -> Any:
+def _implementation(
+    impl: str, op: str, *tensors: Tensor, lengths: Sequence[int] = (), squash_output: bool = True
+) -> Any:
     """The module that serves the call; what has no elements is the reference's.
 
     `impl` was settled when the op was called, or when a graph that holds it was traced or exported, on
@@ -57,7 +59,7 @@ def _implementation(impl: str, op: str, *tensors: Tensor, out_dim: int = 0, squa
     """
     impl = dispatch.resolve(impl, tensors[0].device.type)
     if impl == "auto":
-        impl = dispatch.serving(op, tensors[0].device, tensors[0].dtype, out_dim, squashes)
+        impl = dispatch.serving(op, tensors[0].device, tensors[0].dtype, lengths, squash_output)
     for x in tensors:
         if x.numel() == 0:
             impl = "reference"
@@ -106,7 +108,9 @@ def _dynamic_routing(
 ) -> tuple[Tensor, Tensor]:
     checks.dynamic_routing(u_hat, bias, logits, mask, iterations)
     iterations = checks.effective_iterations(iterations, u_hat.shape[2], leaky)
-    serve = _implementation(impl, "dynamic_routing", u_hat, out_dim=u_hat.shape[3], squashes=squash_output)
+    serve = _implementation(
+        impl, "dynamic_routing", u_hat, lengths=u_hat.shape[3:], squash_output=squash_output
+    )
     return serve.dynamic_routing(u_hat.contiguous(), _contiguous(bias), iterations, leaky, squash_output)
 
 
@@ -123,7 +127,9 @@ def _dynamic_routing_backward(
 ) -> tuple[Tensor, Tensor]:
     checks.dynamic_routing_backward(grad, u_hat, bias, s, iterations, leaky)
     iterations = checks.effective_iterations(iterations, u_hat.shape[2], leaky)
-    serve = _implementation(impl, "dynamic_routing", u_hat, out_dim=u_hat.shape[3], squashes=squash_output)
+    serve = _implementation(
+        impl, "dynamic_routing", u_hat, lengths=u_hat.shape[3:], squash_output=squash_output
+    )
     if s.dim() == 3:
         s = s.unflatten(2, u_hat.shape[2:])
     return serve.dynamic_routing_backward(
@@ -146,7 +152,7 @@ def _capsule_routing(
     checks.capsule_routing(u, weight, bias, logits, mask, iterations)
     iterations = checks.effective_iterations(iterations, weight.shape[1], leaky)
     serve = _implementation(
-        impl, "capsule_routing", u, weight, out_dim=weight.shape[2], squashes=squash_output
+        impl, "capsule_routing", u, weight, lengths=weight.shape[2:], squash_output=squash_output
     )
     return serve.capsule_routing(
         u.contiguous(), weight.contiguous(), _contiguous(bias), iterations, leaky, squash_output
@@ -170,7 +176,7 @@ def _capsule_routing_backward(
     checks.capsule_routing_backward(grad, u, weight, bias, s, iterations, leaky)
     iterations = checks.effective_iterations(iterations, weight.shape[1], leaky)
     serve = _implementation(
-        impl, "capsule_routing", u, weight, out_dim=weight.shape[2], squashes=squash_output
+        impl, "capsule_routing", u, weight, lengths=weight.shape[2:], squash_output=squash_output
     )
     if s.dim() == 3:
         s = s.unflatten(2, weight.shape[1:3])
@@ -200,7 +206,7 @@ def _couplings(
 ) -> Tensor:
     checks.couplings(u, weight, bias, logits, mask, iterations)
     iterations = checks.effective_iterations(iterations, weight.shape[1], leaky)
-    serve = _implementation(impl, "couplings", u, weight, out_dim=weight.shape[2])
+    serve = _implementation(impl, "couplings", u, weight, lengths=weight.shape[2:])
     return serve.couplings(u.contiguous(), weight.contiguous(), _contiguous(bias), iterations, leaky)
 
 

@@ -6,14 +6,14 @@
 #   PARTS="times table" bash benchmarks/gpu/first_contact.sh    some parts, after the build
 #
 # Results go to $OUT (default build/gpu), at most eight files: results.jsonl (a line as soon as something is
-# known), log.txt, build.log, sanitizer.txt, train-profile.txt, counters.txt, sketch.jsonl, table.txt. A part that
+# known), log.txt, build.log, sanitizer.txt, train-profile.txt, counters.txt, sketches.jsonl, table.txt. A part that
 # fails stops no other. MNIST's four gz files lie in $INFOCAPSGAN_DATA/mnist (default: .data/mnist, which git ignores).
 # Needed: torch for CUDA, nvcc, ninja and pybind11 (or a capsops._cuda that is built); no network.
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 export OUT=${OUT:-$PWD/build/gpu} PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-16}
 export INFOCAPSGAN_DATA=${INFOCAPSGAN_DATA:-$PWD/.data} PATH=$PATH:/usr/local/cuda/bin
 device=${DEVICE:-cuda} python=${PYTHON:-python3} limit=${LIMIT:-505}
-parts=" ${PARTS:-env correct sanitizer edge tests times sketch train counters table} "
+parts=" ${PARTS:-env correct sanitizer edge tests systems times sketches train counters table} "
 read -ra impls <<<"${IMPLS:-cuda triton}"
 work=$(mktemp -d)
 mkdir -p "$OUT"
@@ -58,11 +58,12 @@ finish() {
     done
 }
 
+# sanitize TOOL SHARE: its log. Racecheck takes minutes for all calls: eight processes share them.
 sanitize() {
-    local tool=$1
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=5 "$(least "$(left)" 130)" compute-sanitizer --tool "$tool" \
-        --print-limit 20 "$python" -m benchmarks.gpu.exercise --impl cuda >"$work/cuda-$tool.log" 2>&1
-    echo "exit $?" >>"$work/cuda-$tool.log"
+    local log=$work/cuda-$1-${2%/*}.log
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=5 "$(least "$(left)" 130)" compute-sanitizer --tool "$1" \
+        --print-limit 20 "$python" -m benchmarks.gpu.exercise --impl cuda --share "$2" >"$log" 2>&1
+    echo "exit $?" >>"$log"
 }
 
 if [ "$device" = cuda ]; then
@@ -74,12 +75,16 @@ fi
 # Everything that compiles or compares, at once: what is timed comes later, with the GPU to itself.
 if [ "$device" = cuda ]; then
     tools=()
-    if wanted sketch; then
-        behind sketch-build nvcc -O3 -std=c++17 -arch=sm_90 benchmarks/gpu/pass_sketch.cu -o "$work/sketch"
+    if wanted sketches; then
+        for sketch in forward_pass backward_passes; do
+            behind $sketch nvcc -O3 -std=c++17 -arch=sm_90 benchmarks/gpu/sketches/$sketch.cu -o "$work/$sketch"
+        done
     fi
+    ! wanted systems || behind systems part 90 systems
     if wanted sanitizer && serves cuda && command -v compute-sanitizer >/dev/null; then
-        tools=(memcheck racecheck synccheck initcheck)
-        for tool in "${tools[@]}"; do behind "sanitizer-$tool" sanitize "$tool"; done
+        for tool in memcheck synccheck initcheck; do behind "$tool" sanitize "$tool" 0/1; done
+        for n in 0 1 2 3 4 5 6 7; do behind "racecheck-$n" sanitize racecheck "$n/8"; done
+        tools=(memcheck synccheck initcheck racecheck-{0..7})
     fi
     if wanted correct; then
         for impl in "${impls[@]}"; do
@@ -103,12 +108,14 @@ if [ "$device" = cuda ]; then
         behind tests timeout --kill-after=5 "$(least "$(left)" 100)" "$python" -m pytest tests/capsops/test_on_gpu.py -q -n 6 \
             -p no:cacheprovider --no-header -rf --tb=line
     fi
-    finish correct-triton compiled-0 compiled-1 triton-0 triton-1 sketch-build
-    for tool in "${tools[@]}"; do
-        finish "sanitizer-$tool"
-        { echo "==== $tool" && head -c 60000 "$work/cuda-$tool.log" && tail -c 4000 "$work/cuda-$tool.log"; } >>"$OUT/sanitizer.txt"
-    done
-    [ ${#tools[@]} = 0 ] || part 10 sanitizer --logs "$work"
+    finish correct-triton compiled-0 compiled-1 triton-0 triton-1 forward_pass backward_passes systems
+    if [ ${#tools[@]} != 0 ]; then
+        finish "${tools[@]}"
+        for log in "$work"/cuda-*.log; do
+            { echo "==== ${log##*/}" && head -c 20000 "$log" && tail -c 2000 "$log"; } >>"$OUT/sanitizer.txt"
+        done
+        part 10 sanitizer --logs "$work"
+    fi
     finish tests
     [ ! -f "$work/tests.log" ] || tail -n 40 "$work/tests.log" | cut -c1-400
 else
@@ -122,11 +129,10 @@ if wanted times; then
         [ $? != 124 ] || break
     done
 fi
-if wanted sketch && [ -x "$work/sketch" ]; then
-    timeout --kill-after=5 "$(least "$(left)" 30)" "$work/sketch" >>"$OUT/sketch.jsonl"
-    status=$? # of the sketch
-    [ $status = 0 ] || failed sketch $status
-fi
+for sketch in forward_pass backward_passes; do
+    [ -x "$work/$sketch" ] || continue
+    timeout --kill-after=5 "$(least "$(left)" 40)" "$work/$sketch" >>"$OUT/sketches.jsonl" || failed "$sketch" $?
+done
 ! wanted train || part 90 train --impls "${impls[@]}"
 if wanted counters && [ "$device" = cuda ] && serves cuda && command -v ncu >/dev/null && [ "$(left)" -gt 20 ]; then
     timeout --kill-after=5 "$(least "$(left)" 60)" ncu --clock-control none \

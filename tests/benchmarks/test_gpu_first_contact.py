@@ -50,6 +50,38 @@ def test_a_part_that_fails_is_recorded_and_the_next_runs(out: Path) -> None:
         assert f"ran {part}" in done.stdout
 
 
+def test_on_a_gpu_every_part_runs_and_what_fails_runs_again(out: Path, tmp_path: Path) -> None:
+    """By stand-ins for Python and the tools of CUDA; the stand-in for Python fails once, in `times`."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    compiler = 'for last; do :; done; printf "#!/bin/sh\\necho {}\\n" >"$last"; chmod +x "$last"'
+    once = tmp_path / "once"
+    for name, text in {
+        "python": f'echo "ran $*"; [ "$3" != times ] || [ -e {once} ] || {{ touch {once}; exit 1; }}',
+        "nvidia-smi": "echo a GPU",
+        "compute-sanitizer": 'echo "===== SUMMARY of $*"',
+        "ncu": 'echo "Registers Per Thread, $*"',
+        "nvcc": compiler,
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    results = out / "results"
+    environment = os.environ | {"PYTHON": str(tools / "python"), "OUT": str(results)}
+    environment["PATH"] = f"{tools}:{environment['PATH']}"
+    script = ROOT / "benchmarks/gpu/first_contact.sh"
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=100)
+    for part in ("env", "edge", "correct", "warm-up", "systems", "sanitizer", "times", "train", "table"):
+        assert f"ran -m benchmarks.gpu.first_contact {part} --device cuda" in done.stdout, part
+    assert done.stdout.count("ran -m benchmarks.gpu.first_contact times") == 2
+    assert "ran -m pytest tests/capsops/test_on_gpu.py" in done.stdout
+    sanitizers = (results / "sanitizer.txt").read_text()
+    logs = ["memcheck-0", "synccheck-0", "initcheck-0", *(f"racecheck-{n}" for n in range(8))]
+    assert all(f"==== cuda-{log}.log" in sanitizers for log in logs)
+    assert len((results / "sketches.jsonl").read_text().splitlines()) == 2
+    assert "counters: exit 0, 1 kernels" in done.stdout
+    assert len(list(results.iterdir())) <= 8
+
+
 def test_no_part_begins_when_the_time_is_over(out: Path) -> None:
     environment = os.environ | {"DEVICE": "cpu", "PYTHON": "false", "LIMIT": "10"}
     script = ROOT / "benchmarks/gpu/first_contact.sh"

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,14 +39,15 @@ def test_auto_on_a_cuda_device_is_settled_where_the_op_runs() -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """A GPU called "Card", of compute capability 9.0, on which both sets of kernels are proved."""
-    card = SimpleNamespace(name="Card", capability=(9, 0), devices=1, archs="80;90+PTX")
+    card = SimpleNamespace(name="Card", capability=(9, 0), devices=1, archs=["80", "90"], triton="3.6")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: card.name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: card.capability)
     cuda = SimpleNamespace(device_count=lambda: card.devices)
     monkeypatch.setitem(dispatch._MODULES, "cuda", cuda)
-    monkeypatch.setitem(dispatch._MODULES, "triton", SimpleNamespace(VERSION="3.6.1"))
-    monkeypatch.setattr(dispatch, "_build_record", lambda: {"cuda": {"archs": card.archs}})
-    proofs = (Proof("Card", "cuda", "f"), Proof("Card", "triton", "f", triton="3.6"))
+    monkeypatch.setitem(dispatch._MODULES, "triton", SimpleNamespace())
+    monkeypatch.setattr(dispatch, "_cuda_archs", lambda: card.archs)
+    monkeypatch.setattr(dispatch, "_triton_release", lambda: card.triton)
+    proofs = (Proof("Card", "cuda", "f", "c"), Proof("Card", "triton", "f", "c", triton="3.6"))
     monkeypatch.setattr(gpu_record, "PROOFS", proofs)
     dispatch._proved.cache_clear()
     yield card
@@ -59,26 +60,41 @@ CUDA = torch.device("cuda", 0)
 def test_auto_takes_what_is_proved_on_the_gpu_in_the_order_that_ships(gpu: SimpleNamespace) -> None:
     for op, order in gpu_record.ORDER.items():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert dispatch.serving(op, CUDA, dtype, 16) == order[0]
+            assert dispatch.serving(op, CUDA, dtype, (16, 8)) == order[0]
 
 
 def test_auto_takes_the_reference_for_what_the_kernels_do_not_serve(gpu: SimpleNamespace) -> None:
-    assert dispatch.serving("capsule_routing", CUDA, torch.float64, 16) == "reference"
-    assert dispatch.serving("capsule_routing", CUDA, torch.float32, 16, squashes=False) == "reference"
+    assert dispatch.serving("capsule_routing", CUDA, torch.float64, (16, 8)) == "reference"
+    assert dispatch.serving("capsule_routing", CUDA, torch.float32, (16, 8), False) == "reference"
 
 
-def test_long_output_capsules_are_not_for_the_cuda_kernels(gpu: SimpleNamespace) -> None:
-    assert dispatch.serving("capsule_routing", CUDA, torch.float32, 32) == "cuda"
-    assert dispatch.serving("capsule_routing", CUDA, torch.float32, 33) == "triton"
+@pytest.mark.parametrize(
+    ("op", "lengths", "archs", "taken"),
+    [
+        ("capsule_routing", (32, 62), ["90"], "cuda"),
+        ("capsule_routing", (33, 8), ["90"], "reference"),
+        ("capsule_routing", (16, 1025), ["90"], "reference"),
+        ("dynamic_routing", (33,), ["90"], "triton"),
+        ("couplings", (16, 8), [], "triton"),
+        ("couplings", (17, 8), [], "reference"),
+        ("capsule_routing", (16, 24), [], "reference"),
+        ("predictions", (), [], "triton"),
+    ],
+)
+def test_auto_keeps_to_the_lengths_that_are_proved(
+    gpu: SimpleNamespace, op: str, lengths: tuple[int, ...], archs: list[str], taken: str
+) -> None:
+    gpu.archs = archs
+    assert dispatch.serving(op, CUDA, torch.float32, lengths) == taken
 
 
 @pytest.mark.parametrize(
     ("change", "taken", "why"),
     [
         ({"name": "Other card"}, "reference", "not proved on Other card"),
-        ({"archs": "80"}, "triton", "built for 80, not for sm_90"),
-        ({"archs": ""}, "triton", "built for unknown architectures, not for sm_90"),
-        ({"devices": 0}, "triton", "the NVIDIA driver is too old for the CUDA toolkit of the build"),
+        ({"archs": ["80"]}, "triton", "built for 80, not for 90"),
+        ({"archs": []}, "triton", "built for unknown architectures, not for 90"),
+        ({"devices": 0}, "triton", "the NVIDIA driver is too old for the CUDA toolkit that built it"),
     ],
 )
 def test_auto_takes_no_kernel_that_is_not_proved_there(
@@ -89,10 +105,8 @@ def test_auto_takes_no_kernel_that_is_not_proved_there(
     assert dispatch.why_not_proved("cuda", gpu.name, gpu.capability) == why
 
 
-def test_another_release_of_triton_is_not_proved(
-    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(dispatch._MODULES, "triton", SimpleNamespace(VERSION="3.7.0"))
+def test_another_release_of_triton_is_not_proved(gpu: SimpleNamespace) -> None:
+    gpu.triton = "3.7"
     assert dispatch.serving("predictions", CUDA, torch.float32) == "reference"
     why = dispatch.why_not_proved("triton", gpu.name, gpu.capability)
     assert why == "proved with Triton 3.6, here is 3.7"
@@ -105,26 +119,59 @@ def test_what_is_not_there_is_not_proved(gpu: SimpleNamespace, monkeypatch: pyte
     assert dispatch.serving("squash", CUDA, torch.float32) == "triton"
 
 
-@pytest.mark.parametrize("op", list(gpu_record.ORDER))
-def test_an_op_asks_for_what_serves_it_and_its_gradient_alike(
-    op: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("archs", "known"), [("80;90+PTX", ["80", "90"]), ("90, 100", ["90", "100"]), ("", [])]
+)
+def test_architectures_that_the_build_recorded(
+    archs: str, known: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the CPU's device taken for a GPU's: "auto" reaches the op, which asks by name, dtype and D."""
+    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
+    assert dispatch._cuda_archs() == []
+    (tmp_path / "_build.json").write_text(json.dumps({"cuda": {"archs": archs}}))
+    assert dispatch._cuda_archs() == known
+
+
+def test_the_release_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.6.1+git"))
+    assert dispatch._triton_release() == "3.6"
+
+
+@pytest.fixture
+def auto_reaches_the_ops(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The CPU's device taken for a GPU's: what each op asks dispatch.serving()."""
     asked = []
 
-    def serving(name: str, device: torch.device, dtype: torch.dtype, out_dim: int, squashes: bool) -> str:
-        asked.append((name, dtype, out_dim, squashes))
+    def serving(
+        op: str, device: torch.device, dtype: torch.dtype, lengths: Sequence[int], squash_output: bool
+    ) -> str:
+        asked.append((op, dtype, tuple(lengths), squash_output))
         return "reference"
 
     monkeypatch.setattr(dispatch, "serving", serving)
     monkeypatch.setitem(dispatch._PREFERENCE, "cpu", ("auto",))
+    return asked
+
+
+@pytest.mark.parametrize("op", list(gpu_record.ORDER))
+def test_an_op_asks_for_what_serves_it_and_its_gradient_alike(
+    op: str, auto_reaches_the_ops: list[tuple]
+) -> None:
     u, weight = torch.randn(2, 4, 3, requires_grad=True), torch.randn(4, 2, 5, 3, requires_grad=True)
     inputs = {"squash": (u,), "dynamic_routing": (torch.randn(2, 4, 2, 5, requires_grad=True),)}
     result = getattr(capsops, op)(*inputs.get(op, (u, weight)))
     if op != "couplings":
         result.sum().backward()
-    assert len(asked) == (1 if op == "couplings" else 2)
-    assert set(asked) == {(op, torch.float32, 5 if "rout" in op or op == "couplings" else 0, True)}
+    lengths = {"capsule_routing": (5, 3), "couplings": (5, 3), "dynamic_routing": (5,)}.get(op, ())
+    asks = 1 if op == "couplings" else 2
+    assert auto_reaches_the_ops == [(op, torch.float32, lengths, True)] * asks
+
+
+def test_a_compiled_graph_asks_when_it_runs(auto_reaches_the_ops: list[tuple]) -> None:
+    u, weight = torch.randn(2, 4, 3), torch.randn(4, 2, 5, 3)
+    compiled = torch.compile(lambda u, w: 2 * capsops.capsule_routing(u, w), fullgraph=True, backend="eager")
+    for number in (1, 2):
+        compiled(u, weight)
+        assert len(auto_reaches_the_ops) == number
 
 
 def test_auto_falls_back_on_devices_nobody_knows() -> None:

@@ -7,13 +7,12 @@ same bits every time. Nothing is tuned or synchronised at call time.
 from capsops.impl.triton.capsule_routing import capsule_routing, capsule_routing_backward
 from capsops.impl.triton.couplings import couplings
 from capsops.impl.triton.dynamic_routing import dynamic_routing, dynamic_routing_backward
-from capsops.impl.triton.launch import INTERPRETED, VERSION
+from capsops.impl.triton.launch import INTERPRETED
 from capsops.impl.triton.predictions import predictions, predictions_backward
 from capsops.impl.triton.squash import squash, squash_backward
 
 __all__ = [
     "INTERPRETED",
-    "VERSION",
     "capsule_routing",
     "capsule_routing_backward",
     "couplings",

@@ -7,8 +7,6 @@ import torch
 import triton
 from torch import Tensor
 
-VERSION = triton.__version__
-
 # Settled when Triton defines the kernels, by the environment variable TRITON_INTERPRET.
 INTERPRETED = triton.knobs.runtime.interpret
 

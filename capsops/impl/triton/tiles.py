@@ -137,7 +137,7 @@ GRADIENT = {
     "ieee": Entry(64, 32, 32, 4, 2),
     "ieee, few samples": Entry(16, 32, 32, 2, 2),
     "ieee, long or odd": Entry(16, 16, 16, 4, 1, 255),
-    "tf32": Entry(32, 32, 32, 2, 2),
+    "tf32": Entry(32, 64, 32, 4, 1),
     "tf32, few samples": Entry(16, 64, 32, 4, 1, 255),
     "tf32, long or odd": Entry(64, 32, 16, 8, 1, 255),
     "bf16": Entry(64, 64, 32, 4, 1),
