@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.metadata
-import json
 import platform
 import re
 from collections.abc import Iterable
@@ -12,8 +11,6 @@ import torch
 
 import capsops
 from capsops import dispatch, gpu_record
-
-RECORD = Path(__file__).with_name("_build.json")
 
 
 def version(package: str) -> str:
@@ -77,25 +74,23 @@ def automatic(device: str) -> str:
         chosen = dispatch.resolve("auto", device)
     except (RuntimeError, ValueError) as error:
         return f"nothing: {str(error).splitlines()[0]}"
-    return chosen if chosen != "auto" else "what is proved on the GPU; torch sees none"
+    return chosen if chosen != "auto" else "whatever is proved on the GPU in use; torch sees no GPU"
 
 
 def on_gpu(index: int) -> list[tuple[str, str]]:
-    """What impl="auto" takes on a GPU: the ops of each implementation; why it leaves the others."""
+    """What impl="auto" takes on a GPU, and why it does not take what comes before in the order."""
     model, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-    taken: dict[str, list[str]] = {}
-    for op in gpu_record.ORDER:
-        impl = dispatch.serving(op, torch.device("cuda", index), torch.float32)
-        taken.setdefault(impl, []).append(op)
-    rows = [(f"cuda:{index}", model), *(("", f"{impl}: {', '.join(ops)}") for impl, ops in taken.items())]
-    for impl in ("cuda", "triton"):
-        why = dispatch.why_not_proved(impl, model, capability)
-        rows += [("", f"not {impl}: {why.splitlines()[0]}")] if why else []
+    serving = dispatch.serving(torch.device("cuda", index), torch.float32)
+    rows = [(f"cuda:{index}", f"{serving}, on {model}")]
+    for impl in gpu_record.ORDER:
+        if impl == serving:
+            break
+        rows.append(("", f"not {impl}: {dispatch.why_not_proved(impl, model, capability).splitlines()[0]}"))
     return rows
 
 
 def main() -> None:
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record = dispatch.build_record()
     print(f"capsops {capsops.__version__}\n")
     print(
         table(

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -27,13 +28,29 @@ class Service(NamedTuple):
     reason: str
 
 
+def build_record() -> dict[str, dict[str, str]]:
+    """What the build wrote of each extension; empty where there is no record.
+
+    Of a record that cannot be read it says that, as of a build that failed.
+    """
+    path = Path(__file__).with_name("_build.json")
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+        return {name: {**facts, "built": facts["built"]} for name, facts in record.items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = f"the build record {path.name} cannot be read ({type(error).__name__}: {error})"
+        failed = {"built": False, "reason": reason, "mend": "install capsops again"}
+        return {"cpu": failed, "cuda": failed}
+
+
 def _build_failure(extension: str) -> str:
     """What the build recorded when it could not make capsops._<extension>."""
-    record = Path(__file__).with_name("_build.json")
-    if not record.exists():
+    record = build_record()
+    if not record:
         return "the extension was not built (no build record); run: pip install -e ."
-    failure = json.loads(record.read_text()).get(extension, {}).get("reason")
-    return failure or "its build succeeded; run: pip install -e ."
+    return record.get(extension, {}).get("reason") or "its build succeeded; run: pip install -e ."
 
 
 def _load(name: str) -> tuple[ModuleType | None, str]:
@@ -68,8 +85,11 @@ _MISSING = {"cpu": _cpu_missing, "triton": _triton_missing, "cuda": _cuda_missin
 
 _NO_DEVICE = "torch sees no CUDA device"
 
-# "auto" takes the first that is available. On CUDA devices it stays "auto" until the op runs: see serving().
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("auto",)}
+# "auto" takes the first that is available.
+_PREFERENCE = {"cpu": ("cpu", "reference")}
+
+# Where "auto" is settled when an op runs, by serving(): there it depends on the op and on the GPU.
+SETTLED_LATE = ("cuda",)
 
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 if _triton is not None and _triton.INTERPRETED:
@@ -133,7 +153,7 @@ def asked(impl: str) -> str:
 def resolve(impl: str, device: str) -> str:
     """The implementation that serves a call: `impl` itself, or what "auto" stands for on that device type.
 
-    On "cuda" it stands for itself: serving() then says what it is for an op on a certain GPU.
+    On a CUDA device it stays "auto": what it stands for there is settled where the op runs, by serving().
 
     Raises:
         TypeError: `impl` is not a str.
@@ -142,8 +162,10 @@ def resolve(impl: str, device: str) -> str:
     """
     impl = asked(impl)
     if impl == "auto":
+        if device in SETTLED_LATE:
+            return impl
         for name in _PREFERENCE.get(device, ("reference",)):
-            if name in _MODULES or name == "auto":
+            if name in _MODULES:
                 return name
     if impl not in _MODULES:
         _checked(impl, "impl")
@@ -158,14 +180,23 @@ def resolve(impl: str, device: str) -> str:
 
 def _cuda_archs() -> list[str]:
     """The architectures that capsops._cuda was built for, such as "90"; PTX does not count."""
-    record = Path(__file__).with_name("_build.json")
-    facts = json.loads(record.read_text()).get("cuda", {}) if record.exists() else {}
-    return [arch.strip() for arch in re.split("[;,]", facts.get("archs", "").replace("+PTX", "")) if arch]
+    archs = str(build_record().get("cuda", {}).get("archs") or "")
+    return [arch.strip() for arch in re.split("[;,]", archs.replace("+PTX", "")) if arch.strip()]
 
 
 def _triton_release() -> str:
     """Such as "3.6"."""
     return ".".join(importlib.import_module("triton").__version__.split(".")[:2])
+
+
+def _why_not_triton(release: str) -> str:
+    """Why Triton's kernels are not what was proved with that release of Triton, or nothing."""
+    if _MODULES["triton"].INTERPRETED:
+        return "Triton runs its interpreter"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler, and there is no gcc or clang on the path, and no CC"
+    here = _triton_release()
+    return "" if here == release else f"proved with Triton {release}; this is {here}"
 
 
 def why_not_proved(impl: str, model: str, capability: tuple[int, int]) -> str:
@@ -176,8 +207,7 @@ def why_not_proved(impl: str, model: str, capability: tuple[int, int]) -> str:
     if proof is None:
         return f"not proved on {model}"
     if impl == "triton":
-        release = _triton_release()
-        return "" if release == proof.triton else f"proved with Triton {proof.triton}, here is {release}"
+        return _why_not_triton(proof.triton)
     arch, archs = "{}{}".format(*capability), _cuda_archs()
     if arch not in archs:
         return f"built for {', '.join(archs) or 'unknown architectures'}, not for {arch}"
@@ -190,20 +220,20 @@ def why_not_proved(impl: str, model: str, capability: tuple[int, int]) -> str:
 def _proved(index: int) -> frozenset[str]:
     """The kernels that "auto" may take on this GPU."""
     model, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-    return frozenset(impl for impl in ("cuda", "triton") if not why_not_proved(impl, model, capability))
+    return frozenset(impl for impl in gpu_record.ORDER if not why_not_proved(impl, model, capability))
 
 
 def serving(
-    op: str,
     device: torch.device,
     dtype: torch.dtype,
     lengths: Sequence[int] = (),
     squash_output: bool = True,
 ) -> str:
-    """What "auto" stands for where an op runs on a CUDA device. The same for an op and its gradients.
+    """What "auto" stands for where an op runs on a CUDA device: the same for an op and its gradients.
+
+    Contexts of use_impl() have no say here: they count where a function is called.
 
     Args:
-        op: without "_backward".
         device: of the tensors.
         dtype: of the tensors; float64 is the reference's.
         lengths: D of a routing op, and K where there is a weight.
@@ -211,8 +241,8 @@ def serving(
     """
     if dtype != torch.float64 and squash_output:
         proved = _proved(torch.cuda.current_device() if device.index is None else device.index)
-        for impl in gpu_record.ORDER[op]:
-            if impl in proved and gpu_record.within_limits(impl, op, lengths):
+        for impl in gpu_record.ORDER:
+            if impl in proved and gpu_record.within_limits(impl, lengths):
                 return impl
     return "reference"
 

@@ -50,16 +50,18 @@ _SCHEMAS = {
 
 
 def _implementation(
-    impl: str, op: str, *tensors: Tensor, lengths: Sequence[int] = (), squash_output: bool = True
+    impl: str, *tensors: Tensor, lengths: Sequence[int] = (), squash_output: bool = True
 ) -> Any:
     """The module that serves the call; what has no elements is the reference's.
 
-    `impl` was settled when the op was called, or when a graph that holds it was traced or exported, on
-    another device or machine perhaps: it is looked at again.
+    `impl` was settled when the op was called, except for "auto" on a GPU, or when a graph that holds it was
+    traced or exported, on another device or machine perhaps: it is looked at again.
     """
-    impl = dispatch.resolve(impl, tensors[0].device.type)
-    if impl == "auto":
-        impl = dispatch.serving(op, tensors[0].device, tensors[0].dtype, lengths, squash_output)
+    device = tensors[0].device
+    if impl == "auto" and device.type in dispatch.SETTLED_LATE:
+        impl = dispatch.serving(device, tensors[0].dtype, lengths, squash_output)
+    else:
+        impl = dispatch.resolve(impl, device.type)
     for x in tensors:
         if x.numel() == 0:
             impl = "reference"
@@ -72,24 +74,24 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 def _squash(s: Tensor, dim: int, impl: str) -> Tensor:
     checks.squash(s, dim)
-    return _implementation(impl, "squash", s).squash(s.contiguous(), dim)
+    return _implementation(impl, s).squash(s.contiguous(), dim)
 
 
 def _squash_backward(grad: Tensor, s: Tensor, dim: int, impl: str) -> Tensor:
     checks.squash_backward(grad, s, dim)
-    return _implementation(impl, "squash", s).squash_backward(grad.contiguous(), s.contiguous(), dim)
+    return _implementation(impl, s).squash_backward(grad.contiguous(), s.contiguous(), dim)
 
 
 def _predictions(u: Tensor, weight: Tensor, impl: str) -> Tensor:
     checks.predictions(u, weight)
-    return _implementation(impl, "predictions", u, weight).predictions(u.contiguous(), weight.contiguous())
+    return _implementation(impl, u, weight).predictions(u.contiguous(), weight.contiguous())
 
 
 def _predictions_backward(
     grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     checks.predictions_backward(grad, u, weight)
-    serve = _implementation(impl, "predictions", u, weight)
+    serve = _implementation(impl, u, weight)
     return serve.predictions_backward(
         grad.contiguous(), u.contiguous(), weight.contiguous(), needs_u, needs_weight
     )
@@ -108,9 +110,7 @@ def _dynamic_routing(
 ) -> tuple[Tensor, Tensor]:
     checks.dynamic_routing(u_hat, bias, logits, mask, iterations)
     iterations = checks.effective_iterations(iterations, u_hat.shape[2], leaky)
-    serve = _implementation(
-        impl, "dynamic_routing", u_hat, lengths=u_hat.shape[3:], squash_output=squash_output
-    )
+    serve = _implementation(impl, u_hat, lengths=u_hat.shape[3:], squash_output=squash_output)
     return serve.dynamic_routing(u_hat.contiguous(), _contiguous(bias), iterations, leaky, squash_output)
 
 
@@ -127,9 +127,7 @@ def _dynamic_routing_backward(
 ) -> tuple[Tensor, Tensor]:
     checks.dynamic_routing_backward(grad, u_hat, bias, s, iterations, leaky)
     iterations = checks.effective_iterations(iterations, u_hat.shape[2], leaky)
-    serve = _implementation(
-        impl, "dynamic_routing", u_hat, lengths=u_hat.shape[3:], squash_output=squash_output
-    )
+    serve = _implementation(impl, u_hat, lengths=u_hat.shape[3:], squash_output=squash_output)
     if s.dim() == 3:
         s = s.unflatten(2, u_hat.shape[2:])
     return serve.dynamic_routing_backward(
@@ -151,9 +149,7 @@ def _capsule_routing(
 ) -> tuple[Tensor, Tensor]:
     checks.capsule_routing(u, weight, bias, logits, mask, iterations)
     iterations = checks.effective_iterations(iterations, weight.shape[1], leaky)
-    serve = _implementation(
-        impl, "capsule_routing", u, weight, lengths=weight.shape[2:], squash_output=squash_output
-    )
+    serve = _implementation(impl, u, weight, lengths=weight.shape[2:], squash_output=squash_output)
     return serve.capsule_routing(
         u.contiguous(), weight.contiguous(), _contiguous(bias), iterations, leaky, squash_output
     )
@@ -175,9 +171,7 @@ def _capsule_routing_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.capsule_routing_backward(grad, u, weight, bias, s, iterations, leaky)
     iterations = checks.effective_iterations(iterations, weight.shape[1], leaky)
-    serve = _implementation(
-        impl, "capsule_routing", u, weight, lengths=weight.shape[2:], squash_output=squash_output
-    )
+    serve = _implementation(impl, u, weight, lengths=weight.shape[2:], squash_output=squash_output)
     if s.dim() == 3:
         s = s.unflatten(2, weight.shape[1:3])
     return serve.capsule_routing_backward(
@@ -206,7 +200,7 @@ def _couplings(
 ) -> Tensor:
     checks.couplings(u, weight, bias, logits, mask, iterations)
     iterations = checks.effective_iterations(iterations, weight.shape[1], leaky)
-    serve = _implementation(impl, "couplings", u, weight, lengths=weight.shape[2:])
+    serve = _implementation(impl, u, weight, lengths=weight.shape[2:])
     return serve.couplings(u.contiguous(), weight.contiguous(), _contiguous(bias), iterations, leaky)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_SOURCES = ("csrc/cuda/*", "csrc/*.h")
+CUDA_FLAGS = re.compile(r"^CUDA_FLAGS = .*$", re.MULTILINE)  # of nvcc, in setup.py
 TRITON_SOURCES = ("capsops/impl/triton/*.py",)
 
 
@@ -48,11 +49,12 @@ def python_code(text: str) -> str:
 
 
 def fingerprint(impl: str) -> str:
-    """Of the sources of "cuda" or "triton", 16 hexadecimal digits."""
+    """Of the sources of "cuda", with nvcc's flags, or of "triton"; 16 hexadecimal digits."""
     patterns, code = (CUDA_SOURCES, cpp_code) if impl == "cuda" else (TRITON_SOURCES, python_code)
     paths = [path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()]
+    flags = "".join(CUDA_FLAGS.findall((ROOT / "setup.py").read_text())) if impl == "cuda" else ""
     parts = sorted(hashlib.sha256(code(path.read_text()).encode()).hexdigest() for path in paths)
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join([*parts, flags]).encode()).hexdigest()[:16]
 
 
 def machine_code(library: Path) -> Counter[str]:

@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import sys
 import sysconfig
 import time
@@ -39,6 +40,7 @@ MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t1
 
 
 def env(args: argparse.Namespace) -> None:
+    from benchmarks.gpu import fingerprint
     from benchmarks.gpu.floor import measured_ceilings
 
     versions = {}
@@ -57,17 +59,24 @@ def env(args: argparse.Namespace) -> None:
             "l2": p.L2_cache_size,
             "memory": p.total_memory,
         }
+    facts["fingerprints"] = {impl: fingerprint.fingerprint(impl) for impl in ("cuda", "triton")}
     commit = machine.provenance(["first_contact"])
     record("env", **facts, **versions, cores=os.cpu_count(), load=os.getloadavg()[0], **commit)
     record("ceilings", **asdict(measured_ceilings(torch.device(args.device))))
 
 
 def build(args: argparse.Namespace) -> None:
+    """As setup.py does, but not the extension for the CPU; what is there and works is taken as it is."""
+    from capsops import dispatch
+
     try:
         from capsops import _cuda
 
-        record("build", already=True, devices=_cuda.device_count(), file=Path(_cuda.__file__).name)
-        return
+        facts = dispatch.build_record().get("cuda", {})
+        if facts.get("built"):
+            record("build", already=True, devices=_cuda.device_count(), **facts)
+            return
+        print("capsops._cuda is there, but its build left no record")
     except ImportError as error:
         print(f"capsops._cuda is not there yet: {error}")
     major, minor = torch.cuda.get_device_capability()
@@ -80,6 +89,8 @@ def build(args: argparse.Namespace) -> None:
     begin = time.monotonic()
     library, facts = setup.build_cuda(ROOT / "build/first_contact")
     setup.install_library(library, ROOT / "capsops" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
+    written = {**dispatch.build_record(), "cuda": {"built": True, **facts}}
+    setup.write_atomically(ROOT / "capsops/_build.json", json.dumps(written, indent=2) + "\n")
     record("build", already=False, seconds=round(time.monotonic() - begin, 1), **facts)
 
 
@@ -95,7 +106,9 @@ def correct(args: argparse.Namespace) -> None:
                worst=outcome.worst.get(task.kind), failures=outcome.failures, late=outcome.late)  # fmt: skip
 
     device = torch.device(args.device)
-    equivalence.compare_all(args.impl, device, shapes, args.seconds, args.workers, options, each)
+    outcome = equivalence.compare_all(args.impl, device, shapes, args.seconds, args.workers, options, each)
+    if outcome.failures:
+        sys.exit(f"{len(outcome.failures)} of {outcome.compared} comparisons failed")
 
 
 def edge(args: argparse.Namespace) -> None:
@@ -125,8 +138,9 @@ def times(args: argparse.Namespace) -> None:
         ]
         op_times.time_all(args.impls, device, args.seconds, small)
         return
+    if not recorded("kernels"):
+        op_times.time_kernels(args.impls, device)
     op_times.time_all(args.impls, device, args.seconds)
-    op_times.time_kernels(args.impls, device)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -245,9 +259,9 @@ def table(args: argparse.Namespace) -> None:
             if row["impl"] == impl:
                 print("  edge:", {k: v for k, v in row.items() if k not in ("part", "time", "impl")})
     print("\nµs by graph replay (by calls), the fastest first")
-    for row in recorded("times", "not timed"):
-        if "failed" in row or row["part"] == "not timed":
-            print(f"{row['case']}: {row.get('failed', 'not timed')[:160]}")
+    for row in recorded("times"):
+        if "failed" in row:
+            print(f"{row['case']}: {row['failed'][:160]}")
             continue
         fastest = row["replay"] or row["calls"]
         names = sorted(row["calls"], key=lambda name: fastest.get(name, row["calls"][name])[0])
@@ -255,6 +269,8 @@ def table(args: argparse.Namespace) -> None:
         print(f"{row['case']}{floor}: {'; '.join(map(partial(seconds_in_words, row), names))}")
         for name, failure in row["failures"].items():
             print(f"    {name}: {failure[:160]}")
+    for row in recorded("not timed"):
+        print(f"not timed: {'; '.join(row['cases'])}")
     for row in recorded(
         "kernels", "systems", "train", "not trained", "train failures", "sanitizer", "failed"
     ):
@@ -294,6 +310,9 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, default=Path("."), help="folder of the sanitizer's logs")
     parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
     args = parser.parse_args()
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that what timeout ends still writes what it has
     PARTS[args.part](args)
 
 

@@ -1,7 +1,7 @@
 """Times of every op on a GPU beside the reference and plain PyTorch, by graph replay and by calls.
 
-A case that has a line in results.jsonl is not timed again: after a fault that ends the process's use of the
-device, the same command goes on behind it.
+A case that has a line in results.jsonl is not timed again: after a fault that leaves the process unable to
+use the device, the same command continues with the next case.
 """
 
 import statistics
@@ -222,26 +222,32 @@ def known_ceilings() -> Ceilings:
 def time_all(
     impls: list[str], device: torch.device, seconds: float, chosen: list[Case] | None = None
 ) -> None:
-    """A line for each case; what is not begun after `seconds` has a line that says so."""
+    """A line for each case; one line names those that are not begun after `seconds`, or are cut short.
+
+    A case that was begun before, by a process that a fault ended, is not begun again.
+    """
     began, ceilings = time.monotonic(), known_ceilings()
-    done = {row["case"] for row in recorded("times")}
-    for case in cases() if chosen is None else chosen:
-        if case.key in done:
-            continue
-        labels = {"case": case.key, **{name: getattr(case, name) for name in LABELS}}
-        if time.monotonic() - began > seconds:
-            record("not timed", **labels)
-            continue
-        try:
-            with matrix_precision(case.tf32):
-                record("times", **labels, **measure(case, impls, device, ceilings))
-        except Exception as error:
-            traceback.print_exc()
-            record("times", **labels, failed=f"{type(error).__name__}: {str(error)[:400]}")
+    done = {row["case"] for row in recorded("times", "times begun")}
+    left = [case for case in (cases() if chosen is None else chosen) if case.key not in done]
+    try:
+        while left and time.monotonic() - began <= seconds:
+            case = left[0]
+            labels = {"case": case.key, **{name: getattr(case, name) for name in LABELS}}
+            record("times begun", case=case.key)
+            try:
+                with matrix_precision(case.tf32):
+                    record("times", **labels, **measure(case, impls, device, ceilings))
+            except Exception as error:
+                traceback.print_exc()
+                record("times", **labels, failed=f"{type(error).__name__}: {str(error)[:400]}")
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # ends the process where the device is lost
+            left.pop(0)
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # ends the process where the device is lost
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+                torch.cuda.empty_cache()
+    finally:
+        if left:
+            record("not timed", cases=[case.key for case in left])
 
 
 def time_kernels(impls: list[str], device: torch.device) -> None:

@@ -34,14 +34,3 @@ def test_a_proof_is_about_these_sources_and_has_its_row(proof: gpu_record.Proof)
     assert proof.model in row
     assert proof.commit in row
     assert "0 failed" in row
-
-
-def test_only_real_ops_and_kernels_are_in_the_order() -> None:
-    assert set(gpu_record.ORDER) == {
-        "squash",
-        "predictions",
-        "dynamic_routing",
-        "capsule_routing",
-        "couplings",
-    }
-    assert {impl for order in gpu_record.ORDER.values() for impl in order} <= {"cuda", "triton"}

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,7 +45,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: card.capability)
     cuda = SimpleNamespace(device_count=lambda: card.devices)
     monkeypatch.setitem(dispatch._MODULES, "cuda", cuda)
-    monkeypatch.setitem(dispatch._MODULES, "triton", SimpleNamespace())
+    monkeypatch.setitem(dispatch._MODULES, "triton", SimpleNamespace(INTERPRETED=False))
+    monkeypatch.setenv("CC", "a compiler")
     monkeypatch.setattr(dispatch, "_cuda_archs", lambda: card.archs)
     monkeypatch.setattr(dispatch, "_triton_release", lambda: card.triton)
     proofs = (Proof("Card", "cuda", "f", "c"), Proof("Card", "triton", "f", "c", triton="3.6"))
@@ -58,34 +60,34 @@ CUDA = torch.device("cuda", 0)
 
 
 def test_auto_takes_what_is_proved_on_the_gpu_in_the_order_that_ships(gpu: SimpleNamespace) -> None:
-    for op, order in gpu_record.ORDER.items():
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert dispatch.serving(op, CUDA, dtype, (16, 8)) == order[0]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert dispatch.serving(CUDA, dtype, (16, 8)) == "cuda"
 
 
 def test_auto_takes_the_reference_for_what_the_kernels_do_not_serve(gpu: SimpleNamespace) -> None:
-    assert dispatch.serving("capsule_routing", CUDA, torch.float64, (16, 8)) == "reference"
-    assert dispatch.serving("capsule_routing", CUDA, torch.float32, (16, 8), False) == "reference"
+    assert dispatch.serving(CUDA, torch.float64, (16, 8)) == "reference"
+    assert dispatch.serving(CUDA, torch.float32, (16, 8), False) == "reference"
 
 
 @pytest.mark.parametrize(
-    ("op", "lengths", "archs", "taken"),
+    ("lengths", "archs", "taken"),
     [
-        ("capsule_routing", (32, 62), ["90"], "cuda"),
-        ("capsule_routing", (33, 8), ["90"], "reference"),
-        ("capsule_routing", (16, 1025), ["90"], "reference"),
-        ("dynamic_routing", (33,), ["90"], "triton"),
-        ("couplings", (16, 8), [], "triton"),
-        ("couplings", (17, 8), [], "reference"),
-        ("capsule_routing", (16, 24), [], "reference"),
-        ("predictions", (), [], "triton"),
+        ((32, 62), ["90"], "cuda"),
+        ((33, 8), ["90"], "reference"),
+        ((16, 65), ["90"], "reference"),
+        ((33,), ["90"], "reference"),
+        ((16,), [], "triton"),
+        ((16, 8), [], "triton"),
+        ((17, 8), [], "reference"),
+        ((16, 24), [], "reference"),
+        ((), [], "triton"),
     ],
 )
 def test_auto_keeps_to_the_lengths_that_are_proved(
-    gpu: SimpleNamespace, op: str, lengths: tuple[int, ...], archs: list[str], taken: str
+    gpu: SimpleNamespace, lengths: tuple[int, ...], archs: list[str], taken: str
 ) -> None:
     gpu.archs = archs
-    assert dispatch.serving(op, CUDA, torch.float32, lengths) == taken
+    assert dispatch.serving(CUDA, torch.float32, lengths) == taken
 
 
 @pytest.mark.parametrize(
@@ -101,22 +103,29 @@ def test_auto_takes_no_kernel_that_is_not_proved_there(
     gpu: SimpleNamespace, change: dict[str, object], taken: str, why: str
 ) -> None:
     vars(gpu).update(change)
-    assert dispatch.serving("squash", CUDA, torch.float32) == taken
+    assert dispatch.serving(CUDA, torch.float32) == taken
     assert dispatch.why_not_proved("cuda", gpu.name, gpu.capability) == why
 
 
-def test_another_release_of_triton_is_not_proved(gpu: SimpleNamespace) -> None:
+def test_triton_is_proved_as_it_ran(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    why = partial(dispatch.why_not_proved, "triton", gpu.name, gpu.capability)
+    assert why() == ""
     gpu.triton = "3.7"
-    assert dispatch.serving("predictions", CUDA, torch.float32) == "reference"
-    why = dispatch.why_not_proved("triton", gpu.name, gpu.capability)
-    assert why == "proved with Triton 3.6, here is 3.7"
+    assert why() == "proved with Triton 3.6; this is 3.7"
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert why().startswith("Triton needs a C compiler")
+    dispatch._MODULES["triton"].INTERPRETED = True
+    assert why() == "Triton runs its interpreter"
+    gpu.archs = []
+    assert dispatch.serving(CUDA, torch.float32) == "reference"
 
 
 def test_what_is_not_there_is_not_proved(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(dispatch._MODULES, "cuda")
     monkeypatch.setitem(dispatch._MISSING, "cuda", "there is no nvcc")
     assert dispatch.why_not_proved("cuda", gpu.name, gpu.capability) == "there is no nvcc"
-    assert dispatch.serving("squash", CUDA, torch.float32) == "triton"
+    assert dispatch.serving(CUDA, torch.float32) == "triton"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +136,7 @@ def test_architectures_that_the_build_recorded(
 ) -> None:
     monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
     assert dispatch._cuda_archs() == []
-    (tmp_path / "_build.json").write_text(json.dumps({"cuda": {"archs": archs}}))
+    (tmp_path / "_build.json").write_text(json.dumps({"cuda": {"built": True, "archs": archs}}))
     assert dispatch._cuda_archs() == known
 
 
@@ -137,41 +146,54 @@ def test_the_release_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def auto_reaches_the_ops(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+def settled_late(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """The CPU's device taken for a GPU's: what each op asks dispatch.serving()."""
     asked = []
 
-    def serving(
-        op: str, device: torch.device, dtype: torch.dtype, lengths: Sequence[int], squash_output: bool
-    ) -> str:
-        asked.append((op, dtype, tuple(lengths), squash_output))
+    def serving(device: torch.device, dtype: torch.dtype, lengths: Sequence[int], squash_output: bool) -> str:
+        asked.append((dtype, tuple(lengths), squash_output))
         return "reference"
 
     monkeypatch.setattr(dispatch, "serving", serving)
-    monkeypatch.setitem(dispatch._PREFERENCE, "cpu", ("auto",))
+    monkeypatch.setattr(dispatch, "SETTLED_LATE", ("cpu",))
     return asked
 
 
-@pytest.mark.parametrize("op", list(gpu_record.ORDER))
-def test_an_op_asks_for_what_serves_it_and_its_gradient_alike(
-    op: str, auto_reaches_the_ops: list[tuple]
+@pytest.mark.parametrize(
+    ("op", "lengths", "asks"),
+    [
+        ("squash", (), 2),
+        ("predictions", (), 2),
+        ("dynamic_routing", (5,), 2),
+        ("capsule_routing", (5, 3), 2),
+        ("couplings", (5, 3), 1),
+    ],
+)
+def test_an_op_and_its_gradient_ask_alike(
+    op: str, lengths: tuple[int, ...], asks: int, settled_late: list[tuple]
 ) -> None:
+    """Whatever use_impl() says when the gradient is made."""
     u, weight = torch.randn(2, 4, 3, requires_grad=True), torch.randn(4, 2, 5, 3, requires_grad=True)
     inputs = {"squash": (u,), "dynamic_routing": (torch.randn(2, 4, 2, 5, requires_grad=True),)}
     result = getattr(capsops, op)(*inputs.get(op, (u, weight)))
-    if op != "couplings":
-        result.sum().backward()
-    lengths = {"capsule_routing": (5, 3), "couplings": (5, 3), "dynamic_routing": (5,)}.get(op, ())
-    asks = 1 if op == "couplings" else 2
-    assert auto_reaches_the_ops == [(op, torch.float32, lengths, True)] * asks
+    if asks == 2:
+        with capsops.use_impl("cuda"):
+            result.sum().backward()
+    assert settled_late == [(torch.float32, lengths, True)] * asks
 
 
-def test_a_compiled_graph_asks_when_it_runs(auto_reaches_the_ops: list[tuple]) -> None:
+def test_what_use_impl_says_at_the_call_counts(settled_late: list[tuple]) -> None:
+    with capsops.use_impl("reference"):
+        capsops.squash(torch.randn(3, 4))
+    assert settled_late == []
+
+
+def test_a_compiled_graph_asks_when_it_runs(settled_late: list[tuple]) -> None:
     u, weight = torch.randn(2, 4, 3), torch.randn(4, 2, 5, 3)
     compiled = torch.compile(lambda u, w: 2 * capsops.capsule_routing(u, w), fullgraph=True, backend="eager")
     for number in (1, 2):
         compiled(u, weight)
-        assert len(auto_reaches_the_ops) == number
+        assert len(settled_late) == number
 
 
 def test_auto_falls_back_on_devices_nobody_knows() -> None:

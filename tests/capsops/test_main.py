@@ -1,5 +1,7 @@
 """python -m capsops."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -64,18 +66,28 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_report_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Card")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(dispatch, "serving", lambda op, *_: "cuda" if op == "squash" else "reference")
-    monkeypatch.setattr(dispatch, "why_not_proved", lambda impl, *_: "" if impl == "cuda" else "too old")
+    monkeypatch.setattr(dispatch, "serving", lambda device, _: ("cuda", "reference")[device.index])
+    monkeypatch.setattr(dispatch, "why_not_proved", lambda impl, model, _: f"{impl} is too old\nfor {model}")
     main.main()
     assert capsys.readouterr().out.splitlines()[-4:] == [
-        "  cuda:0  Card",
-        "          cuda: squash",
-        "          reference: predictions, dynamic_routing, capsule_routing, couplings",
-        "          not triton: too old",
+        "  cuda:0  cuda, on Card 0",
+        "  cuda:1  reference, on Card 1",
+        "          not cuda: cuda is too old",
+        "          not triton: triton is too old",
     ]
+
+
+def test_a_damaged_build_record_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
+    for text in ('{"cpu": {"built"', '{"cpu": null}', '{"cpu": {}}', "[1]", "\xff"):
+        (tmp_path / "_build.json").write_bytes(text.encode("latin-1"))
+        main.main()
+        assert "not built: the build record _build.json cannot be read" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -158,11 +158,13 @@ def auto_inputs(op: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [*LOW_PRECISION, torch.float64])
-@pytest.mark.parametrize("op", list(gpu_record.ORDER))
+@pytest.mark.parametrize("op", ["squash", "predictions", "dynamic_routing", "capsule_routing", "couplings"])
 def test_auto_is_what_is_proved_on_this_gpu(op: str, dtype: torch.dtype) -> None:
     """Bit for bit, value and gradients."""
     inputs = auto_inputs(op, dtype)
-    serving = dispatch.serving(op, inputs[0].device, dtype, (16, 8))
+    serving = dispatch.serving(inputs[0].device, dtype, (16, 8))
+    proved = any(proof.model == torch.cuda.get_device_name() for proof in gpu_record.PROOFS)
+    assert serving == ("cuda" if proved and dtype != torch.float64 else "reference")
     results = []
     for impl in ("auto", serving):
         value = getattr(capsops, op)(*inputs, impl=impl)
