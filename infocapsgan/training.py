@@ -107,7 +107,7 @@ class Training:
 
 
 def _laid_out_as(weight: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with the weight's strides, which Adam's one kernel on a GPU insists on."""
+    """The gradient with the weight's strides, which Adam's fused kernel on a GPU requires."""
     if gradient.stride() == weight.stride():
         return gradient
     return torch.empty_like(weight).copy_(gradient)
