@@ -8,15 +8,15 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from capsops import checks, dispatch, reference, transforms
-from capsops import library as _library  # noqa: F401  registers torch.ops.capsops
+from capsops import dispatch, ops, reference, transforms
+from capsops.ops._arguments import check_dense, check_iterations
 
 
 def _check_tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
     if x.is_nested:  # torch would look for an op of theirs
-        checks.check_dense(name, x)
+        check_dense(name, x)
 
 
 def as_int(name: str, value: int) -> int:
@@ -45,7 +45,7 @@ def as_iterations(value: int) -> int:
         ValueError: it is negative or above 1000.
     """
     iterations = as_int("iterations", value)
-    checks.check_iterations(iterations)
+    check_iterations(iterations)
     return iterations
 
 
@@ -100,7 +100,7 @@ def squash(s: Tensor, dim: int = -1, *, impl: str = "auto") -> Tensor:
         dim %= axes
     serving = dispatch.resolve(impl, s.device.type)
     if _formula_serves(impl, s):
-        return transforms.by_formula(lambda s: checks.squash(s, dim), reference.squash, s, dim=dim)
+        return transforms.by_formula(lambda s: ops.squash.check(s, dim), reference.squash, s, dim=dim)
     return torch.ops.capsops.squash(s, dim, serving)
 
 
@@ -128,7 +128,7 @@ def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
     _check_tensor("weight", weight)
     serving = dispatch.resolve(impl, u.device.type)
     if _formula_serves(impl, u, weight):
-        return transforms.by_formula(checks.predictions, reference.predictions, u, weight)
+        return transforms.by_formula(ops.predictions.check, reference.predictions, u, weight)
     return torch.ops.capsops.predictions(u, weight, serving)
 
 
@@ -172,7 +172,7 @@ def dynamic_routing(
     serving = dispatch.resolve(impl, u_hat.device.type)
     if _formula_serves(impl, u_hat, bias):
         return transforms.by_formula(
-            lambda u_hat, bias: checks.dynamic_routing(u_hat, bias, None, None, iterations),
+            lambda u_hat, bias: ops.dynamic_routing.check(u_hat, bias, None, None, iterations),
             reference.dynamic_routing,
             u_hat,
             bias,
@@ -231,7 +231,7 @@ def capsule_routing(
     serving = dispatch.resolve(impl, u.device.type)
     if _formula_serves(impl, u, weight, bias):
         return transforms.by_formula(
-            lambda u, weight, bias: checks.capsule_routing(u, weight, bias, None, None, iterations),
+            lambda u, weight, bias: ops.capsule_routing.check(u, weight, bias, None, None, iterations),
             reference.capsule_routing,
             u,
             weight,

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from capsops import checks, functional
+from capsops import functional
+from capsops.ops._arguments import check_dense
 
 
 def _size(name: str, value: int) -> int:
@@ -175,7 +176,7 @@ class RoutingCapsules(nn.Module):
                 continue
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
-            checks.check_dense(name, x)
+            check_dense(name, x)
         if not isinstance(layout, str):
             raise TypeError(f"layout: got {type(layout).__name__}, takes a str such as 'JIDK'")
         if sorted(layout.replace("1", "")) != sorted("IJDK") or len(layout) != weight.dim():

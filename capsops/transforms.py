@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from capsops.impl import accumulation_dtype
-from capsops.library import autocast_enabled, under_autocast
+from capsops.ops._register import autocast_enabled, under_autocast
 
 
 def active(*tensors: Tensor | None) -> bool:

@@ -1,8 +1,8 @@
-"""What each op takes: its kernel and its fake ask these functions first, whoever calls the op.
+"""Checks of arguments that several ops share.
 
 Shapes, dtypes, layouts, devices and ranges are checked, so that no call can make a kernel read or write
 outside its tensors. An error names the argument, what it got and what it takes. The conditions stand where
-they are tested, since a call pays for them; what words an error has is put together apart from them.
+they are tested, since a call pays for them; the words of an error are put together apart from them.
 """
 
 from typing import NoReturn
@@ -48,12 +48,7 @@ def check_dense(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: got dtype {x.dtype}, takes float32, bfloat16, float16 or float64")
 
 
-def check_iterations(iterations: int) -> None:
-    if not 0 <= iterations <= MAX_ITERATIONS:
-        raise ValueError(f"iterations: got {iterations}, takes 0 (no routing) to {MAX_ITERATIONS}")
-
-
-def _check_like(name: str, x: Tensor, first_name: str, first: Tensor) -> None:
+def check_like(name: str, x: Tensor, first_name: str, first: Tensor) -> None:
     """x is a dense tensor with the device and dtype of another argument, which has been checked."""
     if x is None or x.is_nested or x.layout is not _STRIDED:
         check_dense(name, x)
@@ -67,11 +62,16 @@ def _check_like(name: str, x: Tensor, first_name: str, first: Tensor) -> None:
     raise TypeError(f"{name}: got dtype {x.dtype}, takes that of {first_name}, which is {first.dtype}")
 
 
-def _refuse_shape(name: str, x: Tensor, axes: str, *sizes: int | None) -> NoReturn:
+def refuse_shape(name: str, x: Tensor, axes: str, *sizes: int | None) -> NoReturn:
     """`axes` has a letter for each dimension that x should have; `sizes` is None where any size will do."""
     known = ", ".join(f"{axis} = {n}" for axis, n in zip(axes, sizes, strict=False) if n is not None)
     wanted = f"[{', '.join(axes)}]" + (f" with {known}" if known else "")
     raise ValueError(f"{name}: got shape {list(x.shape)}, takes {wanted}")
+
+
+def check_iterations(iterations: int) -> None:
+    if not 0 <= iterations <= MAX_ITERATIONS:
+        raise ValueError(f"iterations: got {iterations}, takes 0 (no routing) to {MAX_ITERATIONS}")
 
 
 def _check_not_built(logits: Tensor | None, mask: Tensor | None) -> None:
@@ -81,41 +81,7 @@ def _check_not_built(logits: Tensor | None, mask: Tensor | None) -> None:
             raise ValueError(f"{name}: got a tensor, takes None: no implementation serves `{name}` yet")
 
 
-def squash(s: Tensor, dim: int) -> None:
-    check_dense("s", s)
-    axes = s.dim()
-    if axes == 0:
-        raise ValueError("s: got a scalar, takes a tensor with at least one dimension")
-    if not 0 <= dim < axes:
-        raise ValueError(f"dim: got {dim}, takes 0 to {axes - 1} for a tensor of shape {list(s.shape)}")
-
-
-def squash_backward(grad: Tensor, s: Tensor, dim: int) -> None:
-    squash(s, dim)
-    _check_like("grad", grad, "s", s)
-    if grad.shape != s.shape:
-        raise ValueError(f"grad: got shape {list(grad.shape)}, takes that of s, which is {list(s.shape)}")
-
-
-def predictions(u: Tensor, weight: Tensor) -> None:
-    check_dense("u", u)
-    _check_like("weight", weight, "u", u)
-    if weight.dim() != 4:
-        _refuse_shape("weight", weight, "IJDK")
-    in_capsules, _, _, in_dim = weight.shape
-    if u.dim() != 3 or u.shape[1] != in_capsules or u.shape[2] != in_dim:
-        _refuse_shape("u", u, "BIK", None, in_capsules, in_dim)
-
-
-def predictions_backward(grad: Tensor, u: Tensor, weight: Tensor) -> None:
-    predictions(u, weight)
-    _check_like("grad", grad, "u", u)
-    sizes = (u.shape[0], *weight.shape[:3])
-    if grad.shape != sizes:
-        _refuse_shape("grad", grad, "BIJD", *sizes)
-
-
-def _check_routing(
+def check_routing(
     name: str,
     like: Tensor,
     sizes: tuple[int, int],
@@ -126,39 +92,15 @@ def _check_routing(
 ) -> None:
     """What all routing takes beside the capsules; `sizes` is [J, D]."""
     if bias is not None:
-        _check_like("bias", bias, name, like)
+        check_like("bias", bias, name, like)
         if bias.shape != sizes:
-            _refuse_shape("bias", bias, "JD", *sizes)
+            refuse_shape("bias", bias, "JD", *sizes)
     check_iterations(iterations)
     if logits is not None or mask is not None:
         _check_not_built(logits, mask)
 
 
-def dynamic_routing(
-    u_hat: Tensor, bias: Tensor | None, logits: Tensor | None, mask: Tensor | None, iterations: int
-) -> None:
-    check_dense("u_hat", u_hat)
-    if u_hat.dim() != 4:
-        _refuse_shape("u_hat", u_hat, "BIJD")
-    _check_routing("u_hat", u_hat, u_hat.shape[2:], bias, logits, mask, iterations)
-
-
-def capsule_routing(
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    logits: Tensor | None,
-    mask: Tensor | None,
-    iterations: int,
-) -> None:
-    predictions(u, weight)
-    _check_routing("u", u, weight.shape[1:3], bias, logits, mask, iterations)
-
-
-couplings = capsule_routing
-
-
-def _check_saved(
+def check_saved(
     name: str,
     like: Tensor,
     sizes: tuple[int, int, int],
@@ -168,9 +110,9 @@ def _check_saved(
     leaky: bool,
 ) -> None:
     """The upstream gradient [B, J, D], and s of every pass: as returned, or [T, B, J · D] as it is saved."""
-    _check_like("grad", grad, name, like)
+    check_like("grad", grad, name, like)
     if grad.shape != sizes:
-        _refuse_shape("grad", grad, "BJD", *sizes)
+        refuse_shape("grad", grad, "BJD", *sizes)
     check_dense("s", s)
     wanted = accumulation_dtype(like.dtype)
     if s.dtype is not wanted:
@@ -180,19 +122,4 @@ def _check_saved(
     batch, out_capsules, out_dim = sizes
     passes = saved_passes(iterations, out_capsules, leaky)
     if s.shape != (passes, batch, out_capsules * out_dim) and s.shape != (passes, *sizes):
-        _refuse_shape("s", s, "TBJD", passes, *sizes)
-
-
-def dynamic_routing_backward(
-    grad: Tensor, u_hat: Tensor, bias: Tensor | None, s: Tensor, iterations: int, leaky: bool
-) -> None:
-    dynamic_routing(u_hat, bias, None, None, iterations)
-    batch, _, out_capsules, out_dim = u_hat.shape
-    _check_saved("u_hat", u_hat, (batch, out_capsules, out_dim), grad, s, iterations, leaky)
-
-
-def capsule_routing_backward(
-    grad: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, iterations: int, leaky: bool
-) -> None:
-    capsule_routing(u, weight, bias, None, None, iterations)
-    _check_saved("u", u, (u.shape[0], *weight.shape[1:3]), grad, s, iterations, leaky)
+        refuse_shape("s", s, "TBJD", passes, *sizes)

@@ -1,0 +1,8 @@
+"""The ops, a file each: schema, checks, kernel, fake, gradient and second gradient, in this order.
+
+Importing this package registers them under torch.ops.capsops.
+"""
+
+from capsops.ops import capsule_routing, couplings, dynamic_routing, predictions, squash
+
+__all__ = ["capsule_routing", "couplings", "dynamic_routing", "predictions", "squash"]

@@ -1,0 +1,235 @@
+"""What all ops share: how an op, its fake and its gradient are registered with torch.library.
+
+The kernels as registered pay what every implementation would otherwise pay by itself: contiguous tensors and
+empty ones. The backward ops have gradients of their own, by autograd through the reference formula, at any
+order.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from capsops import dispatch
+from capsops.impl import accumulation_dtype
+from capsops.ops._arguments import saved_passes
+
+_library = torch.library.Library("capsops", "DEF")
+
+# What the routing ops take beside the capsules, and behind it.
+ROUTING = "Tensor? bias, Tensor? logits, Tensor? mask, int iterations, bool leaky"
+OPTIONS = ("iterations", "leaky", "detach", "squash_output")
+
+
+def implementation(
+    impl: str, *tensors: Tensor, lengths: Sequence[int] = (), squash_output: bool = True
+) -> Any:
+    """The module that serves the call; what has no elements is the reference's.
+
+    `impl` was settled when the op was called, except for "auto" on a GPU, or when a graph that holds it was
+    traced or exported, on another device or machine perhaps: it is looked at again.
+    """
+    device = tensors[0].device
+    if impl == "auto" and device.type in dispatch.SETTLED_LATE:
+        impl = dispatch.serving(device, tensors[0].dtype, lengths, squash_output)
+    else:
+        impl = dispatch.resolve(impl, device.type)
+    for x in tensors:
+        if x.numel() == 0:
+            impl = "reference"
+    return dispatch.module(impl)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def empty_like(x: Tensor, needed: bool = True) -> Tensor:
+    """For a fake: a gradient of x, which has no elements where it is not needed."""
+    return x.new_empty(x.shape if needed else 0)
+
+
+def routing_fakes(
+    like: Tensor, batch: int, capsules: int, dim: int, iterations: int, leaky: bool
+) -> tuple[Tensor, Tensor]:
+    """For a fake: v, and s of every pass."""
+    v = like.new_empty(batch, capsules, dim)
+    passes = saved_passes(iterations, capsules, leaky)
+    return v, v.new_empty(passes, batch, capsules, dim, dtype=accumulation_dtype(like.dtype))
+
+
+def saved(s: Tensor) -> Tensor:
+    """s [T, B, J, D] as it is kept for backward: in a graph that is traced, as [T, B, J · D].
+
+    Behind a convolution, torch 2.6's inductor takes what has four axes for images, puts the second axis last
+    in memory, and takes the strides that this gives, which depend on the batch size, for constants.
+    """
+    return s if type(s) is Tensor else s.flatten(2)
+
+
+def _alias(x: Tensor) -> Tensor:
+    """A node of its own for x: differentiating with respect to it does not run on into x's history."""
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def second_order(
+    formula: Callable[..., Tensor],
+    inputs: tuple[Tensor | None, ...],
+    grad: Tensor,
+    grad_grads: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The vector-Jacobian product of (grad, *inputs) ↦ vjp of `formula`, for upstream `grad_grads`.
+
+    `grad_grads` belong to the gradients of `inputs`, None where there is none. Returns the gradient of `grad`
+    and of each input (None for an input that is None).
+    """
+    create_graph = torch.is_grad_enabled()
+    wide = accumulation_dtype(grad.dtype)
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        aliases = [None if x is None else _alias(x) for x in inputs]
+        upstream = _alias(grad)
+        pairs = [
+            (n, g.to(wide)) for n, g in enumerate(grad_grads) if aliases[n] is not None and g is not None
+        ]
+        if not pairs:
+            return (None,) * (1 + len(inputs))
+        wider = [None if x is None else x.to(wide) for x in aliases]
+        firsts = torch.autograd.grad(
+            formula(*wider),
+            [wider[n] for n, _ in pairs],
+            upstream.to(wide),
+            create_graph=True,
+            materialize_grads=True,
+        )
+        product = sum((first * g).sum() for first, (_, g) in zip(firsts, pairs, strict=True))
+        present = [upstream, *(x for x in aliases if x is not None)]
+        found = iter(torch.autograd.grad(product, present, create_graph=create_graph, materialize_grads=True))
+        return (next(found), *(None if x is None else next(found) for x in aliases))
+
+
+def autocast_enabled(x: Tensor | None) -> bool:
+    """Whether autocast is on for the device of x; torch raises an error for devices that have none."""
+    return x is not None and x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+
+
+def _kernel(function: Callable) -> Callable:
+    """The kernel as registered: its results are contiguous, as the fakes say, and autocast stays outside."""
+
+    def call(*args: Any) -> Any:
+        if autocast_enabled(args[0]):
+            with torch.autocast(args[0].device.type, enabled=False):
+                return call(*args)
+        results = function(*args)
+        if isinstance(results, Tensor):
+            return results.contiguous()
+        return tuple(x.contiguous() for x in results)
+
+    return call
+
+
+def _refuse_tangents(name: str, args: tuple) -> None:
+    """The ops have no derivative in forward mode: a tangent would be lost.
+
+    Raises:
+        ValueError: a tensor carries one.
+    """
+    for argument, x in zip(getattr(torch.ops.capsops, name).default._schema.arguments, args, strict=True):
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise ValueError(
+                f"{argument.name}: got a tensor with a tangent, takes one without:"
+                f" torch.ops.capsops.{name} has no derivative in forward mode"
+            )
+
+
+def _below_autograd(name: str) -> Callable:
+    """The op itself, its result a constant whatever the arguments require."""
+    op = getattr(torch.ops.capsops, name).default
+    below = torch._C._after_autograd_keyset
+
+    def call(keyset: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & below, *args)
+
+    return call
+
+
+def _autograd_kernel(name: str, vjp: Callable[..., tuple], setup: Callable[..., None]) -> Callable:
+    """The kernel that records the gradient: `setup` keeps what `vjp` takes.
+
+    What torch.library.register_autograd does, for ops without keyword arguments: it asks the schema for
+    defaults and looks into lists of tensors at every call, which costs as long as a small layer computes.
+    """
+    plain = _below_autograd(name)
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            *args, keyset = args
+            results = plain(keyset, *args)
+            setup(ctx, args, results)
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+            return *vjp(ctx, *grads), None
+
+    Recorded.__name__ = f"capsops_{name}"
+
+    def call(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
+        if torch.is_grad_enabled():
+            for x in args:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return Recorded.apply(*args, keyset)
+        return plain(keyset, *args)
+
+    return call
+
+
+def under_autocast(op: Callable, device: str) -> Callable:
+    """What torch does for matrix products: every tensor but float64 in autocast's dtype."""
+
+    def cast(x: Any) -> Any:
+        wanted = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(torch.get_autocast_dtype(device)) if wanted else x
+
+    def call(*args: Any) -> Any:
+        args = tuple(cast(x) for x in args)
+        with torch.autocast(device, enabled=False):
+            return op(*args)
+
+    return call
+
+
+def register(
+    name: str,
+    schema: str,
+    kernel: Callable,
+    fake: Callable,
+    gradient: tuple[Callable[..., tuple], Callable[..., None]] | None = None,
+    *,
+    autocast: bool = False,
+) -> None:
+    """Defines torch.ops.capsops.<name>.
+
+    Args:
+        name: of the op.
+        schema: its arguments and results, in torch's language.
+        kernel: computes it, after its checks.
+        fake: makes empty results of the right shapes, after the same checks.
+        gradient: the vector-Jacobian product, and what keeps its inputs; without it results are constants.
+        autocast: whether the op takes part in autocast.
+    """
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, _kernel(kernel), "CompositeExplicitAutograd")
+    for key in ("NestedTensorCPU", "NestedTensorCUDA", "NestedTensorMeta"):
+        _library.impl(name, kernel, key)  # whose first check refuses them
+    torch.library.register_fake(f"capsops::{name}", fake, lib=_library)
+    recorded = _below_autograd(name) if gradient is None else _autograd_kernel(name, *gradient)
+    _library.impl(name, recorded, "Autograd", with_keyset=True)
+    if autocast:
+        for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            _library.impl(name, under_autocast(getattr(torch.ops.capsops, name), device), key)

@@ -1,0 +1,201 @@
+"""torch.ops.capsops.capsule_routing: u [B, I, K] and W [I, J, D, K] → v [B, J, D], and s of every pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capsops import reference
+from capsops.ops import predictions
+from capsops.ops._arguments import check_routing, check_saved, effective_iterations
+from capsops.ops._register import (
+    OPTIONS,
+    ROUTING,
+    contiguous,
+    empty_like,
+    implementation,
+    register,
+    routing_fakes,
+    saved,
+    second_order,
+)
+
+SCHEMA = (
+    f"(Tensor u, Tensor weight, {ROUTING}, bool detach, bool squash_output, str impl) -> (Tensor, Tensor)"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor grad, Tensor u, Tensor weight, Tensor? bias, Tensor s, int iterations, bool leaky,"
+    " bool detach, bool squash_output, bool needs_u, bool needs_weight, str impl)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+def check(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+) -> None:
+    predictions.check(u, weight)
+    check_routing("u", u, weight.shape[1:3], bias, logits, mask, iterations)
+
+
+def check_backward(
+    grad: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, iterations: int, leaky: bool
+) -> None:
+    check(u, weight, bias, None, None, iterations)
+    check_saved("u", u, (u.shape[0], *weight.shape[1:3]), grad, s, iterations, leaky)
+
+
+def kernel(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    squash_output: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    check(u, weight, bias, logits, mask, iterations)
+    iterations = effective_iterations(iterations, weight.shape[1], leaky)
+    serve = implementation(impl, u, weight, lengths=weight.shape[2:], squash_output=squash_output)
+    return serve.capsule_routing(
+        u.contiguous(), weight.contiguous(), contiguous(bias), iterations, leaky, squash_output
+    )
+
+
+def kernel_backward(
+    grad: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    squash_output: bool,
+    needs_u: bool,
+    needs_weight: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_backward(grad, u, weight, bias, s, iterations, leaky)
+    iterations = effective_iterations(iterations, weight.shape[1], leaky)
+    serve = implementation(impl, u, weight, lengths=weight.shape[2:], squash_output=squash_output)
+    if s.dim() == 3:
+        s = s.unflatten(2, weight.shape[1:3])
+    return serve.capsule_routing_backward(
+        grad.contiguous(),
+        u.contiguous(),
+        weight.contiguous(),
+        s.contiguous(),
+        iterations,
+        leaky,
+        detach,
+        squash_output,
+        needs_u,
+        needs_weight,
+    )
+
+
+def fake(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    squash_output: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    check(u, weight, bias, logits, mask, iterations)
+    return routing_fakes(u, u.shape[0], *weight.shape[1:3], iterations, leaky)
+
+
+def fake_backward(
+    grad: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    squash_output: bool,
+    needs_u: bool,
+    needs_weight: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_backward(grad, u, weight, bias, s, iterations, leaky)
+    return empty_like(u, needs_u), empty_like(weight, needs_weight), u.new_empty(weight.shape[1:3])
+
+
+def save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    u, weight, bias, _, _, *ctx.options, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(u, weight, bias, saved(output[1]))
+
+
+def gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple:
+    if grad is None:
+        return (None,) * 10
+    u, weight, bias, s = ctx.saved_tensors
+    needs_u, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    grad_u, grad_weight, grad_bias = torch.ops.capsops.capsule_routing_backward(
+        grad,
+        u,
+        weight,
+        bias,
+        s,
+        *ctx.options,
+        needs_u,
+        needs_weight,
+        ctx.impl,
+    )
+    gradients = (
+        grad_u if needs_u else None,
+        grad_weight if needs_weight else None,
+        grad_bias if needs_bias else None,
+    )
+    return *gradients, *(None,) * 7
+
+
+def save_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    grad, u, weight, bias, _, *options, ctx.needs_u, ctx.needs_weight, _ = inputs
+    ctx.options = dict(zip(OPTIONS, options, strict=True))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad, u, weight, bias)
+
+
+def second_gradient(
+    ctx: Any, grad_grad_u: Tensor | None, grad_grad_weight: Tensor | None, grad_grad_bias: Tensor | None
+) -> tuple:
+    grad, u, weight, bias = ctx.saved_tensors
+    gradients = second_order(
+        lambda x, w, b: reference.capsule_routing(x, w, b, **ctx.options),
+        (u, weight, bias),
+        grad,
+        (
+            grad_grad_u if ctx.needs_u else None,
+            grad_grad_weight if ctx.needs_weight else None,
+            grad_grad_bias,
+        ),
+    )
+    return *gradients, *(None,) * 8
+
+
+register("capsule_routing", SCHEMA, kernel, fake, (gradient, save), autocast=True)
+register(
+    "capsule_routing_backward",
+    BACKWARD_SCHEMA,
+    kernel_backward,
+    fake_backward,
+    (second_gradient, save_backward),
+)

@@ -1,0 +1,93 @@
+"""torch.ops.capsops.predictions: û_ij = W_ij u_i."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capsops import reference
+from capsops.ops._arguments import check_dense, check_like, refuse_shape
+from capsops.ops._register import empty_like, implementation, register, second_order
+
+SCHEMA = "(Tensor u, Tensor weight, str impl) -> Tensor"
+BACKWARD_SCHEMA = (
+    "(Tensor grad, Tensor u, Tensor weight, bool needs_u, bool needs_weight, str impl) -> (Tensor, Tensor)"
+)
+
+
+def check(u: Tensor, weight: Tensor) -> None:
+    check_dense("u", u)
+    check_like("weight", weight, "u", u)
+    if weight.dim() != 4:
+        refuse_shape("weight", weight, "IJDK")
+    in_capsules, _, _, in_dim = weight.shape
+    if u.dim() != 3 or u.shape[1] != in_capsules or u.shape[2] != in_dim:
+        refuse_shape("u", u, "BIK", None, in_capsules, in_dim)
+
+
+def check_backward(grad: Tensor, u: Tensor, weight: Tensor) -> None:
+    check(u, weight)
+    check_like("grad", grad, "u", u)
+    sizes = (u.shape[0], *weight.shape[:3])
+    if grad.shape != sizes:
+        refuse_shape("grad", grad, "BIJD", *sizes)
+
+
+def kernel(u: Tensor, weight: Tensor, impl: str) -> Tensor:
+    check(u, weight)
+    return implementation(impl, u, weight).predictions(u.contiguous(), weight.contiguous())
+
+
+def kernel_backward(
+    grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    check_backward(grad, u, weight)
+    serve = implementation(impl, u, weight)
+    return serve.predictions_backward(
+        grad.contiguous(), u.contiguous(), weight.contiguous(), needs_u, needs_weight
+    )
+
+
+def fake(u: Tensor, weight: Tensor, impl: str) -> Tensor:
+    check(u, weight)
+    return u.new_empty(u.shape[0], *weight.shape[:3])
+
+
+def fake_backward(
+    grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    check_backward(grad, u, weight)
+    return empty_like(u, needs_u), empty_like(weight, needs_weight)
+
+
+def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    u, weight, ctx.impl = inputs
+    ctx.save_for_backward(u, weight)
+
+
+def gradient(ctx: Any, grad: Tensor) -> tuple:
+    u, weight = ctx.saved_tensors
+    needs_u, needs_weight, *_ = ctx.needs_input_grad
+    grad_u, grad_weight = torch.ops.capsops.predictions_backward(
+        grad, u, weight, needs_u, needs_weight, ctx.impl
+    )
+    return grad_u if needs_u else None, grad_weight if needs_weight else None, None
+
+
+def save_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    grad, u, weight, ctx.needs_u, ctx.needs_weight, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad, u, weight)
+
+
+def second_gradient(ctx: Any, grad_grad_u: Tensor | None, grad_grad_weight: Tensor | None) -> tuple:
+    grad, u, weight = ctx.saved_tensors
+    grad_grads = (grad_grad_u if ctx.needs_u else None, grad_grad_weight if ctx.needs_weight else None)
+    gradients = second_order(reference.predictions, (u, weight), grad, grad_grads)
+    return *gradients, None, None, None
+
+
+register("predictions", SCHEMA, kernel, fake, (gradient, save), autocast=True)
+register(
+    "predictions_backward", BACKWARD_SCHEMA, kernel_backward, fake_backward, (second_gradient, save_backward)
+)

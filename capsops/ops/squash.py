@@ -1,0 +1,74 @@
+"""torch.ops.capsops.squash: s · ‖s‖ / (1 + ‖s‖²) along one dimension."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capsops import reference
+from capsops.ops._arguments import check_dense, check_like
+from capsops.ops._register import empty_like, implementation, register, second_order
+
+SCHEMA = "(Tensor s, int dim, str impl) -> Tensor"
+BACKWARD_SCHEMA = "(Tensor grad, Tensor s, int dim, str impl) -> Tensor"
+
+
+def check(s: Tensor, dim: int) -> None:
+    check_dense("s", s)
+    axes = s.dim()
+    if axes == 0:
+        raise ValueError("s: got a scalar, takes a tensor with at least one dimension")
+    if not 0 <= dim < axes:
+        raise ValueError(f"dim: got {dim}, takes 0 to {axes - 1} for a tensor of shape {list(s.shape)}")
+
+
+def check_backward(grad: Tensor, s: Tensor, dim: int) -> None:
+    check(s, dim)
+    check_like("grad", grad, "s", s)
+    if grad.shape != s.shape:
+        raise ValueError(f"grad: got shape {list(grad.shape)}, takes that of s, which is {list(s.shape)}")
+
+
+def kernel(s: Tensor, dim: int, impl: str) -> Tensor:
+    check(s, dim)
+    return implementation(impl, s).squash(s.contiguous(), dim)
+
+
+def kernel_backward(grad: Tensor, s: Tensor, dim: int, impl: str) -> Tensor:
+    check_backward(grad, s, dim)
+    return implementation(impl, s).squash_backward(grad.contiguous(), s.contiguous(), dim)
+
+
+def fake(s: Tensor, dim: int, impl: str) -> Tensor:
+    check(s, dim)
+    return empty_like(s)
+
+
+def fake_backward(grad: Tensor, s: Tensor, dim: int, impl: str) -> Tensor:
+    check_backward(grad, s, dim)
+    return empty_like(s)
+
+
+def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    s, ctx.dim, ctx.impl = inputs
+    ctx.save_for_backward(s)
+
+
+def gradient(ctx: Any, grad: Tensor) -> tuple:
+    (s,) = ctx.saved_tensors
+    return torch.ops.capsops.squash_backward(grad, s, ctx.dim, ctx.impl), None, None
+
+
+def save_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    grad, s, ctx.dim, _ = inputs
+    ctx.save_for_backward(grad, s)
+
+
+def second_gradient(ctx: Any, grad_grad: Tensor) -> tuple:
+    grad, s = ctx.saved_tensors
+    gradients = second_order(lambda x: reference.squash(x, ctx.dim), (s,), grad, (grad_grad,))
+    return *gradients, None, None
+
+
+register("squash", SCHEMA, kernel, fake, (gradient, save), autocast=True)
+register("squash_backward", BACKWARD_SCHEMA, kernel_backward, fake_backward, (second_gradient, save_backward))
