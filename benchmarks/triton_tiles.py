@@ -2,7 +2,8 @@
 
 For each precision and batch, forward and backward are timed with every candidate, by graph replay; what does
 not compile or fit is listed with its reason. Each candidate compiles for seconds. The best entries are those
-to write into capsops/impl/triton/tiles.py (ROUTED from the forward times, GRADIENT from the backward ones).
+to write into capsops/backends/triton/tiles.py (ROUTED from the forward times, GRADIENT from the backward
+ones).
 """
 
 import argparse
@@ -18,8 +19,8 @@ from triton.errors import TritonError
 import capsops
 from benchmarks.cases import RoutingCase
 from benchmarks.triton_resources import PRECISIONS
-from capsops.impl.triton import tiles
-from capsops.impl.triton.launch import unit
+from capsops.backends.triton import tiles
+from capsops.backends.triton.launch import unit
 
 ROWS = (16, 32, 64, 128)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from capsops import gpu_record
-from capsops.impl import reference
+from capsops.backends import reference
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -54,9 +54,9 @@ def _build_failure(extension: str) -> str:
 
 
 def _load(name: str) -> tuple[ModuleType | None, str]:
-    """capsops.impl.<name>, which stands on the extension capsops._<name>; or None and why."""
+    """capsops.backends.<name>, which stands on the extension capsops._<name>; or None and why."""
     try:
-        return importlib.import_module(f"capsops.impl.{name}"), ""
+        return importlib.import_module(f"capsops.backends.{name}"), ""
     except ImportError as error:
         return None, f"capsops._{name} cannot be imported ({error}): {_build_failure(name)}"
 
@@ -71,7 +71,7 @@ def _load_triton() -> tuple[ModuleType | None, str]:
         return None, f"Triton is not installed: what is called triton is {where}"
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 6):
         return None, f"Triton {triton.__version__} is too old: the kernels take 3.6 or newer"
-    return importlib.import_module("capsops.impl.triton"), ""
+    return importlib.import_module("capsops.backends.triton"), ""
 
 
 _cpu, _cpu_missing = _load("cpu")
@@ -248,7 +248,7 @@ def serving(
 
 
 def module(impl: str) -> ModuleType:
-    """The implementation's functions, as listed in capsops.impl."""
+    """The implementation's functions, as listed in capsops.backends."""
     return _MODULES[impl]
 
 

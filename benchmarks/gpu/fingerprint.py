@@ -3,8 +3,8 @@
 python -m benchmarks.gpu.fingerprint                    that of each set of kernels
 python -m benchmarks.gpu.fingerprint --same OLD NEW     whether two builds hold the same machine code
 
-Comments, docstrings, white space and the names of files do not count. Where sources change but the machine
-code stays the same, instruction for instruction, the proof holds for the new fingerprint too.
+Comments, docstrings, white space, imports and the names of files do not count. Where sources change but the
+machine code stays the same, instruction for instruction, the proof holds for the new fingerprint too.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_SOURCES = ("csrc/cuda/*", "csrc/*.h")
 CUDA_FLAGS = re.compile(r"^CUDA_FLAGS = .*$", re.MULTILINE)  # of nvcc, in setup.py
-TRITON_SOURCES = ("capsops/impl/triton/*.py",)
+TRITON_SOURCES = ("capsops/backends/triton/*.py",)
 
 
 def cpp_code(text: str) -> str:
@@ -30,11 +30,13 @@ def cpp_code(text: str) -> str:
 
 
 def python_code(text: str) -> str:
-    """The syntax tree of Python code without docstrings, the same in every version of Python."""
+    """The syntax tree of Python code without docstrings and imports, the same in every version of Python."""
 
     def of(node: object) -> str:
         if isinstance(node, list):
-            return "[" + ",".join(map(of, node)) + "]"
+            return (
+                "[" + ",".join(of(x) for x in node if not isinstance(x, (ast.Import, ast.ImportFrom))) + "]"
+            )
         if not isinstance(node, ast.AST):
             return repr(node)
         if (

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from capsops import dispatch
-from capsops.impl import accumulation_dtype
+from capsops.backends import accumulation_dtype
 from capsops.ops._arguments import saved_passes
 
 _library = torch.library.Library("capsops", "DEF")

@@ -1,5 +1,5 @@
 // Routing by agreement and its full gradient, without û in memory; the formulas stand in
-// capsops/impl/reference.py.
+// capsops/backends/reference.py.
 //
 // The passes over û are an engine's (lanes.h, rows.h); what lies between them, on numbers of the size B·J·D,
 // is here. Between passes every thread waits for the others.

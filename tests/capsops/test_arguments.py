@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import capsops
 from capsops import reference
-from capsops.impl import decline_unsquashed
+from capsops.backends import decline_unsquashed
 from capsops.nn import PrimaryCapsules, RoutingCapsules
 from tests.capsops.cases import Options, Shape, layer_inputs, routing_inputs, value_and_gradients
 from tests.capsops.compare import assert_all_close, assert_close

@@ -11,7 +11,7 @@ import capsops
 from tests.capsops.cases import Shape, layer_inputs, routing_inputs
 
 _cpu = pytest.importorskip("capsops._cpu", reason="capsops._cpu is not built", exc_type=ImportError)
-from capsops.impl import cpu  # noqa: E402  it needs the extension
+from capsops.backends import cpu  # noqa: E402  it needs the extension
 
 SHAPE = Shape(2, 3, 4, 5, 6)
 FUNCTIONS = (

@@ -404,6 +404,6 @@ def test_environment_variable_that_names_what_is_missing() -> None:
 def test_cuda_kernels_round_to_tf32_where_torch_may(
     setting: dict[str, str | bool], allowed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels = pytest.importorskip("capsops.impl.cuda", exc_type=ImportError)
+    kernels = pytest.importorskip("capsops.backends.cuda", exc_type=ImportError)
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(**setting))
     assert kernels._allows_tf32() == allowed

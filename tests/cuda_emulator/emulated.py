@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU, and calls capsops.impl.cuda on them with CPU tensors."""
+"""Builds the CUDA kernels for the CPU, and calls capsops.backends.cuda on them with CPU tensors."""
 
 import ctypes
 import importlib.machinery
@@ -64,8 +64,8 @@ def load(name: str, library: Path) -> ModuleType:
 
 
 def load_implementation(extension: ModuleType) -> ModuleType:
-    """capsops/impl/cuda.py, a copy of its own that runs on `extension`, be the real one built or not."""
-    spec = importlib.util.spec_from_file_location("emulated_cuda", ROOT / "capsops/impl/cuda.py")
+    """capsops/backends/cuda.py, a copy of its own that runs on `extension`, be the real one built or not."""
+    spec = importlib.util.spec_from_file_location("emulated_cuda", ROOT / "capsops/backends/cuda.py")
     module = importlib.util.module_from_spec(spec)
     with (
         mock.patch.object(capsops, "_cuda", extension, create=True),
@@ -107,7 +107,7 @@ class Emulated:
         return self._empty((beside + x.numel(),), x.dtype)[beside:].view(x.shape).copy_(x)
 
     def call(self, name: str, *arguments: Any, **device: Any) -> tuple[Tensor, ...]:
-        """The results of a function of capsops.impl.cuda, on a device as emulator.set() describes it."""
+        """The results of a function of capsops.backends.cuda, on a device as emulator.set() describes it."""
         runs = []
         for backwards in (False, True):
             self.device.set(backwards=backwards, late_copies=backwards, **device)

@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or n
 from benchmarks.cases import RoutingCase  # noqa: E402
 from benchmarks.triton_compile import SHARED_LIMIT, TARGETS, compiling, resources  # noqa: E402
 from benchmarks.triton_resources import CLASSES, PRECISIONS, launches, rows  # noqa: E402
-from capsops.impl.triton.launch import unit  # noqa: E402
+from capsops.backends.triton.launch import unit  # noqa: E402
 
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton's interpreter is on", allow_module_level=True)
@@ -86,8 +86,8 @@ def test_sizes_of_one_compile(leaky: bool, detach: bool) -> None:
 @pytest.mark.parametrize(("inputs", "spills"), [(8, False), (32, True)])
 def test_spills_are_found(inputs: int, spills: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table tells a kernel that spills from one that does not."""
-    from capsops.impl import triton as kernels
-    from capsops.impl.triton import tiles
+    from capsops.backends import triton as kernels
+    from capsops.backends.triton import tiles
 
     monkeypatch.setattr(tiles, "tile", lambda *sizes: tiles.Tile(64, inputs, 16, 8, 4, 1, None))
     u, weight = torch.empty(64, 32, 8, device="meta"), torch.empty(32, 10, 16, 8, device="meta")
@@ -131,7 +131,7 @@ def test_units_of_16_bit_do_not_hang_on_the_setting(monkeypatch: pytest.MonkeyPa
 
 
 def test_nothing_is_launched_while_compiling() -> None:
-    from capsops.impl import triton as kernels
+    from capsops.backends import triton as kernels
 
     with compiling("sm_90") as found:
         kernels.squash(torch.empty(3, 4, device="meta"), 1)
@@ -160,7 +160,7 @@ def test_predictions_are_not_stored(
     B: int, share: float, K: int, detach: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside results nothing is made near the size of û, nor in a large batch of that of the couplings."""
-    from capsops.impl import triton as kernels
+    from capsops.backends import triton as kernels
 
     monkeypatch.setattr(triton.JITFunction, "run", lambda *args, **options: None)
     I, J, D = 1152, 32, 16  # noqa: E741

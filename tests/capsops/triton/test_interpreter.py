@@ -9,7 +9,7 @@ from tests.processes import run_python
 
 pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is not installed")
 
-from capsops.impl.triton.launch import INTERPRETER_FAILS, why_interpreter_fails
+from capsops.backends.triton.launch import INTERPRETER_FAILS, why_interpreter_fails
 
 FILE = "tests/capsops/triton/test_kernels.py"
 
@@ -65,7 +65,7 @@ def test_where_the_interpreter_fails(triton: str, numpy: str, fails: bool) -> No
 
 def test_a_call_says_why_the_interpreter_fails() -> None:
     code = (
-        "import torch, capsops; from capsops.impl.triton import launch\n"
+        "import torch, capsops; from capsops.backends.triton import launch\n"
         "launch.INTERPRETER_FAILS = 'of a reason'\n"
         "try: capsops.squash(torch.ones(3), impl='triton')\n"
         "except RuntimeError as error: print(error)"

@@ -31,7 +31,7 @@ from tests.capsops.compare import assert_all_low_precision, assert_low_precision
 from tests.tiers import slow
 
 pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is not installed")
-triton_kernels = pytest.importorskip("capsops.impl.triton")
+triton_kernels = pytest.importorskip("capsops.backends.triton")
 if not triton_kernels.INTERPRETED:
     pytest.skip("Triton's interpreter is off", allow_module_level=True)
 
@@ -39,7 +39,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from capsops.impl.triton import capsules, launch  # noqa: E402
+from capsops.backends.triton import capsules, launch  # noqa: E402
 
 if launch.INTERPRETER_FAILS:
     pytest.skip(launch.INTERPRETER_FAILS, allow_module_level=True)

@@ -4,12 +4,12 @@ Serves float32, bfloat16 and float16. No atomics: every sum is made in a fixed o
 same bits every time. Nothing is tuned or synchronised at call time.
 """
 
-from capsops.impl.triton.capsule_routing import capsule_routing, capsule_routing_backward
-from capsops.impl.triton.couplings import couplings
-from capsops.impl.triton.dynamic_routing import dynamic_routing, dynamic_routing_backward
-from capsops.impl.triton.launch import INTERPRETED
-from capsops.impl.triton.predictions import predictions, predictions_backward
-from capsops.impl.triton.squash import squash, squash_backward
+from capsops.backends.triton.capsule_routing import capsule_routing, capsule_routing_backward
+from capsops.backends.triton.couplings import couplings
+from capsops.backends.triton.dynamic_routing import dynamic_routing, dynamic_routing_backward
+from capsops.backends.triton.launch import INTERPRETED
+from capsops.backends.triton.predictions import predictions, predictions_backward
+from capsops.backends.triton.squash import squash, squash_backward
 
 __all__ = [
     "INTERPRETED",

@@ -27,9 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capsops.impl import decline_unsquashed
-from capsops.impl.triton import sums, tiles
-from capsops.impl.triton.capsules import (
+from capsops.backends import decline_unsquashed
+from capsops.backends.triton import sums, tiles
+from capsops.backends.triton.capsules import (
     agreement,
     load_if,
     load_inputs,
@@ -42,8 +42,8 @@ from capsops.impl.triton.capsules import (
     weight_mask,
     weight_offsets,
 )
-from capsops.impl.triton.launch import launch, on_device, unit
-from capsops.impl.triton.tiles import ceil_div
+from capsops.backends.triton.launch import launch, on_device, unit
+from capsops.backends.triton.tiles import ceil_div
 
 
 @triton.jit

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capsops.impl import decline_unsquashed
-from capsops.impl.triton import sums, tiles
-from capsops.impl.triton.capsules import load_if, power
-from capsops.impl.triton.launch import launch, on_device
-from capsops.impl.triton.tiles import ceil_div
+from capsops.backends import decline_unsquashed
+from capsops.backends.triton import sums, tiles
+from capsops.backends.triton.capsules import load_if, power
+from capsops.backends.triton.launch import launch, on_device
+from capsops.backends.triton.tiles import ceil_div
 
 
 @triton.jit

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capsops.impl.triton import sums, tiles
-from capsops.impl.triton.capsules import product
-from capsops.impl.triton.launch import launch, on_device, unit
-from capsops.impl.triton.tiles import ceil_div
+from capsops.backends.triton import sums, tiles
+from capsops.backends.triton.capsules import product
+from capsops.backends.triton.launch import launch, on_device, unit
+from capsops.backends.triton.tiles import ceil_div
 
 
 @triton.jit(do_not_specialize=["B", "I", "batch_tiles", "columns"])

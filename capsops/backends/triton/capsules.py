@@ -7,7 +7,7 @@ capsules, DB components of an output capsule and KB of an input capsule at a tim
 import triton
 import triton.language as tl
 
-from capsops.impl.triton.launch import INTERPRETED
+from capsops.backends.triton.launch import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capsops.impl.triton.launch import launch
-from capsops.impl.triton.squash import squash_rows, squash_rows_vjp
-from capsops.impl.triton.tiles import ceil_div, power_of_2
+from capsops.backends.triton.launch import launch
+from capsops.backends.triton.squash import squash_rows, squash_rows_vjp
+from capsops.backends.triton.tiles import ceil_div, power_of_2
 
 _NUMBERS = 128  # numbers of s that a program makes
 _AT_ONCE = 32  # partial sums whose loads are in flight together

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import capsops._cuda as _cuda
-from capsops.impl import decline_unsquashed
+from capsops.backends import decline_unsquashed
 
 device_count = _cuda.device_count
 

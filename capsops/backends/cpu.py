@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import capsops._cpu as _cpu
-from capsops.impl import accumulation_dtype
+from capsops.backends import accumulation_dtype
 
 if os.environ.get("CAPSOPS_CPU_ISA"):
     _cpu.use_isa(os.environ["CAPSOPS_CPU_ISA"])  # a ValueError if this processor has no such thing

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capsops.impl.triton import tiles
-from capsops.impl.triton.capsule_routing import Layer, softmax_over_outputs
-from capsops.impl.triton.capsules import agreement, load_inputs, power
-from capsops.impl.triton.launch import launch, on_device
-from capsops.impl.triton.tiles import ceil_div
+from capsops.backends.triton import tiles
+from capsops.backends.triton.capsule_routing import Layer, softmax_over_outputs
+from capsops.backends.triton.capsules import agreement, load_inputs, power
+from capsops.backends.triton.launch import launch, on_device
+from capsops.backends.triton.tiles import ceil_div
 
 
 @triton.jit(do_not_specialize=["B", "I", "batch_tiles"])

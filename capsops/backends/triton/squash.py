@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capsops.impl.triton.launch import launch, on_device
-from capsops.impl.triton.tiles import ceil_div, power_of_2
+from capsops.backends.triton.launch import launch, on_device
+from capsops.backends.triton.tiles import ceil_div, power_of_2
 
 _LONGEST = 1024  # numbers of one vector that a program holds at once
 _NUMBERS = 2048  # numbers that a program holds at once

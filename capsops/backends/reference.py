@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from capsops import reference
-from capsops.impl import accumulation_dtype
+from capsops.backends import accumulation_dtype
 
 
 def _wide(x: Tensor) -> Tensor:
