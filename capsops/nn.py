@@ -9,21 +9,21 @@ from capsops import functional
 from capsops.ops._arguments import check_dense
 
 
-def _size(name: str, value: int) -> int:
-    """A size of a layer: an int of 1 or more."""
+def _size(name: str, value: int, least: int = 1) -> int:
+    """A size of a layer: an int of `least` or more."""
     size = functional.as_int(name, value)
-    if size < 1:
-        raise ValueError(f"{name}: got {size}, takes 1 or more")
+    if size < least:
+        raise ValueError(f"{name}: got {size}, takes {least} or more")
     return size
 
 
-def _sizes(name: str, value: int | tuple[int, int]) -> int | tuple[int, int]:
+def _sizes(name: str, value: int | tuple[int, int], least: int = 1) -> int | tuple[int, int]:
     """A size, or one for the height and one for the width."""
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
             raise ValueError(f"{name}: got {value!r}, takes an int, or two: height and width")
-        return _size(name, value[0]), _size(name, value[1])
-    return _size(name, value)
+        return _size(name, value[0], least), _size(name, value[1], least)
+    return _size(name, value, least)
 
 
 class Squash(nn.Module):
@@ -59,10 +59,11 @@ class PrimaryCapsules(nn.Module):
         dim: K, the dimension of a capsule.
         kernel_size: of the convolution, in pixels; two ints for height and width.
         stride: of the convolution, in pixels; two ints for height and width.
+        padding: zeros on each side of the image, in pixels, 0 or more; two ints for height and width.
 
     Raises:
         TypeError: a size is not an int.
-        ValueError: a size is below 1.
+        ValueError: a size is below 1, or `padding` below 0.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class PrimaryCapsules(nn.Module):
         dim: int,
         kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int] = 2,
+        padding: int | tuple[int, int] = 0,
     ) -> None:
         super().__init__()
         self.capsules, self.dim = _size("capsules", capsules), _size("dim", dim)
@@ -80,11 +82,12 @@ class PrimaryCapsules(nn.Module):
             self.capsules * self.dim,
             _sizes("kernel_size", kernel_size),
             _sizes("stride", stride),
+            _sizes("padding", padding, least=0),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         channels = self.conv.in_channels
-        if x.dim() != 4 or x.shape[1] != channels:
+        if isinstance(x, Tensor) and (x.dim() != 4 or x.shape[1] != channels):  # no proxy of torch.fx
             raise ValueError(f"x: got shape {list(x.shape)}, takes [B, C, H, W] with C = {channels}")
         x = self.conv(x)
         x = x.unflatten(1, (self.capsules, self.dim)).flatten(3).transpose(2, 3)

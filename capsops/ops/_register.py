@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from capsops import dispatch
 from capsops.backends import accumulation_dtype
@@ -210,6 +211,7 @@ def register(
     kernel: Callable,
     fake: Callable,
     gradient: tuple[Callable[..., tuple], Callable[..., None]] | None = None,
+    flops: Callable[..., int] | None = None,
     *,
     autocast: bool = False,
 ) -> None:
@@ -221,6 +223,7 @@ def register(
         kernel: computes it, after its checks.
         fake: makes empty results of the right shapes, after the same checks.
         gradient: the vector-Jacobian product, and what keeps its inputs; without it results are constants.
+        flops: operations of a call, given the shapes of its tensors and its other arguments.
         autocast: whether the op takes part in autocast.
     """
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -230,6 +233,8 @@ def register(
     torch.library.register_fake(f"capsops::{name}", fake, lib=_library)
     recorded = _below_autograd(name) if gradient is None else _autograd_kernel(name, *gradient)
     _library.impl(name, recorded, "Autograd", with_keyset=True)
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.capsops, name))(flops)
     if autocast:
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _library.impl(name, under_autocast(getattr(torch.ops.capsops, name), device), key)

@@ -1,12 +1,13 @@
 """torch.ops.capsops.capsule_routing: u [B, I, K] and W [I, J, D, K] → v [B, J, D], and s of every pass."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from capsops import reference
-from capsops.ops import predictions
+from capsops.ops import _flops, predictions
 from capsops.ops._arguments import check_routing, check_saved, effective_iterations
 from capsops.ops._register import (
     OPTIONS,
@@ -19,6 +20,8 @@ from capsops.ops._register import (
     saved,
     second_order,
 )
+
+Shape = Sequence[int]
 
 SCHEMA = (
     f"(Tensor u, Tensor weight, {ROUTING}, bool detach, bool squash_output, str impl) -> (Tensor, Tensor)"
@@ -191,11 +194,47 @@ def second_gradient(
     return *gradients, *(None,) * 8
 
 
-register("capsule_routing", SCHEMA, kernel, fake, (gradient, save), autocast=True)
+def flops(
+    u: Shape,
+    weight: Shape,
+    bias: Any,
+    logits: Any,
+    mask: Any,
+    iterations: int,
+    leaky: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    later = _flops.later_passes(iterations, weight[1], leaky)
+    return _flops.product(u, weight) + _flops.forward((u[0], *weight[:3]), later)
+
+
+def flops_backward(
+    grad: Shape,
+    u: Shape,
+    weight: Shape,
+    bias: Any,
+    s: Shape,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    squash_output: bool,
+    needs_u: bool,
+    needs_weight: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    later = _flops.later_passes(iterations, weight[1], leaky)
+    products = _flops.product(u, weight) * (needs_u + needs_weight)
+    return products + _flops.backward((u[0], *weight[:3]), later, detach)
+
+
+register("capsule_routing", SCHEMA, kernel, fake, (gradient, save), flops, autocast=True)
 register(
     "capsule_routing_backward",
     BACKWARD_SCHEMA,
     kernel_backward,
     fake_backward,
     (second_gradient, save_backward),
+    flops_backward,
 )

@@ -1,10 +1,17 @@
 """torch.ops.capsops.couplings: the couplings c [B, I, J] of the last pass of capsule_routing. No gradient."""
 
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
 from torch import Tensor
 
+from capsops.ops import _flops
 from capsops.ops._arguments import effective_iterations
 from capsops.ops._register import ROUTING, contiguous, implementation, register
 from capsops.ops.capsule_routing import check
+
+Shape = Sequence[int]
 
 SCHEMA = f"(Tensor u, Tensor weight, {ROUTING}, str impl) -> Tensor"
 
@@ -39,4 +46,23 @@ def fake(
     return u.new_empty(u.shape[0], *weight.shape[:2])
 
 
-register("couplings", SCHEMA, kernel, fake, autocast=True)
+def flops(
+    u: Shape,
+    weight: Shape,
+    bias: Any,
+    logits: Any,
+    mask: Any,
+    iterations: int,
+    leaky: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Of all passes but the last, and the logits of the last; none where the couplings are uniform."""
+    later = _flops.later_passes(iterations, weight[1], leaky)
+    if later == 0:
+        return 0
+    u_hat = (u[0], *weight[:3])
+    return _flops.product(u, weight) + _flops.forward(u_hat, later - 1) + 2 * prod(u_hat)
+
+
+register("couplings", SCHEMA, kernel, fake, flops=flops, autocast=True)

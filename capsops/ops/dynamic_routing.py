@@ -1,11 +1,13 @@
 """torch.ops.capsops.dynamic_routing: û [B, I, J, D] → v [B, J, D], and s of every pass."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from capsops import reference
+from capsops.ops import _flops
 from capsops.ops._arguments import (
     check_dense,
     check_routing,
@@ -24,6 +26,8 @@ from capsops.ops._register import (
     saved,
     second_order,
 )
+
+Shape = Sequence[int]
 
 SCHEMA = f"(Tensor u_hat, {ROUTING}, bool detach, bool squash_output, str impl) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (
@@ -150,11 +154,32 @@ def second_gradient(ctx: Any, grad_grad_u_hat: Tensor | None, grad_grad_bias: Te
     return *gradients, *(None,) * 6
 
 
-register("dynamic_routing", SCHEMA, kernel, fake, (gradient, save), autocast=True)
+def flops(
+    u_hat: Shape, bias: Any, logits: Any, mask: Any, iterations: int, leaky: bool, *_: Any, **__: Any
+) -> int:
+    return _flops.forward(u_hat, _flops.later_passes(iterations, u_hat[2], leaky))
+
+
+def flops_backward(
+    grad: Shape,
+    u_hat: Shape,
+    bias: Any,
+    s: Shape,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return _flops.backward(u_hat, _flops.later_passes(iterations, u_hat[2], leaky), detach)
+
+
+register("dynamic_routing", SCHEMA, kernel, fake, (gradient, save), flops, autocast=True)
 register(
     "dynamic_routing_backward",
     BACKWARD_SCHEMA,
     kernel_backward,
     fake_backward,
     (second_gradient, save_backward),
+    flops_backward,
 )

@@ -1,13 +1,17 @@
 """torch.ops.capsops.predictions: û_ij = W_ij u_i."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from capsops import reference
+from capsops.ops import _flops
 from capsops.ops._arguments import check_dense, check_like, refuse_shape
 from capsops.ops._register import empty_like, implementation, register, second_order
+
+Shape = Sequence[int]
 
 SCHEMA = "(Tensor u, Tensor weight, str impl) -> Tensor"
 BACKWARD_SCHEMA = (
@@ -87,7 +91,22 @@ def second_gradient(ctx: Any, grad_grad_u: Tensor | None, grad_grad_weight: Tens
     return *gradients, None, None, None
 
 
-register("predictions", SCHEMA, kernel, fake, (gradient, save), autocast=True)
+def flops(u: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return _flops.product(u, weight)
+
+
+def flops_backward(
+    grad: Shape, u: Shape, weight: Shape, needs_u: bool, needs_weight: bool, *_: Any, **__: Any
+) -> int:
+    return _flops.product(u, weight) * (needs_u + needs_weight)
+
+
+register("predictions", SCHEMA, kernel, fake, (gradient, save), flops, autocast=True)
 register(
-    "predictions_backward", BACKWARD_SCHEMA, kernel_backward, fake_backward, (second_gradient, save_backward)
+    "predictions_backward",
+    BACKWARD_SCHEMA,
+    kernel_backward,
+    fake_backward,
+    (second_gradient, save_backward),
+    flops_backward,
 )

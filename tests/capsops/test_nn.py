@@ -44,7 +44,20 @@ def test_primary_capsules_count_types_times_places(
 
 
 def test_primary_capsules_step_by_2() -> None:
-    assert PrimaryCapsules(3, 4, 5, 3).conv.stride == (2, 2)
+    layer = PrimaryCapsules(3, 4, 5, 3)
+    assert (layer.conv.stride, layer.conv.padding) == ((2, 2), (0, 0))
+
+
+@pytest.mark.parametrize(("padding", "places"), [(1, 16), ((0, 2), 15)])
+def test_primary_capsules_pad_with_zeros(padding: int | tuple[int, int], places: int) -> None:
+    layer, x = PrimaryCapsules(4, 2, 8, 3, padding=padding), torch.randn(1, 4, 8, 8)
+    assert layer(x).shape == (1, 2 * places, 8)
+    tall, wide = padding if isinstance(padding, tuple) else (padding, padding)
+    bare = PrimaryCapsules(4, 2, 8, 3)
+    bare.load_state_dict(layer.state_dict())
+    assert_close(layer(x), bare(nn.functional.pad(x, (wide, wide, tall, tall))), tolerance=1e-6)
+    with pytest.raises(ValueError, match=r"^padding: got -1, takes 0 or more$"):
+        PrimaryCapsules(4, 2, 8, 3, padding=-1)
 
 
 def test_a_primary_capsule_is_dim_channels_at_one_place() -> None:
