@@ -1,12 +1,14 @@
 """The public functions: each settles the implementation and calls the op, which checks the tensors.
 
-Only what an op cannot check is checked here: whether an argument is a tensor, an int, a bool at all.
+Only what an op cannot check is checked here: whether an argument is a tensor, an int, a bool at all. What
+stands for a tensor and has a __torch_function__ of its own, as the proxies of torch.fx do, is asked first.
 """
 
 from numbers import Integral
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from capsops import dispatch, ops, reference, transforms
 from capsops.ops._arguments import check_dense, check_iterations
@@ -89,6 +91,8 @@ def squash(s: Tensor, dim: int = -1, *, impl: str = "auto") -> Tensor:
             device, or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
+    if has_torch_function_unary(s):
+        return handle_torch_function(squash, (s,), s, dim, impl=impl)
     _check_tensor("s", s)
     dim = as_int("dim", dim)
     axes = s.dim()
@@ -124,6 +128,8 @@ def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
             names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
+    if has_torch_function((u, weight)):
+        return handle_torch_function(predictions, (u, weight), u, weight, impl=impl)
     _check_tensor("u", u)
     _check_tensor("weight", weight)
     serving = dispatch.resolve(impl, u.device.type)
@@ -163,6 +169,9 @@ def dynamic_routing(
             or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
+    if has_torch_function((u_hat, bias)):
+        options = {"iterations": iterations, "leaky": leaky, "detach": detach, "impl": impl}
+        return handle_torch_function(dynamic_routing, (u_hat, bias), u_hat, bias, **options)
     _check_tensor("u_hat", u_hat)
     if bias is not None:
         _check_tensor("bias", bias)
@@ -221,6 +230,9 @@ def capsule_routing(
             or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
+    if has_torch_function((u, weight, bias)):
+        options = {"iterations": iterations, "leaky": leaky, "detach": detach, "impl": impl}
+        return handle_torch_function(capsule_routing, (u, weight, bias), u, weight, bias, **options)
     _check_tensor("u", u)
     _check_tensor("weight", weight)
     if bias is not None:
@@ -275,6 +287,9 @@ def couplings(
         ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device.
         RuntimeError: `impl` is not available here.
     """
+    if has_torch_function((u, weight, bias)):
+        options = {"iterations": iterations, "leaky": leaky, "impl": impl}
+        return handle_torch_function(couplings, (u, weight, bias), u, weight, bias, **options)
     _check_tensor("u", u)
     _check_tensor("weight", weight)
     if bias is not None:

@@ -1,0 +1,95 @@
+"""What stands for a tensor: proxies of torch.fx, subclasses, modes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import capsops
+
+U, WEIGHT, BIAS = torch.randn(2, 6, 4), torch.randn(6, 3, 5, 4), torch.randn(3, 5)
+CALLS: dict[str, Callable[..., Tensor]] = {
+    "squash": lambda u, w, b: capsops.squash(u, 1),
+    "predictions": lambda u, w, b: capsops.predictions(u, w, impl="reference"),
+    "dynamic_routing": lambda u, w, b: capsops.dynamic_routing(
+        w.transpose(2, 3), iterations=2, leaky=True, detach=True
+    ),
+    "capsule_routing": lambda u, w, b: capsops.capsule_routing(u, w, b, iterations=2),
+    "couplings": lambda u, w, b: capsops.couplings(u, w, b, leaky=True),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_fx_records_each_function(name: str) -> None:
+    traced = torch.fx.symbolic_trace(CALLS[name])
+    assert getattr(capsops, name) in [node.target for node in traced.graph.nodes]
+    assert torch.equal(traced(U, WEIGHT, BIAS), CALLS[name](U, WEIGHT, BIAS))
+
+
+def test_fx_traces_the_layers() -> None:
+    network = nn.Sequential(
+        capsops.nn.PrimaryCapsules(1, 2, 4, 3, padding=1),
+        capsops.nn.RoutingCapsules(32, 3, 4, 5),
+        nn.Flatten(),
+    )
+    traced = torch.fx.symbolic_trace(network)
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert targets == [capsops.squash, capsops.capsule_routing]
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(traced(x), network(x))
+    traced(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_fx_prepares_a_network_for_quantisation() -> None:
+    quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    mapping = torch.ao.quantization.get_default_qconfig_mapping()
+    network = nn.Sequential(nn.Linear(4, 4), capsops.nn.RoutingCapsules(6, 3, 4, 5)).eval()
+    prepared = quantize_fx.prepare_fx(network, mapping, (U,))
+    assert torch.allclose(prepared(U), network(U))
+    assert capsops.capsule_routing in [node.target for node in prepared.graph.nodes]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_mode_sees_the_call(name: str) -> None:
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+        ) -> Tensor:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        result = CALLS[name](U, WEIGHT, BIAS)
+    assert getattr(capsops, name) in seen
+    assert torch.equal(result, CALLS[name](U, WEIGHT, BIAS))
+
+
+class Plain(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_subclass_stays_one(name: str) -> None:
+    subclassed = CALLS[name](*(x.as_subclass(Plain) for x in (U, WEIGHT, BIAS)))
+    assert type(subclassed) is Plain
+    assert torch.equal(subclassed.as_subclass(Tensor), CALLS[name](U, WEIGHT, BIAS))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_function_may_be_overridden(name: str) -> None:
+    class Own:
+        @classmethod
+        def __torch_function__(
+            cls, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+        ) -> str:
+            return function.__name__
+
+        def transpose(self, *axes: int) -> "Own":
+            return self
+
+    assert CALLS[name](Own(), Own(), Own()) == name
