@@ -3,12 +3,14 @@
 from capsops import nn, reference
 from capsops.dispatch import use_impl
 from capsops.functional import capsule_routing, couplings, dynamic_routing, predictions, squash
+from capsops.ops import decompositions
 
 __version__ = "0.1.0"
 
 __all__ = [
     "capsule_routing",
     "couplings",
+    "decompositions",
     "dynamic_routing",
     "nn",
     "predictions",

@@ -57,8 +57,16 @@ def check_flag(name: str, value: bool) -> None:
         raise TypeError(f"{name}: got {of}{type(value).__name__}, takes a bool")
 
 
+def _exports_to_onnx() -> bool:
+    """Whether torch.onnx.export traces the call: ONNX knows the formula, and no op of ours."""
+    tracing = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return tracing and torch.onnx.is_in_onnx_export()
+
+
 def _formula_serves(impl: str, *tensors: Tensor | None) -> bool:
-    """Whether the derivatives that are wanted are those of the reference formula, not of an op."""
+    """Whether what is wanted is the reference formula, not an op: under torch.func, or for ONNX."""
+    if _exports_to_onnx():
+        return True
     if not transforms.active(*tensors):
         return False
     asked = dispatch.asked(impl)
@@ -297,5 +305,15 @@ def couplings(
     iterations = as_int("iterations", iterations)
     check_flag("leaky", leaky)
     serving = dispatch.resolve(impl, u.device.type)
+    if _exports_to_onnx():
+        return transforms.by_formula(
+            lambda u, weight, bias: ops.couplings.check(u, weight, bias, None, None, iterations),
+            reference.couplings,
+            u,
+            weight,
+            bias,
+            iterations=iterations,
+            leaky=leaky,
+        )
     with torch.no_grad():
         return torch.ops.capsops.couplings(u, weight, bias, None, None, iterations, leaky, serving)

@@ -4,5 +4,6 @@ Importing this package registers them under torch.ops.capsops.
 """
 
 from capsops.ops import capsule_routing, couplings, dynamic_routing, predictions, squash
+from capsops.ops._register import decompositions
 
-__all__ = ["capsule_routing", "couplings", "dynamic_routing", "predictions", "squash"]
+__all__ = ["capsule_routing", "couplings", "decompositions", "dynamic_routing", "predictions", "squash"]

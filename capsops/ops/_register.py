@@ -18,6 +18,7 @@ from capsops.backends import accumulation_dtype
 from capsops.ops._arguments import saved_passes
 
 _library = torch.library.Library("capsops", "DEF")
+_kernels: dict[str, Callable] = {}
 
 # What the routing ops take beside the capsules, and behind it.
 ROUTING = "Tensor? bias, Tensor? logits, Tensor? mask, int iterations, bool leaky"
@@ -226,6 +227,7 @@ def register(
         flops: operations of a call, given the shapes of its tensors and its other arguments.
         autocast: whether the op takes part in autocast.
     """
+    _kernels[name] = kernel
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, _kernel(kernel), "CompositeExplicitAutograd")
     for key in ("NestedTensorCPU", "NestedTensorCUDA", "NestedTensorMeta"):
@@ -238,3 +240,19 @@ def register(
     if autocast:
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _library.impl(name, under_autocast(getattr(torch.ops.capsops, name), device), key)
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """Every op of capsops as plain torch operations: for `ExportedProgram.run_decompositions`.
+
+    A program that is decomposed needs capsops no more, and stores û.
+
+        plain = torch.export.export(model, inputs).run_decompositions(
+            torch.export.default_decompositions() | capsops.decompositions()
+        )
+    """
+
+    def plain(kernel: Callable) -> Callable:
+        return lambda *args: kernel(*args[:-1], "reference")  # in the place of `impl`
+
+    return {getattr(torch.ops.capsops, name).default: plain(kernel) for name, kernel in _kernels.items()}

@@ -1,0 +1,83 @@
+"""torch.export with decompositions, and ONNX."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import capsops
+from capsops import functional
+from tests.capsops.compare import assert_close
+
+
+class Network(nn.Module):
+    """All public functions in one network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.primary = capsops.nn.PrimaryCapsules(1, 2, 4, 5)
+        self.routing = capsops.nn.RoutingCapsules(32, 3, 4, 5, leaky=True)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        u = self.primary(images)
+        u_hat = capsops.predictions(u, self.routing.weight)
+        again = capsops.dynamic_routing(u_hat, self.routing.bias, iterations=2)
+        return self.routing(u), again, self.routing.couplings(u)
+
+
+@pytest.fixture(scope="module")
+def exported() -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    return torch.export.export(Network().eval(), (torch.randn(2, 1, 12, 12),), dynamic_shapes=({0: batch},))
+
+
+def targets(program: torch.export.ExportedProgram) -> set[str]:
+    return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_decomposed_program_is_plain_torch(exported: torch.export.ExportedProgram, batch: int) -> None:
+    assert any("capsops" in target for target in targets(exported))
+    table = torch.export.default_decompositions() | capsops.decompositions()
+    plain = exported.run_decompositions(table)
+    assert not any("capsops" in target for target in targets(plain))
+    images = torch.randn(batch, 1, 12, 12)
+    for got, want in zip(plain.module()(images), Network()(images), strict=True):
+        assert_close(got, want, tolerance=1e-6)
+
+
+def test_every_op_has_a_decomposition() -> None:
+    names = {str(op) for op in capsops.decompositions()}
+    ops = ["squash", "predictions", "dynamic_routing", "capsule_routing"]
+    backward = [f"{name}_backward" for name in ops]
+    assert names == {f"capsops.{name}.default" for name in (*ops, *backward, "couplings")}
+
+
+def export_to_onnx(path: Path) -> None:
+    """And run it with a batch of another size than the one that was traced."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    flags = pytest.importorskip("torch.onnx._internal.exporter._flags")
+    if not hasattr(flags, "_is_onnx_exporting"):
+        pytest.skip("this torch's exporter does not tell that it exports")
+    network, batch = Network().eval(), torch.export.Dim("batch", min=1, max=64)
+    example = (torch.randn(2, 1, 12, 12),)
+    torch.onnx.export(network, example, str(path), dynamo=True, dynamic_shapes=({0: batch},))
+    session = runtime.InferenceSession(str(path))
+    images = torch.randn(5, 1, 12, 12)
+    results = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    for got, want in zip(results, network(images), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), want, atol=1e-5, rtol=1e-4)
+
+
+def test_onnx(tmp_path: Path) -> None:
+    export_to_onnx(tmp_path / "network.onnx")
+    assert not functional._exports_to_onnx()
+
+
+@pytest.mark.slow
+def test_onnx_whatever_use_impl_names(impl: str, tmp_path: Path) -> None:
+    with capsops.use_impl(impl):
+        export_to_onnx(tmp_path / "network.onnx")
