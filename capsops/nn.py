@@ -1,6 +1,7 @@
 """Capsule layers as ordinary torch modules."""
 
 import math
+import re
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,28 @@ def _sizes(name: str, value: int | tuple[int, int], least: int = 1) -> int | tup
             raise ValueError(f"{name}: got {value!r}, takes an int, or two: height and width")
         return _size(name, value[0], least), _size(name, value[1], least)
     return _size(name, value, least)
+
+
+def _split(weight: Tensor, layout: str, out_capsules: int | None) -> tuple[Tensor, str]:
+    """A weight whose J and D share an axis, "(JD)" or "(DJ)", with an axis for each; others as they are."""
+    axes = re.findall(r"\((?:JD|DJ)\)|.", layout)
+    shared = [axis for axis, letters in enumerate(axes) if len(letters) > 1]
+    if not shared and out_capsules is not None:
+        raise ValueError(
+            f"out_capsules: got {out_capsules}, takes None: in layout {layout!r} J has an axis of its own"
+        )
+    if not shared or len(axes) != weight.dim():  # from_weight says what is wrong with the latter
+        return weight, layout
+    if out_capsules is None:
+        raise ValueError(f"out_capsules: got None, takes J: in layout {layout!r} it shares an axis with D")
+    axis, J = shared[0], _size("out_capsules", out_capsules)
+    size = weight.shape[axis]
+    if size % J:
+        raise ValueError(
+            f"out_capsules: got {J}, takes a divisor of {size}, the size of the axis of J and D in {layout!r}"
+        )
+    sizes = (J, size // J) if axes[axis] == "(JD)" else (size // J, J)
+    return weight.unflatten(axis, sizes), layout.replace("(", "").replace(")", "")
 
 
 class Squash(nn.Module):
@@ -156,6 +179,7 @@ class RoutingCapsules(nn.Module):
         layout: str,
         *,
         bias: Tensor | None = None,
+        out_capsules: int | None = None,
         iterations: int = 3,
         leaky: bool = False,
         detach: bool = False,
@@ -165,8 +189,10 @@ class RoutingCapsules(nn.Module):
         Args:
             weight: the transformation matrices.
             layout: a letter for each axis of `weight`: I, J, D, K once each, and 1 for an axis of size 1. The
-                layouts met in public code are "JIDK", "JIKD", "1IJDK" and "1JIDK".
+                layouts met in public code are "JIDK", "JIKD", "1IJDK" and "1JIDK". "(JD)" is one axis
+                for both, D running fastest, as in "IK(JD)"; "(DJ)" the other way.
             bias: β [J, D], flat or with further axes of size 1 if need be, on the device of `weight`.
+            out_capsules: J, needed where it shares an axis with D.
             iterations, leaky, detach: as for the class.
 
         Raises:
@@ -182,10 +208,11 @@ class RoutingCapsules(nn.Module):
             check_dense(name, x)
         if not isinstance(layout, str):
             raise TypeError(f"layout: got {type(layout).__name__}, takes a str such as 'JIDK'")
+        weight, layout = _split(weight, layout, out_capsules)
         if sorted(layout.replace("1", "")) != sorted("IJDK") or len(layout) != weight.dim():
             raise ValueError(
                 f"layout: got {layout!r} for a weight of shape {list(weight.shape)}, takes a letter for each"
-                " axis: I, J, D, K once each, and 1 for an axis of size 1"
+                " axis: I, J, D, K once each, and 1 for an axis of size 1; (JD) or (DJ) for one axis of both"
             )
         shape = list(weight.shape)
         ones = [axis for axis, letter in enumerate(layout) if letter == "1"]

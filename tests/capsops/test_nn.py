@@ -179,6 +179,33 @@ def test_from_weight(layout: str, sizes: tuple[int, ...]) -> None:
     assert torch.equal(layer.bias, bias.reshape(size["J"], size["D"]))
 
 
+@pytest.mark.parametrize("layout", ["IK(JD)", "I(JD)K", "(DJ)IK", "1I(DJ)K1"])
+def test_from_weight_with_one_axis_for_out_capsules_and_their_dimension(layout: str) -> None:
+    weight, parts = torch.randn(7, 3, 5, 4), layout.replace("(", "").replace(")", "")
+    letters = [letter for letter in parts if letter != "1"]
+    given = weight.permute(["IJDK".index(letter) for letter in letters])
+    both = min(letters.index("J"), letters.index("D"))
+    given = given.flatten(both, both + 1)
+    given = given[None, ..., None] if "1" in layout else given
+    assert torch.equal(RoutingCapsules.from_weight(given, layout, out_capsules=3).weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("layout", "out_capsules", "message"),
+    [
+        ("IK(JD)", None, r"out_capsules: got None, takes J: in layout 'IK\(JD\)' it shares an axis with D"),
+        ("IK(JD)", 4, r"out_capsules: got 4, takes a divisor of 15, the size of the axis of J and D"),
+        ("IK(JD)", 0, "out_capsules: got 0, takes 1 or more"),
+        ("IKJD", 3, "out_capsules: got 3, takes None: in layout 'IKJD' J has an axis of its own"),
+        ("1IK(JD)", 3, r"layout: got '1IK\(JD\)' for a weight of shape \[7, 4, 15\]"),
+        ("IK(JK)", None, r"layout: got 'IK\(JK\)'"),
+    ],
+)
+def test_axes_that_are_not_shared_so(layout: str, out_capsules: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        RoutingCapsules.from_weight(torch.zeros(7, 4, 15), layout, out_capsules=out_capsules)
+
+
 def test_from_weight_leaves_the_original_alone() -> None:
     weight = nn.Parameter(torch.randn(7, 3, 5, 4))
     layer = RoutingCapsules.from_weight(weight, "IJDK")
