@@ -19,6 +19,8 @@ def _check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
     if x.is_nested:  # torch would look for an op of theirs
         check_dense(name, x)
+    if type(x) is not Tensor and not torch.compiler.is_compiling():
+        ops.note_subclass()
 
 
 def as_int(name: str, value: int) -> int:

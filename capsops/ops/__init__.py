@@ -1,9 +1,19 @@
-"""The ops, a file each: schema, checks, kernel, fake, gradient and second gradient, in this order.
+"""The ops, a file each: schema, checks, kernel, fake, gradient, second gradient, FLOPs, sharding.
 
 Importing this package registers them under torch.ops.capsops.
 """
 
 from capsops.ops import capsule_routing, couplings, dynamic_routing, predictions, squash
-from capsops.ops._register import decompositions
+from capsops.ops._register import decompositions, note_subclass
 
-__all__ = ["capsule_routing", "couplings", "decompositions", "dynamic_routing", "predictions", "squash"]
+note_subclass()  # DTensors may be there already
+
+__all__ = [
+    "capsule_routing",
+    "couplings",
+    "decompositions",
+    "dynamic_routing",
+    "note_subclass",
+    "predictions",
+    "squash",
+]

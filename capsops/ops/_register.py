@@ -16,9 +16,11 @@ from torch.utils.flop_counter import register_flop_formula
 from capsops import dispatch
 from capsops.backends import accumulation_dtype
 from capsops.ops._arguments import saved_passes
+from capsops.ops._sharding import Shards, register_if_needed
 
 _library = torch.library.Library("capsops", "DEF")
 _kernels: dict[str, Callable] = {}
+_shardings: dict[str, Callable[..., list[Shards]]] = {}
 
 # What the routing ops take beside the capsules, and behind it.
 ROUTING = "Tensor? bias, Tensor? logits, Tensor? mask, int iterations, bool leaky"
@@ -213,6 +215,7 @@ def register(
     fake: Callable,
     gradient: tuple[Callable[..., tuple], Callable[..., None]] | None = None,
     flops: Callable[..., int] | None = None,
+    shards: Callable[..., list[Shards]] | None = None,
     *,
     autocast: bool = False,
 ) -> None:
@@ -225,9 +228,12 @@ def register(
         fake: makes empty results of the right shapes, after the same checks.
         gradient: the vector-Jacobian product, and what keeps its inputs; without it results are constants.
         flops: operations of a call, given the shapes of its tensors and its other arguments.
+        shards: how the work may be shared, given the op's arguments; see capsops/ops/_sharding.py.
         autocast: whether the op takes part in autocast.
     """
     _kernels[name] = kernel
+    if shards is not None:
+        _shardings[name] = shards
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, _kernel(kernel), "CompositeExplicitAutograd")
     for key in ("NestedTensorCPU", "NestedTensorCUDA", "NestedTensorMeta"):
@@ -256,3 +262,8 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
         return lambda *args: kernel(*args[:-1], "reference")  # in the place of `impl`
 
     return {getattr(torch.ops.capsops, name).default: plain(kernel) for name, kernel in _kernels.items()}
+
+
+def note_subclass() -> None:
+    """Called where a tensor is not of torch's own class: it may be the first DTensor."""
+    register_if_needed(_shardings)

@@ -20,6 +20,7 @@ from capsops.ops._register import (
     saved,
     second_order,
 )
+from capsops.ops._sharding import SUM, Shards
 
 Shape = Sequence[int]
 
@@ -229,7 +230,16 @@ def flops_backward(
     return products + _flops.backward((u[0], *weight[:3]), later, detach)
 
 
-register("capsule_routing", SCHEMA, kernel, fake, (gradient, save), flops, autocast=True)
+def shards(*_: Any) -> list[Shards]:
+    """The batch."""
+    return [((0, 1), {"u": 0, "logits": 0, "mask": 0})]
+
+
+def shards_backward(*_: Any) -> list[Shards]:
+    return [((0, SUM, SUM), {"grad": 0, "u": 0, "s": 1})]
+
+
+register("capsule_routing", SCHEMA, kernel, fake, (gradient, save), flops, shards, autocast=True)
 register(
     "capsule_routing_backward",
     BACKWARD_SCHEMA,
@@ -237,4 +247,5 @@ register(
     fake_backward,
     (second_gradient, save_backward),
     flops_backward,
+    shards_backward,
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 from capsops.ops import _flops
 from capsops.ops._arguments import effective_iterations
 from capsops.ops._register import ROUTING, contiguous, implementation, register
+from capsops.ops._sharding import Shards
 from capsops.ops.capsule_routing import check
 
 Shape = Sequence[int]
@@ -65,4 +66,9 @@ def flops(
     return _flops.product(u, weight) + _flops.forward(u_hat, later - 1) + 2 * prod(u_hat)
 
 
-register("couplings", SCHEMA, kernel, fake, flops=flops, autocast=True)
+def shards(*_: Any) -> list[Shards]:
+    """The batch."""
+    return [((0,), {"u": 0, "logits": 0, "mask": 0})]
+
+
+register("couplings", SCHEMA, kernel, fake, flops=flops, shards=shards, autocast=True)

@@ -26,6 +26,7 @@ from capsops.ops._register import (
     saved,
     second_order,
 )
+from capsops.ops._sharding import SUM, Shards
 
 Shape = Sequence[int]
 
@@ -174,7 +175,16 @@ def flops_backward(
     return _flops.backward(u_hat, _flops.later_passes(iterations, u_hat[2], leaky), detach)
 
 
-register("dynamic_routing", SCHEMA, kernel, fake, (gradient, save), flops, autocast=True)
+def shards(*_: Any) -> list[Shards]:
+    """The batch."""
+    return [((0, 1), {"u_hat": 0, "logits": 0, "mask": 0})]
+
+
+def shards_backward(*_: Any) -> list[Shards]:
+    return [((0, SUM), {"grad": 0, "u_hat": 0, "s": 1})]
+
+
+register("dynamic_routing", SCHEMA, kernel, fake, (gradient, save), flops, shards, autocast=True)
 register(
     "dynamic_routing_backward",
     BACKWARD_SCHEMA,
@@ -182,4 +192,5 @@ register(
     fake_backward,
     (second_gradient, save_backward),
     flops_backward,
+    shards_backward,
 )

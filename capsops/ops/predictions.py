@@ -10,6 +10,7 @@ from capsops import reference
 from capsops.ops import _flops
 from capsops.ops._arguments import check_dense, check_like, refuse_shape
 from capsops.ops._register import empty_like, implementation, register, second_order
+from capsops.ops._sharding import SUM, Shards
 
 Shape = Sequence[int]
 
@@ -101,7 +102,16 @@ def flops_backward(
     return _flops.product(u, weight) * (needs_u + needs_weight)
 
 
-register("predictions", SCHEMA, kernel, fake, (gradient, save), flops, autocast=True)
+def shards(*_: Any) -> list[Shards]:
+    """The batch."""
+    return [((0,), {"u": 0})]
+
+
+def shards_backward(*_: Any) -> list[Shards]:
+    return [((0, SUM), {"grad": 0, "u": 0})]
+
+
+register("predictions", SCHEMA, kernel, fake, (gradient, save), flops, shards, autocast=True)
 register(
     "predictions_backward",
     BACKWARD_SCHEMA,
@@ -109,4 +119,5 @@ register(
     fake_backward,
     (second_gradient, save_backward),
     flops_backward,
+    shards_backward,
 )

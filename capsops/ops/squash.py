@@ -8,6 +8,7 @@ from torch import Tensor
 from capsops import reference
 from capsops.ops._arguments import check_dense, check_like
 from capsops.ops._register import empty_like, implementation, register, second_order
+from capsops.ops._sharding import Shards
 
 SCHEMA = "(Tensor s, int dim, str impl) -> Tensor"
 BACKWARD_SCHEMA = "(Tensor grad, Tensor s, int dim, str impl) -> Tensor"
@@ -70,5 +71,21 @@ def second_gradient(ctx: Any, grad_grad: Tensor) -> tuple:
     return *gradients, None, None
 
 
-register("squash", SCHEMA, kernel, fake, (gradient, save), autocast=True)
-register("squash_backward", BACKWARD_SCHEMA, kernel_backward, fake_backward, (second_gradient, save_backward))
+def shards(s: Any, dim: int, *_: Any) -> list[Shards]:
+    """Any axis but the one along which a vector lies."""
+    return [((axis,), {"s": axis}) for axis in range(s.ndim) if axis != dim]
+
+
+def shards_backward(grad: Any, s: Any, dim: int, *_: Any) -> list[Shards]:
+    return [((axis,), {"grad": axis, "s": axis}) for axis in range(s.ndim) if axis != dim]
+
+
+register("squash", SCHEMA, kernel, fake, (gradient, save), shards=shards, autocast=True)
+register(
+    "squash_backward",
+    BACKWARD_SCHEMA,
+    kernel_backward,
+    fake_backward,
+    (second_gradient, save_backward),
+    shards=shards_backward,
+)
