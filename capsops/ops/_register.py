@@ -109,8 +109,10 @@ def second_order(
         )
         product = sum((first * g).sum() for first, (_, g) in zip(firsts, pairs, strict=True))
         present = [upstream, *(x for x in aliases if x is not None)]
-        found = iter(torch.autograd.grad(product, present, create_graph=create_graph, materialize_grads=True))
-        return (next(found), *(None if x is None else next(found) for x in aliases))
+        gradients = iter(
+            torch.autograd.grad(product, present, create_graph=create_graph, materialize_grads=True)
+        )
+        return (next(gradients), *(None if x is None else next(gradients) for x in aliases))
 
 
 def autocast_enabled(x: Tensor | None) -> bool:

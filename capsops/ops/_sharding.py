@@ -29,9 +29,9 @@ def _placements(op: torch._ops.OpOverload, shards: Callable[..., list[Shards]], 
     ]
     results = len(op._schema.returns)
     whole = [Replicate()] * results, [Replicate() if tensor else None for tensor in tensors]
-    found = [whole]
+    choices = [whole]
     for outputs, inputs in shards(*args):
-        found.append(
+        choices.append(
             (
                 [Partial() if axis == SUM else Shard(axis) for axis in outputs],
                 [
@@ -40,7 +40,7 @@ def _placements(op: torch._ops.OpOverload, shards: Callable[..., list[Shards]], 
                 ],
             )
         )
-    return found
+    return choices
 
 
 @cache
