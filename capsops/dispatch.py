@@ -1,4 +1,4 @@
-"""Who serves what: settles `impl` before an op is called, and hands out the implementation by name."""
+"""Who serves what: settles `impl`, on a GPU where the op runs, and hands out the implementation by name."""
 
 import importlib
 import json

@@ -1,6 +1,6 @@
 # Sourced by the scripts beside it.
 
-# build LOG [0]: builds the extensions in place; CUDA kernels for the GPU at hand alone, unless
+# build LOG [0]: builds the extensions in place; CUDA kernels only for the GPU of this machine, unless
 # CAPSOPS_CUDA_ARCHS says otherwise, or with 0 none. Shows the end of LOG where that fails.
 build() {
     local log=$1

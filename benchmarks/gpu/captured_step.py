@@ -52,9 +52,7 @@ class CapturedStep:
         self.number += 1
 
 
-def epoch(
-    dataset: Dataset, impl: str, precision: str, batch: int = 128, compiled: bool = False
-) -> dict[str, float]:
+def epoch(dataset: Dataset, impl: str, precision: str, batch: int = 128) -> dict[str, float]:
     """Trains for an epoch of a fresh CapsNet as published; seconds, and the accuracy of its last batches.
 
     `impl` may be "einsum", which is the same model routed by plain PyTorch.
@@ -64,8 +62,6 @@ def epoch(
     system = CapsNet(recipe="published", dataset="mnist", precision=precision, batch_size=batch).to(device)
     if impl == "einsum":
         system.model.encoder.classes = EinsumCapsules(system.model.encoder.classes)
-    if compiled:
-        system.compile_networks()
     with capsops.use_impl("reference" if impl == "einsum" else impl):
         torch.cuda.synchronize(device)
         begin = time.perf_counter()

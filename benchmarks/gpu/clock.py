@@ -2,11 +2,10 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from benchmarks.cases import RoutingCase
 
 Call = Callable[[], object]
 FEWEST_SETS, MOST_SETS = 2, 16
@@ -35,7 +34,13 @@ def device_clock(device: torch.device) -> Callable[[Call, int], float]:
     return by_events if device.type == "cuda" else by_wall
 
 
-def input_sets(case: RoutingCase, device: torch.device) -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
+class HasInputs(Protocol):
+    """A case that makes its inputs on a device: tensors that require gradients, and an upstream gradient."""
+
+    def inputs(self, device: str) -> tuple[tuple[Tensor, ...], Tensor]: ...
+
+
+def input_sets(case: HasInputs, device: torch.device) -> list[tuple[tuple[Tensor, ...], Tensor]]:
     """Copies of a case's inputs, so many that one round of them is twice the device's last-level cache."""
     inputs, grad = case.inputs(str(device))
     size = sum(x.nbytes for x in (*inputs, grad))

@@ -186,7 +186,7 @@ class Task:
     end: float  # by time.time()
 
     def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}{' with TF32' if self.tf32 else ''} {self.shape}"
+        return f"{self.kind} {self.shape}"
 
     @property
     def kind(self) -> str:

@@ -3,7 +3,6 @@
     python -m benchmarks.gpu.first_contact PART [options]
 
 env         versions, the device, its ceilings (a copy, matrix products)
-build       capsops._cuda for the GPU at hand alone, unless it is there and works
 correct     an implementation against the reference in float64, every op, value and gradients, twice
 edge        graphs, streams, odd addresses, TF32, second gradients (--first: capture at the first call)
 warm-up     compiles what the timed cases need, into the caches on disk
@@ -22,7 +21,6 @@ import os
 import platform
 import signal
 import sys
-import sysconfig
 import time
 import traceback
 from dataclasses import asdict
@@ -34,6 +32,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.gpu.record import folder, record, recorded
+from capsops import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
@@ -59,39 +58,11 @@ def env(args: argparse.Namespace) -> None:
             "l2": p.L2_cache_size,
             "memory": p.total_memory,
         }
+    facts["build"] = dispatch.build_record().get("cuda")
     facts["fingerprints"] = {impl: fingerprint.fingerprint(impl) for impl in ("cuda", "triton")}
     commit = machine.provenance(["first_contact"])
     record("env", **facts, **versions, cores=os.cpu_count(), load=os.getloadavg()[0], **commit)
     record("ceilings", **asdict(measured_ceilings(torch.device(args.device))))
-
-
-def build(args: argparse.Namespace) -> None:
-    """As setup.py does, but not the extension for the CPU; what is there and works is taken as it is."""
-    from capsops import dispatch
-
-    try:
-        from capsops import _cuda
-
-        facts = dispatch.build_record().get("cuda", {})
-        if facts.get("built"):
-            record("build", already=True, devices=_cuda.device_count(), **facts)
-            return
-        print("capsops._cuda is there, but its build left no record")
-    except ImportError as error:
-        print(f"capsops._cuda is not there yet: {error}")
-    major, minor = torch.cuda.get_device_capability()
-    os.environ.setdefault("CAPSOPS_CUDA_ARCHS", f"{major}{minor}")
-    os.environ["CAPSOPS_BUILD_CUDA"] = "1"
-    spec = importlib.util.spec_from_file_location("capsops_setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    sys.modules["capsops_setup"] = setup
-    spec.loader.exec_module(setup)
-    begin = time.monotonic()
-    library, facts = setup.build_cuda(ROOT / "build/first_contact")
-    setup.install_library(library, ROOT / "capsops" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
-    written = {**dispatch.build_record(), "cuda": {"built": True, **facts}}
-    setup.write_atomically(ROOT / "capsops/_build.json", json.dumps(written, indent=2) + "\n")
-    record("build", already=False, seconds=round(time.monotonic() - begin, 1), **facts)
 
 
 def correct(args: argparse.Namespace) -> None:
@@ -181,11 +152,11 @@ def train(args: argparse.Namespace) -> None:
         by_step.main()
     finally:
         for path in out.glob("*.json"):
-            found = json.loads(path.read_text())
-            for row in found["rows"]:
+            results = json.loads(path.read_text())
+            for row in results["rows"]:
                 record("train", impl=row["impl"], case=row["case"], captured=False, seconds=row["seconds"],
                        peers=row["peers"], details=row["details"])  # fmt: skip
-            record("train failures", failures=found.get("failures"))
+            record("train failures", failures=results.get("failures"))
         profile = out / "train-profile.txt"
         if profile.exists():
             profile.replace(folder() / "train-profile.txt")
@@ -247,7 +218,7 @@ def seconds_in_words(row: dict, name: str) -> str:
 
 
 def table(args: argparse.Namespace) -> None:
-    for row in recorded("env", "ceilings", "build"):
+    for row in recorded("env", "ceilings"):
         print({name: value for name, value in row.items() if name != "time"})
     for impl in args.impls:
         done = [row for row in recorded("correct") if row["impl"] == impl]
@@ -279,7 +250,6 @@ def table(args: argparse.Namespace) -> None:
 
 PARTS = {
     "env": env,
-    "build": build,
     "correct": correct,
     "edge": edge,
     "warm-up": warm_up,

@@ -8,7 +8,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import product
 
@@ -20,16 +20,15 @@ from benchmarks import peers
 from benchmarks.cases import RoutingCase
 from benchmarks.check import relative_error
 from benchmarks.gpu.breakdown import kernel_seconds
-from benchmarks.gpu.clock import FEWEST_SETS, MOST_SETS, captured, device_clock, in_turns
-from benchmarks.gpu.floor import Ceilings, floor_seconds, matrix_precision
+from benchmarks.gpu.clock import captured, device_clock, in_turns, input_sets
+from benchmarks.gpu.floor import Ceilings, floor_seconds, matrix_precision, measured_ceilings
+from benchmarks.gpu.kernels import memory_of
 from benchmarks.gpu.record import record, recorded
 from benchmarks.passes import BOTH, FORWARD, FORWARD_BACKWARD, run
 
 ROUNDS, SAMPLE_SECONDS = 11, 2e-3
-HOPELESS, FEW_ROUNDS = (
-    6,
-    2,
-)  # what takes so many times as long as the fastest is timed by calls alone, in so few
+# What takes HOPELESS times as long as the fastest is timed only by calls, in FEW_ROUNDS.
+HOPELESS, FEW_ROUNDS = 6, 2
 COMPILED = ("einsum + sums", "matmul")  # the forms that gain by it
 TF32, BF16, FP32 = ("float32", True), ("bfloat16", False), ("float32", False)
 LABELS = ("op", "batch", "dtype", "tf32", "passes")
@@ -58,9 +57,9 @@ class Case:
             sizes += f" D={self.out_dim} K={self.in_dim}"
         return f"{self.op} {sizes} {'TF32' if self.tf32 else self.dtype}, {self.passes}"
 
-    def inputs(self, device: torch.device, seed: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """What the op takes, requiring gradients, and an upstream gradient; numbers as in RoutingCase."""
-        rng = torch.Generator(device).manual_seed(seed)
+    def inputs(self, device: str) -> tuple[tuple[Tensor, ...], Tensor]:
+        """What the op takes, requiring gradients, and an upstream gradient; of lengths as in RoutingCase."""
+        rng = torch.Generator(device).manual_seed(0)
         B, I, J, D, K = self.batch, self.in_capsules, self.out_capsules, self.out_dim, self.in_dim  # noqa: E741
 
         def numbers(*shape: int, scale: float = 1.0) -> Tensor:
@@ -113,28 +112,19 @@ def cases() -> list[Case]:
 def forms(case: Case, impls: list[str], compiled: bool) -> dict[str, Callable[..., Tensor]]:
     """By name: ours, the reference, and plain PyTorch as in benchmarks/peers.py."""
     op = getattr(capsops, case.op)
-    found = {impl: partial(op, impl=impl) for impl in (*impls, "reference")}
+    candidates = {impl: partial(op, impl=impl) for impl in (*impls, "reference")}
     plain = {
         "capsule_routing": {n: partial(f, bias=None, iterations=3) for n, f in peers.ROUTING.items()},
         "dynamic_routing": {n: partial(f, bias=None, iterations=3) for n, f in peers.DYNAMIC_ROUTING.items()},
         "predictions": peers.PREDICTIONS,
         "squash": peers.SQUASH,
     }.get(case.op, {})
-    found |= plain
+    candidates |= plain
     if compiled and case.compiles:
         torch.compiler.reset()
         for name in COMPILED:
-            found[f"{name}, compiled"] = torch.compile(plain[name], dynamic=False)
-    return found
-
-
-def input_sets(case: Case, device: torch.device) -> list[tuple[tuple[Tensor, ...], Tensor]]:
-    """So many inputs that one round of them is twice the device's last-level cache."""
-    first = case.inputs(device, 0)
-    size = sum(x.nbytes for x in (*first[0], first[1]))
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    sets = min(max(-(-2 * cache // size), FEWEST_SETS), MOST_SETS)
-    return [first, *(case.inputs(device, seed) for seed in range(1, sets))]
+            candidates[f"{name}, compiled"] = torch.compile(plain[name], dynamic=False)
+    return candidates
 
 
 def medians(
@@ -155,16 +145,6 @@ def medians(
     return {name: [statistics.median(x), min(x), max(x)] for name, x in samples.items()}
 
 
-def peak_memory(call: Callable[[], tuple[Tensor, ...]], device: torch.device) -> int:
-    """Bytes at the peak of a call beyond what is there before it, less the gradients that it returns."""
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    results = call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before - sum(x.nbytes for x in results[1:])
-
-
 def measure(case: Case, impls: list[str], device: torch.device, ceilings: Ceilings) -> dict[str, object]:
     """What is known of a case: seconds by replay and by calls, differences from the reference, memory.
 
@@ -182,7 +162,7 @@ def measure(case: Case, impls: list[str], device: torch.device, ceilings: Ceilin
             differences[name] = max(relative_error(x, y) for x, y in zip(results, expected, strict=True))
             del results
             if cuda:
-                memory[name] = peak_memory(partial(one, *sets[0]), device)
+                memory[name] = memory_of(partial(one, *sets[0]), device)
             calls[name] = in_turns(one, sets)
             calls[name]()
             first[name] = clock(calls[name], 1)
@@ -193,7 +173,7 @@ def measure(case: Case, impls: list[str], device: torch.device, ceilings: Ceilin
             failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
             if cuda:
                 torch.cuda.synchronize(device)  # raises where the device is lost
-    found: dict[str, object] = {
+    known: dict[str, object] = {
         "calls": medians(calls, device, len(sets), first),
         "replay": medians(replays, device, len(sets), first),
         "differences": differences,
@@ -204,19 +184,18 @@ def measure(case: Case, impls: list[str], device: torch.device, ceilings: Ceilin
     if case.op == "capsule_routing":
         sizes = case.batch, case.in_capsules, case.out_capsules, case.out_dim, case.in_dim
         floor = floor_seconds(RoutingCase(*sizes, dtype=case.dtype), case.passes, ceilings, case.tf32)
-        found["floor"], found["unit"] = floor
-    return found
+        known["floor"], known["unit"] = floor
+    return known
 
 
-def known_ceilings() -> Ceilings:
-    """As measured in this run; without a line of it the rates of an H200 as its data sheet has them."""
+def known_ceilings(device: torch.device) -> Ceilings:
+    """As measured in this run, else measured now."""
     rows = recorded("ceilings")
-    names = ("bandwidth", "bfloat16", "tf32", "float32", "exponentials")
-    return (
-        Ceilings(*(rows[-1][name] for name in names))
-        if rows
-        else Ceilings(4.8e12, 9.9e14, 4.9e14, 6.7e13, 4.2e12)
-    )
+    if not rows:
+        ceilings = measured_ceilings(device)
+        record("ceilings", **asdict(ceilings))
+        return ceilings
+    return Ceilings(**{field.name: rows[-1][field.name] for field in fields(Ceilings)})
 
 
 def time_all(
@@ -226,7 +205,7 @@ def time_all(
 
     A case that was begun before, by a process that a fault ended, is not begun again.
     """
-    began, ceilings = time.monotonic(), known_ceilings()
+    began, ceilings = time.monotonic(), known_ceilings(device)
     done = {row["case"] for row in recorded("times", "times begun")}
     left = [case for case in (cases() if chosen is None else chosen) if case.key not in done]
     try:
@@ -256,7 +235,7 @@ def time_kernels(impls: list[str], device: torch.device) -> None:
         case = Case("capsule_routing", 128, 1152, 10, 16, 8, *mode, FORWARD_BACKWARD)
         try:
             with matrix_precision(case.tf32):
-                call = partial(run, forms(case, [impl], False)[impl], case.passes, *case.inputs(device, 0))
+                call = partial(run, forms(case, [impl], False)[impl], case.passes, *case.inputs(str(device)))
                 record("kernels", impl=impl, case=case.key, seconds=kernel_seconds(call, device))
         except Exception as error:
             traceback.print_exc()
@@ -272,7 +251,7 @@ def warm_up(impls: list[str], compiled: bool, share: int, shares: int, seconds: 
             break
         names = [f"{name}, compiled" for name in COMPILED] if compiled else impls
         with matrix_precision(case.tf32):
-            inputs = case.inputs(device, 0)
+            inputs = case.inputs(str(device))
             for name, form in forms(case, impls, compiled).items():
                 if name in names:
                     try:

@@ -9,23 +9,25 @@ from math import prod
 
 from capsops.ops._arguments import effective_iterations
 
+Shape = Sequence[int]
+
 
 def later_passes(iterations: int, out_capsules: int, leaky: bool) -> int:
     """Passes behind the first, whose couplings are uniform: those that have logits."""
     return max(effective_iterations(iterations, out_capsules, leaky) - 1, 0)
 
 
-def product(u: Sequence[int], weight: Sequence[int]) -> int:
+def product(u: Shape, weight: Shape) -> int:
     """Of û, or of the gradient of u or of `weight`; arguments are shapes."""
     return 2 * u[0] * prod(weight)
 
 
-def forward(u_hat: Sequence[int], later: int) -> int:
+def forward(u_hat: Shape, later: int) -> int:
     """Of the sums of all passes and the logits of the later ones."""
     return 2 * prod(u_hat) * (1 + 2 * later)
 
 
-def backward(u_hat: Sequence[int], later: int, detach: bool) -> int:
+def backward(u_hat: Shape, later: int, detach: bool) -> int:
     """Of the gradients of the sums, and of the logits where the couplings carry one.
 
     The first pass and the last with `detach`: ∂û. Others: ∂c and ∂û of the sum, ∂û and ∂V of the logits.

@@ -5,6 +5,7 @@ empty ones. The backward ops have gradients of their own, by autograd through th
 order.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,11 +17,12 @@ from torch.utils.flop_counter import register_flop_formula
 from capsops import dispatch
 from capsops.backends import accumulation_dtype
 from capsops.ops._arguments import saved_passes
-from capsops.ops._sharding import Shards, register_if_needed
+from capsops.ops._sharding import Shards, register_shardings
 
 _library = torch.library.Library("capsops", "DEF")
 _kernels: dict[str, Callable] = {}
 _shardings: dict[str, Callable[..., list[Shards]]] = {}
+_shardings_registered = False
 
 # What the routing ops take beside the capsules, and behind it.
 ROUTING = "Tensor? bias, Tensor? logits, Tensor? mask, int iterations, bool leaky"
@@ -267,5 +269,11 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
 
 
 def note_subclass() -> None:
-    """Called where a tensor is not of torch's own class: it may be the first DTensor."""
-    register_if_needed(_shardings)
+    """Called where a tensor is not of torch's own class: it may be the first DTensor.
+
+    The shardings are registered once, when something has imported torch.distributed.tensor.
+    """
+    global _shardings_registered
+    if not _shardings_registered and "torch.distributed.tensor" in sys.modules:
+        _shardings_registered = True
+        register_shardings(_shardings)

@@ -5,9 +5,8 @@ sums that are still to be added up. torch.distributed.tensor is told when it is 
 a third of that of torch.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,16 +42,10 @@ def _placements(op: torch._ops.OpOverload, shards: Callable[..., list[Shards]], 
     return choices
 
 
-@cache
-def _register(shardings: tuple[tuple[str, Callable[..., list[Shards]]], ...]) -> None:
+def register_shardings(shardings: Mapping[str, Callable[..., list[Shards]]]) -> None:
+    """Tells torch.distributed.tensor of the shardings of ops, by name."""
     from torch.distributed.tensor.experimental import register_sharding
 
-    for name, shards in shardings:
+    for name, shards in shardings.items():
         op = getattr(torch.ops.capsops, name).default
         register_sharding(op)(partial(_placements, op, shards))
-
-
-def register_if_needed(shardings: Mapping[str, Callable[..., list[Shards]]]) -> None:
-    """Tells torch.distributed.tensor, where something has imported it, of the ops' shardings; once."""
-    if "torch.distributed.tensor" in sys.modules:
-        _register(tuple(shardings.items()))

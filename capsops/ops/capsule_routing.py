@@ -1,6 +1,5 @@
 """torch.ops.capsops.capsule_routing: u [B, I, K] and W [I, J, D, K] → v [B, J, D], and s of every pass."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from capsops import reference
 from capsops.ops import _flops, predictions
 from capsops.ops._arguments import check_routing, check_saved, effective_iterations
+from capsops.ops._flops import Shape
 from capsops.ops._register import (
     OPTIONS,
     ROUTING,
@@ -21,8 +21,6 @@ from capsops.ops._register import (
     second_order,
 )
 from capsops.ops._sharding import SUM, Shards
-
-Shape = Sequence[int]
 
 SCHEMA = (
     f"(Tensor u, Tensor weight, {ROUTING}, bool detach, bool squash_output, str impl) -> (Tensor, Tensor)"

@@ -1,6 +1,5 @@
 """torch.ops.capsops.couplings: the couplings c [B, I, J] of the last pass of capsule_routing. No gradient."""
 
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -8,11 +7,10 @@ from torch import Tensor
 
 from capsops.ops import _flops
 from capsops.ops._arguments import effective_iterations
+from capsops.ops._flops import Shape
 from capsops.ops._register import ROUTING, contiguous, implementation, register
 from capsops.ops._sharding import Shards
 from capsops.ops.capsule_routing import check
-
-Shape = Sequence[int]
 
 SCHEMA = f"(Tensor u, Tensor weight, {ROUTING}, str impl) -> Tensor"
 

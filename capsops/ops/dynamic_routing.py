@@ -1,6 +1,5 @@
 """torch.ops.capsops.dynamic_routing: û [B, I, J, D] → v [B, J, D], and s of every pass."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from capsops.ops._arguments import (
     effective_iterations,
     refuse_shape,
 )
+from capsops.ops._flops import Shape
 from capsops.ops._register import (
     OPTIONS,
     ROUTING,
@@ -27,8 +27,6 @@ from capsops.ops._register import (
     second_order,
 )
 from capsops.ops._sharding import SUM, Shards
-
-Shape = Sequence[int]
 
 SCHEMA = f"(Tensor u_hat, {ROUTING}, bool detach, bool squash_output, str impl) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (

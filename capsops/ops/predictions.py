@@ -1,6 +1,5 @@
 """torch.ops.capsops.predictions: û_ij = W_ij u_i."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,10 +8,9 @@ from torch import Tensor
 from capsops import reference
 from capsops.ops import _flops
 from capsops.ops._arguments import check_dense, check_like, refuse_shape
+from capsops.ops._flops import Shape
 from capsops.ops._register import empty_like, implementation, register, second_order
 from capsops.ops._sharding import SUM, Shards
-
-Shape = Sequence[int]
 
 SCHEMA = "(Tensor u, Tensor weight, str impl) -> Tensor"
 BACKWARD_SCHEMA = (
