@@ -15,7 +15,7 @@ table       prints what results.jsonl holds
 """
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import platform
@@ -31,10 +31,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine
-from benchmarks.gpu.record import folder, record, recorded
+from benchmarks.gpu.record import failures, folder, record, recorded
 from capsops import dispatch
 
-ROOT = Path(__file__).resolve().parents[2]
 MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
 
@@ -208,8 +207,8 @@ def sanitizer(args: argparse.Namespace) -> None:
         summary = [line for line in lines if "SUMMARY" in line]
         ended = [line for line in lines if line.startswith("exit ")]
         code = int(ended[-1].split()[1]) if ended else None
-        failures = sanitizer.judge(args.impl, path.stem, code, text)
-        record("sanitizer", tool=path.stem, exit=code, summary=summary, failures=failures, end=lines[-4:])
+        failed = "; ".join(sanitizer.judge(args.impl, path.stem, code, text))
+        record("sanitizer", tool=path.stem, exit=code, summary=summary, failed=failed, end=lines[-4:])
 
 
 def seconds_in_words(row: dict, name: str) -> str:
@@ -284,6 +283,8 @@ def main() -> None:
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # so that what timeout ends still writes what it has
     PARTS[args.part](args)
+    if failures():
+        sys.exit(f"{args.part}: {len(failures())} failed: {'; '.join(failures())[:400]}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,21 @@ def folder() -> Path:
     return Path(os.environ.get("OUT") or "build/gpu")
 
 
+_failures: list[str] = []
+
+
+def failures() -> list[str]:
+    """What the lines of this process with `failed` say."""
+    return _failures
+
+
 def record(part: str, **values: object) -> None:
-    """Adds a line, and prints its beginning. Several processes may write at the same time."""
+    """Adds a line, and prints its beginning. Several processes may write at the same time.
+
+    A line with `failed` says what went wrong, and the process's part ends with a failure.
+    """
+    if values.get("failed"):
+        _failures.append(str(values["failed"]))
     line = json.dumps({"part": part, "time": round(time.time(), 2), **values}, default=str) + "\n"
     folder().mkdir(parents=True, exist_ok=True)
     with (folder() / "results.jsonl").open("a") as file:

@@ -147,12 +147,15 @@ def test_edges_that_need_no_gpu(check: object, monkeypatch: pytest.MonkeyPatch) 
     assert check("cpu")["error"] < 1e-2
 
 
-def test_edges_that_raise_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edges_that_raise_are_recorded_and_fail_their_part(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(impl: str) -> dict[str, float]:
         raise ValueError(f"{impl} cannot")
 
     monkeypatch.setattr(edge, "REST", (fails,))
-    edge.run("cpu", first=False)
+    monkeypatch.setattr("benchmarks.gpu.record._failures", [])
+    monkeypatch.setattr(sys, "argv", ["first_contact", "edge", "--impl", "cpu"])
+    with pytest.raises(SystemExit, match="edge: 1 failed: ValueError: cpu cannot"):
+        first_contact.main()
     assert recorded("edge")[0]["failed"] == "ValueError: cpu cannot"
 
 
