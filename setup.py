@@ -53,8 +53,8 @@ CUDA_FLAGS = ("-O3", "-std=c++17", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hi
 DEFAULT_CUDA_ARCHS = "80;90+PTX"
 
 INSTALL_AGAIN = "then install capsops again"
-MEND_COMPILER = f"install g++ 9 or clang++ 10 or newer, or name one in CXX, {INSTALL_AGAIN}"
-MEND_NVCC = (
+FIX_COMPILER = f"install g++ 9 or clang++ 10 or newer, or name one in CXX, {INSTALL_AGAIN}"
+FIX_NVCC = (
     "name architectures that this CUDA toolkit knows in CAPSOPS_CUDA_ARCHS, or a host compiler that it takes"
     f" in NVCC_CCBIN, or install another toolkit, {INSTALL_AGAIN}; CAPSOPS_BUILD_CUDA=0 does without"
 )
@@ -63,10 +63,10 @@ MEND_NVCC = (
 class NotBuiltError(Exception):
     """Why an extension is not built, and what the user can do about it."""
 
-    def __init__(self, reason: str, mend: str) -> None:
+    def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.mend = mend
+        self.remedy = remedy
 
 
 class NotWantedError(NotBuiltError):
@@ -213,7 +213,7 @@ def find_compiler(environ: Mapping[str, str]) -> list[str]:
         if found := shutil.which(name):
             return [found]
     raise NotBuiltError(
-        "no C++ compiler: CXX is not set and there is no c++, g++ or clang++ on the path", MEND_COMPILER
+        "no C++ compiler: CXX is not set and there is no c++, g++ or clang++ on the path", FIX_COMPILER
     )
 
 
@@ -236,8 +236,8 @@ def probe(compiler: Sequence[str], source: str, flags: Sequence[str]) -> str | N
 
 def check_compiler(compiler: Sequence[str], python_include: str) -> None:
     name = shlex.join(compiler)
-    for source, flags, cannot, mend in (
-        ("int one() { return 1; }", [], "cannot compile one line of C++17", MEND_COMPILER),
+    for source, flags, cannot, remedy in (
+        ("int one() { return 1; }", [], "cannot compile one line of C++17", FIX_COMPILER),
         (
             "#include <Python.h>",
             ["-I", python_include],
@@ -253,7 +253,7 @@ def check_compiler(compiler: Sequence[str], python_include: str) -> None:
     ):
         said = probe(compiler, source, flags)
         if said is not None:
-            raise NotBuiltError(f"the compiler {name} {cannot}: {said}", mend)
+            raise NotBuiltError(f"the compiler {name} {cannot}: {said}", remedy)
 
 
 def first_line(command: Sequence[str]) -> str:
@@ -279,8 +279,8 @@ def extension_includes() -> list[str]:
     return [sysconfig.get_path("include"), pybind11.get_include()]
 
 
-def run_ninja(steps: Sequence[Step], folder: Path, mend: str) -> Path:
-    """Brings the last step's output up to date; `mend` is what helps where a compiler fails."""
+def run_ninja(steps: Sequence[Step], folder: Path, remedy: str) -> Path:
+    """Brings the last step's output up to date; `remedy` is what helps where a compiler fails."""
     ninja = find_ninja()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_text(steps))
@@ -293,7 +293,7 @@ def run_ninja(steps: Sequence[Step], folder: Path, mend: str) -> Path:
             sys.stdout.write(line)
             output.append(line)
     if process.returncode != 0:
-        raise NotBuiltError(f"compilation failed: {first_error(''.join(output))}", mend)
+        raise NotBuiltError(f"compilation failed: {first_error(''.join(output))}", remedy)
     return folder / steps[-1].output
 
 
@@ -302,7 +302,7 @@ def build_cpu(folder: Path) -> tuple[Path, dict[str, object]]:
     includes = extension_includes()
     check_compiler(compiler, includes[0])
     machine = platform.machine()
-    library = run_ninja(cpu_steps(compiler, includes, machine, os.environ), folder, MEND_COMPILER)
+    library = run_ninja(cpu_steps(compiler, includes, machine, os.environ), folder, FIX_COMPILER)
     return library, {
         "compiler": first_line([*compiler, "--version"]),
         "flags": " ".join(CPU_FLAGS),
@@ -337,7 +337,7 @@ def build_cuda(folder: Path) -> tuple[Path, dict[str, object]]:
             "there is no NVIDIA driver here (libcuda.so.1)",
             f"install the driver, or set CAPSOPS_BUILD_CUDA=1 to build for another machine, {INSTALL_AGAIN}",
         )
-    library = run_ninja(cuda_steps(nvcc, sources, extension_includes(), os.environ), folder, MEND_NVCC)
+    library = run_ninja(cuda_steps(nvcc, sources, extension_includes(), os.environ), folder, FIX_NVCC)
     return library, {
         "compiler": nvcc_release(nvcc),
         "flags": " ".join(CUDA_FLAGS),
@@ -383,10 +383,10 @@ class BuildExtensions(build_ext):
             except NotBuiltError as error:
                 if name == "cuda" and must_have_cuda:
                     raise SystemExit(
-                        f"CAPSOPS_BUILD_CUDA=1: {error.reason}\nTo mend it: {error.mend}"
+                        f"CAPSOPS_BUILD_CUDA=1: {error.reason}\nTo fix it: {error.remedy}"
                     ) from error
                 target.unlink(missing_ok=True)
-                record[name] = {"built": False, "reason": error.reason, "mend": error.mend}
+                record[name] = {"built": False, "reason": error.reason, "remedy": error.remedy}
                 if not isinstance(error, NotWantedError):
                     warn_not_built(name, error)
             else:
@@ -409,7 +409,7 @@ def warn_not_built(name: str, error: NotBuiltError) -> None:
     rule = "*" * 100
     print(
         f"{rule}\ncapsops._{name} IS NOT BUILT; capsops is installed without it.\n{error.reason}\n"
-        f"To mend it: {error.mend}. `python -m capsops` says this again.\n{rule}",
+        f"To fix it: {error.remedy}. `python -m capsops` says this again.\n{rule}",
         file=sys.stderr,
         flush=True,
     )

@@ -133,7 +133,14 @@ def alone(system: CapsNet, step: SystemStep) -> dict[str, float]:
 def _row(name: str, system: System) -> Row:
     s = system.settings
     case = f"{s.recipe}, B={s.batch_size}, width {s.width}"
-    return Row(SUITE, name, case, "training step", s.precision, dispatch.resolve("auto", "cpu"))
+    return Row(
+        SUITE,
+        name,
+        case,
+        "training step",
+        s.precision,
+        dispatch.automatic("cpu"),
+    )
 
 
 def _spread(samples: list[float]) -> float:

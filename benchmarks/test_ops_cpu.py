@@ -35,7 +35,7 @@ def report_op(
     def by_reference(dtype: torch.dtype) -> tuple[Tensor, ...]:
         return run(formula, passes, [x.to(dtype).requires_grad_() for x in inputs], grad.to(dtype))
 
-    row = Row("ops", op, CASE, passes, impl=dispatch.resolve("auto", "cpu"))
+    row = Row("ops", op, CASE, passes, impl=dispatch.automatic("cpu"))
     truth = by_reference(torch.float32), by_reference(torch.float64), terms
     leaves = [x.clone().requires_grad_() for x in inputs]
     measure(row, ours, peers.with_compiled(forms), leaves, grad, *truth, race)

@@ -33,7 +33,7 @@ def ours(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int) -> Ten
 
 def measured(case: RoutingCase, passes: str, forms: dict[str, Routing], race: Start, ceiling: Ceiling) -> Row:
     """The row of a case, without memory and targets."""
-    impl = dispatch.resolve("auto", "cpu")
+    impl = dispatch.automatic("cpu")
     row = Row("routing", "capsule_routing", str(case), passes, case.dtype, impl)
     functions = {name: bound(form, case) for name, form in forms.items()}
     inputs, grad = case.inputs()

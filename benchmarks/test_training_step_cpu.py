@@ -37,7 +37,7 @@ def test_training_step(width: int, race: Start, report: Callable[[Row], None]) -
     parts = {"convolutions": step.convolutions_alone, "capsules": step.capsules_alone}
     timed = race(step.whole, {**parts, "einsum": einsum}, hopeless=math.inf)
     found = timed.medians()
-    impl = dispatch.resolve("auto", "cpu")
+    impl = dispatch.automatic("cpu")
     row = Row(SUITE, "CapsNet step", f"B=128 width {width}", FORWARD_BACKWARD, impl=impl)
     row.seconds, row.spread = found["ours"], timed.spread("ours")
     row.details = {part: found[part] for part in parts}
@@ -52,7 +52,13 @@ def test_cost_of_a_call(passes: str, race: Start, report: Callable[[Row], None])
     """A layer so small that the call is all of its time, beside plain PyTorch and an op that does nothing."""
     case = RoutingCase(1, 8, 2, 4, 4)
     inputs, grad = case.inputs()
-    row = Row(SUITE, "capsule_routing", str(case), passes, impl=dispatch.resolve("auto", "cpu"))
+    row = Row(
+        SUITE,
+        "capsule_routing",
+        str(case),
+        passes,
+        impl=dispatch.automatic("cpu"),
+    )
     forms = {name: bound(form, case) for name, form in peers.with_compiled(peers.ROUTING).items()}
     truth = plain(case, passes), exact(case, passes), case.in_capsules * case.in_dim
     floor = {"empty op": partial(run, empty, passes, inputs, grad), "torch.neg": partial(torch.neg, grad)}

@@ -50,7 +50,7 @@ def launches(
     u, weight, bias, u_hat = (
         torch.empty(n, dtype=dtype, device="meta") for n in ((B, I, K), (I, J, D, K), (J, D), (B, I, J, D))
     )
-    kernels = capsops.dispatch.module("triton")
+    kernels = capsops.dispatch.BACKENDS["triton"]
     with compiling(target, tf32) as found:
         kernels.squash_backward(u, kernels.squash(u, 2), 2)
         kernels.predictions_backward(kernels.predictions(u, weight), u, weight, True, True)

@@ -75,7 +75,7 @@ def measure(
     time: Callable = milliseconds,
 ) -> list[dict[str, object]]:
     """Times of every entry."""
-    kernels = capsops.dispatch.module("triton")
+    kernels = capsops.dispatch.BACKENDS["triton"]
     dtype, tf32 = PRECISIONS[precision]
     (u, weight), grad = case.inputs("cuda")
     u, weight, grad = (x.detach().to(dtype) for x in (u, weight, grad))

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 import capsops
-from capsops import dispatch, gpu_record
+from capsops import dispatch
+from capsops.backends.extension import build_record
 
 
 def version(package: str) -> str:
@@ -46,9 +47,12 @@ def openmp() -> str:
 def extension(name: str, record: dict[str, dict[str, str]]) -> list[tuple[str, str]]:
     """What the build recorded of capsops._<name>, and what it says of itself once loaded."""
     title = f"capsops._{name}"
-    built = record.get(name, {"built": False, "reason": "never built here", "mend": "pip install -e ."})
+    built = record.get(name, {"built": False, "reason": "never built here", "remedy": "pip install -e ."})
     if not built["built"]:
-        lines = [*f"not built: {built['reason']}".splitlines(), f"to mend it: {built['mend']}"]
+        lines = [
+            *f"not built: {built['reason']}".splitlines(),
+            f"to fix it: {built.get('remedy', 'install capsops again')}",
+        ]
         return [(title, lines[0]), *(("", line) for line in lines[1:])]
     rows = [(title, f"built by {built['compiler']}")]
     try:
@@ -57,7 +61,7 @@ def extension(name: str, record: dict[str, dict[str, str]]) -> list[tuple[str, s
         return [
             *rows,
             ("", f"cannot be loaded: {error}"),
-            ("", "to mend it: install capsops again, unless that says otherwise"),
+            ("", "to fix it: install capsops again, unless that says otherwise"),
         ]
     if name == "cpu":
         rows.append(("", f"instruction set: {module.isa()}, of {', '.join(built['isas'])}"))
@@ -71,26 +75,29 @@ def extension(name: str, record: dict[str, dict[str, str]]) -> list[tuple[str, s
 def automatic(device: str) -> str:
     """What impl="auto" takes on a device, or why it takes nothing there."""
     try:
-        chosen = dispatch.resolve("auto", device)
+        if dispatch.requested("auto", device) == "auto" and device == "cuda":
+            return "what is proved on the GPU in use; torch sees no GPU"
+        return dispatch.automatic(device)
     except (RuntimeError, ValueError) as error:
         return f"nothing: {str(error).splitlines()[0]}"
-    return chosen if chosen != "auto" else "whatever is proved on the GPU in use; torch sees no GPU"
 
 
 def on_gpu(index: int) -> list[tuple[str, str]]:
     """What impl="auto" takes on a GPU, and why it does not take what comes before in the order."""
     model, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-    serving = dispatch.serving(torch.device("cuda", index), torch.float32)
-    rows = [(f"cuda:{index}", f"{serving}, on {model}")]
-    for impl in gpu_record.ORDER:
-        if impl == serving:
+    chosen = dispatch.chosen("auto", torch.device("cuda", index), torch.float32)
+    rows = [(f"cuda:{index}", f"{chosen.name}, on {model}")]
+    for backend in reversed(dispatch.BACKENDS.values()):
+        if backend is chosen:
             break
-        rows.append(("", f"not {impl}: {dispatch.why_not_proved(impl, model, capability).splitlines()[0]}"))
+        if backend.needs_proof:
+            reason = dispatch.why_not_proved(backend, model, capability)
+            rows.append(("", f"not {backend.name}: {reason.splitlines()[0]}"))
     return rows
 
 
 def main() -> None:
-    record = dispatch.build_record()
+    record = build_record()
     print(f"capsops {capsops.__version__}\n")
     print(
         table(
@@ -99,7 +106,7 @@ def main() -> None:
     )
     print("\nextensions")
     print(table(row for name in ("cpu", "cuda") for row in extension(name, record)))
-    print("\nimplementations")
+    print("\nbackends")
     services = (
         (s.impl, s.device, "available" if s.available else s.reason.splitlines()[0])
         for s in dispatch.describe()

@@ -112,10 +112,10 @@ def squash(s: Tensor, dim: int = -1, *, impl: str = "auto") -> Tensor:
                 f"dim: got {dim}, takes {-axes} to {axes - 1} for a tensor of shape {list(s.shape)}"
             )
         dim %= axes
-    serving = dispatch.resolve(impl, s.device.type)
+    impl = dispatch.requested(impl, s.device.type)
     if _formula_serves(impl, s):
         return transforms.by_formula(lambda s: ops.squash.check(s, dim), reference.squash, s, dim=dim)
-    return torch.ops.capsops.squash(s, dim, serving)
+    return torch.ops.capsops.squash(s, dim, impl)
 
 
 def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
@@ -142,10 +142,10 @@ def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
         return handle_torch_function(predictions, (u, weight), u, weight, impl=impl)
     _check_tensor("u", u)
     _check_tensor("weight", weight)
-    serving = dispatch.resolve(impl, u.device.type)
+    impl = dispatch.requested(impl, u.device.type)
     if _formula_serves(impl, u, weight):
         return transforms.by_formula(ops.predictions.check, reference.predictions, u, weight)
-    return torch.ops.capsops.predictions(u, weight, serving)
+    return torch.ops.capsops.predictions(u, weight, impl)
 
 
 def dynamic_routing(
@@ -188,7 +188,7 @@ def dynamic_routing(
     iterations = as_int("iterations", iterations)
     check_flag("leaky", leaky)
     check_flag("detach", detach)
-    serving = dispatch.resolve(impl, u_hat.device.type)
+    impl = dispatch.requested(impl, u_hat.device.type)
     if _formula_serves(impl, u_hat, bias):
         return transforms.by_formula(
             lambda u_hat, bias: ops.dynamic_routing.check(u_hat, bias, None, None, iterations),
@@ -200,7 +200,7 @@ def dynamic_routing(
             detach=detach,
         )
     op = torch.ops.capsops.dynamic_routing
-    return op(u_hat, bias, None, None, iterations, leaky, detach, True, serving)[0]
+    return op(u_hat, bias, None, None, iterations, leaky, detach, True, impl)[0]
 
 
 def capsule_routing(
@@ -250,7 +250,7 @@ def capsule_routing(
     iterations = as_int("iterations", iterations)
     check_flag("leaky", leaky)
     check_flag("detach", detach)
-    serving = dispatch.resolve(impl, u.device.type)
+    impl = dispatch.requested(impl, u.device.type)
     if _formula_serves(impl, u, weight, bias):
         return transforms.by_formula(
             lambda u, weight, bias: ops.capsule_routing.check(u, weight, bias, None, None, iterations),
@@ -263,7 +263,7 @@ def capsule_routing(
             detach=detach,
         )
     op = torch.ops.capsops.capsule_routing
-    return op(u, weight, bias, None, None, iterations, leaky, detach, True, serving)[0]
+    return op(u, weight, bias, None, None, iterations, leaky, detach, True, impl)[0]
 
 
 def couplings(
@@ -306,7 +306,7 @@ def couplings(
         _check_tensor("bias", bias)
     iterations = as_int("iterations", iterations)
     check_flag("leaky", leaky)
-    serving = dispatch.resolve(impl, u.device.type)
+    impl = dispatch.requested(impl, u.device.type)
     if _exports_to_onnx():
         return transforms.by_formula(
             lambda u, weight, bias: ops.couplings.check(u, weight, bias, None, None, iterations),
@@ -318,4 +318,4 @@ def couplings(
             leaky=leaky,
         )
     with torch.no_grad():
-        return torch.ops.capsops.couplings(u, weight, bias, None, None, iterations, leaky, serving)
+        return torch.ops.capsops.couplings(u, weight, bias, None, None, iterations, leaky, impl)

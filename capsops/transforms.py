@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from capsops.backends import accumulation_dtype
+from capsops.backends.backend import accumulation_dtype
 from capsops.ops._register import autocast_enabled, under_autocast
 
 

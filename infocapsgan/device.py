@@ -30,6 +30,6 @@ def check_impl(impl: str, device: torch.device) -> None:
         RunError: it does not; the message says why.
     """
     try:
-        dispatch.resolve(impl, device.type)
+        dispatch.requested(impl, device.type)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"--impl {impl}: {error}") from error

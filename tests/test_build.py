@@ -151,7 +151,7 @@ def test_ninja_compiles_what_changed(tmp_path: Path, capfd: pytest.CaptureFixtur
     ]
 
     def compiled() -> set[str]:
-        assert plan.run_ninja(steps, folder / "build", "mend it").exists()
+        assert plan.run_ninja(steps, folder / "build", "fix it").exists()
         return set(re.findall(r"\] \w+ (\S+)", capfd.readouterr().out))
 
     assert compiled() == {"one.o", "two.o", "both.so"}
@@ -161,14 +161,14 @@ def test_ninja_compiles_what_changed(tmp_path: Path, capfd: pytest.CaptureFixtur
 
     two.write_text("this is no C++\n")
     with pytest.raises(plan.NotBuiltError, match=r"compilation failed: .*two\.cpp:1:1: error") as caught:
-        plan.run_ninja(steps, folder / "build", "mend it")
-    assert caught.value.mend == "mend it"
+        plan.run_ninja(steps, folder / "build", "fix it")
+    assert caught.value.remedy == "fix it"
 
 
 def test_compiler_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(plan.NotBuiltError, match=r"cannot compile one line.*No such file") as caught:
         plan.check_compiler([str(tmp_path / "c++")], plan.sysconfig.get_path("include"))
-    assert "install g++" in caught.value.mend
+    assert "install g++" in caught.value.remedy
 
 
 def test_compiler_that_says_nothing() -> None:
@@ -187,7 +187,7 @@ def test_compiler_without_openmp(tmp_path: Path) -> None:
     compiler.chmod(0o755)
     with pytest.raises(plan.NotBuiltError, match="has no OpenMP: unsupported option -fopenmp") as caught:
         plan.check_compiler([str(compiler)], plan.sysconfig.get_path("include"))
-    assert "libomp" in caught.value.mend
+    assert "libomp" in caught.value.remedy
 
 
 @needs_compiler
@@ -229,7 +229,7 @@ def _assert_reference_serves(folder: Path) -> None:
     said = _run(sys.executable, "-m", "capsops", cwd=folder)
     assert said.returncode == 0, said.stderr
     assert "not built: the compiler /bin/false cannot compile" in said.stdout
-    assert "to mend it: install g++" in said.stdout
+    assert "to fix it: install g++" in said.stdout
     assert re.search(r"^ +reference +cpu +available$", said.stdout, re.MULTILINE)
 
 
@@ -286,7 +286,7 @@ def test_cuda_is_for_machines_with_nvcc_and_a_driver(monkeypatch: pytest.MonkeyP
     ) as error:
         plan.build_cuda(tmp_path)
     assert asked == ["libcuda.so.1"]
-    assert "CAPSOPS_BUILD_CUDA=1" in error.value.mend
+    assert "CAPSOPS_BUILD_CUDA=1" in error.value.remedy
     monkeypatch.setenv("CAPSOPS_BUILD_CUDA", "1")
     with pytest.raises(AssertionError, match="nothing is compiled"):
         plan.build_cuda(tmp_path)
@@ -314,7 +314,7 @@ def test_nvcc_that_fails_gets_advice_about_nvcc(scratch: Path) -> None:
     assert build.returncode == 0, build.stderr
     record = json.loads((scratch / "capsops/_build.json").read_text())["cuda"]
     assert "Unsupported gpu architecture" in record["reason"]
-    assert "CAPSOPS_CUDA_ARCHS" in record["mend"]
+    assert "CAPSOPS_CUDA_ARCHS" in record["remedy"]
 
 
 def test_a_clone_in_the_working_directory_is_not_the_package(tmp_path: Path) -> None:

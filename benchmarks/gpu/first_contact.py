@@ -32,7 +32,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.gpu.record import failures, folder, record, recorded
-from capsops import dispatch
+from capsops.backends import extension
 
 MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
@@ -57,7 +57,7 @@ def env(args: argparse.Namespace) -> None:
             "l2": p.L2_cache_size,
             "memory": p.total_memory,
         }
-    facts["build"] = dispatch.build_record().get("cuda")
+    facts["build"] = extension.build_record().get("cuda")
     facts["fingerprints"] = {impl: fingerprint.fingerprint(impl) for impl in ("cuda", "triton")}
     commit = machine.provenance(["first_contact"])
     record("env", **facts, **versions, cores=os.cpu_count(), load=os.getloadavg()[0], **commit)

@@ -1,56 +1,46 @@
-"""The ops by the C++ kernels of csrc/cpu: allocates results, passes addresses. Serves CPU tensors."""
+"""The C++ kernels of csrc/cpu, for tensors on the CPU."""
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import capsops._cpu as _cpu
-from capsops.backends import accumulation_dtype
+from capsops.backends import extension
+from capsops.backends.backend import UNSQUASHED, Backend, accumulation_dtype
+from capsops.backends.extension import memory, vectors
 
-if os.environ.get("CAPSOPS_CPU_ISA"):
-    _cpu.use_isa(os.environ["CAPSOPS_CPU_ISA"])  # a ValueError if this processor has no such thing
+_cpu: Any
+_cpu, _unavailable = extension.load("cpu")
+if _cpu is not None and os.environ.get("CAPSOPS_CPU_ISA"):
+    _cpu.use_isa(os.environ["CAPSOPS_CPU_ISA"])  # a ValueError where this processor does not have it
 
-_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-
-
-def _memory(x: Tensor | None) -> tuple[int, int]:
-    """What a kernel is told of a tensor: its address and its bytes."""
-    return (0, 0) if x is None else (x.data_ptr(), x.nbytes)
+# The numbers by which the extension knows the dtypes.
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 def _like(x: Tensor, needed: bool) -> Tensor | None:
     return torch.empty_like(x) if needed else None
 
 
-def _given(x: Tensor | None, like: Tensor) -> Tensor:
+def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
-
-
-def _extent(s: Tensor, dim: int) -> tuple[int, int, int]:
-    """s as [outer, n, inner] with the vectors along n."""
-    outer = inner = 1
-    for size in s.shape[:dim]:
-        outer *= size
-    for size in s.shape[dim + 1 :]:
-        inner *= size
-    return outer, s.shape[dim], inner
 
 
 def squash(s: Tensor, dim: int) -> Tensor:
     v = torch.empty_like(s)
-    _cpu.squash(_memory(s), _memory(v), *_extent(s, dim), _STORAGE[s.dtype], torch.get_num_threads())
+    _cpu.squash(memory(s), memory(v), *vectors(s, dim), _DTYPES[s.dtype], torch.get_num_threads())
     return v
 
 
 def squash_backward(grad: Tensor, s: Tensor, dim: int) -> Tensor:
     grad_s = torch.empty_like(s)
     _cpu.squash_backward(
-        _memory(grad),
-        _memory(s),
-        _memory(grad_s),
-        *_extent(s, dim),
-        _STORAGE[s.dtype],
+        memory(grad),
+        memory(s),
+        memory(grad_s),
+        *vectors(s, dim),
+        _DTYPES[s.dtype],
         torch.get_num_threads(),
     )
     return grad_s
@@ -59,12 +49,12 @@ def squash_backward(grad: Tensor, s: Tensor, dim: int) -> Tensor:
 def predictions(u: Tensor, weight: Tensor) -> Tensor:
     u_hat = u.new_empty(u.shape[0], *weight.shape[:3])
     _cpu.predictions(
-        _memory(u),
-        _memory(weight),
-        _memory(u_hat),
+        memory(u),
+        memory(weight),
+        memory(u_hat),
         u.shape[0],
         *weight.shape,
-        _STORAGE[u.dtype],
+        _DTYPES[u.dtype],
         torch.get_num_threads(),
     )
     return u_hat
@@ -75,17 +65,17 @@ def predictions_backward(
 ) -> tuple[Tensor, Tensor]:
     grad_u, grad_weight = _like(u, needs_u), _like(weight, needs_weight)
     _cpu.predictions_backward(
-        _memory(grad),
-        _memory(u),
-        _memory(weight),
-        _memory(grad_u),
-        _memory(grad_weight),
+        memory(grad),
+        memory(u),
+        memory(weight),
+        memory(grad_u),
+        memory(grad_weight),
         u.shape[0],
         *weight.shape,
-        _STORAGE[u.dtype],
+        _DTYPES[u.dtype],
         torch.get_num_threads(),
     )
-    return _given(grad_u, u), _given(grad_weight, u)
+    return _or_empty(grad_u, u), _or_empty(grad_weight, u)
 
 
 def _route(
@@ -102,16 +92,16 @@ def _route(
     v = u.new_empty(batch, capsules, dim)
     s = u.new_empty(max(iterations, 1), batch, capsules, dim, dtype=accumulation_dtype(u.dtype))
     _cpu.routing(
-        _memory(u),
-        _memory(weight),
-        _memory(bias),
-        _memory(v),
-        _memory(s),
+        memory(u),
+        memory(weight),
+        memory(bias),
+        memory(v),
+        memory(s),
         *shape,
         iterations,
         leaky,
         squash_output,
-        _STORAGE[u.dtype],
+        _DTYPES[u.dtype],
         torch.get_num_threads(),
     )
     return v, s
@@ -128,20 +118,20 @@ def dynamic_routing_backward(
 ) -> tuple[Tensor, Tensor]:
     grad_u_hat, grad_bias = torch.empty_like(u_hat), u_hat.new_empty(u_hat.shape[2:])
     _cpu.routing_backward(
-        _memory(grad),
-        _memory(u_hat),
-        _memory(None),
-        _memory(s),
-        _memory(grad_u_hat),
-        _memory(None),
-        _memory(grad_bias),
+        memory(grad),
+        memory(u_hat),
+        memory(None),
+        memory(s),
+        memory(grad_u_hat),
+        memory(None),
+        memory(grad_bias),
         *u_hat.shape,
         1,
         iterations,
         leaky,
         detach,
         squash_output,
-        _STORAGE[u_hat.dtype],
+        _DTYPES[u_hat.dtype],
         torch.get_num_threads(),
     )
     return grad_u_hat, grad_bias
@@ -168,23 +158,23 @@ def capsule_routing_backward(
     grad_u, grad_weight = _like(u, needs_u), _like(weight, needs_weight)
     grad_bias = u.new_empty(weight.shape[1:3])
     _cpu.routing_backward(
-        _memory(grad),
-        _memory(u),
-        _memory(weight),
-        _memory(s),
-        _memory(grad_u),
-        _memory(grad_weight),
-        _memory(grad_bias),
+        memory(grad),
+        memory(u),
+        memory(weight),
+        memory(s),
+        memory(grad_u),
+        memory(grad_weight),
+        memory(grad_bias),
         u.shape[0],
         *weight.shape,
         iterations,
         leaky,
         detach,
         squash_output,
-        _STORAGE[u.dtype],
+        _DTYPES[u.dtype],
         torch.get_num_threads(),
     )
-    return _given(grad_u, u), _given(grad_weight, u), grad_bias
+    return _or_empty(grad_u, u), _or_empty(grad_weight, u), grad_bias
 
 
 def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool) -> Tensor:
@@ -192,15 +182,33 @@ def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, l
     if iterations <= 1:
         return c.fill_(1 if iterations == 0 else 1 / (weight.shape[1] + leaky))
     _cpu.couplings(
-        _memory(u),
-        _memory(weight),
-        _memory(bias),
-        _memory(c),
+        memory(u),
+        memory(weight),
+        memory(bias),
+        memory(c),
         u.shape[0],
         *weight.shape,
         iterations,
         leaky,
-        _STORAGE[u.dtype],
+        _DTYPES[u.dtype],
         torch.get_num_threads(),
     )
     return c
+
+
+BACKEND = Backend(
+    name="cpu",
+    devices=("cpu",),
+    dtypes=tuple(_DTYPES),
+    options=frozenset((UNSQUASHED,)),
+    unavailable=_unavailable,
+    squash=squash,
+    squash_backward=squash_backward,
+    predictions=predictions,
+    predictions_backward=predictions_backward,
+    dynamic_routing=dynamic_routing,
+    dynamic_routing_backward=dynamic_routing_backward,
+    capsule_routing=capsule_routing,
+    capsule_routing_backward=capsule_routing_backward,
+    couplings=couplings,
+)

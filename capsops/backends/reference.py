@@ -1,4 +1,4 @@
-"""The ops and their gradients in closed form, in plain PyTorch, with û in memory. Serves every device.
+"""The ops and their gradients in closed form, in plain PyTorch, with û in memory, for every device.
 
 Forward: V⁰ = 0; cᵗ = softmax_j(û · Vᵗ⁻¹), sᵗ = Σ_i cᵗ û + β, Vᵗ = Vᵗ⁻¹ + squash(sᵗ).
 Backward, for t = T…1: ∂sᵗ = squash-vjp(sᵗ, ∂vᵗ), a = û · ∂sᵗ, ∂b = c (a − Σ_j c a), ∂Vᵗ⁻¹ = ∂Vᵗ + Σ_i ∂b û;
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from capsops import reference
-from capsops.backends import accumulation_dtype
+from capsops.backends.backend import UNSQUASHED, Backend, accumulation_dtype
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -162,3 +162,21 @@ def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, l
         return u.new_ones(u_hat.shape[:3])
     _, _, total_v = _routing(u_hat, None if bias is None else _wide(bias), iterations, leaky)
     return _couplings(u_hat, total_v if iterations > 1 else None, leaky).to(u.dtype)
+
+
+BACKEND = Backend(
+    name="reference",
+    devices=(),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    options=frozenset((UNSQUASHED,)),
+    unavailable="",
+    squash=squash,
+    squash_backward=squash_backward,
+    predictions=predictions,
+    predictions_backward=predictions_backward,
+    dynamic_routing=dynamic_routing,
+    dynamic_routing_backward=dynamic_routing_backward,
+    capsule_routing=capsule_routing,
+    capsule_routing_backward=capsule_routing_backward,
+    couplings=couplings,
+)

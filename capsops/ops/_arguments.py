@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from capsops.backends import accumulation_dtype
+from capsops.backends.backend import accumulation_dtype
 
 MAX_ITERATIONS = 1000
 

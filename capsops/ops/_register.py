@@ -1,12 +1,12 @@
 """What all ops share: how an op, its fake and its gradient are registered with torch.library.
 
-The kernels as registered pay what every implementation would otherwise pay by itself: contiguous tensors and
-empty ones. The backward ops have gradients of their own, by autograd through the reference formula, at any
-order.
+The kernels as registered do what every backend would otherwise have to do: they make tensors contiguous, and
+deal with empty ones. The backward ops have gradients of their own, by autograd through the reference formula,
+at any order.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from capsops import dispatch
-from capsops.backends import accumulation_dtype
+from capsops.backends import reference
+from capsops.backends.backend import NO_OPTIONS, UNSQUASHED, Backend, accumulation_dtype
 from capsops.ops._arguments import saved_passes
 from capsops.ops._sharding import Shards, register_shardings
 
@@ -26,26 +27,24 @@ _shardings_registered = False
 
 # What the routing ops take beside the capsules, and behind it.
 ROUTING = "Tensor? bias, Tensor? logits, Tensor? mask, int iterations, bool leaky"
+_UNSQUASHED = frozenset((UNSQUASHED,))
 OPTIONS = ("iterations", "leaky", "detach", "squash_output")
 
 
-def implementation(
-    impl: str, *tensors: Tensor, lengths: Sequence[int] = (), squash_output: bool = True
-) -> Any:
-    """The module that serves the call; what has no elements is the reference's.
-
-    `impl` was settled when the op was called, except for "auto" on a GPU, or when a graph that holds it was
-    traced or exported, on another device or machine perhaps: it is looked at again.
-    """
-    device = tensors[0].device
-    if impl == "auto" and device.type in dispatch.SETTLED_LATE:
-        impl = dispatch.serving(device, tensors[0].dtype, lengths, squash_output)
-    else:
-        impl = dispatch.resolve(impl, device.type)
+def chosen(
+    impl: str, *tensors: Tensor, lengths: tuple[int, ...] = (), options: frozenset[str] = NO_OPTIONS
+) -> Backend:
+    """The backend that computes the call; tensors without elements are left to the reference."""
+    backend = dispatch.chosen(impl, tensors[0].device, tensors[0].dtype, lengths, options)
     for x in tensors:
         if x.numel() == 0:
-            impl = "reference"
-    return dispatch.module(impl)
+            return reference.BACKEND
+    return backend
+
+
+def routing_options(squash_output: bool) -> frozenset[str]:
+    """The options of a routing call that a backend may lack."""
+    return NO_OPTIONS if squash_output else _UNSQUASHED
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

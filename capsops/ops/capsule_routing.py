@@ -12,11 +12,12 @@ from capsops.ops._flops import Shape
 from capsops.ops._register import (
     OPTIONS,
     ROUTING,
+    chosen,
     contiguous,
     empty_like,
-    implementation,
     register,
     routing_fakes,
+    routing_options,
     saved,
     second_order,
 )
@@ -65,8 +66,8 @@ def kernel(
 ) -> tuple[Tensor, Tensor]:
     check(u, weight, bias, logits, mask, iterations)
     iterations = effective_iterations(iterations, weight.shape[1], leaky)
-    serve = implementation(impl, u, weight, lengths=weight.shape[2:], squash_output=squash_output)
-    return serve.capsule_routing(
+    backend = chosen(impl, u, weight, lengths=weight.shape[2:], options=routing_options(squash_output))
+    return backend.capsule_routing(
         u.contiguous(), weight.contiguous(), contiguous(bias), iterations, leaky, squash_output
     )
 
@@ -87,10 +88,10 @@ def kernel_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_backward(grad, u, weight, bias, s, iterations, leaky)
     iterations = effective_iterations(iterations, weight.shape[1], leaky)
-    serve = implementation(impl, u, weight, lengths=weight.shape[2:], squash_output=squash_output)
+    backend = chosen(impl, u, weight, lengths=weight.shape[2:], options=routing_options(squash_output))
     if s.dim() == 3:
         s = s.unflatten(2, weight.shape[1:3])
-    return serve.capsule_routing_backward(
+    return backend.capsule_routing_backward(
         grad.contiguous(),
         u.contiguous(),
         weight.contiguous(),

@@ -18,11 +18,12 @@ from capsops.ops._flops import Shape
 from capsops.ops._register import (
     OPTIONS,
     ROUTING,
+    chosen,
     contiguous,
     empty_like,
-    implementation,
     register,
     routing_fakes,
+    routing_options,
     saved,
     second_order,
 )
@@ -65,8 +66,8 @@ def kernel(
 ) -> tuple[Tensor, Tensor]:
     check(u_hat, bias, logits, mask, iterations)
     iterations = effective_iterations(iterations, u_hat.shape[2], leaky)
-    serve = implementation(impl, u_hat, lengths=u_hat.shape[3:], squash_output=squash_output)
-    return serve.dynamic_routing(u_hat.contiguous(), contiguous(bias), iterations, leaky, squash_output)
+    backend = chosen(impl, u_hat, lengths=u_hat.shape[3:], options=routing_options(squash_output))
+    return backend.dynamic_routing(u_hat.contiguous(), contiguous(bias), iterations, leaky, squash_output)
 
 
 def kernel_backward(
@@ -82,10 +83,10 @@ def kernel_backward(
 ) -> tuple[Tensor, Tensor]:
     check_backward(grad, u_hat, bias, s, iterations, leaky)
     iterations = effective_iterations(iterations, u_hat.shape[2], leaky)
-    serve = implementation(impl, u_hat, lengths=u_hat.shape[3:], squash_output=squash_output)
+    backend = chosen(impl, u_hat, lengths=u_hat.shape[3:], options=routing_options(squash_output))
     if s.dim() == 3:
         s = s.unflatten(2, u_hat.shape[2:])
-    return serve.dynamic_routing_backward(
+    return backend.dynamic_routing_backward(
         grad.contiguous(), u_hat.contiguous(), s.contiguous(), iterations, leaky, detach, squash_output
     )
 

@@ -9,7 +9,7 @@ from capsops import reference
 from capsops.ops import _flops
 from capsops.ops._arguments import check_dense, check_like, refuse_shape
 from capsops.ops._flops import Shape
-from capsops.ops._register import empty_like, implementation, register, second_order
+from capsops.ops._register import chosen, empty_like, register, second_order
 from capsops.ops._sharding import SUM, Shards
 
 SCHEMA = "(Tensor u, Tensor weight, str impl) -> Tensor"
@@ -38,15 +38,15 @@ def check_backward(grad: Tensor, u: Tensor, weight: Tensor) -> None:
 
 def kernel(u: Tensor, weight: Tensor, impl: str) -> Tensor:
     check(u, weight)
-    return implementation(impl, u, weight).predictions(u.contiguous(), weight.contiguous())
+    return chosen(impl, u, weight).predictions(u.contiguous(), weight.contiguous())
 
 
 def kernel_backward(
     grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     check_backward(grad, u, weight)
-    serve = implementation(impl, u, weight)
-    return serve.predictions_backward(
+    backend = chosen(impl, u, weight)
+    return backend.predictions_backward(
         grad.contiguous(), u.contiguous(), weight.contiguous(), needs_u, needs_weight
     )
 

@@ -1,4 +1,7 @@
-"""A test that takes `impl` runs once for every implementation that could serve CPU tensors."""
+"""A test that takes `impl` runs once for every backend that takes CPU tensors."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -19,3 +22,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for row in rows
         ],
     )
+
+
+def _forget() -> None:
+    dispatch.proofs.cache_clear()
+    dispatch._automatic.cache_clear()
+
+
+@pytest.fixture
+def change_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Replaces fields of a backend's record until the test ends."""
+
+    def change(name: str, **fields: object) -> None:
+        monkeypatch.setitem(dispatch.BACKENDS, name, replace(dispatch.BACKENDS[name], **fields))
+        _forget()
+
+    _forget()
+    yield change
+    monkeypatch.undo()
+    _forget()

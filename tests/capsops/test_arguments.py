@@ -5,6 +5,7 @@ Each hostile call stands beside a valid one, so that a test cannot pass because 
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 import capsops
 from capsops import reference
-from capsops.backends import decline_unsquashed
+from capsops.backends import BACKENDS
+from capsops.backends.backend import UNSQUASHED
 from capsops.nn import PrimaryCapsules, RoutingCapsules
 from tests.capsops.cases import Options, Shape, layer_inputs, routing_inputs, value_and_gradients
 from tests.capsops.compare import assert_all_close, assert_close
@@ -354,7 +356,7 @@ def test_an_output_that_is_not_squashed(options: Options) -> None:
 def test_an_output_that_is_not_squashed_is_no_part_of_the_saved_sums(impl: str) -> None:
     args = (*routing_inputs(Shape(2, 3, 4, 5, 1)), None, None, 2, False, False, False, impl)
     if impl == "triton":
-        with pytest.raises(ValueError, match="^squash_output: got False, takes True: impl='triton' does not"):
+        with pytest.raises(ValueError, match="^impl='triton' does not support squash_output=False"):
             OPS.dynamic_routing(*(x.float() if isinstance(x, Tensor) else x for x in args))
         return
     s = OPS.dynamic_routing(*args)
@@ -362,11 +364,12 @@ def test_an_output_that_is_not_squashed_is_no_part_of_the_saved_sums(impl: str) 
     assert s[0].data_ptr() != s[1][-1].data_ptr()
 
 
-def test_kernels_of_a_gpu_always_squash() -> None:
-    with pytest.raises(
-        ValueError, match=r"^squash_output: got False, takes True: impl='cuda' does not serve"
-    ):
-        decline_unsquashed("cuda", False)
+def test_the_kernels_for_gpus_decline_what_is_not_squashed() -> None:
+    for name in ("triton", "cuda"):
+        backend = BACKENDS[name]
+        dtypes = backend.dtypes or (torch.float32,)
+        reason = replace(backend, dtypes=dtypes).why_declined(torch.float32, frozenset((UNSQUASHED,)))
+        assert reason == f"impl={name!r} does not support squash_output=False"
 
 
 # One output capsule.

@@ -124,7 +124,7 @@ TRACED = [name for name in CALLS if name.isidentifier()]
 
 @pytest.mark.parametrize("name", [slow(n) if n.endswith("routing_backward") else n for n in TRACED])
 def test_opcheck_traced(name: str) -> None:
-    check_traced(dispatch.resolve("auto", "cpu"), name)
+    check_traced("auto", name)
 
 
 @pytest.mark.slow
@@ -326,16 +326,15 @@ def test_activation_checkpointing(impl: str) -> None:
         assert torch.equal(g, w)
 
 
-def test_a_graph_from_elsewhere_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A traced graph names an implementation; the machine that runs it need not have it."""
+def test_a_graph_from_elsewhere_says_what_is_missing(change_backend: Callable[..., None]) -> None:
+    """A traced graph may name a backend that the machine that runs it does not have."""
     s = torch.randn(2, 3)
-    monkeypatch.delitem(dispatch._MODULES, "reference")
-    monkeypatch.setitem(dispatch._MISSING, "reference", "it was a test")
+    change_backend("reference", unavailable="it was a test")
     with pytest.raises(RuntimeError, match="impl='reference' is not available: it was a test"):
         OPS.squash(s, 1, "reference")
 
 
-def test_an_op_refuses_tensors_of_a_device_that_its_implementation_does_not_serve() -> None:
+def test_an_op_refuses_tensors_on_a_device_that_its_backend_does_not_take() -> None:
     s = torch.randn(2, 3)
     with pytest.raises((RuntimeError, ValueError), match="^impl='cuda'"):
         OPS.squash(s, 1, "cuda")
@@ -348,16 +347,15 @@ def test_an_op_refuses_tensors_of_a_device_that_its_implementation_does_not_serv
 @pytest.mark.parametrize(("needs_u", "needs_weight"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("op", ["predictions", "capsule_routing"])
 def test_gradients_that_nobody_needs_are_not_asked_for(
-    op: str, needs_u: bool, needs_weight: bool, monkeypatch: pytest.MonkeyPatch
+    op: str, needs_u: bool, needs_weight: bool, change_backend: Callable[..., None]
 ) -> None:
-    module, asked = dispatch.module("reference"), []
-    backward = getattr(module, f"{op}_backward")
+    backward, asked = getattr(dispatch.BACKENDS["reference"], f"{op}_backward"), []
 
     def noted(*arguments: Any) -> Any:
         asked.append(arguments[-2:])
         return backward(*arguments)
 
-    monkeypatch.setattr(module, f"{op}_backward", noted)
+    change_backend("reference", **{f"{op}_backward": noted})
     u, weight, _ = layer_inputs(SHAPE, bias=False)
     u, weight = u.detach().requires_grad_(needs_u), weight.detach().requires_grad_(needs_weight)
     getattr(capsops, op)(u, weight, impl="reference").sum().backward()

@@ -8,6 +8,7 @@ import torch
 import capsops
 from capsops import __main__ as main
 from capsops import dispatch
+from capsops.backends import extension
 from tests.processes import run_python
 
 MAPS = """\
@@ -43,13 +44,13 @@ def test_columns_are_aligned() -> None:
 
 
 def test_an_extension_that_was_not_built_says_why_and_how_to_mend_it() -> None:
-    record = {"cpu": {"built": False, "reason": "line one\nline two", "mend": "do this"}}
+    record = {"cpu": {"built": False, "reason": "line one\nline two", "remedy": "do this"}}
     assert main.extension("cpu", record) == [
         ("capsops._cpu", "not built: line one"),
         ("", "line two"),
-        ("", "to mend it: do this"),
+        ("", "to fix it: do this"),
     ]
-    assert main.extension("cuda", {})[-1] == ("", "to mend it: pip install -e .")
+    assert main.extension("cuda", {})[-1] == ("", "to fix it: pip install -e .")
 
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,15 +63,18 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
             and line.endswith("available" if service.available else service.reason.splitlines()[0])
             for line in said.splitlines()
         )
-    assert f"  cpu   {dispatch.resolve('auto', 'cpu')}\n" in said
+    assert f"  cpu   {dispatch.automatic('cpu')}\n" in said
 
 
 def test_report_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(dispatch, "serving", lambda device, _: ("cuda", "reference")[device.index])
-    monkeypatch.setattr(dispatch, "why_not_proved", lambda impl, model, _: f"{impl} is too old\nfor {model}")
+    names = {"cuda:0": "cuda", "cuda:1": "reference", "cpu": "cpu"}
+    monkeypatch.setattr(dispatch, "chosen", lambda impl, device, dtype: dispatch.BACKENDS[names[str(device)]])
+    monkeypatch.setattr(
+        dispatch, "why_not_proved", lambda backend, model, _: f"{backend.name} is too old\nfor {model}"
+    )
     main.main()
     assert capsys.readouterr().out.splitlines()[-4:] == [
         "  cuda:0  cuda, on Card 0",
@@ -83,7 +87,7 @@ def test_report_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def test_a_damaged_build_record_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
+    monkeypatch.setattr(extension, "__file__", str(tmp_path / "backends" / "extension.py"))
     for text in ('{"cpu": {"built"', '{"cpu": null}', '{"cpu": {}}', "[1]", "\xff"):
         (tmp_path / "_build.json").write_bytes(text.encode("latin-1"))
         main.main()

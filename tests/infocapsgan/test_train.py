@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import capsops
-from capsops.dispatch import resolve
+from capsops.dispatch import requested
 from infocapsgan import data
 from infocapsgan import train as train_module
 from infocapsgan.checkpoint import checkpoints
@@ -466,9 +466,9 @@ def test_infocapsgan_passes_kmeans_on_digits(tmp_path):
 
 @pytest.mark.parametrize(("impl", "wanted"), [("auto", "reference"), ("cpu", "cpu")])
 def test_impl_auto_leaves_the_default_of_the_process(impl, wanted, tmp_path, monkeypatch):
-    found = []
-    monkeypatch.setattr(train_module, "fit", lambda *given, **more: found.append(resolve("auto", "cpu")))
+    asked = []
+    monkeypatch.setattr(train_module, "fit", lambda *args, **options: asked.append(requested("auto", "cpu")))
     settings = CapsNet(width=8, device="cpu", impl=impl, out=tmp_path / "run").settings
     with capsops.use_impl("reference"):  # as CAPSOPS_IMPL does
         train_module.train(CapsNet, settings)
-    assert found == [wanted]
+    assert asked == [wanted]

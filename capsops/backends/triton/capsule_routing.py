@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capsops.backends import decline_unsquashed
 from capsops.backends.triton import sums, tiles
 from capsops.backends.triton.capsules import (
     agreement,
@@ -377,7 +376,6 @@ class Layer:
 def capsule_routing(
     u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
-    decline_unsquashed("triton", squash_output)
     with on_device(u):
         v, s, _ = Layer(u, weight, leaky).forward(bias, iterations, max(iterations, 1))
     return v, s
@@ -395,7 +393,6 @@ def capsule_routing_backward(
     needs_u: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    decline_unsquashed("triton", squash_output)
     with on_device(u):
         layer = Layer(u, weight, leaky)
         factor = layer.first_factor(iterations)

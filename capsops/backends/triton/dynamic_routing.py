@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capsops.backends import decline_unsquashed
 from capsops.backends.triton import sums, tiles
 from capsops.backends.triton.capsules import load_if, power
 from capsops.backends.triton.launch import launch, on_device
@@ -234,7 +233,6 @@ class Given:
 def dynamic_routing(
     u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
-    decline_unsquashed("triton", squash_output)
     with on_device(u_hat):
         v, s, _ = Given(u_hat, leaky).forward(bias, iterations, max(iterations, 1))
     return v, s
@@ -243,7 +241,6 @@ def dynamic_routing(
 def dynamic_routing_backward(
     grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
-    decline_unsquashed("triton", squash_output)
     with on_device(u_hat):
         given = Given(u_hat, leaky)
         total, grad_s = sums.prepare_backward(grad, s)

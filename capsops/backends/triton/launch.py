@@ -1,43 +1,17 @@
-"""How kernels are started: dtype, device, unit that multiplies matrices."""
+"""How kernels are launched: on which device, and with which precision of matrix products."""
 
 import contextlib
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
 
-# Settled when Triton defines the kernels, by the environment variable TRITON_INTERPRET.
+# Decided when Triton defines the kernels, by the environment variable TRITON_INTERPRET.
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-def why_interpreter_fails(triton_version: str, numpy_version: str) -> str:
-    """Why Triton's interpreter cannot run the kernels, or nothing where it can."""
-    older, newer = ([int(n) for n in x.split(".")[:2]] for x in (triton_version, numpy_version))
-    if older < [3, 7] and newer >= [2, 4]:
-        return (
-            f"the interpreter of Triton {triton_version} fails with NumPy 2.4 and newer, got {numpy_version};"
-            " run: pip install 'numpy<2.4', or take Triton 3.7 or newer"
-        )
-    return ""
-
-
-INTERPRETER_FAILS = why_interpreter_fails(triton.__version__, np.__version__)
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Makes the device of x the current one, which is where Triton launches.
-
-    Raises:
-        ValueError: x has a dtype that these kernels do not serve.
-        RuntimeError: Triton's interpreter is on, and fails with the NumPy that is installed.
-    """
-    if INTERPRETED and INTERPRETER_FAILS:
-        raise RuntimeError(f"impl='triton' is not available: {INTERPRETER_FAILS}")
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"impl='triton' serves float32, bfloat16 and float16, got {x.dtype}")
+    """Makes the device of x the current one, which is where Triton launches."""
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)

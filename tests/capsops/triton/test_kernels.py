@@ -32,17 +32,15 @@ from tests.tiers import slow
 
 pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is not installed")
 triton_kernels = pytest.importorskip("capsops.backends.triton")
-if not triton_kernels.INTERPRETED:
-    pytest.skip("Triton's interpreter is off", allow_module_level=True)
+if triton_kernels.BACKEND.unavailable or "cpu" not in triton_kernels.BACKEND.devices:
+    reason = triton_kernels.BACKEND.unavailable or "Triton's interpreter is off"
+    pytest.skip(reason, allow_module_level=True)
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from capsops.backends.triton import capsules, launch  # noqa: E402
-
-if launch.INTERPRETER_FAILS:
-    pytest.skip(launch.INTERPRETER_FAILS, allow_module_level=True)
 
 # Sizes that divide nothing; D, K and J below and above what a block holds; several blocks of each axis.
 SHAPES = [
@@ -169,7 +167,7 @@ def test_memory_is_poisoned() -> None:
 
 def test_triton_serves_cpu_tensors_here() -> None:
     assert ("triton", "cpu", True, "") in dispatch.describe()
-    assert dispatch.resolve("triton", "cpu") == "triton"
+    assert dispatch.requested("triton", "cpu") == "triton"
 
 
 @pytest.mark.parametrize(("shape", "dtype", "options"), routing_cases(SHAPES), ids=str)

@@ -1,0 +1,112 @@
+"""What a backend is: one record of the tensors and options that it supports, and a function for each op."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+# Options of routing that a backend may lack, named as an error shows them.
+UNSQUASHED = "squash_output=False"
+
+NO_OPTIONS: frozenset[str] = frozenset()
+
+
+class Proof(NamedTuple):
+    """Where a backend's kernels were compared with the reference on a GPU, and no comparison failed."""
+
+    model: str  # of the GPU, as torch.cuda.get_device_name returns it
+    backend: str
+    fingerprint: str  # of the kernels' sources
+    commit: str
+    longest: tuple[int, int]  # the largest D and K that the proof covers
+    multiple: int = 1  # D and K have to be multiples of this
+    triton: str = ""  # the release of Triton that compiled them, for its kernels
+
+    def covers(self, lengths: tuple[int, ...]) -> bool:
+        """Whether capsules of these lengths, D and K, are within what was compared."""
+        within = zip(lengths, self.longest, strict=False)
+        return all(length <= most and length % self.multiple == 0 for length, most in within)
+
+
+def _like_every_proof(proof: Proof, capability: tuple[int, int]) -> str:
+    return ""
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """Computes the ops.
+
+    Tensors that its functions receive are contiguous and not empty, have one dtype and one device, and fit
+    one another. s holds sᵗ of every pass, [max(T, 1), B, J, D], in the accumulation dtype. With
+    squash_output=False v is sᵗ of the last pass. A gradient that is not needed is an empty tensor.
+
+        squash(s, dim) -> v
+        squash_backward(grad, s, dim) -> ∂s
+        predictions(u, weight) -> û
+        predictions_backward(grad, u, weight, needs_u, needs_weight) -> ∂u, ∂W
+        dynamic_routing(u_hat, bias, iterations, leaky, squash_output) -> v, s
+        dynamic_routing_backward(grad, u_hat, s, iterations, leaky, detach, squash_output) -> ∂û, ∂β
+        capsule_routing(u, weight, bias, iterations, leaky, squash_output) -> v, s
+        capsule_routing_backward(
+            grad, u, weight, s, iterations, leaky, detach, squash_output, needs_u, needs_weight
+        ) -> ∂u, ∂W, ∂β
+        couplings(u, weight, bias, iterations, leaky) -> c
+
+    Attributes:
+        name: what `impl` calls it.
+        devices: types of the devices whose tensors it takes; empty where it takes any.
+        dtypes: dtypes of the tensors that it takes.
+        options: options of routing that it supports.
+        unavailable: why it cannot be used in this process; empty where it can.
+        needs_proof: whether impl="auto" takes it only on GPUs on which it has been proved.
+        why_not_proved: why its kernels are not those of a proof, on a GPU of this compute capability; empty
+            where they are.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    options: frozenset[str]
+    unavailable: str
+
+    squash: Callable[..., Tensor]
+    squash_backward: Callable[..., Tensor]
+    predictions: Callable[..., Tensor]
+    predictions_backward: Callable[..., tuple[Tensor, Tensor]]
+    dynamic_routing: Callable[..., tuple[Tensor, Tensor]]
+    dynamic_routing_backward: Callable[..., tuple[Tensor, Tensor]]
+    capsule_routing: Callable[..., tuple[Tensor, Tensor]]
+    capsule_routing_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    couplings: Callable[..., Tensor]
+
+    needs_proof: bool = False
+    why_not_proved: Callable[[Proof, tuple[int, int]], str] = _like_every_proof
+
+    def takes_device(self, device: str) -> bool:
+        return not self.devices or device in self.devices
+
+    def why_declined(self, dtype: torch.dtype, options: frozenset[str]) -> str:
+        """Why it cannot compute a call with tensors of this dtype and these options; empty where it can."""
+        if dtype not in self.dtypes:
+            takes = ", ".join(str(each).removeprefix("torch.") for each in self.dtypes)
+            return f"impl={self.name!r} takes tensors of {takes}, got {dtype}"
+        if not options <= self.options:
+            missing = ", ".join(sorted(options - self.options))
+            return f"impl={self.name!r} does not support {missing}"
+        return ""
+
+
+def missing(name: str, devices: tuple[str, ...], reason: str) -> Backend:
+    """The record of a backend whose functions cannot be imported."""
+
+    def function(*args: object) -> NoReturn:
+        raise RuntimeError(f"impl={name!r} is not available: {reason}")
+
+    return Backend(name, devices, (), NO_OPTIONS, reason, *(function,) * 9)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which numbers of a dtype are summed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

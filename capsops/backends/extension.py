@@ -1,0 +1,56 @@
+"""The compiled extensions: what the build recorded of them, and how tensors are passed to them."""
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor
+
+
+def build_record() -> dict[str, dict[str, str]]:
+    """What the build recorded of each extension; empty where there is no record.
+
+    A record that cannot be read is reported as a build that failed.
+    """
+    path = Path(__file__).parents[1] / "_build.json"
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+        return {name: {**facts, "built": facts["built"]} for name, facts in record.items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = f"the build record {path.name} cannot be read ({type(error).__name__}: {error})"
+        failed = {"built": False, "reason": reason, "remedy": "install capsops again"}
+        return {"cpu": failed, "cuda": failed}
+
+
+def why_not_built(name: str) -> str:
+    """Why there is no capsops._<name>, as far as the build recorded it."""
+    record = build_record()
+    if not record:
+        return "the extension was not built (no build record); run: pip install -e ."
+    return record.get(name, {}).get("reason") or "its build succeeded; run: pip install -e ."
+
+
+def load(name: str) -> tuple[ModuleType | None, str]:
+    """The module capsops._<name>, or None and the reason why it cannot be imported."""
+    try:
+        return importlib.import_module(f"capsops._{name}"), ""
+    except ImportError as error:
+        return None, f"capsops._{name} cannot be imported ({error}): {why_not_built(name)}"
+
+
+def memory(x: Tensor | None) -> tuple[int, int]:
+    """Address and length in bytes of a contiguous tensor, as the extensions take it."""
+    return (0, 0) if x is None else (x.data_ptr(), x.nbytes)
+
+
+def vectors(s: Tensor, dim: int) -> tuple[int, int, int]:
+    """The shape [outer, n, inner] of a tensor whose vectors of n numbers lie along `dim`."""
+    outer = inner = 1
+    for size in s.shape[:dim]:
+        outer *= size
+    for size in s.shape[dim + 1 :]:
+        inner *= size
+    return outer, s.shape[dim], inner
