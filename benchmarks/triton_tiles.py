@@ -2,8 +2,8 @@
 
 For each precision and batch, forward and backward are timed with every candidate, by graph replay; what does
 not compile or fit is listed with its reason. Each candidate compiles for seconds. The best entries are those
-to write into capsops/backends/triton/tiles.py (ROUTED from the forward times, GRADIENT from the backward
-ones).
+to write into capsops/backends/triton/launch_configs.py (ROUTED from the forward times, GRADIENT from the
+backward ones).
 """
 
 import argparse
@@ -19,13 +19,13 @@ from triton.errors import TritonError
 import capsops
 from benchmarks.cases import RoutingCase
 from benchmarks.triton_resources import PRECISIONS
-from capsops.backends.triton import tiles
+from capsops.backends.triton import launch_configs
 from capsops.backends.triton.launch import unit
 
 ROWS = (16, 32, 64, 128)
 
 
-def sensible(entry: tiles.Entry) -> bool:
+def sensible(entry: launch_configs.Entry) -> bool:
     """A warp has 16 samples at most and 8 to 64 numbers a thread; there are at most 4 warps.
 
     With 8 warps and 128 numbers the gradient kernel, as Triton 3.6 compiles it for sm_90, faults on an H200.
@@ -34,11 +34,11 @@ def sensible(entry: tiles.Entry) -> bool:
     return entry.warps <= entry.rows // 8 and 8 <= numbers <= 64
 
 
-def candidates(batch: int) -> list[tiles.Entry]:
+def candidates(batch: int) -> list[launch_configs.Entry]:
     """Entries for a batch: 16 samples in a block where there are no more, else 32 or more."""
     rows = [rows for rows in ROWS if (rows == 16) == (batch <= 16)]
     grid = itertools.product(rows[:1] if batch <= 16 else rows, (32, 64, 128), (32,), (2, 4), (1, 2))
-    return [entry for entry in itertools.starmap(tiles.Entry, grid) if sensible(entry)]
+    return [entry for entry in itertools.starmap(launch_configs.Entry, grid) if sensible(entry)]
 
 
 def milliseconds(call: Callable[[], object], replays: int = 20) -> float:
@@ -71,7 +71,7 @@ def measure(
     case: RoutingCase,
     precision: str,
     programs: int,
-    entries: Sequence[tiles.Entry],
+    entries: Sequence[launch_configs.Entry],
     time: Callable = milliseconds,
 ) -> list[dict[str, object]]:
     """Times of every entry."""
@@ -80,7 +80,7 @@ def measure(
     (u, weight), grad = case.inputs("cuda")
     u, weight, grad = (x.detach().to(dtype) for x in (u, weight, grad))
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    kind = tiles.kind(unit(u), case.batch, case.out_dim, case.in_dim)
+    kind = launch_configs.kind(unit(u), case.batch, case.out_dim, case.in_dim)
 
     options = (case.iterations, False, False, True)  # leaky, detach, squash_output
 
@@ -91,12 +91,12 @@ def measure(
         return kernels.capsule_routing_backward(grad, u, weight, s, *options, True, True)
 
     found = []
-    with mock.patch.object(tiles, "PROGRAMS", programs):
+    with mock.patch.object(launch_configs, "PROGRAMS", programs):
         _, s = kernels.capsule_routing(u, weight, None, case.iterations, False, True)
         for entry in entries:
             row: dict[str, object] = {"case": str(case), "precision": precision, "programs": programs}
             row["entry"] = entry
-            for call, table in ((forward, tiles.ROUTED), (backward, tiles.GRADIENT)):
+            for call, table in ((forward, launch_configs.ROUTED), (backward, launch_configs.GRADIENT)):
                 with mock.patch.dict(table, {kind: entry}):
                     try:
                         row[call.__name__] = time(call)
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 128, 512])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS)[:3])
     parser.add_argument(
-        "--programs", nargs="+", type=int, default=[tiles.PROGRAMS], help="per multiprocessor"
+        "--programs", nargs="+", type=int, default=[launch_configs.PROGRAMS], help="per multiprocessor"
     )
     parser.add_argument(
         "--compile", help="fill Triton's cache with a share of the entries, such as 1/8, and stop"
@@ -135,7 +135,9 @@ def main() -> None:
         for precision, batch in itertools.product(
             chosen.precisions, {min(batch, 128) for batch in chosen.batches}
         ):
-            measure(RoutingCase(batch), precision, tiles.PROGRAMS, candidates(batch)[share::shares], once)
+            measure(
+                RoutingCase(batch), precision, launch_configs.PROGRAMS, candidates(batch)[share::shares], once
+            )
         return
     if chosen.out:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)

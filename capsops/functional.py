@@ -59,6 +59,12 @@ def check_flag(name: str, value: bool) -> None:
         raise TypeError(f"{name}: got {of}{type(value).__name__}, takes a bool")
 
 
+def _requested(impl: str, x: Tensor) -> str:
+    """What the caller asks for, by `impl`, use_impl() or CAPSOPS_IMPL."""
+    impl = dispatch.asked(impl)
+    return impl if impl == "auto" else dispatch.requested(impl, x.device.type)
+
+
 def _exports_to_onnx() -> bool:
     """Whether torch.onnx.export traces the call: ONNX knows the formula, and no op of ours."""
     tracing = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
@@ -112,10 +118,11 @@ def squash(s: Tensor, dim: int = -1, *, impl: str = "auto") -> Tensor:
                 f"dim: got {dim}, takes {-axes} to {axes - 1} for a tensor of shape {list(s.shape)}"
             )
         dim %= axes
-    impl = dispatch.requested(impl, s.device.type)
-    if _formula_serves(impl, s):
+    impl = _requested(impl, s)
+    plain = ops.is_plain(s)
+    if not plain and _formula_serves(impl, s):
         return transforms.by_formula(lambda s: ops.squash.check(s, dim), reference.squash, s, dim=dim)
-    return torch.ops.capsops.squash(s, dim, impl)
+    return ops.squash.call(plain, s, dim, impl)
 
 
 def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
@@ -142,10 +149,11 @@ def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
         return handle_torch_function(predictions, (u, weight), u, weight, impl=impl)
     _check_tensor("u", u)
     _check_tensor("weight", weight)
-    impl = dispatch.requested(impl, u.device.type)
-    if _formula_serves(impl, u, weight):
+    impl = _requested(impl, u)
+    plain = ops.is_plain(u, weight)
+    if not plain and _formula_serves(impl, u, weight):
         return transforms.by_formula(ops.predictions.check, reference.predictions, u, weight)
-    return torch.ops.capsops.predictions(u, weight, impl)
+    return ops.predictions.call(plain, u, weight, impl)
 
 
 def dynamic_routing(
@@ -188,8 +196,9 @@ def dynamic_routing(
     iterations = as_int("iterations", iterations)
     check_flag("leaky", leaky)
     check_flag("detach", detach)
-    impl = dispatch.requested(impl, u_hat.device.type)
-    if _formula_serves(impl, u_hat, bias):
+    impl = _requested(impl, u_hat)
+    plain = ops.is_plain(u_hat, bias)
+    if not plain and _formula_serves(impl, u_hat, bias):
         return transforms.by_formula(
             lambda u_hat, bias: ops.dynamic_routing.check(u_hat, bias, None, None, iterations),
             reference.dynamic_routing,
@@ -199,8 +208,7 @@ def dynamic_routing(
             leaky=leaky,
             detach=detach,
         )
-    op = torch.ops.capsops.dynamic_routing
-    return op(u_hat, bias, None, None, iterations, leaky, detach, True, impl)[0]
+    return ops.dynamic_routing.call(plain, u_hat, bias, None, None, iterations, leaky, detach, True, impl)[0]
 
 
 def capsule_routing(
@@ -250,8 +258,9 @@ def capsule_routing(
     iterations = as_int("iterations", iterations)
     check_flag("leaky", leaky)
     check_flag("detach", detach)
-    impl = dispatch.requested(impl, u.device.type)
-    if _formula_serves(impl, u, weight, bias):
+    impl = _requested(impl, u)
+    plain = ops.is_plain(u, weight, bias)
+    if not plain and _formula_serves(impl, u, weight, bias):
         return transforms.by_formula(
             lambda u, weight, bias: ops.capsule_routing.check(u, weight, bias, None, None, iterations),
             reference.capsule_routing,
@@ -262,8 +271,9 @@ def capsule_routing(
             leaky=leaky,
             detach=detach,
         )
-    op = torch.ops.capsops.capsule_routing
-    return op(u, weight, bias, None, None, iterations, leaky, detach, True, impl)[0]
+    return ops.capsule_routing.call(
+        plain, u, weight, bias, None, None, iterations, leaky, detach, True, impl
+    )[0]
 
 
 def couplings(
@@ -306,8 +316,9 @@ def couplings(
         _check_tensor("bias", bias)
     iterations = as_int("iterations", iterations)
     check_flag("leaky", leaky)
-    impl = dispatch.requested(impl, u.device.type)
-    if _exports_to_onnx():
+    impl = _requested(impl, u)
+    plain = ops.is_plain(u, weight, bias)
+    if not plain and _exports_to_onnx():
         return transforms.by_formula(
             lambda u, weight, bias: ops.couplings.check(u, weight, bias, None, None, iterations),
             reference.couplings,
@@ -318,4 +329,4 @@ def couplings(
             leaky=leaky,
         )
     with torch.no_grad():
-        return torch.ops.capsops.couplings(u, weight, bias, None, None, iterations, leaky, impl)
+        return ops.couplings.call(plain, u, weight, bias, None, None, iterations, leaky, impl)

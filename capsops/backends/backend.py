@@ -39,8 +39,9 @@ class Backend:
     """Computes the ops.
 
     Tensors that its functions receive are contiguous and not empty, have one dtype and one device, and fit
-    one another. s holds sᵗ of every pass, [max(T, 1), B, J, D], in the accumulation dtype. With
-    squash_output=False v is sᵗ of the last pass. A gradient that is not needed is an empty tensor.
+    one another. Tensors that they return are contiguous. s is sᵗ of every pass, [max(T, 1), B, J, D], in the
+    accumulation dtype. With squash_output=False v is sᵗ of the last pass. A gradient that is not needed is an
+    empty tensor.
 
         squash(s, dim) -> v
         squash_backward(grad, s, dim) -> ∂s

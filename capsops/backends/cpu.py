@@ -90,7 +90,11 @@ def _route(
     """v and s of all passes; `shape` is (B, I, J, D, K)."""
     batch, _, capsules, dim, _ = shape
     v = u.new_empty(batch, capsules, dim)
-    s = u.new_empty(max(iterations, 1), batch, capsules, dim, dtype=accumulation_dtype(u.dtype))
+    wide, passes = accumulation_dtype(u.dtype), max(iterations, 1)
+    if wide is u.dtype:  # new_empty() takes twice as long where it is given a dtype
+        s = u.new_empty(passes, batch, capsules, dim)
+    else:
+        s = u.new_empty(passes, batch, capsules, dim, dtype=wide)
     _cpu.routing(
         memory(u),
         memory(weight),

@@ -5,6 +5,10 @@ Backward, for t = T…1: ∂sᵗ = squash-vjp(sᵗ, ∂vᵗ), a = û · ∂sᵗ,
 then ∂û = Σ_t (cᵗ ∂sᵗ + ∂bᵗ Vᵗ⁻¹). 16-bit tensors are computed in float32.
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -126,7 +130,7 @@ def dynamic_routing_backward(
     grad_u_hat, grad_bias = _routing_backward(
         _wide(grad), _wide(u_hat), s, iterations, leaky, detach, squash_output
     )
-    return grad_u_hat.to(u_hat.dtype).contiguous(), grad_bias.to(u_hat.dtype)
+    return grad_u_hat.to(u_hat.dtype), grad_bias.to(u_hat.dtype)
 
 
 def capsule_routing(
@@ -164,19 +168,32 @@ def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, l
     return _couplings(u_hat, total_v if iterations > 1 else None, leaky).to(u.dtype)
 
 
+def _contiguous(function: Callable) -> Callable:
+    """The function with contiguous results, whatever order einsum gave their axes in memory."""
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        results = function(*args)
+        if isinstance(results, Tensor):
+            return results.contiguous()
+        return tuple(x.contiguous() for x in results)
+
+    return call
+
+
 BACKEND = Backend(
     name="reference",
     devices=(),
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     options=frozenset((UNSQUASHED,)),
     unavailable="",
-    squash=squash,
-    squash_backward=squash_backward,
-    predictions=predictions,
-    predictions_backward=predictions_backward,
-    dynamic_routing=dynamic_routing,
-    dynamic_routing_backward=dynamic_routing_backward,
-    capsule_routing=capsule_routing,
-    capsule_routing_backward=capsule_routing_backward,
-    couplings=couplings,
+    squash=_contiguous(squash),
+    squash_backward=_contiguous(squash_backward),
+    predictions=_contiguous(predictions),
+    predictions_backward=_contiguous(predictions_backward),
+    dynamic_routing=_contiguous(dynamic_routing),
+    dynamic_routing_backward=_contiguous(dynamic_routing_backward),
+    capsule_routing=_contiguous(capsule_routing),
+    capsule_routing_backward=_contiguous(capsule_routing_backward),
+    couplings=_contiguous(couplings),
 )

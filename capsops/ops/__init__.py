@@ -4,6 +4,7 @@ Importing this package registers them under torch.ops.capsops.
 """
 
 from capsops.ops import capsule_routing, couplings, dynamic_routing, predictions, squash
+from capsops.ops._eager import is_plain
 from capsops.ops._register import decompositions, note_subclass
 
 note_subclass()  # DTensors may be there already
@@ -13,6 +14,7 @@ __all__ = [
     "couplings",
     "decompositions",
     "dynamic_routing",
+    "is_plain",
     "note_subclass",
     "predictions",
     "squash",

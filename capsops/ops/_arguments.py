@@ -52,7 +52,7 @@ def check_like(name: str, x: Tensor, first_name: str, first: Tensor) -> None:
     """x is a dense tensor with the device and dtype of another argument, which has been checked."""
     if x is None or x.is_nested or x.layout is not _STRIDED:
         check_dense(name, x)
-    if x.dtype is first.dtype and x.device == first.device:
+    if x.dtype is first.dtype and ((x.is_cpu and first.is_cpu) or x.device == first.device):
         return
     check_dense(name, x)
     if x.device != first.device:

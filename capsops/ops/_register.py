@@ -6,7 +6,8 @@ at any order.
 """
 
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ _shardings_registered = False
 
 # What the routing ops take beside the capsules, and behind it.
 ROUTING = "Tensor? bias, Tensor? logits, Tensor? mask, int iterations, bool leaky"
+_CPU = torch.device("cpu")
 _UNSQUASHED = frozenset((UNSQUASHED,))
 OPTIONS = ("iterations", "leaky", "detach", "squash_output")
 
@@ -35,7 +37,8 @@ def chosen(
     impl: str, *tensors: Tensor, lengths: tuple[int, ...] = (), options: frozenset[str] = NO_OPTIONS
 ) -> Backend:
     """The backend that computes the call; tensors without elements are left to the reference."""
-    backend = dispatch.chosen(impl, tensors[0].device, tensors[0].dtype, lengths, options)
+    first = tensors[0]
+    backend = dispatch.chosen(impl, _CPU if first.is_cpu else first.device, first.dtype, lengths, options)
     for x in tensors:
         if x.numel() == 0:
             return reference.BACKEND
@@ -121,17 +124,14 @@ def autocast_enabled(x: Tensor | None) -> bool:
     return x is not None and x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
-def _kernel(function: Callable) -> Callable:
-    """The kernel as registered: its results are contiguous, as the fakes say, and autocast stays outside."""
+def _without_autocast(kernel: Callable) -> Callable:
+    """The kernel, with autocast off inside it."""
 
     def call(*args: Any) -> Any:
         if autocast_enabled(args[0]):
             with torch.autocast(args[0].device.type, enabled=False):
-                return call(*args)
-        results = function(*args)
-        if isinstance(results, Tensor):
-            return results.contiguous()
-        return tuple(x.contiguous() for x in results)
+                return kernel(*args)
+        return kernel(*args)
 
     return call
 
@@ -162,36 +162,77 @@ def _below_autograd(name: str) -> Callable:
     return call
 
 
-def _autograd_kernel(name: str, vjp: Callable[..., tuple], setup: Callable[..., None]) -> Callable:
-    """The kernel that records the gradient: `setup` keeps what `vjp` takes.
+def _recorded(
+    name: str, kernel: Callable, vjp: Callable[..., tuple], setup: Callable[..., None]
+) -> type[torch.autograd.Function]:
+    """The op as autograd records it: `setup` saves what `vjp` takes.
 
-    What torch.library.register_autograd does, for ops without keyword arguments: it asks the schema for
-    defaults and looks into lists of tensors at every call, which costs as long as a small layer computes.
+    The last argument is the dispatcher's key set, or None where Python calls the kernel itself.
     """
-    plain = _below_autograd(name)
+    below_autograd = _below_autograd(name)
 
-    class Recorded(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            *args, keyset = args
-            results = plain(keyset, *args)
-            setup(ctx, args, results)
-            return results
+    def forward(ctx: Any, *args: Any) -> Any:
+        *args, keyset = args
+        results = kernel(*args) if keyset is None else below_autograd(keyset, *args)
+        setup(ctx, args, results)
+        return results
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-            return *vjp(ctx, *grads), None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        return *vjp(ctx, *grads), None
 
-    Recorded.__name__ = f"capsops_{name}"
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return types.new_class(
+        f"capsops_{name}", (torch.autograd.Function,), exec_body=lambda x: x.update(methods)
+    )
+
+
+def _records(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd has to record a call."""
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
+
+
+def _tensors(name: str) -> slice:
+    """The arguments of an op that are tensors or may be: its first ones."""
+    kinds = [str(argument.type) for argument in getattr(torch.ops.capsops, name).default._schema.arguments]
+    count = sum("Tensor" in kind for kind in kinds)
+    if not all("Tensor" in kind for kind in kinds[:count]):
+        raise ValueError(f"the schema of {name} has to begin with its tensors, got {kinds}")
+    return slice(count)
+
+
+def _autograd_kernel(name: str, recorded: type[torch.autograd.Function]) -> Callable:
+    """The kernel for the Autograd key.
+
+    It does what torch.library.register_autograd does, for ops without keyword arguments. That one asks the
+    schema for defaults and looks into lists of tensors at every call, which takes as long as a small layer
+    computes.
+    """
+    below_autograd, tensors = _below_autograd(name), _tensors(name)
 
     def call(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, args)
-        if torch.is_grad_enabled():
-            for x in args:
-                if isinstance(x, Tensor) and x.requires_grad:
-                    return Recorded.apply(*args, keyset)
-        return plain(keyset, *args)
+        return recorded.apply(*args, keyset) if _records(args[tensors]) else below_autograd(keyset, *args)
+
+    return call
+
+
+def _eager_call(name: str, kernel: Callable, recorded: type[torch.autograd.Function] | None) -> Callable:
+    """The op for callers in Python: through torch's dispatcher only where it has something to do."""
+    op, tensors = getattr(torch.ops.capsops, name).default, _tensors(name)
+    # Function's own apply() looks for torch.func's transforms, of which none is active in a plain call.
+    apply = None if recorded is None else super(torch.autograd.Function, recorded).apply
+
+    def call(plain: bool, *args: Any) -> Any:
+        if not plain:
+            return op(*args)
+        if apply is not None and _records(args[tensors]):
+            return apply(*args, None)
+        return kernel(*args)
 
     return call
 
@@ -221,8 +262,10 @@ def register(
     shards: Callable[..., list[Shards]] | None = None,
     *,
     autocast: bool = False,
-) -> None:
+) -> Callable:
     """Defines torch.ops.capsops.<name>.
+
+    Returns the op as the package calls it: with is_plain() of its tensors, and then its arguments.
 
     Args:
         name: of the op.
@@ -238,17 +281,19 @@ def register(
     if shards is not None:
         _shardings[name] = shards
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, _kernel(kernel), "CompositeExplicitAutograd")
+    _library.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
     for key in ("NestedTensorCPU", "NestedTensorCUDA", "NestedTensorMeta"):
         _library.impl(name, kernel, key)  # whose first check refuses them
     torch.library.register_fake(f"capsops::{name}", fake, lib=_library)
-    recorded = _below_autograd(name) if gradient is None else _autograd_kernel(name, *gradient)
-    _library.impl(name, recorded, "Autograd", with_keyset=True)
+    recorded = None if gradient is None else _recorded(name, kernel, *gradient)
+    autograd = _below_autograd(name) if recorded is None else _autograd_kernel(name, recorded)
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
     if flops is not None:
         register_flop_formula(getattr(torch.ops.capsops, name))(flops)
     if autocast:
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _library.impl(name, under_autocast(getattr(torch.ops.capsops, name), device), key)
+    return _eager_call(name, kernel, recorded)
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from capsops import reference
 from capsops.ops import _flops, predictions
 from capsops.ops._arguments import check_routing, check_saved, effective_iterations
+from capsops.ops._eager import is_plain
 from capsops.ops._flops import Shape
 from capsops.ops._register import (
     OPTIONS,
@@ -151,7 +151,8 @@ def gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple:
         return (None,) * 10
     u, weight, bias, s = ctx.saved_tensors
     needs_u, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    grad_u, grad_weight, grad_bias = torch.ops.capsops.capsule_routing_backward(
+    grad_u, grad_weight, grad_bias = call_backward(
+        is_plain(grad, u, weight, bias, s),
         grad,
         u,
         weight,
@@ -238,8 +239,8 @@ def shards_backward(*_: Any) -> list[Shards]:
     return [((0, SUM, SUM), {"grad": 0, "u": 0, "s": 1})]
 
 
-register("capsule_routing", SCHEMA, kernel, fake, (gradient, save), flops, shards, autocast=True)
-register(
+call = register("capsule_routing", SCHEMA, kernel, fake, (gradient, save), flops, shards, autocast=True)
+call_backward = register(
     "capsule_routing_backward",
     BACKWARD_SCHEMA,
     kernel_backward,

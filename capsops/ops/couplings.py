@@ -69,4 +69,4 @@ def shards(*_: Any) -> list[Shards]:
     return [((0,), {"u": 0, "logits": 0, "mask": 0})]
 
 
-register("couplings", SCHEMA, kernel, fake, flops=flops, shards=shards, autocast=True)
+call = register("couplings", SCHEMA, kernel, fake, flops=flops, shards=shards, autocast=True)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from capsops import reference
@@ -14,6 +13,7 @@ from capsops.ops._arguments import (
     effective_iterations,
     refuse_shape,
 )
+from capsops.ops._eager import is_plain
 from capsops.ops._flops import Shape
 from capsops.ops._register import (
     OPTIONS,
@@ -132,7 +132,7 @@ def gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     if grad is None:
         return (None,) * 9
     u_hat, bias, s = ctx.saved_tensors
-    grad_u_hat, grad_bias = torch.ops.capsops.dynamic_routing_backward(grad, u_hat, bias, s, *ctx.options)
+    grad_u_hat, grad_bias = call_backward(is_plain(grad, u_hat, bias, s), grad, u_hat, bias, s, *ctx.options)
     return grad_u_hat, None if bias is None else grad_bias, *(None,) * 7
 
 
@@ -183,8 +183,8 @@ def shards_backward(*_: Any) -> list[Shards]:
     return [((0, SUM), {"grad": 0, "u_hat": 0, "s": 1})]
 
 
-register("dynamic_routing", SCHEMA, kernel, fake, (gradient, save), flops, shards, autocast=True)
-register(
+call = register("dynamic_routing", SCHEMA, kernel, fake, (gradient, save), flops, shards, autocast=True)
+call_backward = register(
     "dynamic_routing_backward",
     BACKWARD_SCHEMA,
     kernel_backward,

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from capsops import reference
 from capsops.ops import _flops
 from capsops.ops._arguments import check_dense, check_like, refuse_shape
+from capsops.ops._eager import is_plain
 from capsops.ops._flops import Shape
 from capsops.ops._register import chosen, empty_like, register, second_order
 from capsops.ops._sharding import SUM, Shards
@@ -71,8 +71,8 @@ def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def gradient(ctx: Any, grad: Tensor) -> tuple:
     u, weight = ctx.saved_tensors
     needs_u, needs_weight, *_ = ctx.needs_input_grad
-    grad_u, grad_weight = torch.ops.capsops.predictions_backward(
-        grad, u, weight, needs_u, needs_weight, ctx.impl
+    grad_u, grad_weight = call_backward(
+        is_plain(grad, u, weight), grad, u, weight, needs_u, needs_weight, ctx.impl
     )
     return grad_u if needs_u else None, grad_weight if needs_weight else None, None
 
@@ -109,8 +109,8 @@ def shards_backward(*_: Any) -> list[Shards]:
     return [((0, SUM), {"grad": 0, "u": 0})]
 
 
-register("predictions", SCHEMA, kernel, fake, (gradient, save), flops, shards, autocast=True)
-register(
+call = register("predictions", SCHEMA, kernel, fake, (gradient, save), flops, shards, autocast=True)
+call_backward = register(
     "predictions_backward",
     BACKWARD_SCHEMA,
     kernel_backward,

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from capsops import reference
 from capsops.ops._arguments import check_dense, check_like
+from capsops.ops._eager import is_plain
 from capsops.ops._register import chosen, empty_like, register, second_order
 from capsops.ops._sharding import Shards
 
@@ -57,7 +57,7 @@ def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def gradient(ctx: Any, grad: Tensor) -> tuple:
     (s,) = ctx.saved_tensors
-    return torch.ops.capsops.squash_backward(grad, s, ctx.dim, ctx.impl), None, None
+    return call_backward(is_plain(grad, s), grad, s, ctx.dim, ctx.impl), None, None
 
 
 def save_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -80,8 +80,8 @@ def shards_backward(grad: Any, s: Any, dim: int, *_: Any) -> list[Shards]:
     return [((axis,), {"grad": axis, "s": axis}) for axis in range(s.ndim) if axis != dim]
 
 
-register("squash", SCHEMA, kernel, fake, (gradient, save), shards=shards, autocast=True)
-register(
+call = register("squash", SCHEMA, kernel, fake, (gradient, save), shards=shards, autocast=True)
+call_backward = register(
     "squash_backward",
     BACKWARD_SCHEMA,
     kernel_backward,

@@ -4,22 +4,22 @@ Forward, for t = 1…T: cᵗ = softmax_j(û · Vᵗ⁻¹), sᵗ = Σ_i cᵗ û +
 Backward: for t = T…2, a = û · ∂sᵗ, ∂b = c (a − Σ_j c a), ∂Vᵗ⁻¹ = ∂Vᵗ + Σ_i ∂b û; then, with
 ∂û = Σ_t (cᵗ ∂sᵗ + ∂bᵗ Vᵗ⁻¹), ∂u = Σ_j Wᵀ ∂û, ∂W = Σ_b ∂û uᵀ.
 
-û is on no side of a product here. With P_ij = W_ijᵀ V_j, a product over d, the logit û · V is u · P; Σ_i c û
-is the product of (c u) and W over all (i, k) of a block; Wᵀ ∂û is Σ_t (c Q + ∂b P) with Q = Wᵀ ∂s; and ∂W is
-the product of ∂s and (c u), plus that of V and (∂b u), over the batch. So all products are deep ones of
-blocks of a few input capsules, one output capsule at a time, which a matrix unit takes whatever J and K are,
-and the element-wise work of a pair (b, i, j) is K numbers, not D. The softmax over j takes a walk over all j
-of its own, before c is used.
+û itself is never formed. With P_ij = W_ijᵀ V_j, a product over d, the logit û · V is u · P; Σ_i c û is the
+product of (c u) and W over all (i, k) of a block; Wᵀ ∂û is Σ_t (c Q + ∂b P) with Q = Wᵀ ∂s; and ∂W is the
+product of ∂s and (c u), plus that of V and (∂b u), over the batch. So every product is one of blocks of a few
+input capsules and one output capsule, deep enough for a matrix unit whatever J and K are, and the
+element-wise work of a pair (b, i, j) is K numbers, not D. The softmax over j takes a loop over all j of its
+own, before c is used.
 
-Products of B · I · J · D · K terms, T = 3: 1 + 2 × 3 forward, 2 × 5 + 10 backward, against 3 and 5 if û were
-formed; but those have K for their depth, which the matrix unit pads to 16, and hold û, V and sums of all j in
-registers.
+With T = 3 that is 1 + 2 × 3 products of B · I · J · D · K terms forward and 2 × 5 + 10 backward, against 3
+and 5 if û were formed; but the depth of those would be K, which the matrix unit pads to 16, and they would
+need û, V and the sums of all j in registers.
 
-A program of a pass has a tile of samples and a share of the input capsules; its sums over i go to
-[parts, B, J, D], which a small kernel of sums.py adds in a fixed order and squashes. The parts are as many as
-fill the device, whatever I is.
+A program of a pass has a block of samples and a part of the input capsules; its sums over i go to
+[parts, B, J, D], which a small kernel of reductions.py adds in a fixed order and squashes. There are as many
+parts as fill the device, whatever I is.
 
-Input capsules of more components than a block holds are taken KB components at a time.
+Input capsules of more than KB components are taken KB components at a time.
 """
 
 import torch
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capsops.backends.triton import sums, tiles
+from capsops.backends.triton import launch_configs, reductions
 from capsops.backends.triton.capsules import (
     agreement,
     load_if,
@@ -42,12 +42,12 @@ from capsops.backends.triton.capsules import (
     weight_offsets,
 )
 from capsops.backends.triton.launch import launch, on_device, unit
-from capsops.backends.triton.tiles import ceil_div
+from capsops.backends.triton.launch_configs import ceil_div
 
 
 @triton.jit
 def _weight_offset(q, N: tl.constexpr, K: tl.constexpr):
-    """Where component q of all I · K stands in W, for the first of its N columns."""
+    """The offset in W of component q of all I · K, for the first of its N columns."""
     return q // K * (N * K) + q % K
 
 
@@ -131,7 +131,7 @@ def routed_pass_kernel(
 ):  # fmt: skip
     """Σ_i c û, or with GRADIENT Σ_i ∂b û, of a tile of samples over `chunks` blocks of C input capsules.
 
-    With GRADIENT the statistics of the softmax are left for the last pass, [3, B, I].
+    With GRADIENT the statistics of the softmax are stored for the last pass, [3, B, I].
     """
     pid = tl.program_id(0)
     row = (pid % batch_tiles).to(tl.int64) * R + tl.arange(0, R)
@@ -286,30 +286,30 @@ class Layer:
     def sums_of_pass(self, parts: int) -> Tensor:
         return self.u.new_empty(parts, self.B, self.J, self.D, dtype=torch.float32)
 
-    def routed_tile(self, table: dict[str, tiles.Entry]) -> tiles.Tile:
-        entry = table[tiles.kind(self.unit, self.B, self.D, self.K)]
-        return tiles.tile(entry, self.B, self.I, self.D, self.K)
+    def routed_tile(self, table: dict[str, launch_configs.Entry]) -> launch_configs.Tile:
+        entry = table[launch_configs.kind(self.unit, self.B, self.D, self.K)]
+        return launch_configs.tile(entry, self.B, self.I, self.D, self.K)
 
-    def routed_options(self, tile: tiles.Tile) -> dict[str, object]:
+    def routed_options(self, tile: launch_configs.Tile) -> dict[str, object]:
         return {
             "J": self.J, "D": self.D, "K": self.K, "LEAKY": self.leaky, "UNIT": self.unit, **tile.options(),
         }  # fmt: skip
 
-    def uniform_blocks(self, of: str) -> tiles.Product:
-        """How one of the products of uniform_product_kernel is cut."""
+    def uniform_blocks(self, of: str) -> launch_configs.Product:
+        """The launch configuration of one of the products of uniform_product_kernel."""
         columns, inputs = self.J * self.D, self.I * self.K
         sizes = {
             "s": (self.B, columns, inputs),
             "u": (self.B, inputs, columns),
             "w": (inputs, columns, self.B),
         }
-        return tiles.product(*sizes[of], self.u)
+        return launch_configs.product(*sizes[of], self.u)
 
     def uniform_product(
-        self, of: str, blocks: tiles.Product, s: Tensor, found: Tensor, factor: float
+        self, of: str, blocks: launch_configs.Product, s: Tensor, partials: Tensor, factor: float
     ) -> None:
         launch(
-            uniform_product_kernel, blocks.programs, self.u, self.weight, s, found, self.B, self.I,
+            uniform_product_kernel, blocks.programs, self.u, self.weight, s, partials, self.B, self.I,
             blocks.row_tiles, blocks.column_tiles, blocks.steps, factor, N=self.J * self.D, K=self.K, OF=of,
             UNIT=self.unit, **blocks.options(),
         )  # fmt: skip
@@ -317,29 +317,32 @@ class Layer:
     def uniform_pass(self) -> Tensor:
         """Sums of û over parts of i [parts, B, J, D]."""
         blocks = self.uniform_blocks("s")
-        found = self.sums_of_pass(blocks.parts)
-        self.uniform_product("s", blocks, found, found, 1.0)
-        return found
+        partials = self.sums_of_pass(blocks.parts)
+        self.uniform_product("s", blocks, partials, partials, 1.0)
+        return partials
 
     def uniform_gradient(self, of: str, grad_s: Tensor, factor: float) -> Tensor:
         """∂u or ∂W of a layer whose only couplings are uniform."""
         blocks = self.uniform_blocks(of)
-        with sums.parts_of(self.u if of == "u" else self.weight, blocks.parts) as (found, gradient):
-            self.uniform_product(of, blocks, grad_s, found, factor)
+        with reductions.partial_results(self.u if of == "u" else self.weight, blocks.parts) as (
+            partials,
+            gradient,
+        ):
+            self.uniform_product(of, blocks, grad_s, partials, factor)
         return gradient
 
     def routed_pass(self, total: Tensor, grad_s: Tensor | None, statistics: Tensor) -> Tensor:
-        """Sums over parts of i [parts, B, J, D] of c û or, given ∂s, of ∂b û, leaving `statistics`."""
-        tile = self.routed_tile(tiles.ROUTED)
+        """Sums over parts of i [parts, B, J, D] of c û or, with ∂s, of ∂b û; fills `statistics`."""
+        tile = self.routed_tile(launch_configs.ROUTED)
         batch_tiles = ceil_div(self.B, tile.rows)
-        parts = tiles.split(ceil_div(self.I, tile.inputs), batch_tiles, self.u)
-        found = self.sums_of_pass(parts.count)
+        parts = launch_configs.split(ceil_div(self.I, tile.inputs), batch_tiles, self.u)
+        partials = self.sums_of_pass(parts.count)
         launch(
             routed_pass_kernel, batch_tiles * parts.count, self.u, self.weight, total,
-            total if grad_s is None else grad_s, statistics, found, self.B, self.I, batch_tiles, parts.size,
-            GRADIENT=grad_s is not None, **self.routed_options(tile),
+            total if grad_s is None else grad_s, statistics, partials, self.B, self.I, batch_tiles,
+            parts.size, GRADIENT=grad_s is not None, **self.routed_options(tile),
         )  # fmt: skip
-        return found
+        return partials
 
     def forward(self, bias: Tensor | None, iterations: int, passes: int) -> tuple[Tensor, Tensor, Tensor]:
         """v, s of the first `passes` passes of `iterations`, and V; v is set by the last pass of all."""
@@ -348,26 +351,26 @@ class Layer:
         total = s.new_empty(s.shape[1:])
         last = max(iterations, 1) - 1
         for t in range(passes):
-            found = self.uniform_pass() if t == 0 else self.routed_pass(total, None, total)
+            partials = self.uniform_pass() if t == 0 else self.routed_pass(total, None, total)
             count = self.J + self.leaky if t == 0 and iterations else 1
-            sums.finish_pass(found, bias, s[t], total, v, count, t == 0, t == last)
+            reductions.finish_pass(partials, bias, s[t], total, v, count, t == 0, t == last)
         return v, s, total
 
     def routed_gradient(
         self, total: Tensor, grad_s: Tensor, statistics: Tensor, factor: float, detach: bool, needs_u: bool,
         needs_weight: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """∂u and ∂W, given Vᵗ, ∂sᵗ and, without `detach`, the softmax statistics of all passes."""
-        tile = self.routed_tile(tiles.GRADIENT)
+        """∂u and ∂W, from Vᵗ, ∂sᵗ and, without `detach`, the softmax statistics of all passes."""
+        tile = self.routed_tile(launch_configs.GRADIENT)
         blocks = ceil_div(self.I, tile.inputs) * ceil_div(self.K, tile.depth)
-        parts = tiles.split(self.B, blocks, self.u, tile.rows)
+        parts = launch_configs.split(self.B, blocks, self.u, tile.rows)
         grad_u = torch.empty_like(self.u) if needs_u else self.u.new_empty(0)
         count = parts.count if needs_weight else 0
         added_up = parts.size > tile.rows
-        with sums.parts_of(self.weight, count, wide=added_up) as (found, grad_weight):
+        with reductions.partial_results(self.weight, count, wide=added_up) as (partials, grad_weight):
             launch(
                 routed_gradient_kernel, blocks * parts.count, self.u, self.weight, total, grad_s, statistics,
-                grad_u, found, self.B, self.I, len(grad_s), parts.size, factor, DETACH=detach,
+                grad_u, partials, self.B, self.I, len(grad_s), parts.size, factor, DETACH=detach,
                 NEEDS_U=needs_u, NEEDS_W=needs_weight, **self.routed_options(tile),
             )  # fmt: skip
         return grad_u, grad_weight
@@ -396,15 +399,15 @@ def capsule_routing_backward(
     with on_device(u):
         layer = Layer(u, weight, leaky)
         factor = layer.first_factor(iterations)
-        total, grad_s = sums.prepare_backward(grad, s)
+        total, grad_s = reductions.prepare_backward(grad, s)
         last = len(s) - 1
         if last == 0:
             grad_u = layer.uniform_gradient("u", grad_s, factor) if needs_u else u.new_empty(0)
             grad_weight = layer.uniform_gradient("w", grad_s, factor) if needs_weight else u.new_empty(0)
-            return grad_u, grad_weight, sums.bias_gradient(grad_s, weight)
+            return grad_u, grad_weight, reductions.bias_gradient(grad_s, weight)
         statistics = s.new_empty(0 if detach else (last, 3, layer.B, layer.I))
         if not detach:
-            sums.reduce_backward(
+            reductions.reduce_backward(
                 lambda v, grad, t: layer.routed_pass(v, grad, statistics[t]), total, grad_s, s
             )
         grad_u, grad_weight = u.new_empty(0), u.new_empty(0)
@@ -412,4 +415,4 @@ def capsule_routing_backward(
             grad_u, grad_weight = layer.routed_gradient(
                 total, grad_s, statistics, factor, detach, needs_u, needs_weight
             )
-        return grad_u, grad_weight, sums.bias_gradient(grad_s[last if detach else 0 :], weight)
+        return grad_u, grad_weight, reductions.bias_gradient(grad_s[last if detach else 0 :], weight)

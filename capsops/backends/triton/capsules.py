@@ -1,7 +1,7 @@
-"""What kernels of several ops share: blocks of capsules and of W in registers, products, a power.
+"""Device functions that several kernels share: blocks of capsules and of W, products, the exponential.
 
 Prefixes: b_ a block, p_ a pointer, m_ a mask. Sizes of blocks are powers of two: R rows (samples), C input
-capsules, DB components of an output capsule and KB of an input capsule at a time; what lies outside is 0.
+capsules, DB components of an output capsule and KB of an input capsule; beyond a tensor's end they are 0.
 """
 
 import triton
@@ -16,9 +16,9 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 def to_tf32(b_x):
     """Float32 rounded to the nearest number of 10 bits behind the point, ties away from 0.
 
-    Matrix units cut the other 13 bits off, which doubles the largest error and gives all errors one sign. An
-    addition to the bits carries into the exponent as it should, up to infinity, but would make zeros of some
-    NaN, and the cut infinities of others: hence one that stays what it is.
+    Matrix units truncate the other 13 bits, which doubles the largest error and gives all errors one sign.
+    The addition to the bits carries into the exponent as it should, up to infinity, but it would turn some
+    NaN into zeros, and the truncation would turn others into infinities: hence the separate case for NaN.
     """
     bits = (b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
     return tl.where(b_x == b_x, bits.to(tl.float32, bitcast=True), float("nan"))
@@ -26,8 +26,8 @@ def to_tf32(b_x):
 
 @triton.jit
 def product(b_x, b_y, UNIT: tl.constexpr):
-    """b_x @ b_y summed in float32, of operands as UNIT (launch.unit) takes them."""
-    if UNIT == "tf32":  # which holds float16 as it is
+    """b_x @ b_y summed in float32, the operands rounded as UNIT (see launch.unit) takes them."""
+    if UNIT == "tf32":  # which represents float16 exactly
         if b_x.dtype == tl.float32:
             b_x = to_tf32(b_x)
         if b_y.dtype == tl.float32:
@@ -43,10 +43,10 @@ def product(b_x, b_y, UNIT: tl.constexpr):
 
 @triton.jit
 def load_if(condition, p, mask):
-    """What stands at p where `condition`, a comparison of two numbers, and the mask are true; else 0.
+    """Loads from p where `condition`, a comparison of two numbers, and the mask are true; else 0.
 
     `mask & condition` is the same to the compiler, but the interpreter makes integers of it, which Triton 3.9
-    takes for no mask.
+    does not accept as a mask.
     """
     return tl.load(p, mask=tl.where(condition, mask, False), other=0.0)
 
@@ -55,7 +55,8 @@ def load_if(condition, p, mask):
 def load_inputs(p_u, row, m_row, i, k, I, K: tl.constexpr):
     """Components k of u of the rows and input capsules `i`, in float32: [R, KB, C].
 
-    With i the last axis, a thread of a matrix unit's result holds all k of one i: sums over k stay in it.
+    With i the last axis, a thread has all k of one i in the result of a matrix product: sums over k need no
+    other thread.
     """
     mask = m_row[:, None, None] & (i < I)[None, :, None] & (k < K)[None, None, :]
     p = p_u + (row * I * K)[:, None, None] + (i * K)[None, :, None] + k[None, None, :]
@@ -78,7 +79,7 @@ def load_outputs(p_x, row, m_row, j, d, J: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def weight_offsets(i, j, d, k, J: tl.constexpr, D: tl.constexpr, K: tl.constexpr):
-    """Where W_ij [d, k] stands, for blocks of i, d and k: [C, DB, KB]."""
+    """The offset of W_ij [d, k], for blocks of i, d and k: [C, DB, KB]."""
     i = i.to(tl.int64) * (J * D * K) + j * (D * K)
     return i[:, None, None] + (d * K)[None, :, None] + k[None, None, :]
 
@@ -95,8 +96,8 @@ def load_weights(
 ):  # fmt: skip
     """W_ij of blocks of i, d and k: [DB, KB · C].
 
-    Adding 0 keeps Triton from turning the block round in shared memory, where its compiler for sm_90 stops
-    with "Illegal shared layout" when C is below 8 (seen in 3.7.1).
+    Adding 0 keeps Triton from transposing the block in shared memory, where its compiler for sm_90 stops with
+    "Illegal shared layout" when C is below 8 (seen in 3.7.1).
     """
     p = p_w + weight_offsets(i, j, d, k, J, D, K)
     b_w = tl.load(p, mask=weight_mask(i, d, k, I, D, K), other=0.0)
@@ -109,12 +110,12 @@ def project(
     C: tl.constexpr, DB: tl.constexpr, KB: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Components k of W_ijᵀ x_j [R, KB, C] for x [B, J, D]."""
-    found = tl.zeros([R, KB * C], tl.float32)
+    b_p = tl.zeros([R, KB * C], tl.float32)
     for first in range(0, D, DB):
         d = first + tl.arange(0, DB)
         b_x = load_outputs(p_x, row, m_row, j, d, J, D)
-        found += product(b_x, load_weights(p_w, i, j, d, k, I, J, D, K, C, DB, KB), UNIT)
-    return tl.reshape(found, [R, KB, C])
+        b_p += product(b_x, load_weights(p_w, i, j, d, k, I, J, D, K, C, DB, KB), UNIT)
+    return tl.reshape(b_p, [R, KB, C])
 
 
 @triton.jit
@@ -122,18 +123,18 @@ def agreement(
     p_x, p_w, p_u, b_u, row, m_row, i, j, I, J: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr, KB: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """û · x [R, C] for x [B, J, D]: u · (W_ijᵀ x_j); b_u holds all of u where K ≤ KB."""
-    found = tl.zeros([R, C], tl.float32)
+    """û · x [R, C] for x [B, J, D]: u · (W_ijᵀ x_j); b_u is all of u where K ≤ KB."""
+    b_logits = tl.zeros([R, C], tl.float32)
     for first in range(0, K, KB):
         k = first + tl.arange(0, KB)
         if K > KB:
             b_u = load_inputs(p_u, row, m_row, i, k, I, K)
         b_p = project(p_x, p_w, row, m_row, i, j, k, I, J, D, K, R, C, DB, KB, UNIT)
-        found += tl.sum(b_p * b_u, 1)
-    return found
+        b_logits += tl.sum(b_p * b_u, 1)
+    return b_logits
 
 
 @triton.jit
 def power(z):
-    """eᶻ for z ≤ 0, 0 where that is no normal float32 number, on every device."""
+    """eᶻ for z ≤ 0, and 0 where that would be a subnormal float32 number, on every device."""
     return tl.where(z < -87.0, 0.0, tl.exp(z))

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capsops.backends.triton import tiles
+from capsops.backends.triton import launch_configs
 from capsops.backends.triton.capsule_routing import Layer, softmax_over_outputs
 from capsops.backends.triton.capsules import agreement, load_inputs, power
 from capsops.backends.triton.launch import launch, on_device
-from capsops.backends.triton.tiles import ceil_div
+from capsops.backends.triton.launch_configs import ceil_div
 
 
 @triton.jit(do_not_specialize=["B", "I", "batch_tiles"])
@@ -42,7 +42,7 @@ def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, l
             return c.fill_(1 / (weight.shape[1] + leaky) if iterations else 1)
         layer = Layer(u, weight, leaky)
         _, _, total = layer.forward(bias, iterations, iterations - 1)
-        tile = layer.routed_tile(tiles.ROUTED)
+        tile = layer.routed_tile(launch_configs.ROUTED)
         batch_tiles = ceil_div(layer.B, tile.rows)
         launch(
             couplings_kernel, batch_tiles * ceil_div(layer.I, tile.inputs), u, weight, total, c, layer.B,

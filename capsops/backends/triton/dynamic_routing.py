@@ -1,12 +1,12 @@
-"""Routing of given predictions û [B, I, J, D]: every pass reads û once, from memory or the cache behind it.
+"""Routing of precomputed predictions û [B, I, J, D]: every pass reads û once, from memory or from the cache.
 
 Forward, for t = 1…T: cᵗ = softmax_j(û · Vᵗ⁻¹), sᵗ = Σ_i cᵗ û + β, Vᵗ = Vᵗ⁻¹ + squash(sᵗ).
 Backward: for t = T…2, a = û · ∂sᵗ, ∂b = c (a − Σ_j c a), ∂Vᵗ⁻¹ = ∂Vᵗ + Σ_i ∂b û; then
 ∂û = Σ_t (cᵗ ∂sᵗ + ∂bᵗ Vᵗ⁻¹).
 
-A block is [C input capsules, JB output capsules, DP components] of one sample. Where it holds all j, û is
-loaded once; else a first walk over the j leaves the largest logit, Σ exp and Σ c a of each i in registers,
-and a second one finds û in the cache.
+A block is [C input capsules, JB output capsules, DP components] of one sample. Where it has all j, û is
+loaded once; else a first loop over j keeps the largest logit, Σ exp and Σ c a of each i in registers, and a
+second loop reads û from the cache.
 """
 
 import torch
@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capsops.backends.triton import sums, tiles
+from capsops.backends.triton import launch_configs, reductions
 from capsops.backends.triton.capsules import load_if, power
 from capsops.backends.triton.launch import launch, on_device
-from capsops.backends.triton.tiles import ceil_div
+from capsops.backends.triton.launch_configs import ceil_div
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _load_one(p_x, j, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def _logits(b_u_hat, b_v, j, J: tl.constexpr):
-    """û · V [C, JB], −∞ for a j that is not."""
+    """û · V [C, JB], −∞ beyond the last j."""
     return tl.where((j < J)[None, :], tl.sum(b_u_hat * b_v, 2), -float("inf"))
 
 
@@ -84,7 +84,7 @@ def _statistics(
 
 
 @triton.jit(do_not_specialize=["B", "I", "parts", "size"])
-def given_pass_kernel(
+def precomputed_pass_kernel(
     p_u_hat, p_total, p_grad_s, p_partials, B, I, parts, size,
     J: tl.constexpr, D: tl.constexpr, C: tl.constexpr, JB: tl.constexpr, DP: tl.constexpr,
     UNIFORM: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr,
@@ -146,7 +146,7 @@ def given_pass_kernel(
 
 
 @triton.jit(do_not_specialize=["B", "I", "parts", "passes"])
-def given_gradient_kernel(
+def precomputed_gradient_kernel(
     p_u_hat, p_total, p_grad_s, p_grad, B, I, parts, passes, factor,
     J: tl.constexpr, D: tl.constexpr, C: tl.constexpr, JB: tl.constexpr, DP: tl.constexpr,
     ROUTED: tl.constexpr, LEAKY: tl.constexpr, DETACH: tl.constexpr,
@@ -163,9 +163,9 @@ def given_gradient_kernel(
     p_grad_s = p_grad_s + b * (J * D)
     for first in range(0, J, JB):
         j = first + tl.arange(0, JB)
-        found = tl.zeros([C, JB, DP], tl.float32)
+        b_grad = tl.zeros([C, JB, DP], tl.float32)
         if not ROUTED or not DETACH:
-            found += factor * _load_one(p_grad_s, j, J, D, DP)
+            b_grad += factor * _load_one(p_grad_s, j, J, D, DP)
         if ROUTED:
             b_u_hat = _load(p_u_hat, row, m_row, j, J, D, DP)
             begin = 1
@@ -187,36 +187,36 @@ def given_gradient_kernel(
                     )
                     c = power(logits - top[:, None]) * norm[:, None]
                     a = tl.sum(b_u_hat * b_s, 2)
-                found += c[:, :, None] * b_s
+                b_grad += c[:, :, None] * b_s
                 if not DETACH:
-                    found += (c * (a - mean[:, None]))[:, :, None] * b_v
+                    b_grad += (c * (a - mean[:, None]))[:, :, None] * b_v
         mask = m_row[:, None, None] & (j < J)[None, :, None] & (d < D)[None, None, :]
         p = p_grad + row[:, None, None] + (j * D)[None, :, None] + d[None, None, :]
-        tl.store(p, found.to(p_grad.dtype.element_ty), mask=mask)
+        tl.store(p, b_grad.to(p_grad.dtype.element_ty), mask=mask)
 
 
-class Given:
+class PrecomputedRouting:
     """The shapes of one call, and the launches of its passes."""
 
     def __init__(self, u_hat: Tensor, leaky: bool) -> None:
         self.u_hat, self.leaky = u_hat, leaky
         self.B, self.I, self.J, self.D = u_hat.shape
-        self.tile = tiles.given(self.I, self.J, self.D)
+        self.tile = launch_configs.precomputed(self.I, self.J, self.D)
         self.options = {"J": self.J, "D": self.D, **self.tile.options(), "LEAKY": leaky}
 
     def sums_of_pass(self, parts: int) -> Tensor:
         return self.u_hat.new_empty(parts, self.B, self.J, self.D, dtype=torch.float32)
 
-    def a_pass(self, total: Tensor | None, grad_s: Tensor | None) -> Tensor:
-        """Sums over parts of i [parts, B, J, D]: of û; of c û, given V; of ∂b û, given ∂s as well."""
-        parts = tiles.split(self.I, self.B, self.u_hat, self.tile.inputs)
-        found = self.sums_of_pass(parts.count)
+    def one_pass(self, total: Tensor | None, grad_s: Tensor | None) -> Tensor:
+        """Sums over parts of i [parts, B, J, D]: of û; with V of c û; with V and ∂s of ∂b û."""
+        parts = launch_configs.split(self.I, self.B, self.u_hat, self.tile.inputs)
+        partials = self.sums_of_pass(parts.count)
         launch(
-            given_pass_kernel, self.B * parts.count, self.u_hat, found if total is None else total,
-            found if grad_s is None else grad_s, found, self.B, self.I, parts.count, parts.size,
+            precomputed_pass_kernel, self.B * parts.count, self.u_hat, partials if total is None else total,
+            partials if grad_s is None else grad_s, partials, self.B, self.I, parts.count, parts.size,
             UNIFORM=total is None, GRADIENT=grad_s is not None, **self.options,
         )  # fmt: skip
-        return found
+        return partials
 
     def forward(self, bias: Tensor | None, iterations: int, passes: int) -> tuple[Tensor, Tensor, Tensor]:
         """v, s of the first `passes` passes of `iterations`, and V; v is set by the last pass of all."""
@@ -224,9 +224,9 @@ class Given:
         v, total = self.u_hat.new_empty(s.shape[1:]), s.new_empty(s.shape[1:])
         last = max(iterations, 1) - 1
         for t in range(passes):
-            found = self.a_pass(None if t == 0 else total, None)
+            partials = self.one_pass(None if t == 0 else total, None)
             count = self.J + self.leaky if t == 0 and iterations else 1
-            sums.finish_pass(found, bias, s[t], total, v, count, t == 0, t == last)
+            reductions.finish_pass(partials, bias, s[t], total, v, count, t == 0, t == last)
         return v, s, total
 
 
@@ -234,7 +234,7 @@ def dynamic_routing(
     u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
     with on_device(u_hat):
-        v, s, _ = Given(u_hat, leaky).forward(bias, iterations, max(iterations, 1))
+        v, s, _ = PrecomputedRouting(u_hat, leaky).forward(bias, iterations, max(iterations, 1))
     return v, s
 
 
@@ -242,17 +242,17 @@ def dynamic_routing_backward(
     grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
     with on_device(u_hat):
-        given = Given(u_hat, leaky)
-        total, grad_s = sums.prepare_backward(grad, s)
+        routing = PrecomputedRouting(u_hat, leaky)
+        total, grad_s = reductions.prepare_backward(grad, s)
         last = len(s) - 1
         if not detach:
-            sums.reduce_backward(lambda v, grad, _: given.a_pass(v, grad), total, grad_s, s)
+            reductions.reduce_backward(lambda v, grad, _: routing.one_pass(v, grad), total, grad_s, s)
         grad_u_hat = torch.empty_like(u_hat)
-        parts = ceil_div(given.I, given.tile.inputs)
-        factor = 1 / (given.J + leaky) if iterations else 1.0
+        parts = ceil_div(routing.I, routing.tile.inputs)
+        factor = 1 / (routing.J + leaky) if iterations else 1.0
         launch(
-            given_gradient_kernel, given.B * parts, u_hat, total, grad_s, grad_u_hat, given.B, given.I, parts,
-            len(s), factor, ROUTED=last > 0, DETACH=detach, **given.options,
+            precomputed_gradient_kernel, routing.B * parts, u_hat, total, grad_s, grad_u_hat, routing.B,
+            routing.I, parts, len(s), factor, ROUTED=last > 0, DETACH=detach, **routing.options,
         )  # fmt: skip
-        grad_bias = sums.bias_gradient(grad_s[last if detach else 0 :], u_hat)
+        grad_bias = reductions.bias_gradient(grad_s[last if detach else 0 :], u_hat)
     return grad_u_hat, grad_bias

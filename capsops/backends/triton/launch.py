@@ -19,16 +19,16 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
 
 def _tf32_allowed() -> bool:
     # Read at every call: the ops are opaque to torch.compile, so that a graph does not fix it. The newer
-    # setting answers for both ways to set it; torch before 2.9 has the older alone.
+    # setting reflects both ways to set it; torch before 2.9 has only the older one.
     newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     return torch.backends.cuda.matmul.allow_tf32 if newer is None else newer == "tf32"
 
 
 def unit(x: Tensor) -> str:
-    """What kernels multiply matrices of x's dtype by: "ieee", "tf32" or "bf16"; all sum in float32.
+    """How kernels multiply matrices of x's dtype: "ieee", "tf32" or "bf16"; all sum in float32.
 
-    Float32 follows torch's own setting. Gradients inside a layer leave the range of float16; TF32 holds its
-    numbers exactly, and has the range of float32.
+    Float32 follows torch's own setting. Gradients inside a layer leave the range of float16; TF32 represents
+    its numbers exactly, and has the range of float32.
     """
     if x.dtype == torch.bfloat16:
         return "bf16"

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capsops.backends.triton import sums, tiles
+from capsops.backends.triton import launch_configs, reductions
 from capsops.backends.triton.capsules import product
 from capsops.backends.triton.launch import launch, on_device, unit
-from capsops.backends.triton.tiles import ceil_div
+from capsops.backends.triton.launch_configs import ceil_div
 
 
 @triton.jit(do_not_specialize=["B", "I", "batch_tiles", "columns"])
@@ -28,14 +28,14 @@ def predictions_kernel(
     k = tl.arange(0, KB)
     p_u = p_u + (row * I + i)[:, None] * K
     p_w = p_w + i * (N * K) + (n * K)[None, :]
-    found = tl.zeros([R, C], tl.float32)
+    b_u_hat = tl.zeros([R, C], tl.float32)
     for first in range(0, K, KB):
         m_k = first + k < K
         b_u = tl.load(p_u + (first + k)[None, :], mask=m_row & m_k[None, :], other=0.0)
         b_w = tl.load(p_w + (first + k)[:, None], mask=m_k[:, None] & m_n[None, :], other=0.0)
-        found += product(b_u, b_w, UNIT)
+        b_u_hat += product(b_u, b_w, UNIT)
     p_u_hat = p_u_hat + (row * I + i)[:, None] * N + n[None, :]
-    tl.store(p_u_hat, found.to(p_u_hat.dtype.element_ty), mask=m_row & m_n[None, :])
+    tl.store(p_u_hat, b_u_hat.to(p_u_hat.dtype.element_ty), mask=m_row & m_n[None, :])
 
 
 @triton.jit(do_not_specialize=["B", "I", "batch_tiles", "columns"])
@@ -53,15 +53,15 @@ def predictions_gradient_u_kernel(
     n = tl.arange(0, C)
     p_grad = p_grad + (row * I + i)[:, None] * N
     p_w = p_w + i * (N * K) + k[None, :]
-    found = tl.zeros([R, KB], tl.float32)
+    b_grad_u = tl.zeros([R, KB], tl.float32)
     for first in range(0, N, C):
         m_n = first + n < N
         b_g = tl.load(p_grad + (first + n)[None, :], mask=m_row & m_n[None, :], other=0.0)
         b_w = tl.load(p_w + ((first + n) * K)[:, None], mask=m_n[:, None] & m_k, other=0.0)
-        found += product(b_g, b_w, UNIT)
+        b_grad_u += product(b_g, b_w, UNIT)
     tl.store(
         p_grad_u + (row * I + i)[:, None] * K + k[None, :],
-        found.to(p_grad_u.dtype.element_ty),
+        b_grad_u.to(p_grad_u.dtype.element_ty),
         mask=m_row & m_k,
     )
 
@@ -83,22 +83,22 @@ def predictions_gradient_w_kernel(
     m_n, m_k = n < N, k < K
     first = part * size
     last = tl.minimum(first + size, B)
-    found = tl.zeros([C, KB], tl.float32)
+    b_grad_w = tl.zeros([C, KB], tl.float32)
     for begin in range(first, last, R):
         row = begin + tl.arange(0, R)
         m_row = (row < last)[:, None]
         b_g = tl.load(p_grad + (row * I + i)[:, None] * N + n[None, :], mask=m_row & m_n[None, :], other=0.0)
         b_u = tl.load(p_u + (row * I + i)[:, None] * K + k[None, :], mask=m_row & m_k[None, :], other=0.0)
-        found += product(tl.trans(b_g), b_u, UNIT)
+        b_grad_w += product(tl.trans(b_g), b_u, UNIT)
     p_grad_w = p_grad_w + (part * I + i) * (N * K) + (n * K)[:, None] + k[None, :]
-    tl.store(p_grad_w, found.to(p_grad_w.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])
+    tl.store(p_grad_w, b_grad_w.to(p_grad_w.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])
 
 
 def predictions(u: Tensor, weight: Tensor) -> Tensor:
     (B, I, K), (_, J, D, _) = u.shape, weight.shape
     with on_device(u):
         u_hat = u.new_empty(B, I, J, D)
-        tile = tiles.predictions(B, J * D, K)
+        tile = launch_configs.predictions(B, J * D, K)
         batch_tiles, columns = ceil_div(B, tile.rows), ceil_div(J * D, tile.columns)
         launch(
             predictions_kernel, batch_tiles * columns * I, u, weight, u_hat, B, I, batch_tiles, columns,
@@ -111,7 +111,7 @@ def predictions_backward(
     grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
     (B, I, K), (_, J, D, _) = u.shape, weight.shape
-    tile = tiles.predictions(B, J * D, K)
+    tile = launch_configs.predictions(B, J * D, K)
     options = {"N": J * D, "K": K, **tile.options(), "UNIT": unit(u)}
     with on_device(u):
         grad_u, grad_weight = u.new_empty(u.shape if needs_u else 0), u.new_empty(0)
@@ -123,10 +123,10 @@ def predictions_backward(
             )  # fmt: skip
         if needs_weight:
             columns, depths = ceil_div(J * D, tile.columns), ceil_div(K, tile.depth)
-            parts = tiles.split(B, columns * depths * I, u, tile.rows)
-            with sums.parts_of(weight, parts.count) as (found, grad_weight):
+            parts = launch_configs.split(B, columns * depths * I, u, tile.rows)
+            with reductions.partial_results(weight, parts.count) as (partials, grad_weight):
                 launch(
-                    predictions_gradient_w_kernel, columns * depths * I * parts.count, grad, u, found, B, I,
-                    columns, parts.size, **options,
+                    predictions_gradient_w_kernel, columns * depths * I * parts.count, grad, u, partials, B,
+                    I, columns, parts.size, **options,
                 )  # fmt: skip
     return grad_u, grad_weight

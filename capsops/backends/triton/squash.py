@@ -1,4 +1,4 @@
-"""squash and its gradient: of the rows of a tile, and of vectors of any length along any dimension.
+"""squash and its gradient, of the rows of a block, and of vectors of any length along any dimension.
 
 squash(s) = s · r / (1 + r²) with r = ‖s‖; beyond r = 1 as s/r · 1 / (1 + 1/r²), r from a scaled sum, so that
 no finite s overflows. Its vector-Jacobian product is f g + r f′ (n · g) n with n = s/r, f = r / (1 + r²);
@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from capsops.backends.triton.launch import launch, on_device
-from capsops.backends.triton.tiles import ceil_div, power_of_2
+from capsops.backends.triton.launch_configs import ceil_div, power_of_2
 
-_LONGEST = 1024  # numbers of one vector that a program holds at once
-_NUMBERS = 2048  # numbers that a program holds at once
+_LONGEST = 1024  # numbers of one vector that a program has in registers
+_NUMBERS = 2048  # numbers that a program has in registers
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _widen(top, square, dot, b_s, b_g):
 
 @triton.jit
 def _apply(b_s, top, square):
-    """squash(s), given the statistics of its vectors."""
+    """squash(s) from the statistics of its vectors."""
     safe = tl.where(top > 0, top, 1.0)
     length = tl.sqrt_rn(square)
     r = safe * length
@@ -67,7 +67,7 @@ def squash_rows(b_s):
 
 @triton.jit
 def squash_rows_vjp(b_g, b_s):
-    """The gradient of s [R, DP], given that of squash(s)."""
+    """The gradient of s [R, DP] from that of squash(s)."""
     zero = tl.zeros([b_s.shape[0]], tl.float32)
     top, square, dot = _widen(zero, zero, zero, b_s, b_g)
     return _apply_vjp(b_g, b_s, top, square, dot)

@@ -38,10 +38,10 @@ PRODUCTS = {
 OTHERS = {
     "squash",
     "squash gradient",
-    "given_pass",
-    "given_pass uniform",
-    "given_pass gradient",
-    "given_gradient",
+    "precomputed_pass",
+    "precomputed_pass uniform",
+    "precomputed_pass gradient",
+    "precomputed_gradient",
     "finish_pass",
     "prepare_backward",
     "finish_reduction",
@@ -87,9 +87,11 @@ def test_sizes_of_one_compile(leaky: bool, detach: bool) -> None:
 def test_spills_are_found(inputs: int, spills: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table tells a kernel that spills from one that does not."""
     from capsops.backends import triton as kernels
-    from capsops.backends.triton import tiles
+    from capsops.backends.triton import launch_configs
 
-    monkeypatch.setattr(tiles, "tile", lambda *sizes: tiles.Tile(64, inputs, 16, 8, 4, 1, None))
+    monkeypatch.setattr(
+        launch_configs, "tile", lambda *sizes: launch_configs.Tile(64, inputs, 16, 8, 4, 1, None)
+    )
     u, weight = torch.empty(64, 32, 8, device="meta"), torch.empty(32, 10, 16, 8, device="meta")
     with compiling("sm_90", tf32=True) as found:
         kernels.couplings(u, weight, None, 2, False)

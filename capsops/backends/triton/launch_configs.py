@@ -1,7 +1,7 @@
-"""Sizes of blocks by shape class: small tables, chosen by counting; nothing is tried at call time.
+"""Launch configurations by shape class: small tables, chosen by counting; nothing is tuned at call time.
 
-benchmarks/triton_resources.py prints what the compiler makes of them, benchmarks/triton_tiles.py measures
-others on a given GPU.
+benchmarks/triton_resources.py prints what the compiler makes of them, benchmarks/triton_tiles.py times others
+on a GPU.
 """
 
 from functools import lru_cache
@@ -36,14 +36,14 @@ def programs(x: Tensor) -> int:
 
 
 class Split(NamedTuple):
-    """A sum cut into `count` runs of `size` terms, the last one shorter."""
+    """A sum divided into `count` parts of `size` terms, the last of which may be shorter."""
 
     count: int
     size: int
 
 
 def split(terms: int, side_by_side: int, x: Tensor, multiple: int = 1) -> Split:
-    """Runs for sums of `terms`, `side_by_side` of which are made at once, so that the device is full."""
+    """How to divide sums of `terms`, of which `side_by_side` are computed at once, to fill the device."""
     count = max(1, min(programs(x) // side_by_side, ceil_div(terms, multiple)))
     size = ceil_div(ceil_div(terms, count), multiple) * multiple
     return Split(ceil_div(terms, size), size)
@@ -105,10 +105,10 @@ class Tile(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What a block may have at most.
+    """The largest block of a shape class.
 
     Samples; numbers of u of one sample (input capsules × components); components of an output capsule; warps;
-    stages; registers of a thread, where ptxas left to itself spills to seat one more program.
+    stages; registers of a thread, where ptxas by itself spills so that one more program fits.
     """
 
     rows: int
@@ -185,8 +185,8 @@ def predictions(B: int, columns: int, K: int) -> Predictions:
     return Predictions(_block(B, 64), _block(columns, 64), _block(K, 32), 4, 2)
 
 
-class Given(NamedTuple):
-    """A block of a given û: input capsules, output capsules, components."""
+class Precomputed(NamedTuple):
+    """A block of a precomputed û: input capsules, output capsules, components."""
 
     inputs: int
     outputs: int
@@ -197,14 +197,14 @@ class Given(NamedTuple):
         return {"C": self.inputs, "JB": self.outputs, "DP": self.components, "num_warps": self.warps}
 
 
-# Numbers of û in a block, and at most so many of one input capsule.
-_GIVEN, _GIVEN_OF_ONE = 4096, 2048
+# Numbers of û in a block, and the most of one input capsule.
+_NUMBERS, _NUMBERS_OF_CAPSULE = 4096, 2048
 
 
-def given(I: int, J: int, D: int) -> Given:
+def precomputed(I: int, J: int, D: int) -> Precomputed:
     components = power_of_2(D)
-    outputs, numbers = power_of_2(J), _GIVEN
-    if outputs * components > _GIVEN_OF_ONE:
-        outputs, numbers = max(1, _GIVEN_OF_ONE // 2 // components), _GIVEN // 2
+    outputs, numbers = power_of_2(J), _NUMBERS
+    if outputs * components > _NUMBERS_OF_CAPSULE:
+        outputs, numbers = max(1, _NUMBERS_OF_CAPSULE // 2 // components), _NUMBERS // 2
     inputs = max(1, min(power_of_2(I), numbers // (outputs * components)))
-    return Given(inputs, outputs, components, 4)
+    return Precomputed(inputs, outputs, components, 4)

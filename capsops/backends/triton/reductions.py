@@ -1,6 +1,6 @@
-"""What stands between two passes: partial sums are added in a fixed order, squashed, and joined to V.
+"""The reductions between two passes: partial sums are added in a fixed order, squashed, and added to V.
 
-Rows are pairs (b, j), D numbers each; all of it is B × J × D in size, small against a pass.
+Rows are pairs (b, j) of D numbers each: B × J × D numbers in all, few compared with a pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from capsops.backends.triton.launch import launch
+from capsops.backends.triton.launch_configs import ceil_div, power_of_2
 from capsops.backends.triton.squash import squash_rows, squash_rows_vjp
-from capsops.backends.triton.tiles import ceil_div, power_of_2
 
 _NUMBERS = 128  # numbers of s that a program makes
 _AT_ONCE = 32  # partial sums whose loads are in flight together
@@ -180,11 +180,11 @@ def add_rows(x: Tensor, out: Tensor) -> None:
 
 
 @contextmanager
-def parts_of(like: Tensor, count: int, wide: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """Room for `count` partial results of the shape and dtype of `like`, and for their sum, made on leaving.
+def partial_results(like: Tensor, count: int, wide: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Buffers for `count` partial results of the shape and dtype of `like`, and for their sum.
 
-    Both are the same where there is but one part, unless it is to be float32 (`wide`, for a kernel that adds
-    to it). No part: empty tensors.
+    The sum is computed on exit. Both are one tensor where there is one part, unless it has to be float32
+    (`wide`, for a kernel that adds to it). Where there is no part, both are empty.
     """
     if count == 0:
         nothing = like.new_empty(0)
