@@ -6,6 +6,7 @@ import platform
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ def openmp() -> str:
     return f"{len(runtimes)} runtimes in one process, whose threads may compete: {', '.join(runtimes)}"
 
 
-def extension(name: str, record: dict[str, dict[str, str]]) -> list[tuple[str, str]]:
+def extension(name: str, record: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     """What the build recorded of capsops._<name>, and what it says of itself once loaded."""
     title = f"capsops._{name}"
     built = record.get(name, {"built": False, "reason": "never built here", "remedy": "pip install -e ."})

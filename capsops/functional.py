@@ -188,8 +188,16 @@ def dynamic_routing(
         RuntimeError: `impl` is not available here.
     """
     if has_torch_function((u_hat, bias)):
-        options = {"iterations": iterations, "leaky": leaky, "detach": detach, "impl": impl}
-        return handle_torch_function(dynamic_routing, (u_hat, bias), u_hat, bias, **options)
+        return handle_torch_function(
+            dynamic_routing,
+            (u_hat, bias),
+            u_hat,
+            bias,
+            iterations=iterations,
+            leaky=leaky,
+            detach=detach,
+            impl=impl,
+        )
     _check_tensor("u_hat", u_hat)
     if bias is not None:
         _check_tensor("bias", bias)
@@ -249,8 +257,17 @@ def capsule_routing(
         RuntimeError: `impl` is not available here.
     """
     if has_torch_function((u, weight, bias)):
-        options = {"iterations": iterations, "leaky": leaky, "detach": detach, "impl": impl}
-        return handle_torch_function(capsule_routing, (u, weight, bias), u, weight, bias, **options)
+        return handle_torch_function(
+            capsule_routing,
+            (u, weight, bias),
+            u,
+            weight,
+            bias,
+            iterations=iterations,
+            leaky=leaky,
+            detach=detach,
+            impl=impl,
+        )
     _check_tensor("u", u)
     _check_tensor("weight", weight)
     if bias is not None:
@@ -308,8 +325,9 @@ def couplings(
         RuntimeError: `impl` is not available here.
     """
     if has_torch_function((u, weight, bias)):
-        options = {"iterations": iterations, "leaky": leaky, "impl": impl}
-        return handle_torch_function(couplings, (u, weight, bias), u, weight, bias, **options)
+        return handle_torch_function(
+            couplings, (u, weight, bias), u, weight, bias, iterations=iterations, leaky=leaky, impl=impl
+        )
     _check_tensor("u", u)
     _check_tensor("weight", weight)
     if bias is not None:

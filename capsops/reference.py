@@ -83,9 +83,14 @@ def capsule_routing(
     squash_output: bool = True,
 ) -> Tensor:
     """dynamic_routing(predictions(u, weight), bias): u [B, I, K], weight [I, J, D, K] → v [B, J, D]."""
-    u_hat = predictions(u, weight)
-    options = {"iterations": iterations, "leaky": leaky, "detach": detach, "squash_output": squash_output}
-    return dynamic_routing(u_hat, bias, **options)
+    return dynamic_routing(
+        predictions(u, weight),
+        bias,
+        iterations=iterations,
+        leaky=leaky,
+        detach=detach,
+        squash_output=squash_output,
+    )
 
 
 def couplings(

@@ -35,16 +35,19 @@ def differentiates() -> bool:
 
 
 def by_formula(
-    check: Callable[..., None], formula: Callable[..., Tensor], *tensors: Tensor | None, **options: Any
+    check: Callable[..., None],
+    formula: Callable[..., Tensor],
+    first: Tensor,
+    *others: Tensor | None,
+    **options: Any,
 ) -> Tensor:
     """`formula` of capsops.reference, in the dtypes of the op: autocast's, and summed in float32 at least.
 
-    `check` is what the op would say of the tensors.
+    `check` checks the tensors as the op does.
     """
-    dtype = tensors[0].dtype
-    if autocast_enabled(tensors[0]):
-        device = tensors[0].device.type
-        return under_autocast(partial(by_formula, check, formula, **options), device)(*tensors)
-    check(*tensors)
-    wide = accumulation_dtype(dtype)
-    return formula(*(None if x is None else x.to(wide) for x in tensors), **options).to(dtype)
+    if autocast_enabled(first):
+        cast = under_autocast(partial(by_formula, check, formula, **options), first.device.type)
+        return cast(first, *others)
+    check(first, *others)
+    wide = accumulation_dtype(first.dtype)
+    return formula(*(None if x is None else x.to(wide) for x in (first, *others)), **options).to(first.dtype)

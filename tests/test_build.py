@@ -1,4 +1,4 @@
-"""setup.py: what it plans, that ninja does it, and that a build that fails leaves a working package."""
+"""setup.py: how it compiles, and that a build that fails leaves a working package."""
 
 import importlib.util
 import json
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -61,17 +62,6 @@ def test_cuda_architectures(archs: str, flags: list[str]) -> None:
     assert plan.cuda_arch_flags(archs) == flags
 
 
-@pytest.mark.parametrize("archs", ["8.0", "sm_80", "80;native", "", ";"])
-def test_cuda_architectures_that_are_none(archs: str) -> None:
-    with pytest.raises(ValueError, match="CAPSOPS_CUDA_ARCHS"):
-        plan.cuda_arch_flags(archs)
-
-
-def test_cuda_architectures_where_none_are_named() -> None:
-    assert plan.cuda_archs({}) == plan.cuda_archs({"CAPSOPS_CUDA_ARCHS": ""}) == plan.DEFAULT_CUDA_ARCHS
-    assert plan.cuda_archs({"CAPSOPS_CUDA_ARCHS": "90"}) == "90"
-
-
 def test_cuda_choice() -> None:
     assert plan.cuda_choice({}) == "auto"
     assert plan.cuda_choice({"CAPSOPS_BUILD_CUDA": ""}) == "auto"
@@ -80,46 +70,34 @@ def test_cuda_choice() -> None:
         plan.cuda_choice({"CAPSOPS_BUILD_CUDA": "yes"})
 
 
-def test_jobs() -> None:
-    assert plan.job_flags({}) == []
-    assert plan.job_flags({"MAX_JOBS": "3"}) == ["-j", "3"]
-    for jobs in ("0", "-1", "many"):
-        with pytest.raises(ValueError, match="MAX_JOBS"):
-            plan.job_flags({"MAX_JOBS": jobs})
-
-
 def test_every_kernel_is_compiled_for_every_instruction_set() -> None:
-    *compilations, link = plan.cpu_steps(["c++"], ["/include"], "x86_64", {"CXXFLAGS": "-g"})
-    assert len(compilations) == 1 + 3 * len(plan.CPU_KERNELS)
-    assert len({step.output for step in compilations}) == len(compilations)
-    assert sorted(link.inputs) == sorted(step.output for step in compilations)
+    objects = plan.cpu_objects("x86_64", {"CXXFLAGS": "-g"})
+    sources = {source for source, _ in objects.values()}
+    assert sources == set((ROOT / "csrc/cpu").glob("*.cpp"))
+    assert len(objects) == 1 + 3 * (len(sources) - 1)
     order = ["o", "baseline", "avx2", "avx512"]  # the linker keeps the first copy of an inline function
-    levels = [order.index(name.split(".")[1]) for name in link.inputs]
+    levels = [order.index(name.split(".")[1]) for name in objects]
     assert levels == sorted(levels)
-    for step in compilations:
-        assert "-fopenmp" in step.command
-        assert "-g" in step.command
-        assert "-ffast-math" not in step.command  # breaks the range reduction of exp
-    for step in compilations[:-1]:
-        isa = step.output.split(".")[1]
-        assert f"-DCAPSOPS_ISA={isa}" in step.command
-        assert ("-mavx512f" in step.command) == (isa == "avx512")
-        assert "/include" not in step.command  # so that a new pip environment recompiles the bindings alone
+    for name, (source, flags) in objects.items():
+        assert "-fopenmp" in flags
+        assert "-g" in flags
+        assert "-ffast-math" not in flags  # breaks the range reduction of exp
+        # So that a new pip environment recompiles only the bindings.
+        assert (plan.includes()[0] in flags) == (source.stem == "bindings")
+        if source.stem != "bindings":
+            isa = name.split(".")[1]
+            assert f"-DCAPSOPS_ISA={isa}" in flags
+            assert ("-mavx512f" in flags) == (isa == "avx512")
 
 
-def test_every_source_is_listed() -> None:
-    listed = {plan.CPU_BINDINGS, *plan.CPU_KERNELS}
-    assert listed == {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc/cpu").glob("*.cpp")}
-
-
-def test_cuda_steps() -> None:
-    sources = [Path("/s/bindings.cpp"), Path("/s/squash.cu")]
-    *compilations, link = plan.cuda_steps("nvcc", sources, ["/include"], {"CAPSOPS_CUDA_ARCHS": "90"})
-    assert [step.output for step in compilations] == ["bindings.cpp.o", "squash.cu.o"]
-    assert all("-gencode=arch=compute_90,code=sm_90" in step.command for step in compilations)
-    # A build has its own folder of headers: what does not need it is not compiled again.
-    assert ["/include" in step.command for step in compilations] == [True, False]
-    assert link.command == ("nvcc", "-shared", "-cudart", "static")
+def test_cuda_objects() -> None:
+    objects = plan.cuda_objects("90")
+    assert {source for source, _ in objects.values()} == {
+        path for path in (ROOT / "csrc/cuda").glob("*") if path.suffix in (".cu", ".cpp")
+    }
+    for source, flags in objects.values():
+        assert "-gencode=arch=compute_90,code=sm_90" in flags
+        assert (plan.includes()[0] in flags) == (source.stem == "bindings")
 
 
 def test_first_error_is_what_the_compiler_said() -> None:
@@ -137,63 +115,74 @@ def test_first_error_is_what_the_compiler_said() -> None:
 
 
 @needs_compiler
-def test_ninja_compiles_what_changed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ninja_compiles_what_changed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "a folder: with $igns"
     folder.mkdir()
     header, one, two = (folder / name for name in ("value.h", "one.cpp", "two.cpp"))
     header.write_text("#define VALUE 1\n")
     one.write_text('#include "value.h"\nint one() { return VALUE; }\n')
     two.write_text("int two() { return 2; }\n")
-    steps = [
-        plan.Step((str(one),), "one.o", ("c++", "-fPIC", "-DTEXT=\"a $b 'c'\"")),
-        plan.Step((str(two),), "two.o", ("c++", "-fPIC")),
-        plan.Step(("one.o", "two.o"), "both.so", ("c++", "-shared"), compiles=False),
-    ]
+    objects = {"one.o": (one, ["-fPIC", "-DTEXT=\"a $b 'c'\""]), "two.o": (two, ["-fPIC"])}
+    make = partial(plan.make, folder / "build", ["c++"], objects, [], "fix it")
 
     def compiled() -> set[str]:
-        assert plan.run_ninja(steps, folder / "build", "fix it").exists()
+        assert make().exists()
         return set(re.findall(r"\] \w+ (\S+)", capfd.readouterr().out))
 
-    assert compiled() == {"one.o", "two.o", "both.so"}
+    assert compiled() == {"one.o", "two.o", "library.so"}
     assert compiled() == set()
     header.write_text("#define VALUE 3\n")
-    assert compiled() == {"one.o", "both.so"}
+    assert compiled() == {"one.o", "library.so"}
 
     two.write_text("this is no C++\n")
     with pytest.raises(plan.NotBuiltError, match=r"compilation failed: .*two\.cpp:1:1: error") as caught:
-        plan.run_ninja(steps, folder / "build", "fix it")
-    assert caught.value.remedy == "fix it"
+        make()
+    assert caught.value.remedy == "fix it, then install capsops again"
+    monkeypatch.setenv("MAX_JOBS", "many")
+    with pytest.raises(plan.NotBuiltError, match="invalid -j parameter"):
+        make()
 
 
-def test_compiler_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(plan.NotBuiltError, match=r"cannot compile one line.*No such file") as caught:
-        plan.check_compiler([str(tmp_path / "c++")], plan.sysconfig.get_path("include"))
-    assert "install g++" in caught.value.remedy
-
-
-def test_compiler_that_says_nothing() -> None:
-    with pytest.raises(plan.NotBuiltError, match="it printed nothing and ended with status 1"):
-        plan.check_compiler(["/bin/false"], plan.sysconfig.get_path("include"))
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (None, "not found"),
+        ("exit 1", "the compiler printed nothing"),
+        (
+            'case "$*" in *-fopenmp*) echo "unsupported option -fopenmp" >&2; exit 1;; esac',
+            "unsupported option -fopenmp",
+        ),
+    ],
+    ids=["missing", "silent", "without OpenMP"],
+)
+def test_a_compiler_that_fails(
+    script: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "compiler"
+    if script is not None:
+        compiler.write_text(f"#!/bin/sh\n{script}\n")
+        compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(plan.NotBuiltError, match=f"compilation failed: .*{reason}") as caught:
+        plan.build_cpu(tmp_path / "build")
+    assert caught.value.failed
+    assert caught.value.remedy.startswith("install g++")
 
 
 @needs_compiler
-def test_compiler_without_openmp(tmp_path: Path) -> None:
-    compiler = tmp_path / "c++"
-    compiler.write_text(
-        "#!/bin/sh\n"
-        'case "$*" in *-fopenmp*) echo "unsupported option -fopenmp" >&2; exit 1;; esac\n'
-        'exec c++ "$@"\n'
+def test_a_compiler_without_the_headers_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "includes", lambda: [f"-isystem{plan.pybind11.get_include()}"])
+    bindings = ROOT / "csrc/cpu/bindings.cpp"
+    monkeypatch.setattr(
+        plan,
+        "cpu_objects",
+        lambda *_: {"bindings.o": (bindings, [*plan.CPU_FLAGS, f"-I{ROOT / 'csrc'}", *plan.includes()])},
     )
-    compiler.chmod(0o755)
-    with pytest.raises(plan.NotBuiltError, match="has no OpenMP: unsupported option -fopenmp") as caught:
-        plan.check_compiler([str(compiler)], plan.sysconfig.get_path("include"))
-    assert "libomp" in caught.value.remedy
-
-
-@needs_compiler
-def test_compiler_without_python_headers(tmp_path: Path) -> None:
-    with pytest.raises(plan.NotBuiltError, match=r"does not find Python's headers.*Python\.h"):
-        plan.check_compiler(["c++"], str(tmp_path))
+    with pytest.raises(plan.NotBuiltError, match=r"Python\.h: No such file") as caught:
+        plan.build_cpu(tmp_path)
+    assert "python3-dev" in caught.value.remedy
 
 
 def _environment(**variables: str) -> dict[str, str]:
@@ -221,14 +210,14 @@ def scratch(tmp_path: Path) -> Path:
 USE = "import capsops, torch; print(capsops.squash(torch.tensor([3.0, 4.0])).norm().item())"
 
 
-def _assert_reference_serves(folder: Path) -> None:
-    """The package found in the folder computes, and says what is missing."""
+def _assert_the_reference_works(folder: Path) -> None:
+    """The package in the folder computes, and reports what is missing."""
     used = _run(sys.executable, "-c", USE, cwd=folder)
     assert used.returncode == 0, used.stderr
     assert float(used.stdout) == pytest.approx(25 / 26)
     said = _run(sys.executable, "-m", "capsops", cwd=folder)
     assert said.returncode == 0, said.stderr
-    assert "not built: the compiler /bin/false cannot compile" in said.stdout
+    assert "not built: compilation failed: the compiler printed nothing" in said.stdout
     assert "to fix it: install g++" in said.stdout
     assert re.search(r"^ +reference +cpu +available$", said.stdout, re.MULTILINE)
 
@@ -247,7 +236,7 @@ def test_build_without_a_compiler_succeeds_and_says_why(scratch: Path) -> None:
     assert record["cpu"]["built"] is False
     assert record["cuda"]["reason"] == "CAPSOPS_BUILD_CUDA was 0"
     (scratch / "torch.py").unlink()
-    _assert_reference_serves(scratch)
+    _assert_the_reference_works(scratch)
 
 
 def test_cuda_that_must_be_built_and_cannot(scratch: Path) -> None:
@@ -267,7 +256,7 @@ def test_cuda_that_must_be_built_and_cannot(scratch: Path) -> None:
 
 
 def test_cuda_is_for_machines_with_nvcc_and_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """nvcc by itself, as in a container for compiling, costs minutes that nothing comes of."""
+    """With nvcc but no driver, as in a container for compiling, a build would take minutes for nothing."""
     asked = []
 
     def library(name: str) -> object:
@@ -278,15 +267,16 @@ def test_cuda_is_for_machines_with_nvcc_and_a_driver(monkeypatch: pytest.MonkeyP
         raise AssertionError("nothing is compiled")
 
     monkeypatch.setattr(plan.ctypes, "CDLL", library)
-    monkeypatch.setattr(plan, "run_ninja", no_compilation)
+    monkeypatch.setattr(plan, "make", no_compilation)
     monkeypatch.setattr(plan.shutil, "which", lambda name, path=None: f"/cuda/bin/{name}")
     monkeypatch.delenv("CAPSOPS_BUILD_CUDA", raising=False)
     with pytest.raises(
-        plan.NotWantedError, match=r"^there is no NVIDIA driver here \(libcuda.so.1\)$"
+        plan.NotBuiltError, match=r"^there is no NVIDIA driver here \(libcuda.so.1\)$"
     ) as error:
         plan.build_cuda(tmp_path)
     assert asked == ["libcuda.so.1"]
     assert "CAPSOPS_BUILD_CUDA=1" in error.value.remedy
+    assert not error.value.failed
     monkeypatch.setenv("CAPSOPS_BUILD_CUDA", "1")
     with pytest.raises(AssertionError, match="nothing is compiled"):
         plan.build_cuda(tmp_path)
@@ -349,7 +339,7 @@ def test_wheel_without_a_compiler(scratch: Path, tmp_path: Path) -> None:
     pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation")
     install = _run(*pip, "--target", str(target), str(scratch), cwd=tmp_path, CXX="/bin/false")
     assert install.returncode == 0, install.stdout + install.stderr
-    _assert_reference_serves(target)
+    _assert_the_reference_works(target)
 
 
 @pytest.mark.slow

@@ -31,11 +31,12 @@ def _stream(device: torch.device) -> int:
 
 def _allows_tf32() -> bool:
     """Whether torch's own matrix products may round float32 to TF32, by its newer or its older setting."""
+    backends: Any = torch.backends
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):
         precision = matmul.fp32_precision
         if precision == "none":
-            precision = torch.backends.fp32_precision
+            precision = backends.fp32_precision
         return precision == "tf32"
     return matmul.allow_tf32
 
@@ -145,7 +146,7 @@ def dynamic_routing_backward(
     grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
     call = _call(u_hat, None, iterations, leaky, detach)
-    grad_u_hat, grad_bias = _like(u_hat), _empty(u_hat.shape[2:], u_hat.dtype, u_hat.device)
+    grad_u_hat, grad_bias = torch.empty_like(u_hat), _empty(u_hat.shape[2:], u_hat.dtype, u_hat.device)
     call.point(
         u=memory(u_hat),
         s=memory(s),

@@ -4,11 +4,12 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
 
-def build_record() -> dict[str, dict[str, str]]:
+def build_record() -> dict[str, dict[str, Any]]:
     """What the build recorded of each extension; empty where there is no record.
 
     A record that cannot be read is reported as a build that failed.

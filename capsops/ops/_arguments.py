@@ -5,6 +5,7 @@ outside its tensors. An error names the argument, what it got and what it takes.
 they are tested, since a call pays for them; the words of an error are put together apart from them.
 """
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -84,7 +85,7 @@ def _check_not_built(logits: Tensor | None, mask: Tensor | None) -> None:
 def check_routing(
     name: str,
     like: Tensor,
-    sizes: tuple[int, int],
+    sizes: Sequence[int],
     bias: Tensor | None,
     logits: Tensor | None,
     mask: Tensor | None,
@@ -103,7 +104,7 @@ def check_routing(
 def check_saved(
     name: str,
     like: Tensor,
-    sizes: tuple[int, int, int],
+    sizes: Sequence[int],
     grad: Tensor,
     s: Tensor,
     iterations: int,

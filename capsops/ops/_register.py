@@ -98,20 +98,20 @@ def second_order(
     with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
         aliases = [None if x is None else _alias(x) for x in inputs]
         upstream = _alias(grad)
+        wider = [None if x is None else x.to(wide) for x in aliases]
         pairs = [
-            (n, g.to(wide)) for n, g in enumerate(grad_grads) if aliases[n] is not None and g is not None
+            (x, g.to(wide)) for x, g in zip(wider, grad_grads, strict=True) if x is not None and g is not None
         ]
         if not pairs:
             return (None,) * (1 + len(inputs))
-        wider = [None if x is None else x.to(wide) for x in aliases]
         firsts = torch.autograd.grad(
             formula(*wider),
-            [wider[n] for n, _ in pairs],
+            [x for x, _ in pairs],
             upstream.to(wide),
             create_graph=True,
             materialize_grads=True,
         )
-        product = sum((first * g).sum() for first, (_, g) in zip(firsts, pairs, strict=True))
+        product = torch.stack([(first * g).sum() for first, (_, g) in zip(firsts, pairs, strict=True)]).sum()
         present = [upstream, *(x for x in aliases if x is not None)]
         gradients = iter(
             torch.autograd.grad(product, present, create_graph=create_graph, materialize_grads=True)
@@ -171,8 +171,8 @@ def _recorded(
     """
     below_autograd = _below_autograd(name)
 
-    def forward(ctx: Any, *args: Any) -> Any:
-        *args, keyset = args
+    def forward(ctx: Any, *all_args: Any) -> Any:
+        *args, keyset = all_args
         results = kernel(*args) if keyset is None else below_autograd(keyset, *args)
         setup(ctx, args, results)
         return results
@@ -225,7 +225,7 @@ def _eager_call(name: str, kernel: Callable, recorded: type[torch.autograd.Funct
     """The op for callers in Python: through torch's dispatcher only where it has something to do."""
     op, tensors = getattr(torch.ops.capsops, name).default, _tensors(name)
     # Function's own apply() looks for torch.func's transforms, of which none is active in a plain call.
-    apply = None if recorded is None else super(torch.autograd.Function, recorded).apply
+    apply = None if recorded is None else super(torch.autograd.Function, recorded).apply  # type: ignore[misc]
 
     def call(plain: bool, *args: Any) -> Any:
         if not plain:

@@ -19,25 +19,26 @@ Shards = tuple[Sequence[int | str], Mapping[str, int]]
 
 def _placements(op: torch._ops.OpOverload, shards: Callable[..., list[Shards]], *args: Any) -> list[tuple]:
     """In torch's terms: of results and of arguments, None for what is no tensor."""
-    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor import Partial, Placement, Replicate, Shard
+
+    def of_result(axis: int | str) -> Placement:
+        return Shard(axis) if isinstance(axis, int) else Partial(axis)
+
+    def of_argument(name: str, axes: Mapping[str, int]) -> Placement:
+        return Shard(axes[name]) if name in axes else Replicate()
 
     names = [argument.name for argument in op._schema.arguments]
     tensors = [
         "Tensor" in str(argument.type) and value is not None
         for argument, value in zip(op._schema.arguments, args, strict=True)
     ]
-    results = len(op._schema.returns)
-    whole = [Replicate()] * results, [Replicate() if tensor else None for tensor in tensors]
-    choices = [whole]
-    for outputs, inputs in shards(*args):
+    whole: Shards = (), {}
+    choices = []
+    for results, axes in (whole, *shards(*args)):
+        placements = [of_result(axis) for axis in results] or [Replicate()] * len(op._schema.returns)
+        arguments = zip(names, tensors, strict=True)
         choices.append(
-            (
-                [Partial() if axis == SUM else Shard(axis) for axis in outputs],
-                [
-                    (Shard(inputs[name]) if name in inputs else Replicate()) if tensor else None
-                    for name, tensor in zip(names, tensors, strict=True)
-                ],
-            )
+            (placements, [of_argument(name, axes) if tensor else None for name, tensor in arguments])
         )
     return choices
 

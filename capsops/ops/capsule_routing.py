@@ -118,7 +118,8 @@ def fake(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     check(u, weight, bias, logits, mask, iterations)
-    return routing_fakes(u, u.shape[0], *weight.shape[1:3], iterations, leaky)
+    _, out_capsules, out_dim, _ = weight.shape
+    return routing_fakes(u, u.shape[0], out_capsules, out_dim, iterations, leaky)
 
 
 def fake_backward(

@@ -103,7 +103,8 @@ def fake(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     check(u_hat, bias, logits, mask, iterations)
-    return routing_fakes(u_hat, u_hat.shape[0], *u_hat.shape[2:], iterations, leaky)
+    batch, _, out_capsules, out_dim = u_hat.shape
+    return routing_fakes(u_hat, batch, out_capsules, out_dim, iterations, leaky)
 
 
 def fake_backward(

@@ -336,9 +336,9 @@ class Layer:
         tile = self.routed_tile(launch_configs.ROUTED)
         batch_tiles = ceil_div(self.B, tile.rows)
         parts = launch_configs.split(ceil_div(self.I, tile.inputs), batch_tiles, self.u)
-        partials = self.sums_of_pass(parts.count)
+        partials = self.sums_of_pass(parts.number)
         launch(
-            routed_pass_kernel, batch_tiles * parts.count, self.u, self.weight, total,
+            routed_pass_kernel, batch_tiles * parts.number, self.u, self.weight, total,
             total if grad_s is None else grad_s, statistics, partials, self.B, self.I, batch_tiles,
             parts.size, GRADIENT=grad_s is not None, **self.routed_options(tile),
         )  # fmt: skip
@@ -365,11 +365,11 @@ class Layer:
         blocks = ceil_div(self.I, tile.inputs) * ceil_div(self.K, tile.depth)
         parts = launch_configs.split(self.B, blocks, self.u, tile.rows)
         grad_u = torch.empty_like(self.u) if needs_u else self.u.new_empty(0)
-        count = parts.count if needs_weight else 0
+        count = parts.number if needs_weight else 0
         added_up = parts.size > tile.rows
         with reductions.partial_results(self.weight, count, wide=added_up) as (partials, grad_weight):
             launch(
-                routed_gradient_kernel, blocks * parts.count, self.u, self.weight, total, grad_s, statistics,
+                routed_gradient_kernel, blocks * parts.number, self.u, self.weight, total, grad_s, statistics,
                 grad_u, partials, self.B, self.I, len(grad_s), parts.size, factor, DETACH=detach,
                 NEEDS_U=needs_u, NEEDS_W=needs_weight, **self.routed_options(tile),
             )  # fmt: skip

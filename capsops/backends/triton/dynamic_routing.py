@@ -210,10 +210,10 @@ class PrecomputedRouting:
     def one_pass(self, total: Tensor | None, grad_s: Tensor | None) -> Tensor:
         """Sums over parts of i [parts, B, J, D]: of û; with V of c û; with V and ∂s of ∂b û."""
         parts = launch_configs.split(self.I, self.B, self.u_hat, self.tile.inputs)
-        partials = self.sums_of_pass(parts.count)
+        partials = self.sums_of_pass(parts.number)
         launch(
-            precomputed_pass_kernel, self.B * parts.count, self.u_hat, partials if total is None else total,
-            partials if grad_s is None else grad_s, partials, self.B, self.I, parts.count, parts.size,
+            precomputed_pass_kernel, self.B * parts.number, self.u_hat, partials if total is None else total,
+            partials if grad_s is None else grad_s, partials, self.B, self.I, parts.number, parts.size,
             UNIFORM=total is None, GRADIENT=grad_s is not None, **self.options,
         )  # fmt: skip
         return partials

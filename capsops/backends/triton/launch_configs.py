@@ -36,9 +36,9 @@ def programs(x: Tensor) -> int:
 
 
 class Split(NamedTuple):
-    """A sum divided into `count` parts of `size` terms, the last of which may be shorter."""
+    """A sum divided into `number` parts of `size` terms, the last of which may be shorter."""
 
-    count: int
+    number: int
     size: int
 
 
@@ -82,7 +82,7 @@ def product(rows: int, columns: int, terms: int, x: Tensor) -> Product:
     R, C, Q = _block(rows, 64), _block(columns, 64), _block(terms, 128 // x.element_size())
     row_tiles, column_tiles = ceil_div(rows, R), ceil_div(columns, C)
     parts = split(ceil_div(terms, Q), row_tiles * column_tiles, x)
-    return Product(R, C, Q, row_tiles, column_tiles, parts.count, parts.size)
+    return Product(R, C, Q, row_tiles, column_tiles, parts.number, parts.size)
 
 
 class Tile(NamedTuple):
