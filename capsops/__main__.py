@@ -1,4 +1,4 @@
-"""`python -m capsops`: what is installed, what serves which device, and why something is not available."""
+"""`python -m capsops`: what is installed, which backend computes where, and why one is not available."""
 
 import importlib
 import importlib.metadata
@@ -46,7 +46,7 @@ def openmp() -> str:
 
 
 def extension(name: str, record: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """What the build recorded of capsops._<name>, and what it says of itself once loaded."""
+    """Rows about capsops._<name>: what the build recorded, and what the loaded extension reports."""
     title = f"capsops._{name}"
     built = record.get(name, {"built": False, "reason": "never built here", "remedy": "pip install -e ."})
     if not built["built"]:

@@ -1,7 +1,7 @@
-"""The public functions: each settles the implementation and calls the op, which checks the tensors.
+"""The public functions. Each calls an op of torch.ops.capsops, which checks its arguments.
 
-Only what an op cannot check is checked here: whether an argument is a tensor, an int, a bool at all. What
-stands for a tensor and has a __torch_function__ of its own, as the proxies of torch.fx do, is asked first.
+Checked here is only what an op cannot check: whether an argument is a tensor, an int or a bool at all.
+Objects with a __torch_function__, such as the proxies of torch.fx, are handed to it first.
 """
 
 from numbers import Integral
@@ -83,7 +83,7 @@ def _formula_serves(impl: str, *tensors: Tensor | None) -> bool:
     if transforms.differentiates():
         raise ValueError(
             f"impl: got {asked!r}, takes 'auto' or 'reference' in forward-mode differentiation and under"
-            " torch.func: kernels have a gradient for autograd's backward mode alone"
+            " torch.func: kernels have a gradient only in autograd's backward mode"
         )
     return False
 
@@ -103,8 +103,8 @@ def squash(s: Tensor, dim: int = -1, *, impl: str = "auto") -> Tensor:
 
     Raises:
         TypeError: `s` is not a tensor, `dim` not an int, or `impl` not a str.
-        ValueError: `dim` is out of range, the dtype is not a floating one, or `impl` does not serve the
-            device, or names a kernel in forward mode or under torch.func.
+        ValueError: `dim` is out of range, the dtype is not a floating one, or `impl` does not take tensors of
+            this device or dtype, or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
     if has_torch_function_unary(s):
@@ -112,7 +112,7 @@ def squash(s: Tensor, dim: int = -1, *, impl: str = "auto") -> Tensor:
     _check_tensor("s", s)
     dim = as_int("dim", dim)
     axes = s.dim()
-    if axes:  # the op says what is wrong with a scalar
+    if axes:  # the op raises the error for a scalar
         if not -axes <= dim < axes:
             raise ValueError(
                 f"dim: got {dim}, takes {-axes} to {axes - 1} for a tensor of shape {list(s.shape)}"
@@ -141,8 +141,8 @@ def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
 
     Raises:
         TypeError: an argument is not a tensor, dtypes differ, or `impl` is not a str.
-        ValueError: shapes, dtypes or devices do not fit, or `impl` does not serve the device, or
-            names a kernel in forward mode or under torch.func.
+        ValueError: shapes, dtypes or devices do not fit, or `impl` does not take tensors of this device or
+            dtype, or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
     if has_torch_function((u, weight)):
@@ -165,7 +165,7 @@ def dynamic_routing(
     detach: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """Routing by agreement on given predictions (Sabour, Frosst, Hinton 2017, procedure 1).
+    """Routing by agreement of precomputed predictions (Sabour, Frosst, Hinton 2017, procedure 1).
 
     V⁰ = 0; for t = 1…T: c_ij = softmax_j(û_ij · Vᵗ⁻¹_j), s_j = Σ_i c_ij û_ij + β_j, Vᵗ = Vᵗ⁻¹ + squash(s);
     the result is the last squash(s).
@@ -182,9 +182,9 @@ def dynamic_routing(
         v [B, J, D], output capsules of length below 1.
 
     Raises:
-        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type.
-        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device,
-            or names a kernel in forward mode or under torch.func.
+        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type. ValueError:
+        shapes, dtypes, devices or `iterations` do not fit, or `impl` does not take tensors of this
+            device or dtype, or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
     if has_torch_function((u_hat, bias)):
@@ -231,12 +231,13 @@ def capsule_routing(
 ) -> Tensor:
     """A whole capsule layer: dynamic_routing(predictions(u, weight), bias), without storing û.
 
-    The predictions û_ij = W_ij u_i are recomputed in every pass, forward and backward; but by the reference,
-    neither they nor the couplings are stored. Formula: see `dynamic_routing`.
+    The predictions û_ij = W_ij u_i are recomputed in every pass, forward and backward. Only the reference
+    stores them, or the couplings. Formula: see `dynamic_routing`.
 
-    A GPU allocates beside the results: sums over I in parts [P, B, J, D], P as many as fill the device (in
-    small batches that can be more than B × I × J numbers); of each pass three numbers for each input capsule;
-    the gradients of u and `weight` in parts, where one block does not make the whole sum.
+    Beside the results, a GPU needs memory for partial sums over I, [P, B, J, D], where P is large enough to
+    fill the device (in small batches that can be more than B × I × J numbers), for three numbers per input
+    capsule and pass, and for partial gradients of u and `weight` where no single block computes the whole
+    sum.
 
     Args:
         u: input capsules [B, I, K].
@@ -251,9 +252,9 @@ def capsule_routing(
         v [B, J, D], output capsules of length below 1.
 
     Raises:
-        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type.
-        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device,
-            or names a kernel in forward mode or under torch.func.
+        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type. ValueError:
+        shapes, dtypes, devices or `iterations` do not fit, or `impl` does not take tensors of this
+            device or dtype, or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
     if has_torch_function((u, weight, bias)):
@@ -305,8 +306,7 @@ def couplings(
     """Coupling coefficients of the last pass of `capsule_routing`: how much of capsule i goes to capsule j.
 
     c_ij = softmax_j(û_ij · Vᵀ⁻¹_j); they sum to 1 over j (below 1 with `leaky`). No gradient. Those of the
-    first pass are all equal, and those of a single output capsule without `leaky` are 1, whatever û is, NaN
-    included.
+    first pass are all equal, and those of a single output capsule without `leaky` are 1, even where û is NaN.
 
     Args:
         u: input capsules [B, I, K].
@@ -320,8 +320,9 @@ def couplings(
         c [B, I, J].
 
     Raises:
-        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type.
-        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not serve the device.
+        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type. ValueError:
+        shapes, dtypes, devices or `iterations` do not fit, or `impl` does not take tensors of this
+            device or dtype.
         RuntimeError: `impl` is not available here.
     """
     if has_torch_function((u, weight, bias)):

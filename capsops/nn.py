@@ -33,9 +33,9 @@ def _split(weight: Tensor, layout: str, out_capsules: int | None) -> tuple[Tenso
     shared = [axis for axis, letters in enumerate(axes) if len(letters) > 1]
     if not shared and out_capsules is not None:
         raise ValueError(
-            f"out_capsules: got {out_capsules}, takes None: in layout {layout!r} J has an axis of its own"
+            f"out_capsules: got {out_capsules}, takes None: in layout {layout!r} J is an axis by itself"
         )
-    if not shared or len(axes) != weight.dim():  # from_weight says what is wrong with the latter
+    if not shared or len(axes) != weight.dim():  # from_weight raises the error for the latter
         return weight, layout
     if out_capsules is None:
         raise ValueError(f"out_capsules: got None, takes J: in layout {layout!r} it shares an axis with D")
@@ -184,7 +184,7 @@ class RoutingCapsules(nn.Module):
         leaky: bool = False,
         detach: bool = False,
     ) -> "RoutingCapsules":
-        """A layer with weights trained elsewhere, whose axes stand in another order.
+        """A layer with weights trained elsewhere, whose axes are in another order.
 
         Args:
             weight: the transformation matrices.

@@ -54,7 +54,7 @@ def dynamic_routing(
 
     `iterations` counts softmax passes; 0 means couplings of 1. With `detach` the couplings carry no gradient.
     With `squash_output=False` the last s itself is the result.
-    One output capsule without `leaky` is no routing: the softmax of one logit is 1, whatever the logit.
+    One output capsule without `leaky` is no routing: the softmax of one logit is always 1.
     """
     if iterations == 0 or (u_hat.shape[2] == 1 and not leaky):
         s = u_hat.sum(1)

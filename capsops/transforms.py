@@ -1,4 +1,4 @@
-"""Derivatives that the ops do not have, in forward mode and under torch.func: those of the reference formula.
+"""Forward-mode derivatives and those of torch.func, which the ops do not have: by the reference formula.
 
 The gradient of an op registered with torch.library is for autograd's backward mode. In forward mode the op
 would count as a constant, and torch.func refuses it.
@@ -17,7 +17,7 @@ from capsops.ops._register import autocast_enabled, under_autocast
 
 
 def active(*tensors: Tensor | None) -> bool:
-    """Whether a transform of torch.func is at work, or one of the tensors carries a tangent."""
+    """Whether a transform of torch.func is active, or one of the tensors carries a tangent."""
     if torch._C._are_functorch_transforms_active():
         return True
     if forward_ad._current_level < 0:
@@ -26,7 +26,7 @@ def active(*tensors: Tensor | None) -> bool:
 
 
 def differentiates() -> bool:
-    """Whether what is active takes derivatives; torch.func.vmap by itself does not, and the ops serve it."""
+    """Whether an active transform takes derivatives, which torch.func.vmap does not; the ops support that."""
     if forward_ad._current_level >= 0:
         return True
     kinds = torch._C._functorch.TransformType

@@ -91,7 +91,7 @@ def _route(
     batch, _, capsules, dim, _ = shape
     v = u.new_empty(batch, capsules, dim)
     wide, passes = accumulation_dtype(u.dtype), max(iterations, 1)
-    if wide is u.dtype:  # new_empty() takes twice as long where it is given a dtype
+    if wide is u.dtype:  # with a dtype, new_empty() takes twice as long
         s = u.new_empty(passes, batch, capsules, dim)
     else:
         s = u.new_empty(passes, batch, capsules, dim, dtype=wide)

@@ -62,7 +62,7 @@ def predictions_backward(
 
 
 def _couplings(u_hat: Tensor, total_v: Tensor | None, leaky: bool) -> Tensor:
-    """c of a pass; without V, of the first, whose logits are 0 whatever û."""
+    """c of a pass; without V of the first, whose logits are all 0."""
     if total_v is None:
         return reference.coupling_softmax(u_hat.new_zeros(u_hat.shape[:3]), leaky)
     return reference.coupling_softmax(torch.einsum("bijd,bjd->bij", u_hat, total_v), leaky)
@@ -169,7 +169,7 @@ def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, l
 
 
 def _contiguous(function: Callable) -> Callable:
-    """The function with contiguous results, whatever order einsum gave their axes in memory."""
+    """The function with contiguous results; einsum may return others."""
 
     @wraps(function)
     def call(*args: Any) -> Any:

@@ -1,8 +1,8 @@
 """Checks of arguments that several ops share.
 
 Shapes, dtypes, layouts, devices and ranges are checked, so that no call can make a kernel read or write
-outside its tensors. An error names the argument, what it got and what it takes. The conditions stand where
-they are tested, since a call pays for them; the words of an error are put together apart from them.
+outside its tensors. An error names the argument, what it got and what it takes. Since every call pays for the
+checks, their messages are put together in functions of their own.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ _STRIDED = torch.strided
 def effective_iterations(iterations: int, out_capsules: int, leaky: bool) -> int:
     """`iterations`, or 0 where there is one output capsule and no orphan class.
 
-    The softmax of one logit is 1 whatever that logit is, NaN included: nothing is routed.
+    The softmax of one logit is always 1, even of NaN: there is nothing to route.
     """
     return 0 if out_capsules == 1 and not leaky else iterations
 
 
 def saved_passes(iterations: int, out_capsules: int, leaky: bool) -> int:
-    """How many passes leave their s for backward."""
+    """How many passes save their s for backward."""
     return max(effective_iterations(iterations, out_capsules, leaky), 1)
 
 
@@ -39,7 +39,7 @@ def check_dense(name: str, x: Tensor) -> None:
         TypeError: it is no tensor.
         ValueError: it is nested, sparse or of another dtype.
     """
-    if not isinstance(x, Tensor):  # an op takes None for a tensor without a default
+    if not isinstance(x, Tensor):  # torch.ops accepts None in place of a tensor
         raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
     if x.is_nested:
         raise ValueError(f"{name}: got a nested tensor, takes a dense one")
@@ -64,7 +64,7 @@ def check_like(name: str, x: Tensor, first_name: str, first: Tensor) -> None:
 
 
 def refuse_shape(name: str, x: Tensor, axes: str, *sizes: int | None) -> NoReturn:
-    """`axes` has a letter for each dimension that x should have; `sizes` is None where any size will do."""
+    """Raises the error for a shape. `axes` has a letter per dimension; a size is None where any will do."""
     known = ", ".join(f"{axis} = {n}" for axis, n in zip(axes, sizes, strict=False) if n is not None)
     wanted = f"[{', '.join(axes)}]" + (f" with {known}" if known else "")
     raise ValueError(f"{name}: got shape {list(x.shape)}, takes {wanted}")
@@ -76,10 +76,10 @@ def check_iterations(iterations: int) -> None:
 
 
 def _check_not_built(logits: Tensor | None, mask: Tensor | None) -> None:
-    """The options of the schemas that no implementation serves yet."""
+    """The options of the schemas that no backend supports yet."""
     for name, x in (("logits", logits), ("mask", mask)):
         if x is not None:
-            raise ValueError(f"{name}: got a tensor, takes None: no implementation serves `{name}` yet")
+            raise ValueError(f"{name}: got a tensor, takes None: no backend supports `{name}` yet")
 
 
 def check_routing(
@@ -91,7 +91,7 @@ def check_routing(
     mask: Tensor | None,
     iterations: int,
 ) -> None:
-    """What all routing takes beside the capsules; `sizes` is [J, D]."""
+    """Checks the arguments that every routing op has beside the capsules; `sizes` is [J, D]."""
     if bias is not None:
         check_like("bias", bias, name, like)
         if bias.shape != sizes:

@@ -1,4 +1,4 @@
-"""What all ops share: how an op, its fake and its gradient are registered with torch.library.
+"""How an op, its fake and its gradient are registered with torch.library.
 
 The kernels as registered do what every backend would otherwise have to do: they make tensors contiguous, and
 deal with empty ones. The backward ops have gradients of their own, by autograd through the reference formula,
@@ -26,7 +26,7 @@ _kernels: dict[str, Callable] = {}
 _shardings: dict[str, Callable[..., list[Shards]]] = {}
 _shardings_registered = False
 
-# What the routing ops take beside the capsules, and behind it.
+# Arguments of every routing op: those in the schema behind the capsules, and the options in their order.
 ROUTING = "Tensor? bias, Tensor? logits, Tensor? mask, int iterations, bool leaky"
 _CPU = torch.device("cpu")
 _UNSQUASHED = frozenset((UNSQUASHED,))
@@ -78,7 +78,7 @@ def saved(s: Tensor) -> Tensor:
 
 
 def _alias(x: Tensor) -> Tensor:
-    """A node of its own for x: differentiating with respect to it does not run on into x's history."""
+    """A new node for x: differentiating with respect to it stops there and leaves out x's history."""
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
@@ -151,7 +151,7 @@ def _refuse_tangents(name: str, args: tuple) -> None:
 
 
 def _below_autograd(name: str) -> Callable:
-    """The op itself, its result a constant whatever the arguments require."""
+    """Calls the op without recording a gradient."""
     op = getattr(torch.ops.capsops, name).default
     below = torch._C._after_autograd_keyset
 
@@ -272,9 +272,10 @@ def register(
         schema: its arguments and results, in torch's language.
         kernel: computes it, after its checks.
         fake: makes empty results of the right shapes, after the same checks.
-        gradient: the vector-Jacobian product, and what keeps its inputs; without it results are constants.
-        flops: operations of a call, given the shapes of its tensors and its other arguments.
-        shards: how the work may be shared, given the op's arguments; see capsops/ops/_sharding.py.
+        gradient: the vector-Jacobian product, and the function that saves its inputs; without it results are
+            constants.
+        flops: operations of a call, from the shapes of its tensors and its other arguments.
+        shards: how the work may be divided, from the op's arguments; see capsops/ops/_sharding.py.
         autocast: whether the op takes part in autocast.
     """
     _kernels[name] = kernel
@@ -313,9 +314,9 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
 
 
 def note_subclass() -> None:
-    """Called where a tensor is not of torch's own class: it may be the first DTensor.
+    """Registers the shardings once something has imported torch.distributed.tensor.
 
-    The shardings are registered once, when something has imported torch.distributed.tensor.
+    Called where a tensor is of a subclass: it may be the first DTensor.
     """
     global _shardings_registered
     if not _shardings_registered and "torch.distributed.tensor" in sys.modules:

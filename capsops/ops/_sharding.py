@@ -1,8 +1,8 @@
-"""How the ops share their work on DTensors: a batch over several devices, without a word between them.
+"""How the ops divide their work on DTensors: a batch over several devices, without communication.
 
-Each op says which axes of its arguments and results may lie on several devices, and which results are then
-sums that are still to be added up. torch.distributed.tensor is told when it is first needed: its import takes
-a third of that of torch.
+Each op lists the axes of its arguments and results that may be sharded over devices, and the results that are
+then partial sums. They are registered with torch.distributed.tensor only where a program uses it: to import
+it takes a third of the time that torch takes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-SUM = "sum"  # a result of which each device has a part of every number
+SUM = "sum"  # a result of which each device has a partial sum
 
-# Of results, an axis or SUM each; of arguments by name, an axis; other tensors are whole on every device.
+# For each result the sharded axis or SUM, and for arguments by name the sharded axis; others are replicated.
 Shards = tuple[Sequence[int | str], Mapping[str, int]]
 
 
 def _placements(op: torch._ops.OpOverload, shards: Callable[..., list[Shards]], *args: Any) -> list[tuple]:
-    """In torch's terms: of results and of arguments, None for what is no tensor."""
+    """Choices of placements for results and arguments, None for an argument that is not a tensor."""
     from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
     def of_result(axis: int | str) -> Placement:
@@ -44,7 +44,7 @@ def _placements(op: torch._ops.OpOverload, shards: Callable[..., list[Shards]], 
 
 
 def register_shardings(shardings: Mapping[str, Callable[..., list[Shards]]]) -> None:
-    """Tells torch.distributed.tensor of the shardings of ops, by name."""
+    """Registers the shardings of ops, by name, with torch.distributed.tensor."""
     from torch.distributed.tensor.experimental import register_sharding
 
     for name, shards in shardings.items():

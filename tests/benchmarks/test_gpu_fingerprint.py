@@ -24,11 +24,11 @@ def test_docstrings_do_not_count() -> None:
     assert fingerprint.python_code(plain) != fingerprint.python_code(plain.replace("1", "2"))
 
 
-@pytest.mark.parametrize("proof", gpu_record.PROOFS, ids=lambda proof: f"{proof.model} {proof.impl}")
+@pytest.mark.parametrize("proof", gpu_record.PROOFS, ids=lambda proof: f"{proof.model} {proof.backend}")
 def test_a_proof_is_about_these_sources_and_has_its_row(proof: gpu_record.Proof) -> None:
     """Where it fails: run benchmarks/gpu/first_contact.sh on such a GPU, or show that the machine code is the
     same (python -m benchmarks.gpu.fingerprint --same), or take the proof out."""
-    assert proof.fingerprint == fingerprint.fingerprint(proof.impl)
+    assert proof.fingerprint == fingerprint.fingerprint(proof.backend)
     rows = LEDGER.read_text().split("\n## What ran\n")[1].splitlines()
     row = next(row for row in rows if proof.fingerprint in row)
     assert proof.model in row
