@@ -89,3 +89,25 @@ def test_onnx(tmp_path: Path) -> None:
 def test_onnx_whatever_use_impl_names(impl: str, tmp_path: Path) -> None:
     with capsops.use_impl(impl):
         export_to_onnx(tmp_path / "network.onnx")
+
+
+def _squash_by_name(s: Tensor) -> Tensor:
+    return torch.ops.capsops.squash(s, 1, "auto")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_function_calls_ops_by_name() -> None:
+    s = torch.randn(2, 3, requires_grad=True)
+    v = torch.jit.script(_squash_by_name)(s)
+    assert torch.equal(v, capsops.squash(s))
+    (grad,) = torch.autograd.grad(v.sum(), s)
+    assert torch.equal(grad, torch.autograd.grad(capsops.squash(s).sum(), s)[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_cannot_compile_the_functions() -> None:
+    """As the README says; should PyTorch learn it, that sentence can go."""
+    with pytest.raises(torch.jit.frontend.NotSupportedError, match="keyword-only arguments with defaults"):
+        torch.jit.script(capsops.nn.Squash())
+    with pytest.raises(torch.jit.frontend.NotSupportedError, match="keyword-only arguments with defaults"):
+        torch.jit.script(capsops.nn.RoutingCapsules(3, 4, 5, 6))
