@@ -6,6 +6,7 @@ bytes of a thread, spills, shared bytes of a program, instructions in all and of
 
 import argparse
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ def launches(
     u, weight, bias, u_hat = (
         torch.empty(n, dtype=dtype, device="meta") for n in ((B, I, K), (I, J, D, K), (J, D), (B, I, J, D))
     )
-    kernels = capsops.dispatch.BACKENDS["triton"]
+    kernels = SimpleNamespace(**capsops.dispatch.BACKENDS["triton"].functions)
     with compiling(target, tf32) as found:
         kernels.squash_backward(u, kernels.squash(u, 2), 2)
         kernels.predictions_backward(kernels.predictions(u, weight), u, weight, True, True)

@@ -11,6 +11,7 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -75,7 +76,7 @@ def measure(
     time: Callable = milliseconds,
 ) -> list[dict[str, object]]:
     """Times of every entry."""
-    kernels = capsops.dispatch.BACKENDS["triton"]
+    kernels = SimpleNamespace(**capsops.dispatch.BACKENDS["triton"].functions)
     dtype, tf32 = PRECISIONS[precision]
     (u, weight), grad = case.inputs("cuda")
     u, weight, grad = (x.detach().to(dtype) for x in (u, weight, grad))

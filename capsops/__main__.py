@@ -86,7 +86,7 @@ def automatic(device: str) -> str:
 def on_gpu(index: int) -> list[tuple[str, str]]:
     """What impl="auto" takes on a GPU, and why it does not take what comes before in the order."""
     model, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-    chosen = dispatch.chosen("auto", torch.device("cuda", index), torch.float32)
+    chosen = dispatch.chosen("capsule_routing", "auto", torch.device("cuda", index), torch.float32)
     rows = [(f"cuda:{index}", f"{chosen.name}, on {model}")]
     for backend in reversed(dispatch.BACKENDS.values()):
         if backend is chosen:

@@ -131,7 +131,7 @@ def why_not_proved(backend: Backend, model: str, capability: tuple[int, int]) ->
 
 @lru_cache(maxsize=1024)
 def _automatic(
-    device: torch.device, dtype: torch.dtype, lengths: tuple[int, ...], options: frozenset[str]
+    op: str, device: torch.device, dtype: torch.dtype, lengths: tuple[int, ...], options: frozenset[str]
 ) -> Backend:
     proved = {}
     if device.type == "cuda":
@@ -141,12 +141,13 @@ def _automatic(
             continue
         if backend.needs_proof and not (backend.name in proved and proved[backend.name].covers(lengths)):
             continue
-        if not backend.why_declined(dtype, options):
+        if not backend.why_declined(op, dtype, options):
             return backend
     return reference.BACKEND
 
 
 def chosen(
+    op: str,
     impl: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -156,6 +157,7 @@ def chosen(
     """The backend that computes a call; an op and its gradients ask alike and get the same.
 
     Args:
+        op: the name of its function.
         impl: "auto" or the name of a backend. Contexts of use_impl() do not count here.
         device: of the tensors.
         dtype: of the tensors.
@@ -167,9 +169,9 @@ def chosen(
         RuntimeError: the backend is not available here; the message says why.
     """
     if impl == "auto":
-        return _automatic(device, dtype, lengths, options)
+        return _automatic(op, device, dtype, lengths, options)
     backend = BACKENDS[requested(impl, device.type)]
-    if reason := backend.why_declined(dtype, options):
+    if reason := backend.why_declined(op, dtype, options):
         raise ValueError(reason)
     return backend
 
@@ -188,4 +190,4 @@ def describe() -> list[Service]:
 
 def automatic(device: str) -> str:
     """The name of the backend that impl="auto" takes for float32 tensors on this type of device."""
-    return chosen(asked("auto"), torch.device(device), torch.float32).name
+    return chosen("capsule_routing", asked("auto"), torch.device(device), torch.float32).name

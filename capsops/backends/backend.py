@@ -1,11 +1,10 @@
 """What a backend is: one record of the tensors and options that it supports, and a function for each op."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 # Options of routing that a backend may lack, named as an error shows them.
 UNSQUASHED = "squash_output=False"
@@ -57,6 +56,7 @@ class Backend:
 
     Attributes:
         name: what `impl` calls it.
+        functions: those of the ops that it computes, by name; one for the gradient where the op has one.
         devices: types of the devices whose tensors it takes; empty where it takes any.
         dtypes: dtypes of the tensors that it takes.
         options: options of routing that it supports.
@@ -67,29 +67,21 @@ class Backend:
     """
 
     name: str
-    devices: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
-    options: frozenset[str]
-    unavailable: str
-
-    squash: Callable[..., Tensor]
-    squash_backward: Callable[..., Tensor]
-    predictions: Callable[..., Tensor]
-    predictions_backward: Callable[..., tuple[Tensor, Tensor]]
-    dynamic_routing: Callable[..., tuple[Tensor, Tensor]]
-    dynamic_routing_backward: Callable[..., tuple[Tensor, Tensor]]
-    capsule_routing: Callable[..., tuple[Tensor, Tensor]]
-    capsule_routing_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    couplings: Callable[..., Tensor]
-
+    functions: Mapping[str, Callable]
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+    options: frozenset[str] = NO_OPTIONS
+    unavailable: str = ""
     needs_proof: bool = False
     why_not_proved: Callable[[Proof, tuple[int, int]], str] = _like_every_proof
 
     def takes_device(self, device: str) -> bool:
         return not self.devices or device in self.devices
 
-    def why_declined(self, dtype: torch.dtype, options: frozenset[str]) -> str:
-        """Why it cannot compute a call with tensors of this dtype and these options; empty where it can."""
+    def why_declined(self, op: str, dtype: torch.dtype, options: frozenset[str]) -> str:
+        """Why it cannot compute an op on tensors of this dtype with these options; empty where it can."""
+        if op not in self.functions:
+            return f"impl={self.name!r} does not compute {op}"
         if dtype not in self.dtypes:
             takes = ", ".join(str(each).removeprefix("torch.") for each in self.dtypes)
             return f"impl={self.name!r} takes tensors of {takes}, got {dtype}"
@@ -99,13 +91,8 @@ class Backend:
         return ""
 
 
-def missing(name: str, devices: tuple[str, ...], reason: str) -> Backend:
-    """The record of a backend whose functions cannot be imported."""
-
-    def function(*args: object) -> NoReturn:
-        raise RuntimeError(f"impl={name!r} is not available: {reason}")
-
-    return Backend(name, devices, (), NO_OPTIONS, reason, *(function,) * 9)
+def by_name(*functions: Callable) -> dict[str, Callable]:
+    return {function.__name__: function for function in functions}
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

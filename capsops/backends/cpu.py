@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from capsops.backends import extension
-from capsops.backends.backend import UNSQUASHED, Backend, accumulation_dtype
+from capsops.backends.backend import UNSQUASHED, Backend, accumulation_dtype, by_name
 from capsops.backends.extension import memory, vectors
 
 _cpu: Any
@@ -202,17 +202,19 @@ def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, l
 
 BACKEND = Backend(
     name="cpu",
+    functions=by_name(
+        squash,
+        squash_backward,
+        predictions,
+        predictions_backward,
+        dynamic_routing,
+        dynamic_routing_backward,
+        capsule_routing,
+        capsule_routing_backward,
+        couplings,
+    ),
     devices=("cpu",),
     dtypes=tuple(_DTYPES),
     options=frozenset((UNSQUASHED,)),
     unavailable=_unavailable,
-    squash=squash,
-    squash_backward=squash_backward,
-    predictions=predictions,
-    predictions_backward=predictions_backward,
-    dynamic_routing=dynamic_routing,
-    dynamic_routing_backward=dynamic_routing_backward,
-    capsule_routing=capsule_routing,
-    capsule_routing_backward=capsule_routing_backward,
-    couplings=couplings,
 )

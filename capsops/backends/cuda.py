@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from capsops.backends import extension
-from capsops.backends.backend import NO_OPTIONS, Backend, Proof
+from capsops.backends.backend import Backend, Proof, by_name
 from capsops.backends.extension import memory, vectors
 
 _cuda: Any
@@ -146,7 +146,9 @@ def dynamic_routing_backward(
     grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool, squash_output: bool
 ) -> tuple[Tensor, Tensor]:
     call = _call(u_hat, None, iterations, leaky, detach)
-    grad_u_hat, grad_bias = torch.empty_like(u_hat), _empty(u_hat.shape[2:], u_hat.dtype, u_hat.device)
+    grad_u_hat, grad_bias = (
+        _empty(shape, u_hat.dtype, u_hat.device) for shape in (u_hat.shape, u_hat.shape[2:])
+    )
     call.point(
         u=memory(u_hat),
         s=memory(s),
@@ -213,19 +215,20 @@ def _why_not_proved(proof: Proof, capability: tuple[int, int]) -> str:
 
 BACKEND = Backend(
     name="cuda",
+    functions=by_name(
+        squash,
+        squash_backward,
+        predictions,
+        predictions_backward,
+        dynamic_routing,
+        dynamic_routing_backward,
+        capsule_routing,
+        capsule_routing_backward,
+        couplings,
+    ),
     devices=("cuda",),
     dtypes=tuple(_DTYPES),
-    options=NO_OPTIONS,
     unavailable=_unavailable,
-    squash=squash,
-    squash_backward=squash_backward,
-    predictions=predictions,
-    predictions_backward=predictions_backward,
-    dynamic_routing=dynamic_routing,
-    dynamic_routing_backward=dynamic_routing_backward,
-    capsule_routing=capsule_routing,
-    capsule_routing_backward=capsule_routing_backward,
-    couplings=couplings,
     needs_proof=True,
     why_not_proved=_why_not_proved,
 )

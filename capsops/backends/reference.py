@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from capsops import reference
-from capsops.backends.backend import UNSQUASHED, Backend, accumulation_dtype
+from capsops.backends.backend import UNSQUASHED, Backend, accumulation_dtype, by_name
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -183,17 +183,20 @@ def _contiguous(function: Callable) -> Callable:
 
 BACKEND = Backend(
     name="reference",
-    devices=(),
+    functions={
+        name: _contiguous(function)
+        for name, function in by_name(
+            squash,
+            squash_backward,
+            predictions,
+            predictions_backward,
+            dynamic_routing,
+            dynamic_routing_backward,
+            capsule_routing,
+            capsule_routing_backward,
+            couplings,
+        ).items()
+    },
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     options=frozenset((UNSQUASHED,)),
-    unavailable="",
-    squash=_contiguous(squash),
-    squash_backward=_contiguous(squash_backward),
-    predictions=_contiguous(predictions),
-    predictions_backward=_contiguous(predictions_backward),
-    dynamic_routing=_contiguous(dynamic_routing),
-    dynamic_routing_backward=_contiguous(dynamic_routing_backward),
-    capsule_routing=_contiguous(capsule_routing),
-    capsule_routing_backward=_contiguous(capsule_routing_backward),
-    couplings=_contiguous(couplings),
 )

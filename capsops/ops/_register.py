@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from capsops import dispatch
 from capsops.backends import reference
-from capsops.backends.backend import NO_OPTIONS, UNSQUASHED, Backend, accumulation_dtype
+from capsops.backends.backend import NO_OPTIONS, UNSQUASHED, accumulation_dtype
 from capsops.ops._arguments import saved_passes
 from capsops.ops._sharding import Shards, register_shardings
 
@@ -34,15 +34,15 @@ OPTIONS = ("iterations", "leaky", "detach", "squash_output")
 
 
 def chosen(
-    impl: str, *tensors: Tensor, lengths: tuple[int, ...] = (), options: frozenset[str] = NO_OPTIONS
-) -> Backend:
-    """The backend that computes the call; tensors without elements are left to the reference."""
+    op: str, impl: str, *tensors: Tensor, lengths: tuple[int, ...] = (), options: frozenset[str] = NO_OPTIONS
+) -> Callable:
+    """The function that computes the call; tensors without elements are left to the reference."""
     first = tensors[0]
-    backend = dispatch.chosen(impl, _CPU if first.is_cpu else first.device, first.dtype, lengths, options)
+    backend = dispatch.chosen(op, impl, _CPU if first.is_cpu else first.device, first.dtype, lengths, options)
     for x in tensors:
         if x.numel() == 0:
-            return reference.BACKEND
-    return backend
+            backend = reference.BACKEND
+    return backend.functions[op]
 
 
 def routing_options(squash_output: bool) -> frozenset[str]:

@@ -66,10 +66,10 @@ def kernel(
 ) -> tuple[Tensor, Tensor]:
     check(u, weight, bias, logits, mask, iterations)
     iterations = effective_iterations(iterations, weight.shape[1], leaky)
-    backend = chosen(impl, u, weight, lengths=weight.shape[2:], options=routing_options(squash_output))
-    return backend.capsule_routing(
-        u.contiguous(), weight.contiguous(), contiguous(bias), iterations, leaky, squash_output
+    compute = chosen(
+        "capsule_routing", impl, u, weight, lengths=weight.shape[2:], options=routing_options(squash_output)
     )
+    return compute(u.contiguous(), weight.contiguous(), contiguous(bias), iterations, leaky, squash_output)
 
 
 def kernel_backward(
@@ -88,10 +88,17 @@ def kernel_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_backward(grad, u, weight, bias, s, iterations, leaky)
     iterations = effective_iterations(iterations, weight.shape[1], leaky)
-    backend = chosen(impl, u, weight, lengths=weight.shape[2:], options=routing_options(squash_output))
+    compute = chosen(
+        "capsule_routing_backward",
+        impl,
+        u,
+        weight,
+        lengths=weight.shape[2:],
+        options=routing_options(squash_output),
+    )
     if s.dim() == 3:
         s = s.unflatten(2, weight.shape[1:3])
-    return backend.capsule_routing_backward(
+    return compute(
         grad.contiguous(),
         u.contiguous(),
         weight.contiguous(),

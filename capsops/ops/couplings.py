@@ -27,8 +27,8 @@ def kernel(
 ) -> Tensor:
     check(u, weight, bias, logits, mask, iterations)
     iterations = effective_iterations(iterations, weight.shape[1], leaky)
-    backend = chosen(impl, u, weight, lengths=weight.shape[2:])
-    return backend.couplings(u.contiguous(), weight.contiguous(), contiguous(bias), iterations, leaky)
+    compute = chosen("couplings", impl, u, weight, lengths=weight.shape[2:])
+    return compute(u.contiguous(), weight.contiguous(), contiguous(bias), iterations, leaky)
 
 
 def fake(

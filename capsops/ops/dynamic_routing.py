@@ -66,8 +66,10 @@ def kernel(
 ) -> tuple[Tensor, Tensor]:
     check(u_hat, bias, logits, mask, iterations)
     iterations = effective_iterations(iterations, u_hat.shape[2], leaky)
-    backend = chosen(impl, u_hat, lengths=u_hat.shape[3:], options=routing_options(squash_output))
-    return backend.dynamic_routing(u_hat.contiguous(), contiguous(bias), iterations, leaky, squash_output)
+    compute = chosen(
+        "dynamic_routing", impl, u_hat, lengths=u_hat.shape[3:], options=routing_options(squash_output)
+    )
+    return compute(u_hat.contiguous(), contiguous(bias), iterations, leaky, squash_output)
 
 
 def kernel_backward(
@@ -83,10 +85,16 @@ def kernel_backward(
 ) -> tuple[Tensor, Tensor]:
     check_backward(grad, u_hat, bias, s, iterations, leaky)
     iterations = effective_iterations(iterations, u_hat.shape[2], leaky)
-    backend = chosen(impl, u_hat, lengths=u_hat.shape[3:], options=routing_options(squash_output))
+    compute = chosen(
+        "dynamic_routing_backward",
+        impl,
+        u_hat,
+        lengths=u_hat.shape[3:],
+        options=routing_options(squash_output),
+    )
     if s.dim() == 3:
         s = s.unflatten(2, u_hat.shape[2:])
-    return backend.dynamic_routing_backward(
+    return compute(
         grad.contiguous(), u_hat.contiguous(), s.contiguous(), iterations, leaky, detach, squash_output
     )
 

@@ -38,17 +38,15 @@ def check_backward(grad: Tensor, u: Tensor, weight: Tensor) -> None:
 
 def kernel(u: Tensor, weight: Tensor, impl: str) -> Tensor:
     check(u, weight)
-    return chosen(impl, u, weight).predictions(u.contiguous(), weight.contiguous())
+    return chosen("predictions", impl, u, weight)(u.contiguous(), weight.contiguous())
 
 
 def kernel_backward(
     grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     check_backward(grad, u, weight)
-    backend = chosen(impl, u, weight)
-    return backend.predictions_backward(
-        grad.contiguous(), u.contiguous(), weight.contiguous(), needs_u, needs_weight
-    )
+    compute = chosen("predictions_backward", impl, u, weight)
+    return compute(grad.contiguous(), u.contiguous(), weight.contiguous(), needs_u, needs_weight)
 
 
 def fake(u: Tensor, weight: Tensor, impl: str) -> Tensor:

@@ -32,12 +32,12 @@ def check_backward(grad: Tensor, s: Tensor, dim: int) -> None:
 
 def kernel(s: Tensor, dim: int, impl: str) -> Tensor:
     check(s, dim)
-    return chosen(impl, s).squash(s.contiguous(), dim)
+    return chosen("squash", impl, s)(s.contiguous(), dim)
 
 
 def kernel_backward(grad: Tensor, s: Tensor, dim: int, impl: str) -> Tensor:
     check_backward(grad, s, dim)
-    return chosen(impl, s).squash_backward(grad.contiguous(), s.contiguous(), dim)
+    return chosen("squash_backward", impl, s)(grad.contiguous(), s.contiguous(), dim)
 
 
 def fake(s: Tensor, dim: int, impl: str) -> Tensor:

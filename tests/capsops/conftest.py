@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -31,10 +32,12 @@ def _forget() -> None:
 
 @pytest.fixture
 def change_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Replaces fields of a backend's record until the test ends."""
+    """Replaces fields of a backend's record, and functions by the names of their ops, until the test ends."""
 
-    def change(name: str, **fields: object) -> None:
-        monkeypatch.setitem(dispatch.BACKENDS, name, replace(dispatch.BACKENDS[name], **fields))
+    def change(name: str, **changes: Any) -> None:
+        backend = dispatch.BACKENDS[name]
+        functions = {op: changes.pop(op, function) for op, function in backend.functions.items()}
+        monkeypatch.setitem(dispatch.BACKENDS, name, replace(backend, **{"functions": functions, **changes}))
         _forget()
 
     _forget()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import capsops
 from capsops import reference
 from capsops.backends import BACKENDS
-from capsops.backends.backend import UNSQUASHED
+from capsops.backends.backend import NO_OPTIONS, UNSQUASHED
 from capsops.nn import PrimaryCapsules, RoutingCapsules
 from tests.capsops.cases import Options, Shape, layer_inputs, routing_inputs, value_and_gradients
 from tests.capsops.compare import assert_all_close, assert_close
@@ -364,12 +364,12 @@ def test_an_output_that_is_not_squashed_is_no_part_of_the_saved_sums(impl: str) 
     assert s[0].data_ptr() != s[1][-1].data_ptr()
 
 
-def test_the_kernels_for_gpus_decline_what_is_not_squashed() -> None:
-    for name in ("triton", "cuda"):
-        backend = BACKENDS[name]
-        dtypes = backend.dtypes or (torch.float32,)
-        reason = replace(backend, dtypes=dtypes).why_declined(torch.float32, frozenset((UNSQUASHED,)))
-        assert reason == f"impl={name!r} does not support squash_output=False"
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_the_kernels_for_gpus_decline_what_is_not_squashed(name: str) -> None:
+    here = replace(BACKENDS[name], dtypes=(torch.float32,), functions={"capsule_routing": print})
+    assert here.why_declined("capsule_routing", torch.float32, NO_OPTIONS) == ""
+    reason = here.why_declined("capsule_routing", torch.float32, frozenset((UNSQUASHED,)))
+    assert reason == f"impl={name!r} does not support squash_output=False"
 
 
 # One output capsule.

@@ -90,7 +90,7 @@ def test_use_impl_around_a_compiled_function(impl: str, change_backend: Callable
     """Another implementation means another graph, and coming back to the first one does not."""
     calls = []
     for name in {"reference", impl}:
-        squash = capsops.dispatch.BACKENDS[name].squash
+        squash = capsops.dispatch.BACKENDS[name].functions["squash"]
         change_backend(name, squash=lambda s, dim, n=name, f=squash: calls.append(n) or f(s, dim))
     compiled, counter = counted(lambda s: capsops.squash(s) * 2)
     s = torch.randn(3, 4)

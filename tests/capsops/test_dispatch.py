@@ -23,7 +23,7 @@ def served(device: str) -> list[str]:
 
 
 def automatic(device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    return dispatch.chosen("auto", torch.device(device), dtype).name
+    return dispatch.chosen("squash", "auto", torch.device(device), dtype).name
 
 
 def test_the_reference_takes_every_device() -> None:
@@ -76,16 +76,16 @@ CUDA = torch.device("cuda", 0)
 
 
 def on_gpu(lengths: tuple[int, ...] = (), options: frozenset[str] = NO_OPTIONS) -> str:
-    return dispatch.chosen("auto", CUDA, torch.float32, lengths, options).name
+    return dispatch.chosen("squash", "auto", CUDA, torch.float32, lengths, options).name
 
 
 def test_auto_takes_what_is_proved_on_the_gpu_in_the_order_that_ships(gpu: SimpleNamespace) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert dispatch.chosen("auto", CUDA, dtype, (16, 8)).name == "cuda"
+        assert dispatch.chosen("squash", "auto", CUDA, dtype, (16, 8)).name == "cuda"
 
 
 def test_auto_takes_the_reference_for_what_the_kernels_decline(gpu: SimpleNamespace) -> None:
-    assert dispatch.chosen("auto", CUDA, torch.float64, (16, 8)).name == "reference"
+    assert dispatch.chosen("squash", "auto", CUDA, torch.float64, (16, 8)).name == "reference"
     assert on_gpu((16, 8), frozenset((UNSQUASHED,))) == "reference"
 
 
@@ -142,6 +142,23 @@ def test_triton_is_proved_as_it_ran(gpu: SimpleNamespace, monkeypatch: pytest.Mo
     assert on_gpu() == "reference"
 
 
+def test_auto_passes_over_a_backend_without_the_op(change_backend: Callable[..., None]) -> None:
+    functions = dict(dispatch.BACKENDS["cpu"].functions)
+    del functions["squash"]
+    change_backend("cpu", functions=functions, unavailable="")
+    assert dispatch.chosen("squash", "auto", torch.device("cpu"), torch.float32).name == "reference"
+    with pytest.raises(ValueError, match="^impl='cpu' does not compute squash$"):
+        capsops.squash(torch.zeros(3), impl="cpu")
+
+
+def test_every_backend_has_the_gradients_of_its_ops() -> None:
+    ops = dispatch.BACKENDS["reference"].functions
+    for backend in dispatch.BACKENDS.values():
+        names = set(backend.functions)
+        assert names <= set(ops)
+        assert names == {op for op in ops if op.removesuffix("_backward") in names}
+
+
 def test_what_is_missing_is_not_proved(gpu: SimpleNamespace, change_backend: Callable[..., None]) -> None:
     change_backend("cuda", unavailable="there is no nvcc")
     backend = dispatch.BACKENDS["cuda"]
@@ -167,13 +184,14 @@ def questions(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     asked = []
 
     def chosen(
+        op: str,
         impl: str,
         device: torch.device,
         dtype: torch.dtype,
         lengths: tuple[int, ...],
         options: frozenset[str],
     ) -> Backend:
-        asked.append((impl, dtype, tuple(lengths), options))
+        asked.append((op, impl, dtype, tuple(lengths), options))
         return reference.BACKEND
 
     monkeypatch.setattr(dispatch, "chosen", chosen)
@@ -200,13 +218,14 @@ def test_an_op_and_its_gradient_ask_alike(
     if asks == 2:
         with capsops.use_impl("cuda"):
             result.sum().backward()
-    assert questions == [("auto", torch.float32, lengths, NO_OPTIONS)] * asks
+    asked = [op, f"{op}_backward"][:asks]
+    assert questions == [(each, "auto", torch.float32, lengths, NO_OPTIONS) for each in asked]
 
 
 def test_what_use_impl_says_at_the_call_counts(questions: list[tuple]) -> None:
     with capsops.use_impl("reference"):
         capsops.squash(torch.randn(3, 4))
-    assert [impl for impl, *_ in questions] == ["reference"]
+    assert [impl for _, impl, *_ in questions] == ["reference"]
 
 
 def test_a_compiled_graph_asks_when_it_runs(questions: list[tuple]) -> None:
@@ -214,7 +233,7 @@ def test_a_compiled_graph_asks_when_it_runs(questions: list[tuple]) -> None:
     compiled = torch.compile(lambda u, w: 2 * capsops.capsule_routing(u, w), fullgraph=True, backend="eager")
     for number in (1, 2):
         compiled(u, weight)
-        assert [impl for impl, *_ in questions] == ["auto"] * number
+        assert [impl for _, impl, *_ in questions] == ["auto"] * number
 
 
 def test_auto_takes_the_reference_on_other_devices() -> None:
@@ -314,7 +333,7 @@ def test_use_impl_rules_auto_and_only_auto(impl: str) -> None:
 
 def test_use_impl_reaches_the_op(impl: str, change_backend: Callable[..., None]) -> None:
     calls = []
-    original = dispatch.BACKENDS[impl].squash
+    original = dispatch.BACKENDS[impl].functions["squash"]
     change_backend(impl, squash=lambda s, dim: calls.append(impl) or original(s, dim))
     with capsops.use_impl(impl):
         capsops.squash(torch.ones(3))

@@ -71,7 +71,9 @@ def test_report_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     names = {"cuda:0": "cuda", "cuda:1": "reference", "cpu": "cpu"}
-    monkeypatch.setattr(dispatch, "chosen", lambda impl, device, dtype: dispatch.BACKENDS[names[str(device)]])
+    monkeypatch.setattr(
+        dispatch, "chosen", lambda op, impl, device, dtype: dispatch.BACKENDS[names[str(device)]]
+    )
     monkeypatch.setattr(
         dispatch, "why_not_proved", lambda backend, model, _: f"{backend.name} is too old\nfor {model}"
     )

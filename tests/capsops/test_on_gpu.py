@@ -162,7 +162,7 @@ def auto_inputs(op: str, dtype: torch.dtype) -> list[Tensor]:
 def test_auto_is_what_is_proved_on_this_gpu(op: str, dtype: torch.dtype) -> None:
     """Bit for bit, value and gradients."""
     inputs = auto_inputs(op, dtype)
-    serving = dispatch.chosen("auto", inputs[0].device, dtype, (16, 8)).name
+    serving = dispatch.chosen(op, "auto", inputs[0].device, dtype, (16, 8)).name
     proved = any(proof.model == torch.cuda.get_device_name() for proof in gpu_record.PROOFS)
     assert serving == ("cuda" if proved and dtype != torch.float64 else "reference")
     results = []

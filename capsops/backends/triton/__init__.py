@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from capsops.backends.backend import NO_OPTIONS, Backend, Proof, missing
+from capsops.backends.backend import Backend, Proof, by_name
 
 _OLDEST = (3, 6)
 
@@ -58,7 +58,7 @@ def why_not_proved(proof: Proof, capability: tuple[int, int]) -> str:
 
 def _backend() -> Backend:
     if reason := why_unavailable():
-        return missing("triton", devices=("cuda",), reason=reason)
+        return Backend("triton", {}, devices=("cuda",), unavailable=reason)
 
     import numpy
     import triton
@@ -72,19 +72,20 @@ def _backend() -> Backend:
 
     return Backend(
         name="triton",
+        functions=by_name(
+            squash,
+            squash_backward,
+            predictions,
+            predictions_backward,
+            dynamic_routing,
+            dynamic_routing_backward,
+            capsule_routing,
+            capsule_routing_backward,
+            couplings,
+        ),
         devices=("cpu", "cuda") if INTERPRETED else ("cuda",),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        options=NO_OPTIONS,
         unavailable=why_interpreter_fails(triton.__version__, numpy.__version__) if INTERPRETED else "",
-        squash=squash,
-        squash_backward=squash_backward,
-        predictions=predictions,
-        predictions_backward=predictions_backward,
-        dynamic_routing=dynamic_routing,
-        dynamic_routing_backward=dynamic_routing_backward,
-        capsule_routing=capsule_routing,
-        capsule_routing_backward=capsule_routing_backward,
-        couplings=couplings,
         needs_proof=True,
         why_not_proved=why_not_proved,
     )
