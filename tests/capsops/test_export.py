@@ -1,5 +1,6 @@
 """torch.export with decompositions, and ONNX."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime
@@ -111,3 +112,17 @@ def test_torchscript_cannot_compile_the_functions() -> None:
         torch.jit.script(capsops.nn.Squash())
     with pytest.raises(torch.jit.frontend.NotSupportedError, match="keyword-only arguments with defaults"):
         torch.jit.script(capsops.nn.RoutingCapsules(3, 4, 5, 6))
+
+
+def test_an_exported_program_chooses_its_backend_where_it_runs(
+    exported: torch.export.ExportedProgram, change_backend: Callable[..., None]
+) -> None:
+    """Such as one from a machine with the C++ kernels on a machine without them."""
+    nodes = [node for node in exported.graph.nodes if "capsops" in str(node.target)]
+    assert nodes
+    assert {node.args[-1] for node in nodes} == {"auto"}
+    images = torch.randn(3, 1, 12, 12)
+    want = exported.module()(images)
+    change_backend("cpu", unavailable="it was a test")
+    for value, other in zip(exported.module()(images), want, strict=True):
+        assert_close(value.detach(), other.detach(), tolerance=1e-6)
