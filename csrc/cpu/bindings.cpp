@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../memory.h"
+#include "common/checks.h"
 #include "kernels.h"
 
 namespace py = pybind11;

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "../capsule_math.h"
+#include "common/capsule_math.h"
 #include "team.h"
 
 namespace capsops {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../memory.h"
+#include "common/checks.h"
 #include "kernels.h"
 #include "plan.h"
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../capsule_math.h"
+#include "common/capsule_math.h"
 
 #if defined(CAPSOPS_EMULATED)
 #include "emulated_device.h"
