@@ -76,9 +76,9 @@ void check(bool allocated) {
     if (!allocated) throw std::bad_alloc();
 }
 
-Storage storage_of(int storage) {
-    require(storage >= 0 && storage <= int(Storage::float64), "storage", storage, "0 to 3");
-    return Storage(storage);
+Dtype dtype_of(int dtype) {
+    require(dtype >= 0 && dtype <= int(Dtype::float64), "dtype", dtype, "0 to 3");
+    return Dtype(dtype);
 }
 
 int threads_of(int threads) {
@@ -87,11 +87,11 @@ int threads_of(int threads) {
 }
 
 SquashCall squash_call(const Memory& s, const Memory* grad, const Memory& out, int64_t outer, int64_t n,
-                       int64_t inner, int storage, int threads) {
+                       int64_t inner, int dtype, int threads) {
     SquashCall call{};
     call.outer = outer, call.n = n, call.inner = inner;
-    call.storage = storage_of(storage), call.threads = threads_of(threads);
-    const int64_t element = storage_size(call.storage);
+    call.dtype = dtype_of(dtype), call.threads = threads_of(threads);
+    const int64_t element = dtype_size(call.dtype);
     call.s = pointer("s", s, {outer, n, inner}, element);
     if (grad) call.grad = pointer("grad", *grad, {outer, n, inner}, element);
     call.out = pointer("out", out, {outer, n, inner}, element);
@@ -99,11 +99,11 @@ SquashCall squash_call(const Memory& s, const Memory* grad, const Memory& out, i
 }
 
 PredictionsCall predictions_call(const Memory& u, const Memory& weight, int64_t B, int64_t I, int64_t J,
-                                 int64_t D, int64_t K, int storage, int threads) {
+                                 int64_t D, int64_t K, int dtype, int threads) {
     PredictionsCall call{};
     call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
-    call.storage = storage_of(storage), call.threads = threads_of(threads);
-    const int64_t element = storage_size(call.storage);
+    call.dtype = dtype_of(dtype), call.threads = threads_of(threads);
+    const int64_t element = dtype_size(call.dtype);
     call.u = pointer("u", u, {B, I, K}, element);
     call.weight = pointer("weight", weight, {I, J, D, K}, element);
     return call;
@@ -111,14 +111,14 @@ PredictionsCall predictions_call(const Memory& u, const Memory& weight, int64_t 
 
 // Without `weight`, `u` is the predictions [B, I, J, D].
 RoutingCall routing_call(const Memory& u, const Memory& weight, int64_t B, int64_t I, int64_t J, int64_t D,
-                         int64_t K, int64_t iterations, bool leaky, bool squash_output, int storage,
+                         int64_t K, int64_t iterations, bool leaky, bool squash_output, int dtype,
                          int threads) {
     RoutingCall call{};
     call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
     require(iterations >= 0 && iterations <= max_iterations, "iterations", iterations, "0 to 1000");
     call.iterations = iterations, call.leaky = leaky, call.squash_output = squash_output;
-    call.storage = storage_of(storage), call.threads = threads_of(threads);
-    const int64_t element = storage_size(call.storage);
+    call.dtype = dtype_of(dtype), call.threads = threads_of(threads);
+    const int64_t element = dtype_size(call.dtype);
     call.weight = optional_pointer("weight", weight, {I, J, D, K}, element);
     call.u = call.weight ? pointer("u", u, {B, I, K}, element) : pointer("u", u, {B, I, J, D}, element);
     return call;
@@ -127,11 +127,11 @@ RoutingCall routing_call(const Memory& u, const Memory& weight, int64_t B, int64
 // s of every pass, in the type of the sums.
 void* sums_pointer(const Memory& s, const RoutingCall& call) {
     const int64_t passes = call.iterations > 1 ? call.iterations : 1;
-    return pointer("s", s, {passes, call.B, call.J, call.D}, call.storage == Storage::float64 ? 8 : 4);
+    return pointer("s", s, {passes, call.B, call.J, call.D}, call.dtype == Dtype::float64 ? 8 : 4);
 }
 
 void* bias_pointer(const Memory& bias, const RoutingCall& call) {
-    return optional_pointer("bias", bias, {call.J, call.D}, storage_size(call.storage));
+    return optional_pointer("bias", bias, {call.J, call.D}, dtype_size(call.dtype));
 }
 
 }  // namespace
@@ -159,32 +159,32 @@ PYBIND11_MODULE(_cpu, m) {
 
     m.def(
         "squash",
-        [](Memory s, Memory out, int64_t outer, int64_t n, int64_t inner, int storage, int threads) {
-            check(chosen->squash(squash_call(s, nullptr, out, outer, n, inner, storage, threads)));
+        [](Memory s, Memory out, int64_t outer, int64_t n, int64_t inner, int dtype, int threads) {
+            check(chosen->squash(squash_call(s, nullptr, out, outer, n, inner, dtype, threads)));
         },
         without_gil);
     m.def(
         "squash_backward",
-        [](Memory grad, Memory s, Memory out, int64_t outer, int64_t n, int64_t inner, int storage,
+        [](Memory grad, Memory s, Memory out, int64_t outer, int64_t n, int64_t inner, int dtype,
            int threads) {
-            check(chosen->squash_backward(squash_call(s, &grad, out, outer, n, inner, storage, threads)));
+            check(chosen->squash_backward(squash_call(s, &grad, out, outer, n, inner, dtype, threads)));
         },
         without_gil);
     m.def(
         "predictions",
         [](Memory u, Memory weight, Memory u_hat, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
-           int storage, int threads) {
-            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, storage, threads);
-            call.u_hat = pointer("u_hat", u_hat, {B, I, J, D}, storage_size(call.storage));
+           int dtype, int threads) {
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, dtype, threads);
+            call.u_hat = pointer("u_hat", u_hat, {B, I, J, D}, dtype_size(call.dtype));
             check(chosen->predictions(call));
         },
         without_gil);
     m.def(
         "predictions_backward",
         [](Memory grad, Memory u, Memory weight, Memory grad_u, Memory grad_weight, int64_t B, int64_t I,
-           int64_t J, int64_t D, int64_t K, int storage, int threads) {
-            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, storage, threads);
-            const int64_t element = storage_size(call.storage);
+           int64_t J, int64_t D, int64_t K, int dtype, int threads) {
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, dtype, threads);
+            const int64_t element = dtype_size(call.dtype);
             call.grad = pointer("grad", grad, {B, I, J, D}, element);
             call.grad_u = optional_pointer("grad_u", grad_u, {B, I, K}, element);
             call.grad_weight = optional_pointer("grad_weight", grad_weight, {I, J, D, K}, element);
@@ -194,12 +194,11 @@ PYBIND11_MODULE(_cpu, m) {
     m.def(
         "routing",
         [](Memory u, Memory weight, Memory bias, Memory v, Memory s, int64_t B, int64_t I, int64_t J,
-           int64_t D, int64_t K, int64_t iterations, bool leaky, bool squash_output, int storage,
-           int threads) {
+           int64_t D, int64_t K, int64_t iterations, bool leaky, bool squash_output, int dtype, int threads) {
             RoutingCall call =
-                routing_call(u, weight, B, I, J, D, K, iterations, leaky, squash_output, storage, threads);
+                routing_call(u, weight, B, I, J, D, K, iterations, leaky, squash_output, dtype, threads);
             call.bias = bias_pointer(bias, call);
-            call.v = pointer("v", v, {B, J, D}, storage_size(call.storage));
+            call.v = pointer("v", v, {B, J, D}, dtype_size(call.dtype));
             call.s = sums_pointer(s, call);
             check(chosen->routing(call));
         },
@@ -208,11 +207,11 @@ PYBIND11_MODULE(_cpu, m) {
         "routing_backward",
         [](Memory grad, Memory u, Memory weight, Memory s, Memory grad_u, Memory grad_weight,
            Memory grad_bias, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations,
-           bool leaky, bool detach, bool squash_output, int storage, int threads) {
+           bool leaky, bool detach, bool squash_output, int dtype, int threads) {
             RoutingCall call =
-                routing_call(u, weight, B, I, J, D, K, iterations, leaky, squash_output, storage, threads);
+                routing_call(u, weight, B, I, J, D, K, iterations, leaky, squash_output, dtype, threads);
             call.detach = detach;
-            const int64_t element = storage_size(call.storage);
+            const int64_t element = dtype_size(call.dtype);
             call.s = sums_pointer(s, call);
             call.grad = pointer("grad", grad, {B, J, D}, element);
             call.grad_u = call.weight ? optional_pointer("grad_u", grad_u, {B, I, K}, element)
@@ -227,12 +226,12 @@ PYBIND11_MODULE(_cpu, m) {
     m.def(
         "couplings",
         [](Memory u, Memory weight, Memory bias, Memory couplings, int64_t B, int64_t I, int64_t J, int64_t D,
-           int64_t K, int64_t iterations, bool leaky, int storage, int threads) {
+           int64_t K, int64_t iterations, bool leaky, int dtype, int threads) {
             RoutingCall call =
-                routing_call(u, weight, B, I, J, D, K, iterations, leaky, true, storage, threads);
+                routing_call(u, weight, B, I, J, D, K, iterations, leaky, true, dtype, threads);
             if (!call.weight) throw std::invalid_argument("weight: got none, takes one");
             call.bias = bias_pointer(bias, call);
-            call.couplings = pointer("couplings", couplings, {B, I, J}, storage_size(call.storage));
+            call.couplings = pointer("couplings", couplings, {B, I, J}, dtype_size(call.dtype));
             check(chosen->couplings(call));
         },
         without_gil);

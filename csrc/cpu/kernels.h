@@ -5,10 +5,10 @@
 
 namespace capsops {
 
-enum class Storage : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 
-inline int64_t storage_size(Storage storage) {
-    return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2;
+inline int64_t dtype_size(Dtype dtype) {
+    return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
 // Vectors of n numbers that lie `inner` apart, in [outer, n, inner].
@@ -17,7 +17,7 @@ struct SquashCall {
     const void* grad;  // backward only
     void* out;
     int64_t outer, n, inner;
-    Storage storage;
+    Dtype dtype;
     int threads;
 };
 
@@ -30,7 +30,7 @@ struct PredictionsCall {
     void* grad_u;       // backward only; null where it is not needed
     void* grad_weight;  // backward only; null where it is not needed
     int64_t B, I, J, D, K;
-    Storage storage;
+    Dtype dtype;
     int threads;
 };
 
@@ -50,7 +50,7 @@ struct RoutingCall {
     int64_t iterations;
     bool leaky, detach;
     bool squash_output;  // whether v is squash(s) of the last pass, else s itself
-    Storage storage;
+    Dtype dtype;
     int threads;
 };
 

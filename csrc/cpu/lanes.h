@@ -10,8 +10,8 @@
 #pragma once
 
 #include "block.h"
+#include "dtype_convert.h"
 #include "softmax.h"
-#include "storage.h"
 #include "team.h"
 
 namespace capsops {
@@ -47,7 +47,7 @@ class LanesEngine {
 
         static Scratch plan(Pieces& pieces, const LanesEngine& engine, bool gradient) {
             const int64_t R = engine.R_, K = engine.K_, chunk = engine.chunk_;
-            const bool copies = !in_place<T>(engine.call_.storage);
+            const bool copies = !in_place<T>(engine.call_.dtype);
             Scratch scratch{};
             scratch.natural = pieces.take<T>(L * chunk * K);
             scratch.u = pieces.take<Lanes<T>>(chunk * K);
@@ -179,7 +179,7 @@ class LanesEngine {
             }
             for (int64_t n = 0; call_.grad_weight && n < count; ++n) {
                 turn_block(s.grad_weight + n * K * padded_, padded_, K, R_, s.straight, K);
-                write_row(call_.grad_weight, call_.storage, (i0 + n) * R_ * K, R_ * K, s.straight);
+                write_row(call_.grad_weight, call_.dtype, (i0 + n) * R_ * K, R_ * K, s.straight);
             }
         }
     }
@@ -195,7 +195,7 @@ class LanesEngine {
                 softmax(s.dots, J_, 1, call_.leaky);
                 turn_block(reinterpret_cast<const T*>(s.dots), L, J_, L, rows, J_);
                 for (int64_t b = g * L; b < smaller(B_, (g + 1) * L); ++b) {
-                    write_row(call_.couplings, call_.storage, (b * I_ + i0 + n) * J_, J_,
+                    write_row(call_.couplings, call_.dtype, (b * I_ + i0 + n) * J_, J_,
                               rows + (b - g * L) * J_);
                 }
             }
@@ -230,14 +230,14 @@ class LanesEngine {
     }
 
     const T* weight_of(const Scratch& scratch, int64_t i0, int64_t count) const {
-        if (in_place<T>(call_.storage)) return static_cast<const T*>(call_.weight) + i0 * R_ * K_;
-        read_row(call_.weight, call_.storage, i0 * R_ * K_, count * R_ * K_, scratch.weight);
+        if (in_place<T>(call_.dtype)) return static_cast<const T*>(call_.weight) + i0 * R_ * K_;
+        read_row(call_.weight, call_.dtype, i0 * R_ * K_, count * R_ * K_, scratch.weight);
         return scratch.weight;
     }
 
     // u of a chunk in lanes; those without a sample are 0.
     void read_u(const Scratch& scratch, int64_t g, int64_t i0, int64_t count) const {
-        if (in_place<T>(call_.storage) && (g + 1) * L <= B_) {
+        if (in_place<T>(call_.dtype) && (g + 1) * L <= B_) {
             const T* u = static_cast<const T*>(call_.u) + (g * L * I_ + i0) * K_;
             turn_block(u, I_ * K_, L, count * K_, reinterpret_cast<T*>(scratch.u), L);
         } else {
@@ -252,7 +252,7 @@ class LanesEngine {
             T* row = scratch.natural + lane * numbers;
             const int64_t b = g * L + lane;
             if (b < B_) {
-                read_row(call_.u, call_.storage, (b * I_ + i0) * K_, numbers, row);
+                read_row(call_.u, call_.dtype, (b * I_ + i0) * K_, numbers, row);
             } else {
                 std::memset(row, 0, numbers * sizeof(T));
             }
@@ -550,7 +550,7 @@ class LanesEngine {
         const int64_t numbers = count * K_;
         turn_block(reinterpret_cast<const T*>(s.grad_u), L, numbers, L, s.natural, numbers);
         for (int64_t lane = 0; lane < samples; ++lane) {
-            write_row(call_.grad_u, call_.storage, ((g * L + lane) * I_ + i0) * K_, numbers,
+            write_row(call_.grad_u, call_.dtype, ((g * L + lane) * I_ + i0) * K_, numbers,
                       s.natural + lane * numbers);
         }
     }

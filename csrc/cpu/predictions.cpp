@@ -2,7 +2,7 @@
 //
 // W_i is turned round to [K, J·D] once for each i, so that a sample's û_i, J·D numbers in a row, is made of
 // whole registers: û_i = Σ_k u_ik W_i[k], ∂u_ik = Σ_jd ∂û W_i[k], and ∂W_i[k] = Σ_b u_ik ∂û_i.
-#include "storage.h"
+#include "dtype_convert.h"
 #include "team.h"
 
 namespace capsops {
@@ -31,7 +31,7 @@ struct Scratch {
 template <typename T>
 void turn(const PredictionsCall& call, int64_t i, const Scratch<T>& scratch) {
     const int64_t R = call.J * call.D, K = call.K;
-    read_row(call.weight, call.storage, i * R * K, R * K, scratch.straight);
+    read_row(call.weight, call.dtype, i * R * K, R * K, scratch.straight);
     for (int64_t k = 0; k < K; ++k) {
         T* row = scratch.turned + k * scratch.padded;
         for (int64_t r = 0; r < R; ++r) row[r] = scratch.straight[r * K + k];
@@ -56,8 +56,8 @@ CAPSOPS_INLINE void predict_registers(const T* turned, int64_t padded, const T* 
 template <typename T>
 void predict(const PredictionsCall& call, int64_t b, int64_t i, const Scratch<T>& scratch) {
     const int64_t R = call.J * call.D, K = call.K;
-    read_row(call.u, call.storage, (b * call.I + i) * K, K, scratch.capsule);
-    const bool direct = in_place<T>(call.storage) && scratch.padded == R;
+    read_row(call.u, call.dtype, (b * call.I + i) * K, K, scratch.capsule);
+    const bool direct = in_place<T>(call.dtype) && scratch.padded == R;
     T* out = direct ? static_cast<T*>(call.u_hat) + (b * call.I + i) * R : scratch.row;
     int64_t r = 0;
     for (; r + together * vec_width<T> <= scratch.padded; r += together * vec_width<T>) {
@@ -66,15 +66,15 @@ void predict(const PredictionsCall& call, int64_t b, int64_t i, const Scratch<T>
     for (; r < scratch.padded; r += vec_width<T>) {
         predict_registers<T, 1>(scratch.turned + r, scratch.padded, scratch.capsule, K, out + r);
     }
-    if (!direct) write_row(call.u_hat, call.storage, (b * call.I + i) * R, R, scratch.row);
+    if (!direct) write_row(call.u_hat, call.dtype, (b * call.I + i) * R, R, scratch.row);
 }
 
 // A sample's ∂û_i, padded with zeros where it does not fill its registers.
 template <typename T>
 const T* gradient_row(const PredictionsCall& call, int64_t b, int64_t i, const Scratch<T>& scratch) {
     const int64_t R = call.J * call.D, at = (b * call.I + i) * R;
-    if (in_place<T>(call.storage) && scratch.padded == R) return static_cast<const T*>(call.grad) + at;
-    read_row(call.grad, call.storage, at, R, scratch.row);
+    if (in_place<T>(call.dtype) && scratch.padded == R) return static_cast<const T*>(call.grad) + at;
+    read_row(call.grad, call.dtype, at, R, scratch.row);
     for (int64_t r = R; r < scratch.padded; ++r) scratch.row[r] = 0;
     return scratch.row;
 }
@@ -100,7 +100,7 @@ void gradient_of_u(const PredictionsCall& call, int64_t b, int64_t i, const Scra
         }
         store<T>(scratch.capsule + first, sum_lanes<width>(total));
     }
-    write_row(call.grad_u, call.storage, (b * call.I + i) * call.K, call.K, scratch.capsule);
+    write_row(call.grad_u, call.dtype, (b * call.I + i) * call.K, call.K, scratch.capsule);
 }
 
 template <typename T>
@@ -110,7 +110,7 @@ void gradient_of_weight(const PredictionsCall& call, int64_t i, const Scratch<T>
     std::memset(scratch.turned, 0, K * padded * sizeof(T));
     for (int64_t b = 0; b < call.B; ++b) {
         const T* row = gradient_row(call, b, i, scratch);
-        read_row(call.u, call.storage, (b * call.I + i) * K, K, scratch.capsule);
+        read_row(call.u, call.dtype, (b * call.I + i) * K, K, scratch.capsule);
         for (int64_t first = 0; first < K; first += rows) {
             const int64_t count = smaller(rows, K - first);
             T* turned = scratch.turned + first * padded;
@@ -126,7 +126,7 @@ void gradient_of_weight(const PredictionsCall& call, int64_t i, const Scratch<T>
     for (int64_t r = 0; r < R; ++r) {
         for (int64_t k = 0; k < K; ++k) scratch.straight[r * K + k] = scratch.turned[k * padded + r];
     }
-    write_row(call.grad_weight, call.storage, i * R * K, R * K, scratch.straight);
+    write_row(call.grad_weight, call.dtype, i * R * K, R * K, scratch.straight);
 }
 
 // Runs work(i, b, scratch) over this thread's share of all pairs, with W_i turned whenever i is new.
@@ -180,11 +180,11 @@ bool backward(const PredictionsCall& call) {
 }  // namespace
 
 bool predictions(const PredictionsCall& call) {
-    return call.storage == Storage::float64 ? forward<double>(call) : forward<float>(call);
+    return call.dtype == Dtype::float64 ? forward<double>(call) : forward<float>(call);
 }
 
 bool predictions_backward(const PredictionsCall& call) {
-    return call.storage == Storage::float64 ? backward<double>(call) : backward<float>(call);
+    return call.dtype == Dtype::float64 ? backward<double>(call) : backward<float>(call);
 }
 
 }  // namespace CAPSOPS_ISA

@@ -73,7 +73,7 @@ struct Routing {
     void forward(const Team& team, T* s, int64_t count, void* v) {
         const int64_t J = call.J, D = call.D, rows = call.B * J;
         T* v_row = row + rounded_up(R, 64) * team.rank;
-        if (call.bias && team.rank == 0) read_row(call.bias, call.storage, 0, R, bias);
+        if (call.bias && team.rank == 0) read_row(call.bias, call.dtype, 0, R, bias);
         for (int64_t t = 0; t < count; ++t) {
             if (t == 0) {
                 engine.sum_uniform(team, t, partial);
@@ -92,7 +92,7 @@ struct Routing {
                 }
                 squash_row(s_row, D, v_row);
                 if (v && t + 1 == count) {
-                    write_row(v, call.storage, n * D, D, call.squash_output ? v_row : s_row);
+                    write_row(v, call.dtype, n * D, D, call.squash_output ? v_row : s_row);
                 } else {
                     T* total = total_v + n * D;
                     for (int64_t d = 0; d < D; ++d) total[d] = t == 0 ? v_row[d] : total[d] + v_row[d];
@@ -121,11 +121,11 @@ struct Routing {
                 const T* g = grad_v + n * D;
                 T* grad_row = grad_s + t * size + n * D;
                 if (t == last && !call.squash_output) {
-                    read_row(call.grad, call.storage, n * D, D, grad_row);
+                    read_row(call.grad, call.dtype, n * D, D, grad_row);
                     continue;
                 }
                 if (t == last) {
-                    read_row(call.grad, call.storage, n * D, D, scratch);
+                    read_row(call.grad, call.dtype, n * D, D, scratch);
                     g = scratch;
                 }
                 squash_vjp_row(s + t * s_stride + n * D, g, D, grad_row);
@@ -198,7 +198,7 @@ bool together(const RoutingCall& call, Op op, int threads) {
             routing.engine.couplings(team, 0);
         }
     });
-    if (op == Op::backward) write_row(call.grad_bias, call.storage, 0, R, bias_total);
+    if (op == Op::backward) write_row(call.grad_bias, call.dtype, 0, R, bias_total);
     return true;
 }
 
@@ -230,12 +230,12 @@ bool apart(const RoutingCall& call, Op op, int threads) {
         const Team alone{0, 1};
         for (int64_t b = team.begin(call.B); b < team.end(call.B); ++b) {
             RoutingCall mine = one;
-            mine.u = element(call.u, call.storage, b * predictions);
+            mine.u = element(call.u, call.dtype, b * predictions);
             Pieces own{pool + bytes_of_one.used * team.rank};
-            if (op == Op::forward) mine.v = element(call.v, call.storage, b * R);
+            if (op == Op::forward) mine.v = element(call.v, call.dtype, b * R);
             if (op == Op::backward) {
-                mine.grad = element(call.grad, call.storage, b * R);
-                mine.grad_u = element(call.grad_u, call.storage, b * predictions);
+                mine.grad = element(call.grad, call.dtype, b * R);
+                mine.grad_u = element(call.grad_u, call.dtype, b * predictions);
             }
             Routing<T, Engine> routing(mine, slots_of(call, op), 1, call.B * R);
             routing.plan(own, 1, op == Op::backward);
@@ -253,7 +253,7 @@ bool apart(const RoutingCall& call, Op op, int threads) {
             for (int rank = 0; rank < threads; ++rank)
                 bias_total[r] += bias_totals[rounded_up(R, 64) * rank + r];
         }
-        write_row(call.grad_bias, call.storage, 0, R, bias_total);
+        write_row(call.grad_bias, call.dtype, 0, R, bias_total);
     }
     return true;
 }
@@ -281,7 +281,7 @@ bool route(const RoutingCall& call, Op op) {
 }
 
 bool routed(const RoutingCall& call, Op op) {
-    return call.storage == Storage::float64 ? route<double>(call, op) : route<float>(call, op);
+    return call.dtype == Dtype::float64 ? route<double>(call, op) : route<float>(call, op);
 }
 
 }  // namespace

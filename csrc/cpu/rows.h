@@ -12,8 +12,8 @@
 #pragma once
 
 #include "block.h"
+#include "dtype_convert.h"
 #include "softmax.h"
-#include "storage.h"
 #include "team.h"
 
 namespace capsops {
@@ -182,16 +182,16 @@ class RowsEngine {
                 predict(s, b, w, s.u, v, 0, 1, s.dots);
             }
             softmax<T, N>(s.dots, J_, call_.leaky);
-            write_row(call_.couplings, call_.storage, (b * I_ + i) * J_, J_, s.dots);
+            write_row(call_.couplings, call_.dtype, (b * I_ + i) * J_, J_, s.dots);
         });
     }
 
   private:
     // Numbers [rows, numbers] of a tensor from `at` on, in whole registers.
     const T* read_rows(const void* tensor, int64_t at, int64_t rows, T* scratch) const {
-        if (in_place<T>(call_.storage) && padded_ == numbers_) return static_cast<const T*>(tensor) + at;
+        if (in_place<T>(call_.dtype) && padded_ == numbers_) return static_cast<const T*>(tensor) + at;
         for (int64_t j = 0; j < rows; ++j) {
-            read_row(tensor, call_.storage, at + j * numbers_, numbers_, scratch + j * padded_);
+            read_row(tensor, call_.dtype, at + j * numbers_, numbers_, scratch + j * padded_);
             for (int64_t p = numbers_; p < padded_; ++p) scratch[j * padded_ + p] = 0;
         }
         return scratch;
@@ -200,13 +200,13 @@ class RowsEngine {
     void write_rows(void* tensor, int64_t at, const T* row, T* scratch) const {
         for (int64_t j = 0; j < J_; ++j)
             std::memmove(scratch + j * numbers_, row + j * padded_, numbers_ * sizeof(T));
-        write_row(tensor, call_.storage, at, J_ * numbers_, scratch);
+        write_row(tensor, call_.dtype, at, J_ * numbers_, scratch);
     }
 
     // u_i of sample b, repeated: to one register where K divides it, else for every d.
     void read_u(int64_t i, int64_t b, T* repeated) const {
         const int64_t end = aligned_ ? N : numbers_;
-        read_row(call_.u, call_.storage, (b * I_ + i) * K_, K_, repeated);
+        read_row(call_.u, call_.dtype, (b * I_ + i) * K_, K_, repeated);
         for (int64_t p = K_; p < end; p += K_) std::memcpy(repeated + p, repeated, K_ * sizeof(T));
         for (int64_t p = numbers_; p < padded_; ++p) repeated[p] = 0;
     }
@@ -426,7 +426,7 @@ class RowsEngine {
 
     // ∂W_i += ∂û_i u_i, written after the last sample; the first needs no sum.
     void gradient_of_weight(const Scratch& s, int64_t i, bool first, bool last) const {
-        const bool direct = first && last && in_place<T>(call_.storage) && padded_ == numbers_;
+        const bool direct = first && last && in_place<T>(call_.dtype) && padded_ == numbers_;
         T* total = direct ? static_cast<T*>(call_.grad_weight) + i * row_ : s.grad_weight;
         for (int64_t at = 0; at < row_; at += padded_) {
             for (int64_t p = 0; p < padded_; p += N) {
@@ -447,7 +447,7 @@ class RowsEngine {
         for (int64_t k = 0; k < K_; ++k) {
             for (int64_t d = 1; d < D_; ++d) s.grad_u[k] += s.grad_u[d * K_ + k];
         }
-        write_row(call_.grad_u, call_.storage, (b * I_ + i) * K_, K_, s.grad_u);
+        write_row(call_.grad_u, call_.dtype, (b * I_ + i) * K_, K_, s.grad_u);
     }
 };
 

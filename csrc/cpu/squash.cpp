@@ -1,7 +1,7 @@
 // squash over any dimension of a tensor: vectors of n numbers `inner` apart in [outer, n, inner].
 #include "squash.h"
 
-#include "storage.h"
+#include "dtype_convert.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {
@@ -18,7 +18,7 @@ inline int64_t group_of(int64_t n) { return larger(1, 1024 / larger(1, n)); }
 template <typename T, bool Backward, int N>
 void rows(const SquashCall& call, int64_t begin, int64_t end, T* s_row, T* g_row, T* out_row) {
     const int64_t n = N ? N : call.n;
-    if (in_place<T>(call.storage)) {
+    if (in_place<T>(call.dtype)) {
         const T* s = static_cast<const T*>(call.s);
         const T* g = static_cast<const T*>(call.grad);
         T* out = static_cast<T*>(call.out);
@@ -33,8 +33,8 @@ void rows(const SquashCall& call, int64_t begin, int64_t end, T* s_row, T* g_row
     }
     for (int64_t row = begin; row < end; row += group_of(n)) {
         const int64_t numbers = smaller(group_of(n), end - row) * n;
-        read_row(call.s, call.storage, row * n, numbers, s_row);
-        if (Backward) read_row(call.grad, call.storage, row * n, numbers, g_row);
+        read_row(call.s, call.dtype, row * n, numbers, s_row);
+        if (Backward) read_row(call.grad, call.dtype, row * n, numbers, g_row);
         for (int64_t at = 0; at < numbers; at += n) {
             if (Backward) {
                 squash_vjp_row(s_row + at, g_row + at, n, out_row + at);
@@ -42,7 +42,7 @@ void rows(const SquashCall& call, int64_t begin, int64_t end, T* s_row, T* g_row
                 squash_row(s_row + at, n, out_row + at);
             }
         }
-        write_row(call.out, call.storage, row * n, numbers, out_row);
+        write_row(call.out, call.dtype, row * n, numbers, out_row);
     }
 }
 
@@ -53,8 +53,8 @@ void columns(const SquashCall& call, int64_t at, int64_t width, T* s, T* g, T* o
     T square[block] = {}, along[block] = {}, f[block], h[block], divisor[block];
     bool overflows[block] = {};
     for (int64_t d = 0; d < n; ++d) {
-        read_row(call.s, call.storage, at + d * call.inner, width, s + d * block);
-        if (Backward) read_row(call.grad, call.storage, at + d * call.inner, width, g + d * block);
+        read_row(call.s, call.dtype, at + d * call.inner, width, s + d * block);
+        if (Backward) read_row(call.grad, call.dtype, at + d * call.inner, width, g + d * block);
         for (int64_t w = 0; w < width; ++w) square[w] += s[d * block + w] * s[d * block + w];
     }
     for (int64_t w = 0; w < width; ++w) {
@@ -81,14 +81,14 @@ void columns(const SquashCall& call, int64_t at, int64_t width, T* s, T* g, T* o
         if (!Backward && overflows[w]) direction(s + w, n, block, out + w);
     }
     for (int64_t d = 0; d < n; ++d) {
-        write_row(call.out, call.storage, at + d * call.inner, width, out + d * block);
+        write_row(call.out, call.dtype, at + d * call.inner, width, out + d * block);
     }
 }
 
 template <typename T, bool Backward>
 bool squash_of(const SquashCall& call) {
     const int threads = call.outer * call.n * call.inner < 32768 ? 1 : call.threads;
-    const int64_t together = call.inner > 1 ? block : in_place<T>(call.storage) ? 0 : group_of(call.n);
+    const int64_t together = call.inner > 1 ? block : in_place<T>(call.dtype) ? 0 : group_of(call.n);
     const int64_t scratch = call.n * together;
     Buffer buffer(scratch * 3 * threads * sizeof(T));
     if (!buffer.base) return false;
@@ -124,11 +124,11 @@ bool squash_of(const SquashCall& call) {
 }  // namespace
 
 bool squash(const SquashCall& call) {
-    return call.storage == Storage::float64 ? squash_of<double, false>(call) : squash_of<float, false>(call);
+    return call.dtype == Dtype::float64 ? squash_of<double, false>(call) : squash_of<float, false>(call);
 }
 
 bool squash_backward(const SquashCall& call) {
-    return call.storage == Storage::float64 ? squash_of<double, true>(call) : squash_of<float, true>(call);
+    return call.dtype == Dtype::float64 ? squash_of<double, true>(call) : squash_of<float, true>(call);
 }
 
 }  // namespace CAPSOPS_ISA

@@ -15,31 +15,31 @@ using namespace capsops;
 
 Stream stream_of(uintptr_t stream) { return reinterpret_cast<Stream>(stream); }
 
-Storage storage_of(int storage) {
-    require(storage >= 0 && storage <= int(Storage::float16), "storage", storage, "0 to 2");
-    return Storage(storage);
+Dtype dtype_of(int dtype) {
+    require(dtype >= 0 && dtype <= int(Dtype::float16), "dtype", dtype, "0 to 2");
+    return Dtype(dtype);
 }
 
-int64_t storage_size(Storage storage) { return storage == Storage::float32 ? 4 : 2; }
+int64_t dtype_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 PredictionsCall predictions_call(const Memory& u, const Memory& weight, int64_t B, int64_t I, int64_t J,
-                                 int64_t D, int64_t K, int storage) {
+                                 int64_t D, int64_t K, int dtype) {
     PredictionsCall call{};
-    call.B = B, call.I = I, call.J = J, call.D = D, call.K = K, call.storage = storage_of(storage);
-    const int64_t element = storage_size(call.storage);
+    call.B = B, call.I = I, call.J = J, call.D = D, call.K = K, call.dtype = dtype_of(dtype);
+    const int64_t element = dtype_size(call.dtype);
     call.u = pointer("u", u, {B, I, K}, element);
     call.weight = pointer("weight", weight, {I, J, D, K}, element);
     return call;
 }
 
 RoutingCall routing_shape(int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations,
-                          bool leaky, bool detach, int storage, bool tf32, bool cooperative) {
+                          bool leaky, bool detach, int dtype, bool tf32, bool cooperative) {
     RoutingCall call{};
     bytes_of("shape", {B, I, J, D, K}, 1);
     call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
     require(iterations >= 0 && iterations <= max_iterations, "iterations", iterations, "0 to 1000");
     call.iterations = iterations, call.leaky = leaky, call.detach = detach;
-    call.storage = storage_of(storage), call.tf32 = tf32, call.cooperative = cooperative;
+    call.dtype = dtype_of(dtype), call.tf32 = tf32, call.cooperative = cooperative;
     return call;
 }
 
@@ -109,11 +109,11 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("device_count", &device_count, "How many CUDA devices there are; 0 without a driver.");
     m.def(
         "squash",
-        [](Memory s, Memory grad, Memory out, int64_t outer, int64_t n, int64_t inner, int storage,
-           int device, uintptr_t stream) {
+        [](Memory s, Memory grad, Memory out, int64_t outer, int64_t n, int64_t inner, int dtype, int device,
+           uintptr_t stream) {
             SquashCall call{};
-            call.outer = outer, call.n = n, call.inner = inner, call.storage = storage_of(storage);
-            const int64_t element = storage_size(call.storage);
+            call.outer = outer, call.n = n, call.inner = inner, call.dtype = dtype_of(dtype);
+            const int64_t element = dtype_size(call.dtype);
             call.s = pointer("s", s, {outer, n, inner}, element);
             call.grad = optional_pointer("grad", grad, {outer, n, inner}, element);
             call.out = pointer("out", out, {outer, n, inner}, element);
@@ -124,9 +124,9 @@ PYBIND11_MODULE(_cuda, m) {
     m.def(
         "predictions",
         [](Memory u, Memory weight, Memory u_hat, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
-           int storage, int device, uintptr_t stream) {
-            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, storage);
-            call.u_hat = pointer("u_hat", u_hat, {B, I, J, D}, storage_size(call.storage));
+           int dtype, int device, uintptr_t stream) {
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, dtype);
+            call.u_hat = pointer("u_hat", u_hat, {B, I, J, D}, dtype_size(call.dtype));
             const CurrentDevice current(device);
             predictions(call, current.limits(), stream_of(stream));
         },
@@ -134,9 +134,9 @@ PYBIND11_MODULE(_cuda, m) {
     m.def(
         "predictions_backward",
         [](Memory grad, Memory u, Memory weight, Memory grad_u, Memory grad_weight, int64_t B, int64_t I,
-           int64_t J, int64_t D, int64_t K, int storage, int device, uintptr_t stream) {
-            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, storage);
-            const int64_t element = storage_size(call.storage);
+           int64_t J, int64_t D, int64_t K, int dtype, int device, uintptr_t stream) {
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, dtype);
+            const int64_t element = dtype_size(call.dtype);
             call.grad = pointer("grad", grad, {B, I, J, D}, element);
             call.grad_u = optional_pointer("grad_u", grad_u, {B, I, K}, element);
             call.grad_weight = optional_pointer("grad_weight", grad_weight, {I, J, D, K}, element);
@@ -153,7 +153,7 @@ PYBIND11_MODULE(_cuda, m) {
         m, "RoutingCall", py::module_local(),
         "One call of routing. Without `weight`, `u` is the given predictions [B, I, J, D].")
         .def(py::init(&routing_shape), py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"), py::arg("K"),
-             py::arg("iterations"), py::arg("leaky"), py::arg("detach"), py::arg("storage"), py::arg("tf32"),
+             py::arg("iterations"), py::arg("leaky"), py::arg("detach"), py::arg("dtype"), py::arg("tf32"),
              py::arg("cooperative") = true)
         .def(
             "point",
@@ -161,7 +161,7 @@ PYBIND11_MODULE(_cuda, m) {
                Memory grad, Memory grad_u, Memory grad_weight, Memory grad_bias) {
                 const int64_t B = call.B, I = call.I, J = call.J, D = call.D, K = call.K;
                 const int64_t passes = call.iterations > 1 ? call.iterations : 1;
-                const int64_t element = storage_size(call.storage);
+                const int64_t element = dtype_size(call.dtype);
                 call.weight = optional_pointer("weight", weight, {I, J, D, K}, element);
                 call.u = call.weight ? pointer("u", u, {B, I, K}, element)
                                      : pointer("u", u, {B, I, J, D}, element);

@@ -128,7 +128,7 @@ CAPSOPS_DEVICE void wait_for_older_copies(int newest) {
 CAPSOPS_DEVICE float load_written(const float* x) { return __ldcg(x); }
 CAPSOPS_DEVICE float2 load_written(const float2* x) { return __ldcg(x); }
 
-// Storage types and the float32 that is computed with.
+// Storage types, and their conversion to and from the float32 that kernels compute in.
 typedef __nv_bfloat16 Bfloat16;
 typedef __half Float16;
 CAPSOPS_DEVICE float widen(float x) { return x; }

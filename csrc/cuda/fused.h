@@ -29,6 +29,6 @@ FusedKernels fused_float32(const Tiling& tiling, bool backward, int logits);
 FusedKernels fused_tf32(const Tiling& tiling, bool backward, int logits);
 FusedKernels fused_bfloat16(const Tiling& tiling, bool backward, int logits);
 FusedKernels fused_float16(const Tiling& tiling, bool backward, int logits);
-FusedKernels fused_given(Storage storage, const Tiling& tiling, bool backward, int logits);
+FusedKernels fused_given(Dtype dtype, const Tiling& tiling, bool backward, int logits);
 
 }  // namespace capsops

@@ -2,9 +2,9 @@
 
 namespace capsops {
 
-FusedKernels fused_given(Storage storage, const Tiling& tiling, bool backward, int logits) {
+FusedKernels fused_given(Dtype dtype, const Tiling& tiling, bool backward, int logits) {
     FusedKernels kernels{};
-    with_storage(storage, [&](auto type) {
+    with_dtype(dtype, [&](auto type) {
         kernels = fused_kernels<GivenPredictions<decltype(type)>>(tiling, backward, logits);
     });
     return kernels;

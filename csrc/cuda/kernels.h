@@ -7,7 +7,7 @@
 
 namespace capsops {
 
-enum class Storage : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 // Vectors of n numbers that lie `inner` apart, in [outer, n, inner].
 struct SquashCall {
@@ -15,7 +15,7 @@ struct SquashCall {
     const void* grad;  // backward only
     void* out;
     int64_t outer, n, inner;
-    Storage storage;
+    Dtype dtype;
 };
 
 // u_hat_ij = W_ij u_i: u [B, I, K], weight [I, J, D, K].
@@ -27,7 +27,7 @@ struct PredictionsCall {
     void* grad_u;       // backward only; null where it is not needed
     void* grad_weight;  // backward only; null where it is not needed
     int64_t B, I, J, D, K;
-    Storage storage;
+    Dtype dtype;
 };
 
 // Routing, on u and weight or (weight null) on given predictions u = u_hat [B, I, J, D].
@@ -46,7 +46,7 @@ struct RoutingCall {
     int64_t B, I, J, D, K;
     int64_t iterations;
     bool leaky, detach;
-    Storage storage;
+    Dtype dtype;
     bool tf32;         // float32 products may be rounded to TF32
     bool cooperative;  // one launch for all passes where the device can; else one launch for each step
 };
@@ -63,15 +63,15 @@ int64_t routing_workspace(RoutingOp op, const RoutingCall& call, const Device& d
 void routing(RoutingOp op, const RoutingCall& call, const Device& device, Stream stream);
 
 #if defined(__CUDACC__) || defined(CAPSOPS_EMULATED)
-// Calls function(T()) with the type that the storage stands for.
+// Calls function(T()) with the type that the dtype stands for.
 template <typename Function>
-void with_storage(Storage storage, Function function) {
-    switch (storage) {
-        case Storage::float32:
+void with_dtype(Dtype dtype, Function function) {
+    switch (dtype) {
+        case Dtype::float32:
             return function(float());
-        case Storage::bfloat16:
+        case Dtype::bfloat16:
             return function(Bfloat16());
-        case Storage::float16:
+        case Dtype::float16:
             return function(Float16());
     }
 }

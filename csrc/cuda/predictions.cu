@@ -118,7 +118,7 @@ void predictions(const PredictionsCall& call, const Device& device, Stream strea
     while (p.chunk < 32 && p.I * p.R * (call.B / p.chunk) > int64_t(device.multiprocessors) * 4096)
         p.chunk *= 2;
     const int64_t work = p.I * p.R * divide_up(call.B, p.chunk);
-    with_storage(call.storage, [&](auto type) {
+    with_dtype(call.dtype, [&](auto type) {
         launch(predictions_kernel<decltype(type)>,
                Launch{"predictions", blocks_for(work, threads), threads, 0, stream}, p);
     });
@@ -127,7 +127,7 @@ void predictions(const PredictionsCall& call, const Device& device, Stream strea
 void predictions_backward(const PredictionsCall& call, const Device&, Stream stream) {
     Parameters p{call.u, call.weight, call.grad, call.grad_u, call.B, call.I, call.J * call.D, call.K, 1};
     const int64_t blocks = divide_up(call.K, depth);
-    with_storage(call.storage, [&](auto type) {
+    with_dtype(call.dtype, [&](auto type) {
         typedef decltype(type) S;
         if (call.grad_u != nullptr) {
             const int64_t warps = divide_up(call.B, samples) * call.I * blocks;

@@ -312,9 +312,9 @@ struct MultiplyAdds {
 };
 
 // No product: the predictions are given, and lie in shared memory as [samples, stride].
-template <typename Storage>
+template <typename Number>
 struct GivenPredictions {
-    typedef Storage S;
+    typedef Number S;
     static constexpr bool tensor_cores = false, scales_u = false, pairs = false, given = true;
 
     template <int M, int N>

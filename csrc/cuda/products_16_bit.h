@@ -88,10 +88,10 @@ struct Bfloat16Gradients {
     static CAPSOPS_DEVICE int weight_k(int e) { return 2 * (lane_index() % 4) + e % 2; }
 };
 
-template <typename Storage>
-struct SixteenBit : std::conditional<std::is_same<Storage, Bfloat16>::value, Bfloat16Gradients,
-                                     Tf32Gradients<Storage>>::type {
-    typedef Storage S;
+template <typename Number>
+struct SixteenBit : std::conditional<std::is_same<Number, Bfloat16>::value, Bfloat16Gradients,
+                                     Tf32Gradients<Number>>::type {
+    typedef Number S;
     static constexpr bool tensor_cores = true, scales_u = false, pairs = true, given = false;
 
     // Depth 16; the second 8 components lie `u_apart` and `w_apart` numbers behind the first.

@@ -321,8 +321,8 @@ void (*kernel_of(int64_t J))(Resident) {
 
 }  // namespace
 
-void resident_passes(const Resident& call, Storage storage, Stream stream) {
-    with_storage(storage, [&](auto type) {
+void resident_passes(const Resident& call, Dtype dtype, Stream stream) {
+    with_dtype(dtype, [&](auto type) {
         typedef decltype(type) S;
         const auto kernel = call.tiling.parts == 2   ? kernel_of<S, 2>(call.p.J)
                             : call.tiling.parts == 4 ? kernel_of<S, 4>(call.p.J)

@@ -13,6 +13,6 @@ struct Resident {
     bool vectors;  // u_hat is copied 16 bytes at a time
 };
 
-void resident_passes(const Resident& call, Storage storage, Stream stream);
+void resident_passes(const Resident& call, Dtype dtype, Stream stream);
 
 }  // namespace capsops

@@ -104,8 +104,8 @@ add_parts_kernel(Parts p) {
     }
 }
 
-void add_parts(const float* from, void* to, int64_t count, int64_t parts, Storage storage, Stream stream) {
-    with_storage(storage, [&](auto type) {
+void add_parts(const float* from, void* to, int64_t count, int64_t parts, Dtype dtype, Stream stream) {
+    with_dtype(dtype, [&](auto type) {
         launch(add_parts_kernel<decltype(type)>,
                Launch{"add_parts", blocks_for(count, threads), threads, 0, stream},
                Parts{from, to, count, parts});
@@ -128,7 +128,7 @@ Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
     Fused& passes = plan.passes;
     passes.p = parameters(op, call);
     passes.couplings = op == RoutingOp::couplings;
-    const int element = call.storage == Storage::float32 ? 4 : 2;
+    const int element = call.dtype == Dtype::float32 ? 4 : 2;
     const auto aligned = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
     const bool given = call.weight == nullptr;
     passes.vectors = (given ? call.D : call.K) * element % 16 == 0 && aligned(call.u) &&
@@ -146,11 +146,11 @@ Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
         plan.statistics = true;
         return plan;
     }
-    const auto choose = call.storage == Storage::bfloat16  ? fused_bfloat16
-                        : call.storage == Storage::float16 ? fused_float16
-                        : call.tf32                        ? fused_tf32
-                                                           : fused_float32;
-    plan.kernels = given ? fused_given(call.storage, passes.tiling, passes.p.backward, logits)
+    const auto choose = call.dtype == Dtype::bfloat16  ? fused_bfloat16
+                        : call.dtype == Dtype::float16 ? fused_float16
+                        : call.tf32                    ? fused_tf32
+                                                       : fused_float32;
+    plan.kernels = given ? fused_given(call.dtype, passes.tiling, passes.p.backward, logits)
                          : choose(passes.tiling, passes.p.backward, logits);
     const auto resident = [&] {
         const Tiling& tiling = passes.tiling;
@@ -213,7 +213,7 @@ void forward(const Plan& plan, RoutingOp op, const RoutingCall& call, bool coope
     Routing p = plan.passes.p;
     const bool couplings = op == RoutingOp::couplings;
     if (plan.resident) {
-        resident_passes(Resident{p, plan.resident_tiling, plan.passes.vectors}, call.storage, stream);
+        resident_passes(Resident{p, plan.resident_tiling, plan.passes.vectors}, call.dtype, stream);
         return;
     }
     if (plan.fused_passes) {
@@ -222,12 +222,12 @@ void forward(const Plan& plan, RoutingOp op, const RoutingCall& call, bool coope
         return;
     }
     for (p.t = 0; p.t < p.iterations - couplings; ++p.t) {
-        general_sums(p, call.storage, stream);
-        with_storage(call.storage, [&](auto type) {
+        general_sums(p, call.dtype, stream);
+        with_dtype(call.dtype, [&](auto type) {
             for_capsules(finish_forward_kernel<decltype(type)>, "finish_forward", p, stream);
         });
     }
-    if (couplings) general_couplings(p, call.storage, stream);
+    if (couplings) general_couplings(p, call.dtype, stream);
 }
 
 void backward_passes(const Plan& plan, const RoutingCall& call, bool cooperative, Stream stream) {
@@ -238,13 +238,13 @@ void backward_passes(const Plan& plan, const RoutingCall& call, bool cooperative
                       stream);
         return;
     }
-    with_storage(call.storage, [&](auto type) {
+    with_dtype(call.dtype, [&](auto type) {
         for_capsules(begin_backward_kernel<decltype(type)>, "begin_backward", p, stream);
     });
     p.t = p.iterations - 1;
-    if (p.detach && p.t > 0) general_softmax(p, call.storage, stream);
+    if (p.detach && p.t > 0) general_softmax(p, call.dtype, stream);
     for (; !p.detach && p.t > 0; --p.t) {
-        general_sums(p, call.storage, stream);
+        general_sums(p, call.dtype, stream);
         for_capsules(finish_backward_kernel, "finish_backward", p, stream);
     }
 }
@@ -253,21 +253,21 @@ void gradients(const Plan& plan, const RoutingCall& call, Stream stream) {
     const Fused& f = plan.gradients;
     const Routing& p = f.p;
     if (!plan.fused_gradients) {
-        general_gradients(p, call.storage, stream);
+        general_gradients(p, call.dtype, stream);
     } else if (p.grad_u != nullptr || p.grad_weight != nullptr) {
         const Launch how{"routing_gradients", blocks_for(f.tiling.items, 1), f.tiling.warps * warp_size,
                          f.tiling.shared, stream};
         launch(plan.kernels.gradients, how, f);
         if (f.partial_w != nullptr) {
             const int64_t count = p.I * p.J * p.D * p.K;
-            add_parts(f.partial_w, p.grad_weight, count, f.tiling.splits, call.storage, stream);
+            add_parts(f.partial_w, p.grad_weight, count, f.tiling.splits, call.dtype, stream);
         }
         if (f.partial_u != nullptr) {
             const int64_t count = p.B * p.I * p.K;
-            add_parts(f.partial_u, p.grad_u, count, f.tiling.tiles_j, call.storage, stream);
+            add_parts(f.partial_u, p.grad_u, count, f.tiling.tiles_j, call.dtype, stream);
         }
     }
-    with_storage(call.storage, [&](auto type) {
+    with_dtype(call.dtype, [&](auto type) {
         const Launch how{"grad_bias", blocks_for(p.J * p.D, warp_size), threads,
                          threads * int64_t(sizeof(float)), stream};
         launch(grad_bias_kernel<decltype(type)>, how, p);

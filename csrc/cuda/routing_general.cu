@@ -202,28 +202,27 @@ int64_t general_splits(const Routing& p, const Device& device) {
     return divide_up(p.I, length);
 }
 
-void general_softmax(const Routing& p, Storage storage, Stream stream) {
-    with_storage(storage, [&](auto type) {
+void general_softmax(const Routing& p, Dtype dtype, Stream stream) {
+    with_dtype(dtype, [&](auto type) {
         run(softmax_kernel<decltype(type)>, "general_softmax", p, p.B * p.I, stream);
     });
 }
 
-void general_sums(const Routing& p, Storage storage, Stream stream) {
-    if (p.t > 0) general_softmax(p, storage, stream);
+void general_sums(const Routing& p, Dtype dtype, Stream stream) {
+    if (p.t > 0) general_softmax(p, dtype, stream);
     const int64_t work = p.splits * p.B * p.J * divide_up(p.D, warp_size);
-    with_storage(storage,
-                 [&](auto type) { run(sums_kernel<decltype(type)>, "general_sums", p, work, stream); });
+    with_dtype(dtype, [&](auto type) { run(sums_kernel<decltype(type)>, "general_sums", p, work, stream); });
 }
 
-void general_couplings(const Routing& p, Storage storage, Stream stream) {
-    general_softmax(p, storage, stream);
-    with_storage(storage, [&](auto type) {
+void general_couplings(const Routing& p, Dtype dtype, Stream stream) {
+    general_softmax(p, dtype, stream);
+    with_dtype(dtype, [&](auto type) {
         run(couplings_kernel<decltype(type)>, "general_couplings", p, p.B * p.I * p.J, stream);
     });
 }
 
-void general_gradients(const Routing& p, Storage storage, Stream stream) {
-    with_storage(storage, [&](auto type) {
+void general_gradients(const Routing& p, Dtype dtype, Stream stream) {
+    with_dtype(dtype, [&](auto type) {
         typedef decltype(type) S;
         if (p.weight == nullptr) {
             run(grad_predictions_kernel<S>, "general_grad_predictions", p, p.B * p.I * p.J, stream);

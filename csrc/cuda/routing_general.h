@@ -10,15 +10,15 @@ namespace capsops {
 int64_t general_splits(const Routing& p, const Device& device);
 
 // The partial sums of pass p.t, and before them, if it is not the first, the softmax of each (b, i).
-void general_sums(const Routing& p, Storage storage, Stream stream);
+void general_sums(const Routing& p, Dtype dtype, Stream stream);
 
 // The largest logit, the sum of exponentials and, backward, the mean of a of pass p.t, for each (b, i).
-void general_softmax(const Routing& p, Storage storage, Stream stream);
+void general_softmax(const Routing& p, Dtype dtype, Stream stream);
 
 // c of pass p.t, whose softmax is known.
-void general_couplings(const Routing& p, Storage storage, Stream stream);
+void general_couplings(const Routing& p, Dtype dtype, Stream stream);
 
 // du and dW, or the gradient of u_hat, from ds and softmax of all passes.
-void general_gradients(const Routing& p, Storage storage, Stream stream);
+void general_gradients(const Routing& p, Dtype dtype, Stream stream);
 
 }  // namespace capsops

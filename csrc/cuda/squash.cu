@@ -85,7 +85,7 @@ squash_kernel(Parameters p) {
 
 template <bool backward>
 void run(const SquashCall& call, Stream stream) {
-    with_storage(call.storage, [&](auto type) {
+    with_dtype(call.dtype, [&](auto type) {
         typedef decltype(type) S;
         constexpr int width = int(16 / sizeof(S));
         const auto aligned = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };

@@ -96,15 +96,15 @@ def test_sizes_that_do_not_fit(name: str, args: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(("name", "args"), CALLS, ids=[name for name, _ in CALLS])
-def test_storage_and_threads(name: str, args: list[Any]) -> None:
+def test_dtype_and_threads(name: str, args: list[Any]) -> None:
     function = getattr(_cpu, name)
     function(*args[:-1], 4096)  # of which so little work takes one
     for threads in (0, -1, 4097, 2**31 - 1):
         with pytest.raises(ValueError, match=rf"^threads: got {threads}, takes 1 to 4096$"):
             function(*args[:-1], threads)
-    for storage in (-1, 4, 100):
-        with pytest.raises(ValueError, match=rf"^storage: got {storage}, takes 0 to 3$"):
-            function(*args[:-2], storage, args[-1])
+    for dtype in (-1, 4, 100):
+        with pytest.raises(ValueError, match=rf"^dtype: got {dtype}, takes 0 to 3$"):
+            function(*args[:-2], dtype, args[-1])
     with pytest.raises(ValueError, match=r"^\w+: got \d+ bytes"):
         function(*args[:-2], 3, args[-1])  # float64 in place of float32
 

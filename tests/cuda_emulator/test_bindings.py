@@ -21,7 +21,7 @@ MEMORY = {name: (ADDRESS, size) for name, size in BYTES.items()}
 def routing_call(emulated: Emulated, **changes: Any) -> Any:
     arguments = {
         "B": B, "I": I, "J": J, "D": D, "K": K, "iterations": T, "leaky": False, "detach": False,
-        "storage": 0, "tf32": False,
+        "dtype": 0, "tf32": False,
     }  # fmt: skip
     return emulated.extension.RoutingCall(**{**arguments, **changes})
 
@@ -39,7 +39,7 @@ def test_tensors_of_routing(emulated: Emulated) -> None:
 
 def test_half_as_many_bytes_in_16_bit(emulated: Emulated) -> None:
     with pytest.raises(ValueError, match=r"^\w+: got \d+ bytes at address 4096, takes \d+ bytes$"):
-        routing_call(emulated, storage=1).point(**MEMORY)
+        routing_call(emulated, dtype=1).point(**MEMORY)
 
 
 @pytest.mark.parametrize("name", ["B", "I", "J", "D", "K"])
@@ -55,9 +55,9 @@ def test_values_of_routing(emulated: Emulated) -> None:
     for iterations in (-1, 1001, 2**62):
         with pytest.raises(ValueError, match=rf"^iterations: got {iterations}, takes 0 to 1000$"):
             routing_call(emulated, iterations=iterations)
-    for storage in (-1, 3):
-        with pytest.raises(ValueError, match=rf"^storage: got {storage}, takes 0 to 2$"):
-            routing_call(emulated, storage=storage)
+    for dtype in (-1, 3):
+        with pytest.raises(ValueError, match=rf"^dtype: got {dtype}, takes 0 to 2$"):
+            routing_call(emulated, dtype=dtype)
 
 
 def test_a_run_without_its_tensors_or_workspace(emulated: Emulated) -> None:

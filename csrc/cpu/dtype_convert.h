@@ -50,22 +50,22 @@ CAPSOPS_INLINE uint16_t to_float16(float x) {
     return uint16_t(half | sign);
 }
 
-CAPSOPS_INLINE const void* element(const void* base, Storage storage, int64_t at) {
-    return static_cast<const char*>(base) + at * storage_size(storage);
+CAPSOPS_INLINE const void* element(const void* base, Dtype dtype, int64_t at) {
+    return static_cast<const char*>(base) + at * dtype_size(dtype);
 }
 
-CAPSOPS_INLINE void* element(void* base, Storage storage, int64_t at) {
-    return static_cast<char*>(base) + at * storage_size(storage);
+CAPSOPS_INLINE void* element(void* base, Dtype dtype, int64_t at) {
+    return static_cast<char*>(base) + at * dtype_size(dtype);
 }
 
 // dst[0..n) = src[at..at+n)
 template <typename T>
-inline void read_row(const void* src, Storage storage, int64_t at, int64_t n, T* dst) {
-    const void* p = element(src, storage, at);
+inline void read_row(const void* src, Dtype dtype, int64_t at, int64_t n, T* dst) {
+    const void* p = element(src, dtype, at);
     const uint16_t* p16 = static_cast<const uint16_t*>(p);
-    if (storage == Storage::bfloat16) {
+    if (dtype == Dtype::bfloat16) {
         for (int64_t k = 0; k < n; ++k) dst[k] = T(from_bfloat16(p16[k]));
-    } else if (storage == Storage::float16) {
+    } else if (dtype == Dtype::float16) {
         for (int64_t k = 0; k < n; ++k) dst[k] = T(from_float16(p16[k]));
     } else {
         std::memcpy(dst, p, n * sizeof(T));
@@ -74,22 +74,22 @@ inline void read_row(const void* src, Storage storage, int64_t at, int64_t n, T*
 
 // dst[at..at+n) = src[0..n)
 template <typename T>
-inline void write_row(void* dst, Storage storage, int64_t at, int64_t n, const T* src) {
-    void* p = element(dst, storage, at);
+inline void write_row(void* dst, Dtype dtype, int64_t at, int64_t n, const T* src) {
+    void* p = element(dst, dtype, at);
     uint16_t* p16 = static_cast<uint16_t*>(p);
-    if (storage == Storage::bfloat16) {
+    if (dtype == Dtype::bfloat16) {
         for (int64_t k = 0; k < n; ++k) p16[k] = to_bfloat16(float(src[k]));
-    } else if (storage == Storage::float16) {
+    } else if (dtype == Dtype::float16) {
         for (int64_t k = 0; k < n; ++k) p16[k] = to_float16(float(src[k]));
     } else {
         std::memcpy(p, src, n * sizeof(T));
     }
 }
 
-// Whether a tensor of this storage can be read in place as numbers of type T.
+// Whether a tensor of this dtype can be read in place as numbers of type T.
 template <typename T>
-CAPSOPS_INLINE bool in_place(Storage storage) {
-    return storage == (sizeof(T) == 8 ? Storage::float64 : Storage::float32);
+CAPSOPS_INLINE bool in_place(Dtype dtype) {
+    return dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
 }
 
 }  // namespace CAPSOPS_ISA
