@@ -142,8 +142,8 @@ void over_pairs(const PredictionsCall& call, const Team& team, const Scratch<T>&
 }
 
 template <typename T, typename Work>
-bool with_scratch(const PredictionsCall& call, const Work& work) {
-    const int threads = call.B * call.I * call.J * call.D * call.K < 65536 ? 1 : call.threads;
+bool with_scratch(const PredictionsCall& call, int max_threads, const Work& work) {
+    const int threads = call.B * call.I * call.J * call.D * call.K < 65536 ? 1 : max_threads;
     Pieces size;
     Scratch<T>::plan(size, call.J * call.D, call.K);
     Buffer buffer(size.used * threads);
@@ -156,16 +156,16 @@ bool with_scratch(const PredictionsCall& call, const Work& work) {
 }
 
 template <typename T>
-bool forward(const PredictionsCall& call) {
-    return with_scratch<T>(call, [&](const Team& team, const Scratch<T>& scratch) {
+bool forward(const PredictionsCall& call, int threads) {
+    return with_scratch<T>(call, threads, [&](const Team& team, const Scratch<T>& scratch) {
         over_pairs<T>(call, team, scratch,
                       [&](int64_t i, int64_t b, const Scratch<T>& s) { predict(call, b, i, s); });
     });
 }
 
 template <typename T>
-bool backward(const PredictionsCall& call) {
-    return with_scratch<T>(call, [&](const Team& team, const Scratch<T>& scratch) {
+bool backward(const PredictionsCall& call, int threads) {
+    return with_scratch<T>(call, threads, [&](const Team& team, const Scratch<T>& scratch) {
         if (call.grad_u) {
             over_pairs<T>(call, team, scratch,
                           [&](int64_t i, int64_t b, const Scratch<T>& s) { gradient_of_u(call, b, i, s); });
@@ -179,12 +179,12 @@ bool backward(const PredictionsCall& call) {
 
 }  // namespace
 
-bool predictions(const PredictionsCall& call) {
-    return call.dtype == Dtype::float64 ? forward<double>(call) : forward<float>(call);
+bool predictions(const PredictionsCall& call, int threads) {
+    return call.dtype == Dtype::float64 ? forward<double>(call, threads) : forward<float>(call, threads);
 }
 
-bool predictions_backward(const PredictionsCall& call) {
-    return call.dtype == Dtype::float64 ? backward<double>(call) : backward<float>(call);
+bool predictions_backward(const PredictionsCall& call, int threads) {
+    return call.dtype == Dtype::float64 ? backward<double>(call, threads) : backward<float>(call, threads);
 }
 
 }  // namespace CAPSOPS_ISA

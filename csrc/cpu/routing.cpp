@@ -161,23 +161,21 @@ struct Routing {
     }
 };
 
-enum class Op { forward, backward, couplings };
-
-int64_t slots_of(const RoutingCall& call, Op op) {
-    return op == Op::backward ? 2 * routed_terms(call) + 1 : 1;
+int64_t slots_of(RoutingOp op, const RoutingCall& call) {
+    return op == RoutingOp::backward ? 2 * routed_terms(call) + 1 : 1;
 }
 
 // Every thread works on all samples.
 template <typename T, typename Engine>
-bool together(const RoutingCall& call, Op op, int threads) {
+bool together(RoutingOp op, const RoutingCall& call, int threads) {
     const int64_t R = call.J * call.D, size = call.B * R;
     // The sums of each pass are kept, but for couplings, which need only those of the last.
-    Routing<T, Engine> routing(call, slots_of(call, op), threads, op == Op::couplings ? 0 : size);
+    Routing<T, Engine> routing(call, slots_of(op, call), threads, op == RoutingOp::couplings ? 0 : size);
     T *bias_total = nullptr, *s = nullptr;
     auto plan = [&](Pieces& pieces) {
-        routing.plan(pieces, threads, op == Op::backward);
+        routing.plan(pieces, threads, op == RoutingOp::backward);
         bias_total = pieces.take<T>(R);
-        s = op == Op::couplings ? pieces.take<T>(size) : static_cast<T*>(call.s);
+        s = op == RoutingOp::couplings ? pieces.take<T>(size) : static_cast<T*>(call.s);
     };
     Pieces bytes;
     plan(bytes);
@@ -187,9 +185,9 @@ bool together(const RoutingCall& call, Op op, int threads) {
     plan(pieces);
     std::memset(bias_total, 0, R * sizeof(T));
     run_team(threads, [&](const Team& team) {
-        if (op == Op::forward) {
+        if (op == RoutingOp::forward) {
             routing.forward(team, s, passes(call), call.v);
-        } else if (op == Op::backward) {
+        } else if (op == RoutingOp::backward) {
             routing.backward(team, s, bias_total);
         } else {
             routing.forward(team, s, call.iterations - 1, nullptr);
@@ -198,22 +196,22 @@ bool together(const RoutingCall& call, Op op, int threads) {
             routing.engine.couplings(team, 0);
         }
     });
-    if (op == Op::backward) write_row(call.grad_bias, call.dtype, 0, R, bias_total);
+    if (op == RoutingOp::backward) write_row(call.grad_bias, call.dtype, 0, R, bias_total);
     return true;
 }
 
 // Every thread routes samples of its own: given predictions of one sample stay in its cache from pass to
 // pass.
 template <typename T, typename Engine>
-bool apart(const RoutingCall& call, Op op, int threads) {
+bool apart(RoutingOp op, const RoutingCall& call, int threads) {
     const int64_t R = call.J * call.D, predictions = call.I * R;
     T *bias_totals = nullptr, *bias_total = nullptr;
     char* pool = nullptr;
     RoutingCall one = call;
     one.B = 1;
-    Routing<T, Engine> sample(one, slots_of(call, op), 1, call.B * R);
+    Routing<T, Engine> sample(one, slots_of(op, call), 1, call.B * R);
     Pieces bytes_of_one;
-    sample.plan(bytes_of_one, 1, op == Op::backward);
+    sample.plan(bytes_of_one, 1, op == RoutingOp::backward);
     auto plan = [&](Pieces& pieces) {
         bias_totals = pieces.take<T>(rounded_up(R, 64) * threads);
         bias_total = pieces.take<T>(R);
@@ -232,22 +230,22 @@ bool apart(const RoutingCall& call, Op op, int threads) {
             RoutingCall mine = one;
             mine.u = element(call.u, call.dtype, b * predictions);
             Pieces own{pool + bytes_of_one.used * team.rank};
-            if (op == Op::forward) mine.v = element(call.v, call.dtype, b * R);
-            if (op == Op::backward) {
+            if (op == RoutingOp::forward) mine.v = element(call.v, call.dtype, b * R);
+            if (op == RoutingOp::backward) {
                 mine.grad = element(call.grad, call.dtype, b * R);
                 mine.grad_u = element(call.grad_u, call.dtype, b * predictions);
             }
-            Routing<T, Engine> routing(mine, slots_of(call, op), 1, call.B * R);
-            routing.plan(own, 1, op == Op::backward);
+            Routing<T, Engine> routing(mine, slots_of(op, call), 1, call.B * R);
+            routing.plan(own, 1, op == RoutingOp::backward);
             T* s = static_cast<T*>(call.s) + b * R;
-            if (op == Op::forward) {
+            if (op == RoutingOp::forward) {
                 routing.forward(alone, s, passes(call), mine.v);
             } else {
                 routing.backward(alone, s, bias_totals + rounded_up(R, 64) * team.rank);
             }
         }
     });
-    if (op == Op::backward) {
+    if (op == RoutingOp::backward) {
         for (int64_t r = 0; r < R; ++r) {
             bias_total[r] = 0;
             for (int rank = 0; rank < threads; ++rank)
@@ -259,38 +257,32 @@ bool apart(const RoutingCall& call, Op op, int threads) {
 }
 
 template <typename T, int N>
-bool by_rows(const RoutingCall& call, Op op, int threads) {
-    if (call.weight) return together<T, RowsEngine<T, N, false>>(call, op, threads);
-    if (call.B >= threads) return apart<T, RowsEngine<T, N, true>>(call, op, threads);
-    return together<T, RowsEngine<T, N, true>>(call, op, threads);
+bool by_rows(RoutingOp op, const RoutingCall& call, int threads) {
+    if (call.weight) return together<T, RowsEngine<T, N, false>>(op, call, threads);
+    if (call.B >= threads) return apart<T, RowsEngine<T, N, true>>(op, call, threads);
+    return together<T, RowsEngine<T, N, true>>(op, call, threads);
 }
 
 template <typename T>
-bool route(const RoutingCall& call, Op op) {
+bool route(RoutingOp op, const RoutingCall& call, int max_threads) {
     constexpr int width = vec_width<T>;
     const int64_t work = call.B * call.I * call.J * call.D * (call.weight ? call.K : 1) * passes(call);
-    const int threads = work < 131072 ? 1 : call.threads;
-    if (LanesEngine<T>::suits(call)) return together<T, LanesEngine<T>>(call, op, threads);
+    const int threads = work < 131072 ? 1 : max_threads;
+    if (LanesEngine<T>::suits(call)) return together<T, LanesEngine<T>>(op, call, threads);
     // The widest register that the numbers of a pair fill.
     const int64_t numbers = call.D * (call.weight ? call.K : 1);
     if constexpr (sizeof(T) == 4) {
         if (numbers % width != 0 && numbers % (width / 2) == 0)
-            return by_rows<T, width / 2>(call, op, threads);
+            return by_rows<T, width / 2>(op, call, threads);
     }
-    return by_rows<T, width>(call, op, threads);
-}
-
-bool routed(const RoutingCall& call, Op op) {
-    return call.dtype == Dtype::float64 ? route<double>(call, op) : route<float>(call, op);
+    return by_rows<T, width>(op, call, threads);
 }
 
 }  // namespace
 
-bool routing(const RoutingCall& call) { return routed(call, Op::forward); }
-
-bool routing_backward(const RoutingCall& call) { return routed(call, Op::backward); }
-
-bool couplings(const RoutingCall& call) { return routed(call, Op::couplings); }
+bool routing(RoutingOp op, const RoutingCall& call, int threads) {
+    return call.dtype == Dtype::float64 ? route<double>(op, call, threads) : route<float>(op, call, threads);
+}
 
 double fma_flops(double seconds, int threads) {
     constexpr int chains = register_bytes == 64 ? 24 : 12;

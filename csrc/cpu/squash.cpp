@@ -86,8 +86,8 @@ void columns(const SquashCall& call, int64_t at, int64_t width, T* s, T* g, T* o
 }
 
 template <typename T, bool Backward>
-bool squash_of(const SquashCall& call) {
-    const int threads = call.outer * call.n * call.inner < 32768 ? 1 : call.threads;
+bool squash_of(const SquashCall& call, int max_threads) {
+    const int threads = call.outer * call.n * call.inner < 32768 ? 1 : max_threads;
     const int64_t together = call.inner > 1 ? block : in_place<T>(call.dtype) ? 0 : group_of(call.n);
     const int64_t scratch = call.n * together;
     Buffer buffer(scratch * 3 * threads * sizeof(T));
@@ -123,12 +123,14 @@ bool squash_of(const SquashCall& call) {
 
 }  // namespace
 
-bool squash(const SquashCall& call) {
-    return call.dtype == Dtype::float64 ? squash_of<double, false>(call) : squash_of<float, false>(call);
+bool squash(const SquashCall& call, int threads) {
+    return call.dtype == Dtype::float64 ? squash_of<double, false>(call, threads)
+                                        : squash_of<float, false>(call, threads);
 }
 
-bool squash_backward(const SquashCall& call) {
-    return call.dtype == Dtype::float64 ? squash_of<double, true>(call) : squash_of<float, true>(call);
+bool squash_backward(const SquashCall& call, int threads) {
+    return call.dtype == Dtype::float64 ? squash_of<double, true>(call, threads)
+                                        : squash_of<float, true>(call, threads);
 }
 
 }  // namespace CAPSOPS_ISA

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/checks.h"
+#include "common/checked_calls.h"
 #include "kernels.h"
 #include "plan.h"
 
@@ -15,40 +15,19 @@ using namespace capsops;
 
 Stream stream_of(uintptr_t stream) { return reinterpret_cast<Stream>(stream); }
 
-Dtype dtype_of(int dtype) {
-    require(dtype >= 0 && dtype <= int(Dtype::float16), "dtype", dtype, "0 to 2");
-    return Dtype(dtype);
-}
+// What Python calls a RoutingCall: the call, and how a device may compute it.
+struct DeviceRoutingCall {
+    RoutingCall call;
+    RoutingMode mode;
+};
 
-int64_t dtype_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
-PredictionsCall predictions_call(const Memory& u, const Memory& weight, int64_t B, int64_t I, int64_t J,
-                                 int64_t D, int64_t K, int dtype) {
-    PredictionsCall call{};
-    call.B = B, call.I = I, call.J = J, call.D = D, call.K = K, call.dtype = dtype_of(dtype);
-    const int64_t element = dtype_size(call.dtype);
-    call.u = pointer("u", u, {B, I, K}, element);
-    call.weight = pointer("weight", weight, {I, J, D, K}, element);
-    return call;
-}
-
-RoutingCall routing_shape(int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations,
-                          bool leaky, bool detach, int dtype, bool tf32, bool cooperative) {
-    RoutingCall call{};
+DeviceRoutingCall device_routing_call(int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
+                                      int64_t iterations, bool leaky, bool detach, int dtype, bool tf32,
+                                      bool cooperative) {
     bytes_of("shape", {B, I, J, D, K}, 1);
-    call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
-    require(iterations >= 0 && iterations <= max_iterations, "iterations", iterations, "0 to 1000");
-    call.iterations = iterations, call.leaky = leaky, call.detach = detach;
-    call.dtype = dtype_of(dtype), call.tf32 = tf32, call.cooperative = cooperative;
-    return call;
-}
-
-// Every tensor that the op reads or writes has been named, but for gradients that are not wanted.
-void require_tensors(RoutingOp op, const RoutingCall& call) {
-    const bool there = call.u && (op == RoutingOp::forward     ? call.s && call.v
-                                  : op == RoutingOp::couplings ? call.weight && call.couplings
-                                                               : call.s && call.grad && call.grad_bias);
-    if (!there) throw std::invalid_argument("run: a tensor that the op takes is missing; see point()");
+    return {
+        routing_call(B, I, J, D, K, iterations, leaky, detach, true, checked_dtype(dtype, Dtype::float16)),
+        {tf32, cooperative}};
 }
 
 py::dict described(const Tiling& t) {
@@ -111,12 +90,8 @@ PYBIND11_MODULE(_cuda, m) {
         "squash",
         [](Memory s, Memory grad, Memory out, int64_t outer, int64_t n, int64_t inner, int dtype, int device,
            uintptr_t stream) {
-            SquashCall call{};
-            call.outer = outer, call.n = n, call.inner = inner, call.dtype = dtype_of(dtype);
-            const int64_t element = dtype_size(call.dtype);
-            call.s = pointer("s", s, {outer, n, inner}, element);
-            call.grad = optional_pointer("grad", grad, {outer, n, inner}, element);
-            call.out = pointer("out", out, {outer, n, inner}, element);
+            const SquashCall call =
+                squash_call(s, grad, out, outer, n, inner, checked_dtype(dtype, Dtype::float16));
             const CurrentDevice current(device);
             (call.grad ? squash_backward : squash)(call, stream_of(stream));
         },
@@ -125,8 +100,9 @@ PYBIND11_MODULE(_cuda, m) {
         "predictions",
         [](Memory u, Memory weight, Memory u_hat, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
            int dtype, int device, uintptr_t stream) {
-            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, dtype);
-            call.u_hat = pointer("u_hat", u_hat, {B, I, J, D}, dtype_size(call.dtype));
+            PredictionsCall call =
+                predictions_call(u, weight, B, I, J, D, K, checked_dtype(dtype, Dtype::float16));
+            set_output(call, u_hat);
             const CurrentDevice current(device);
             predictions(call, current.limits(), stream_of(stream));
         },
@@ -135,11 +111,9 @@ PYBIND11_MODULE(_cuda, m) {
         "predictions_backward",
         [](Memory grad, Memory u, Memory weight, Memory grad_u, Memory grad_weight, int64_t B, int64_t I,
            int64_t J, int64_t D, int64_t K, int dtype, int device, uintptr_t stream) {
-            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, dtype);
-            const int64_t element = dtype_size(call.dtype);
-            call.grad = pointer("grad", grad, {B, I, J, D}, element);
-            call.grad_u = optional_pointer("grad_u", grad_u, {B, I, K}, element);
-            call.grad_weight = optional_pointer("grad_weight", grad_weight, {I, J, D, K}, element);
+            PredictionsCall call =
+                predictions_call(u, weight, B, I, J, D, K, checked_dtype(dtype, Dtype::float16));
+            set_gradients(call, grad, grad_u, grad_weight);
             const CurrentDevice current(device);
             predictions_backward(call, current.limits(), stream_of(stream));
         },
@@ -149,52 +123,39 @@ PYBIND11_MODULE(_cuda, m) {
         .value("forward", RoutingOp::forward)
         .value("backward", RoutingOp::backward)
         .value("couplings", RoutingOp::couplings);
-    py::class_<RoutingCall>(
+    py::class_<DeviceRoutingCall>(
         m, "RoutingCall", py::module_local(),
-        "One call of routing. Without `weight`, `u` is the given predictions [B, I, J, D].")
-        .def(py::init(&routing_shape), py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"), py::arg("K"),
-             py::arg("iterations"), py::arg("leaky"), py::arg("detach"), py::arg("dtype"), py::arg("tf32"),
-             py::arg("cooperative") = true)
+        "One call of routing. Without `weight`, `u` is the precomputed predictions [B, I, J, D].")
+        .def(py::init(&device_routing_call), py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"),
+             py::arg("K"), py::arg("iterations"), py::arg("leaky"), py::arg("detach"), py::arg("dtype"),
+             py::arg("tf32"), py::arg("cooperative") = true)
         .def(
             "point",
-            [](RoutingCall& call, Memory u, Memory weight, Memory bias, Memory s, Memory v, Memory couplings,
-               Memory grad, Memory grad_u, Memory grad_weight, Memory grad_bias) {
-                const int64_t B = call.B, I = call.I, J = call.J, D = call.D, K = call.K;
-                const int64_t passes = call.iterations > 1 ? call.iterations : 1;
-                const int64_t element = dtype_size(call.dtype);
-                call.weight = optional_pointer("weight", weight, {I, J, D, K}, element);
-                call.u = call.weight ? pointer("u", u, {B, I, K}, element)
-                                     : pointer("u", u, {B, I, J, D}, element);
-                call.bias = optional_pointer("bias", bias, {J, D}, element);
-                call.s = optional_pointer<float>("s", s, {passes, B, J, D}, 4);
-                call.v = optional_pointer("v", v, {B, J, D}, element);
-                call.couplings = optional_pointer("couplings", couplings, {B, I, J}, element);
-                call.grad = optional_pointer("grad", grad, {B, J, D}, element);
-                call.grad_u = call.weight ? optional_pointer("grad_u", grad_u, {B, I, K}, element)
-                                          : optional_pointer("grad_u", grad_u, {B, I, J, D}, element);
-                call.grad_weight = optional_pointer("grad_weight", grad_weight, {I, J, D, K}, element);
-                call.grad_bias = optional_pointer("grad_bias", grad_bias, {J, D}, element);
+            [](DeviceRoutingCall& self, Memory u, Memory weight, Memory bias, Memory s, Memory v,
+               Memory couplings, Memory grad, Memory grad_u, Memory grad_weight, Memory grad_bias) {
+                set_tensors(self.call,
+                            {u, weight, bias, s, v, couplings, grad, grad_u, grad_weight, grad_bias});
             },
             py::kw_only(), py::arg("u"), py::arg("weight") = Memory(), py::arg("bias") = Memory(),
             py::arg("s") = Memory(), py::arg("v") = Memory(), py::arg("couplings") = Memory(),
             py::arg("grad") = Memory(), py::arg("grad_u") = Memory(), py::arg("grad_weight") = Memory(),
-            py::arg("grad_bias") = Memory(), "Says where the tensors are.")
+            py::arg("grad_bias") = Memory(), "Sets the tensors.")
         .def(
             "workspace",
-            [](const RoutingCall& call, RoutingOp op, int device) {
-                return routing_workspace(op, call, CurrentDevice(device).limits());
+            [](const DeviceRoutingCall& self, RoutingOp op, int device) {
+                return routing_workspace(op, self.call, self.mode, CurrentDevice(device).limits());
             },
             "Bytes of workspace that the call takes on this device.")
         .def(
             "run",
-            [](RoutingCall& call, RoutingOp op, Memory workspace, int device, uintptr_t stream) {
-                require_tensors(op, call);
+            [](const DeviceRoutingCall& self, RoutingOp op, Memory workspace, int device, uintptr_t stream) {
+                require_tensors(op, self.call);
                 const CurrentDevice current(device);
-                const int64_t bytes = routing_workspace(op, call, current.limits());
+                const int64_t bytes = routing_workspace(op, self.call, self.mode, current.limits());
                 require(workspace.second >= bytes && (workspace.first || bytes == 0), "workspace",
                         workspace.second, "as many bytes as workspace() says");
-                call.workspace = reinterpret_cast<void*>(workspace.first);
-                routing(op, call, current.limits(), stream_of(stream));
+                routing(op, self.call, self.mode, reinterpret_cast<void*>(workspace.first), current.limits(),
+                        stream_of(stream));
             },
             without_gil, "Queues the kernels on the stream.");
 }

@@ -2,12 +2,12 @@
 
 #include <algorithm>
 
+#include "common/integers.h"
+
 namespace capsops {
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t aligned(int64_t bytes) { return divide_up(bytes, 16) * 16; }
+int64_t aligned(int64_t bytes) { return round_up(bytes, 16); }
 
 // Rows lie an odd multiple of 8 numbers apart: 8 rows then begin in 8 different groups of banks.
 int row_stride(int64_t K) {

@@ -58,7 +58,8 @@ void for_capsules(void (*kernel)(Routing), const char* name, const Routing& p, S
 
 Routing parameters(RoutingOp op, const RoutingCall& call) {
     Routing p{};
-    p.u = call.u, p.weight = call.weight, p.bias = call.bias, p.v = call.v, p.s = call.s;
+    p.u = call.u, p.weight = call.weight, p.bias = call.bias, p.v = call.v;
+    p.s = static_cast<float*>(call.s);
     p.couplings = call.couplings, p.grad = call.grad;
     p.grad_u = call.grad_u, p.grad_weight = call.grad_weight, p.grad_bias = call.grad_bias;
     p.B = call.B, p.I = call.I, p.J = call.J, p.D = call.D, p.K = call.K;
@@ -123,7 +124,7 @@ struct Plan {
     int64_t blocks;   // of the passes: what the device holds at one time
 };
 
-Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
+Plan plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, const Device& device) {
     Plan plan{};
     Fused& passes = plan.passes;
     passes.p = parameters(op, call);
@@ -134,7 +135,7 @@ Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
     passes.vectors = (given ? call.D : call.K) * element % 16 == 0 && aligned(call.u) &&
                      aligned(call.weight) && (!given || aligned(call.grad_u));
     const int last = passes.p.iterations - 1, logits = call.detach ? last > 0 : last;
-    const bool tensor_cores = !given && (element == 2 || call.tf32);
+    const bool tensor_cores = !given && (element == 2 || mode.tf32);
     const FusedShape shape{call.B, call.I, call.J, call.D, call.K, element, tensor_cores, given, logits};
     const FusedLimits limits{device.multiprocessors, device.shared_per_block};
     plan.resident = op == RoutingOp::forward && plan_resident(shape, limits, plan.resident_tiling);
@@ -148,7 +149,7 @@ Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
     }
     const auto choose = call.dtype == Dtype::bfloat16  ? fused_bfloat16
                         : call.dtype == Dtype::float16 ? fused_float16
-                        : call.tf32                    ? fused_tf32
+                        : mode.tf32                    ? fused_tf32
                                                        : fused_float32;
     plan.kernels = given ? fused_given(call.dtype, passes.tiling, passes.p.backward, logits)
                          : choose(passes.tiling, passes.p.backward, logits);
@@ -276,15 +277,17 @@ void gradients(const Plan& plan, const RoutingCall& call, Stream stream) {
 
 }  // namespace
 
-int64_t routing_workspace(RoutingOp op, const RoutingCall& call, const Device& device) {
-    Plan made = plan(op, call, device);
+int64_t routing_workspace(RoutingOp op, const RoutingCall& call, const RoutingMode& mode,
+                          const Device& device) {
+    Plan made = plan(op, call, mode, device);
     return place(made, op, nullptr);
 }
 
-void routing(RoutingOp op, const RoutingCall& call, const Device& device, Stream stream) {
-    Plan made = plan(op, call, device);
-    place(made, op, call.workspace);
-    const bool cooperative = call.cooperative && device.cooperative;
+void routing(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, void* workspace,
+             const Device& device, Stream stream) {
+    Plan made = plan(op, call, mode, device);
+    place(made, op, workspace);
+    const bool cooperative = mode.cooperative && device.cooperative;
     if (op == RoutingOp::backward) {
         backward_passes(made, call, cooperative, stream);
         gradients(made, call, stream);

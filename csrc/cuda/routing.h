@@ -45,8 +45,8 @@ struct Routing {
     int t;
     bool backward;
 
-    CAPSOPS_SHARED int64_t capsules() const { return B * J * D; }
-    CAPSOPS_SHARED int64_t softmax_at(int pass, int64_t b, int64_t i) const {
+    CAPSOPS_HOST_DEVICE int64_t capsules() const { return B * J * D; }
+    CAPSOPS_HOST_DEVICE int64_t softmax_at(int pass, int64_t b, int64_t i) const {
         return ((backward ? pass - 1 : 0) * I + i) * B + b;
     }
 };
