@@ -45,27 +45,27 @@ class LanesEngine {
         T* grad_weight;    // of a chunk [chunk, K, padded]
         T* straight;       // ∂W of one i [R, K]
 
-        static Scratch plan(Pieces& pieces, const LanesEngine& engine, bool gradient) {
+        static Scratch plan(Arena& arena, const LanesEngine& engine, bool gradient) {
             const int64_t R = engine.R_, K = engine.K_, chunk = engine.chunk_;
             const bool copies = !in_place<T>(engine.call_.dtype);
             Scratch scratch{};
-            scratch.natural = pieces.take<T>(L * chunk * K);
-            scratch.u = pieces.take<Lanes<T>>(chunk * K);
-            scratch.weight = pieces.take<T>(copies ? chunk * R * K : 0);
-            scratch.u_hat = pieces.take<Lanes<T>>(R);
-            scratch.dots = pieces.take<Lanes<T>>(larger(engine.slots_, 4) * engine.J_);
-            scratch.sum = pieces.take<Lanes<T>>(gradient ? 0 : engine.block_ * R);
-            scratch.part = pieces.take<Lanes<T>>(gradient ? 0 : R);
-            scratch.grad_u = pieces.take<Lanes<T>>(gradient ? chunk * K : 0);
-            scratch.turned = pieces.take<T>(gradient ? L * engine.padded_ : 0);
-            scratch.grad_weight = pieces.take<T>(gradient ? chunk * K * engine.padded_ : 0);
-            scratch.straight = pieces.take<T>(gradient ? R * K : 0);
+            scratch.natural = arena.take<T>(L * chunk * K);
+            scratch.u = arena.take<Lanes<T>>(chunk * K);
+            scratch.weight = arena.take<T>(copies ? chunk * R * K : 0);
+            scratch.u_hat = arena.take<Lanes<T>>(R);
+            scratch.dots = arena.take<Lanes<T>>(larger(engine.slots_, 4) * engine.J_);
+            scratch.sum = arena.take<Lanes<T>>(gradient ? 0 : engine.block_ * R);
+            scratch.part = arena.take<Lanes<T>>(gradient ? 0 : R);
+            scratch.grad_u = arena.take<Lanes<T>>(gradient ? chunk * K : 0);
+            scratch.turned = arena.take<T>(gradient ? L * engine.padded_ : 0);
+            scratch.grad_weight = arena.take<T>(gradient ? chunk * K * engine.padded_ : 0);
+            scratch.straight = arena.take<T>(gradient ? R * K : 0);
             return scratch;
         }
     };
 
     Scratch scratch_of(const Team& team, bool gradient) const {
-        Pieces mine{pool_ + pool_stride_ * team.rank};
+        Arena mine(pool_ + pool_stride_ * team.rank);
         return Scratch::plan(mine, *this, gradient);
     }
 
@@ -91,8 +91,8 @@ class LanesEngine {
           D_(call.D),
           K_(call.K),
           R_(J_ * D_),
-          groups_((B_ + L - 1) / L),
-          padded_(rounded_up(R_, vec_width<T>)),
+          groups_(divide_up(B_, L)),
+          padded_(round_up(R_, vec_width<T>)),
           slots_(slots),
           states_(nullptr) {
         // As few as leave no thread idle for long: each costs B·J·D numbers.
@@ -102,13 +102,13 @@ class LanesEngine {
         block_ = larger(1, smaller(smaller(8, groups_), 262144 / (R_ * int64_t(sizeof(Lanes<T>)))));
     }
 
-    void plan(Pieces& pieces, int threads, bool backward) {
-        states_ = pieces.take<T>(slots_ * groups_ * R_ * L);
-        Pieces sum, gradient;
+    void plan(Arena& arena, int threads, bool backward) {
+        states_ = arena.take<T>(slots_ * groups_ * R_ * L);
+        Arena sum, gradient;
         Scratch::plan(sum, *this, false);
         if (backward) Scratch::plan(gradient, *this, true);
-        pool_stride_ = larger(sum.used, gradient.used);
-        pool_ = pieces.take<char>(pool_stride_ * threads);
+        pool_stride_ = larger(sum.used(), gradient.used());
+        pool_ = arena.take<char>(pool_stride_ * threads);
     }
 
     // Takes over a state [B, J, D] into a slot.
@@ -205,7 +205,7 @@ class LanesEngine {
   private:
     // Whether threads that share so many equal tasks are busy nine tenths of the time.
     static bool balanced(int64_t tasks, int64_t threads) {
-        return 9 * rounded_up(tasks, threads) <= 10 * tasks;
+        return 9 * round_up(tasks, threads) <= 10 * tasks;
     }
 
     const Lanes<T>* state(int64_t slot, int64_t group) const {

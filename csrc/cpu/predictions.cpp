@@ -17,13 +17,13 @@ struct Scratch {
     T* row;          // one sample's û_i or ∂û_i
     T* capsule;      // one sample's u_i or ∂u_i, padded to whole registers
 
-    static Scratch plan(Pieces& pieces, int64_t R, int64_t K) {
+    static Scratch plan(Arena& arena, int64_t R, int64_t K) {
         Scratch scratch;
-        scratch.padded = rounded_up(R, vec_width<T>);
-        scratch.turned = pieces.take<T>(K * scratch.padded);
-        scratch.straight = pieces.take<T>(R * K);
-        scratch.row = pieces.take<T>(scratch.padded);
-        scratch.capsule = pieces.take<T>(rounded_up(K, vec_width<T>));
+        scratch.padded = round_up(R, vec_width<T>);
+        scratch.turned = arena.take<T>(K * scratch.padded);
+        scratch.straight = arena.take<T>(R * K);
+        scratch.row = arena.take<T>(scratch.padded);
+        scratch.capsule = arena.take<T>(round_up(K, vec_width<T>));
         return scratch;
     }
 };
@@ -144,12 +144,12 @@ void over_pairs(const PredictionsCall& call, const Team& team, const Scratch<T>&
 template <typename T, typename Work>
 bool with_scratch(const PredictionsCall& call, int max_threads, const Work& work) {
     const int threads = call.B * call.I * call.J * call.D * call.K < 65536 ? 1 : max_threads;
-    Pieces size;
+    Arena size;
     Scratch<T>::plan(size, call.J * call.D, call.K);
-    Buffer buffer(size.used * threads);
+    Buffer buffer(size.used() * threads);
     if (!buffer.base) return false;
     run_team(threads, [&](const Team& team) {
-        Pieces mine{buffer.base + size.used * team.rank};
+        Arena mine(buffer.base + size.used() * team.rank);
         work(team, Scratch<T>::plan(mine, call.J * call.D, call.K));
     });
     return true;

@@ -52,14 +52,14 @@ struct Routing {
           row(nullptr),
           bias(nullptr) {}
 
-    void plan(Pieces& pieces, int threads, bool backward) {
-        engine.plan(pieces, threads, backward);
-        partial = pieces.take<T>(engine.splits * size);
-        total_v = pieces.take<T>(larger(backward ? passes(call) - 1 : 1, 1) * size);
-        grad_s = pieces.take<T>(backward ? passes(call) * size : 0);
-        grad_v = pieces.take<T>(backward ? size : 0);
-        row = pieces.take<T>(rounded_up(R, 64) * threads);
-        bias = pieces.take<T>(R);
+    void plan(Arena& arena, int threads, bool backward) {
+        engine.plan(arena, threads, backward);
+        partial = arena.take<T>(engine.splits * size);
+        total_v = arena.take<T>(larger(backward ? passes(call) - 1 : 1, 1) * size);
+        grad_s = arena.take<T>(backward ? passes(call) * size : 0);
+        grad_v = arena.take<T>(backward ? size : 0);
+        row = arena.take<T>(round_up(R, 64) * threads);
+        bias = arena.take<T>(R);
     }
 
     T summed(int64_t at) const {
@@ -72,7 +72,7 @@ struct Routing {
     // that is wanted.
     void forward(const Team& team, T* s, int64_t count, void* v) {
         const int64_t J = call.J, D = call.D, rows = call.B * J;
-        T* v_row = row + rounded_up(R, 64) * team.rank;
+        T* v_row = row + round_up(R, 64) * team.rank;
         if (call.bias && team.rank == 0) read_row(call.bias, call.dtype, 0, R, bias);
         for (int64_t t = 0; t < count; ++t) {
             if (t == 0) {
@@ -107,7 +107,7 @@ struct Routing {
         const int64_t D = call.D, rows = call.B * call.J, last = passes(call) - 1;
         const int64_t terms = routed_terms(call);
         const int64_t begin = team.begin(rows), end = team.end(rows);
-        T* scratch = row + rounded_up(R, 64) * team.rank;
+        T* scratch = row + round_up(R, 64) * team.rank;
         for (int64_t n = begin; n < end; ++n) {
             for (int64_t t = 0; t < last; ++t) {
                 T* total = total_v + t * size + n * D;
@@ -172,17 +172,17 @@ bool together(RoutingOp op, const RoutingCall& call, int threads) {
     // The sums of each pass are kept, but for couplings, which need only those of the last.
     Routing<T, Engine> routing(call, slots_of(op, call), threads, op == RoutingOp::couplings ? 0 : size);
     T *bias_total = nullptr, *s = nullptr;
-    auto plan = [&](Pieces& pieces) {
-        routing.plan(pieces, threads, op == RoutingOp::backward);
-        bias_total = pieces.take<T>(R);
-        s = op == RoutingOp::couplings ? pieces.take<T>(size) : static_cast<T*>(call.s);
+    auto plan = [&](Arena& arena) {
+        routing.plan(arena, threads, op == RoutingOp::backward);
+        bias_total = arena.take<T>(R);
+        s = op == RoutingOp::couplings ? arena.take<T>(size) : static_cast<T*>(call.s);
     };
-    Pieces bytes;
-    plan(bytes);
-    Buffer buffer(bytes.used);
+    Arena measure;
+    plan(measure);
+    Buffer buffer(measure.used());
     if (!buffer.base) return false;
-    Pieces pieces{buffer.base};
-    plan(pieces);
+    Arena arena(buffer.base);
+    plan(arena);
     std::memset(bias_total, 0, R * sizeof(T));
     run_team(threads, [&](const Team& team) {
         if (op == RoutingOp::forward) {
@@ -210,26 +210,26 @@ bool apart(RoutingOp op, const RoutingCall& call, int threads) {
     RoutingCall one = call;
     one.B = 1;
     Routing<T, Engine> sample(one, slots_of(op, call), 1, call.B * R);
-    Pieces bytes_of_one;
-    sample.plan(bytes_of_one, 1, op == RoutingOp::backward);
-    auto plan = [&](Pieces& pieces) {
-        bias_totals = pieces.take<T>(rounded_up(R, 64) * threads);
-        bias_total = pieces.take<T>(R);
-        pool = pieces.take<char>(bytes_of_one.used * threads);
+    Arena sample_size;
+    sample.plan(sample_size, 1, op == RoutingOp::backward);
+    auto plan = [&](Arena& arena) {
+        bias_totals = arena.take<T>(round_up(R, 64) * threads);
+        bias_total = arena.take<T>(R);
+        pool = arena.take<char>(sample_size.used() * threads);
     };
-    Pieces bytes;
-    plan(bytes);
-    Buffer buffer(bytes.used);
+    Arena measure;
+    plan(measure);
+    Buffer buffer(measure.used());
     if (!buffer.base) return false;
-    Pieces pieces{buffer.base};
-    plan(pieces);
-    std::memset(bias_totals, 0, rounded_up(R, 64) * threads * sizeof(T));
+    Arena arena(buffer.base);
+    plan(arena);
+    std::memset(bias_totals, 0, round_up(R, 64) * threads * sizeof(T));
     run_team(threads, [&](const Team& team) {
         const Team alone{0, 1};
         for (int64_t b = team.begin(call.B); b < team.end(call.B); ++b) {
             RoutingCall mine = one;
             mine.u = element(call.u, call.dtype, b * predictions);
-            Pieces own{pool + bytes_of_one.used * team.rank};
+            Arena own(pool + sample_size.used() * team.rank);
             if (op == RoutingOp::forward) mine.v = element(call.v, call.dtype, b * R);
             if (op == RoutingOp::backward) {
                 mine.grad = element(call.grad, call.dtype, b * R);
@@ -241,7 +241,7 @@ bool apart(RoutingOp op, const RoutingCall& call, int threads) {
             if (op == RoutingOp::forward) {
                 routing.forward(alone, s, passes(call), mine.v);
             } else {
-                routing.backward(alone, s, bias_totals + rounded_up(R, 64) * team.rank);
+                routing.backward(alone, s, bias_totals + round_up(R, 64) * team.rank);
             }
         }
     });
@@ -249,7 +249,7 @@ bool apart(RoutingOp op, const RoutingCall& call, int threads) {
         for (int64_t r = 0; r < R; ++r) {
             bias_total[r] = 0;
             for (int rank = 0; rank < threads; ++rank)
-                bias_total[r] += bias_totals[rounded_up(R, 64) * rank + r];
+                bias_total[r] += bias_totals[round_up(R, 64) * rank + r];
         }
         write_row(call.grad_bias, call.dtype, 0, R, bias_total);
     }

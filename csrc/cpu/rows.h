@@ -45,22 +45,22 @@ class RowsEngine {
         T* grad_weight;  // [row]
         T* grad_u;       // [padded]
 
-        static Scratch plan(Pieces& pieces, const RowsEngine& engine) {
+        static Scratch plan(Arena& arena, const RowsEngine& engine) {
             const int64_t samples = Given ? 1 : engine.B_;
             Scratch scratch{};
-            scratch.u = pieces.take<T>(block * engine.padded_);
-            scratch.weight = pieces.take<T>(block * engine.row_);
-            scratch.parts = pieces.take<T>(engine.row_);
-            scratch.dots = pieces.take<T>(larger(engine.slots_, 2 * block) * engine.logits_);
-            scratch.sum = pieces.take<T>(samples * engine.row_);
-            scratch.grad_weight = pieces.take<T>(engine.row_);
-            scratch.grad_u = pieces.take<T>(engine.padded_);
+            scratch.u = arena.take<T>(block * engine.padded_);
+            scratch.weight = arena.take<T>(block * engine.row_);
+            scratch.parts = arena.take<T>(engine.row_);
+            scratch.dots = arena.take<T>(larger(engine.slots_, 2 * block) * engine.logits_);
+            scratch.sum = arena.take<T>(samples * engine.row_);
+            scratch.grad_weight = arena.take<T>(engine.row_);
+            scratch.grad_u = arena.take<T>(engine.padded_);
             return scratch;
         }
     };
 
     Scratch scratch_of(const Team& team) const {
-        Pieces mine{pool_ + pool_stride_ * team.rank};
+        Arena mine(pool_ + pool_stride_ * team.rank);
         return Scratch::plan(mine, *this);
     }
 
@@ -76,21 +76,21 @@ class RowsEngine {
           D_(call.D),
           K_(Given ? 1 : call.K),
           numbers_(D_ * K_),
-          padded_(rounded_up(numbers_, N)),
+          padded_(round_up(numbers_, N)),
           row_(J_ * padded_),
-          logits_(rounded_up(J_, N)),
+          logits_(round_up(J_, N)),
           slots_(slots),
           aligned_(!Given && N % K_ == 0 && padded_ == numbers_),
           states_(nullptr) {
         splits = smaller(threads, I_);
     }
 
-    void plan(Pieces& pieces, int threads, bool) {
-        states_ = pieces.take<T>(slots_ * B_ * row_);
-        Pieces scratch;
+    void plan(Arena& arena, int threads, bool) {
+        states_ = arena.take<T>(slots_ * B_ * row_);
+        Arena scratch;
         Scratch::plan(scratch, *this);
-        pool_stride_ = scratch.used;
-        pool_ = pieces.take<char>(pool_stride_ * threads);
+        pool_stride_ = scratch.used();
+        pool_ = arena.take<char>(pool_stride_ * threads);
     }
 
     // Takes over a state [B, J, D] into a slot, every number repeated K times.
@@ -243,7 +243,7 @@ class RowsEngine {
         for (int64_t task = team.begin(tasks); task < team.end(tasks); ++task) {
             const int64_t split = task % splits, first = task / splits;
             const int64_t begin = I_ * split / splits, end = I_ * (split + 1) / splits;
-            const int64_t blocks = (end - begin + block - 1) / block;
+            const int64_t blocks = divide_up(end - begin, block);
             std::memset(s.sum, 0, samples * row_ * sizeof(T));
             for (int64_t n = 0; n < blocks; ++n) {
                 const int64_t i0 = begin + (backwards ? blocks - 1 - n : n) * block;

@@ -111,7 +111,7 @@ bool squash_of(const SquashCall& call, int max_threads) {
                     return rows<T, Backward, 0>(call, begin, end, s, g, out);
             }
         }
-        const int64_t blocks = (call.inner + block - 1) / block;
+        const int64_t blocks = divide_up(call.inner, block);
         for (int64_t item = team.begin(call.outer * blocks); item < team.end(call.outer * blocks); ++item) {
             const int64_t first = item % blocks * block;
             const int64_t at = item / blocks * call.n * call.inner + first;

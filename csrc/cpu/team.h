@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstdlib>
 
+#include "common/arena.h"
 #include "vec.h"
 
 namespace capsops {
@@ -39,24 +40,9 @@ inline void run_team(int threads, const Work& work) {
     work(Team{omp_get_thread_num(), omp_get_num_threads()});
 }
 
-CAPSOPS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-CAPSOPS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-CAPSOPS_INLINE int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+typedef AlignedArena<64> Arena;  // aligned to cache lines
 
-// Hands out pieces of a buffer, each aligned to a cache line; without a buffer it only counts.
-struct Pieces {
-    char* base = nullptr;
-    int64_t used = 0;
-
-    template <typename T>
-    T* take(int64_t n) {
-        T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-        used += rounded_up(n * int64_t(sizeof(T)), 64);
-        return piece;
-    }
-};
-
-// A buffer of bytes aligned to a cache line; base is null where the memory is not to be had.
+// A buffer aligned to a cache line; `base` is null if the memory could not be allocated.
 struct Buffer {
     void* raw;
     char* base;

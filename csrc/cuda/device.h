@@ -377,6 +377,12 @@ CAPSOPS_DEVICE int lane_index() { return thread_index() % warp_size; }
 CAPSOPS_DEVICE int warp_index() { return thread_index() / warp_size; }
 CAPSOPS_DEVICE int warp_count() { return thread_count() / warp_size; }
 
+// Number `at` of an array of storage type S.
+template <typename S>
+CAPSOPS_DEVICE float load(const void* x, int64_t at) {
+    return widen(static_cast<const S*>(x)[at]);
+}
+
 // Sum over the lanes whose index differs in the bits of `span - 1`, times `step`: all of them have it.
 CAPSOPS_DEVICE float lane_sum(float x, int span = warp_size, int step = 1) {
     for (int mask = step; mask < span * step; mask *= 2) x += shuffle_xor(x, mask);

@@ -17,11 +17,6 @@ struct Parameters {
     int64_t chunk;       // samples of one thread
 };
 
-template <typename S>
-CAPSOPS_DEVICE float load(const void* x, int64_t at) {
-    return widen(static_cast<const S*>(x)[at]);
-}
-
 // A thread holds one row of W, and goes through samples of the batch.
 template <typename S>
 CAPSOPS_KERNEL(threads, 4)

@@ -1,4 +1,5 @@
 // Routing from beginning to end: workspace, the passes in their order, the gradient of the bias.
+#include "common/arena.h"
 #include "fused.h"
 #include "resident.h"
 #include "routing.h"
@@ -68,24 +69,6 @@ Routing parameters(RoutingOp op, const RoutingCall& call) {
     p.leaky = call.leaky, p.detach = call.detach, p.backward = op == RoutingOp::backward;
     return p;
 }
-
-// Hands out pieces of the workspace, aligned to 256 bytes; from null it counts alone.
-class Pieces {
-  public:
-    explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
-
-    template <typename T>
-    T* take(int64_t count) {
-        T* const piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-        used_ += divide_up(count * int64_t(sizeof(T)), 256) * 256;
-        return piece;
-    }
-    int64_t used() const { return used_; }
-
-  private:
-    char* base_;
-    int64_t used_ = 0;
-};
 
 // to = the sum of `parts` arrays of `count` numbers.
 struct Parts {
@@ -168,30 +151,30 @@ Plan plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, const 
     return plan;
 }
 
-// Divides the workspace; returns the bytes it takes.
+// Divides the workspace; returns the bytes it takes. A null `workspace` is only measured.
 int64_t place(Plan& plan, RoutingOp op, void* workspace) {
-    Pieces pieces(workspace);
+    AlignedArena<256> arena(workspace);
     if (plan.resident) return 0;
     Routing& p = plan.passes.p;
-    p.total_v = pieces.take<float>(p.iterations * p.capsules());
-    p.partial = pieces.take<float>(p.splits * p.capsules());
+    p.total_v = arena.take<float>(p.iterations * p.capsules());
+    p.partial = arena.take<float>(p.splits * p.capsules());
     if (p.backward) {
-        p.grad_s = pieces.take<float>(p.iterations * p.capsules());
-        p.grad_total_v = pieces.take<float>(p.capsules());
+        p.grad_s = arena.take<float>(p.iterations * p.capsules());
+        p.grad_total_v = arena.take<float>(p.capsules());
     }
-    if (op == RoutingOp::couplings) p.s = pieces.take<float>(p.iterations * p.capsules());
+    if (op == RoutingOp::couplings) p.s = arena.take<float>(p.iterations * p.capsules());
     if (p.backward ? plan.statistics : !plan.fused_passes || plan.passes.tiling.tiles_j > 1) {
-        p.softmax = pieces.take<Softmax>((p.backward ? p.iterations - 1 : 1) * p.B * p.I);
+        p.softmax = arena.take<Softmax>((p.backward ? p.iterations - 1 : 1) * p.B * p.I);
     }
     Fused& gradients = plan.gradients;
     gradients.p = p;
     if (plan.fused_gradients && p.grad_weight != nullptr && gradients.tiling.splits > 1) {
-        gradients.partial_w = pieces.take<float>(gradients.tiling.splits * p.I * p.J * p.D * p.K);
+        gradients.partial_w = arena.take<float>(gradients.tiling.splits * p.I * p.J * p.D * p.K);
     }
     if (plan.fused_gradients && p.weight != nullptr && p.grad_u != nullptr && gradients.tiling.tiles_j > 1) {
-        gradients.partial_u = pieces.take<float>(gradients.tiling.tiles_j * p.B * p.I * p.K);
+        gradients.partial_u = arena.take<float>(gradients.tiling.tiles_j * p.B * p.I * p.K);
     }
-    return pieces.used();
+    return arena.used();
 }
 
 // Steps first ... last - 1 of the sequence: together where the device holds all blocks at one time.

@@ -51,11 +51,6 @@ struct Routing {
     }
 };
 
-template <typename S>
-CAPSOPS_DEVICE float load(const void* x, int64_t at) {
-    return widen(static_cast<const S*>(x)[at]);
-}
-
 // One warp's share of the work of all warps: calls function(n) for n = first, first + warps, ... below count.
 template <typename Function>
 CAPSOPS_DEVICE void for_warps(int64_t count, Function function) {
