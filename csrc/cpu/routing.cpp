@@ -1,10 +1,10 @@
 // Routing by agreement and its full gradient, without û in memory; the formulas stand in
 // capsops/backends/reference.py.
 //
-// The passes over û are an engine's (lanes.h, rows.h); what lies between them, on numbers of the size B·J·D,
-// is here. Between passes every thread waits for the others.
-#include "lanes.h"
-#include "rows.h"
+// The passes over û are an engine's (routing_batch_simd.h, routing_capsule_simd.h); what lies between them,
+// on numbers of the size B·J·D, is here. Between passes every thread waits for the others.
+#include "routing_batch_simd.h"
+#include "routing_capsule_simd.h"
 #include "squash.h"
 
 namespace capsops {
@@ -257,10 +257,10 @@ bool apart(RoutingOp op, const RoutingCall& call, int threads) {
 }
 
 template <typename T, int N>
-bool by_rows(RoutingOp op, const RoutingCall& call, int threads) {
-    if (call.weight) return together<T, RowsEngine<T, N, false>>(op, call, threads);
-    if (call.B >= threads) return apart<T, RowsEngine<T, N, true>>(op, call, threads);
-    return together<T, RowsEngine<T, N, true>>(op, call, threads);
+bool route_capsule_simd(RoutingOp op, const RoutingCall& call, int threads) {
+    if (call.weight) return together<T, CapsuleSimdEngine<T, N, false>>(op, call, threads);
+    if (call.B >= threads) return apart<T, CapsuleSimdEngine<T, N, true>>(op, call, threads);
+    return together<T, CapsuleSimdEngine<T, N, true>>(op, call, threads);
 }
 
 template <typename T>
@@ -268,14 +268,14 @@ bool route(RoutingOp op, const RoutingCall& call, int max_threads) {
     constexpr int width = vec_width<T>;
     const int64_t work = call.B * call.I * call.J * call.D * (call.weight ? call.K : 1) * passes(call);
     const int threads = work < 131072 ? 1 : max_threads;
-    if (LanesEngine<T>::suits(call)) return together<T, LanesEngine<T>>(op, call, threads);
+    if (BatchSimdEngine<T>::suits(call)) return together<T, BatchSimdEngine<T>>(op, call, threads);
     // The widest register that the numbers of a pair fill.
     const int64_t numbers = call.D * (call.weight ? call.K : 1);
     if constexpr (sizeof(T) == 4) {
         if (numbers % width != 0 && numbers % (width / 2) == 0)
-            return by_rows<T, width / 2>(op, call, threads);
+            return route_capsule_simd<T, width / 2>(op, call, threads);
     }
-    return by_rows<T, width>(op, call, threads);
+    return route_capsule_simd<T, width>(op, call, threads);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ namespace capsops {
 namespace CAPSOPS_ISA {
 
 template <typename T>
-class LanesEngine {
+class BatchSimdEngine {
     static constexpr int L = lane_group<T>;
     // Products summed in a row before they join a larger sum: sums of sums lose less to rounding.
     static constexpr int longest_sum = 32, longest_uniform_sum = 64;
@@ -45,7 +45,7 @@ class LanesEngine {
         T* grad_weight;    // of a chunk [chunk, K, padded]
         T* straight;       // ∂W of one i [R, K]
 
-        static Scratch plan(Arena& arena, const LanesEngine& engine, bool gradient) {
+        static Scratch plan(Arena& arena, const BatchSimdEngine& engine, bool gradient) {
             const int64_t R = engine.R_, K = engine.K_, chunk = engine.chunk_;
             const bool copies = !in_place<T>(engine.call_.dtype);
             Scratch scratch{};
@@ -71,9 +71,9 @@ class LanesEngine {
 
     char* pool_ = nullptr;
     int64_t pool_stride_ = 0;
-    void (LanesEngine::*predict_)(const T*, const Lanes<T>*, const Lanes<T>*, int64_t, int64_t, Lanes<T>*,
-                                  Lanes<T>*, const Lanes<T>*, Lanes<T>*) const;
-    void (LanesEngine::*add_uniform_)(const T*, int64_t, const Lanes<T>*, Lanes<T>*) const;
+    void (BatchSimdEngine::*predict_)(const T*, const Lanes<T>*, const Lanes<T>*, int64_t, int64_t, Lanes<T>*,
+                                      Lanes<T>*, const Lanes<T>*, Lanes<T>*) const;
+    void (BatchSimdEngine::*add_uniform_)(const T*, int64_t, const Lanes<T>*, Lanes<T>*) const;
 
   public:
     // Parts of the sum over i that are made apart, so that every thread has work.
@@ -83,7 +83,7 @@ class LanesEngine {
     static bool suits(const RoutingCall& call) { return call.weight && call.B > larger(1, L / 5); }
 
     // `slots`: how many states are held at a time.
-    LanesEngine(const RoutingCall& call, int64_t slots, int threads)
+    BatchSimdEngine(const RoutingCall& call, int64_t slots, int threads)
         : call_(call),
           B_(call.B),
           I_(call.I),
@@ -215,8 +215,8 @@ class LanesEngine {
     // The two kernels that multiply by W_i, with K as a constant where it is a usual size, else 0.
     template <int KC>
     void choose() {
-        predict_ = &LanesEngine::predict<KC>;
-        add_uniform_ = &LanesEngine::add_uniform<KC>;
+        predict_ = &BatchSimdEngine::predict<KC>;
+        add_uniform_ = &BatchSimdEngine::add_uniform<KC>;
     }
 
     void choose_kernels() {

@@ -21,7 +21,7 @@ namespace CAPSOPS_ISA {
 
 // N: numbers of a register. Given: whether u is û.
 template <typename T, int N, bool Given>
-class RowsEngine {
+class CapsuleSimdEngine {
     const RoutingCall& call_;
     const int64_t B_, I_, J_, D_, K_;
     const int64_t numbers_;  // D·K, of one pair (i, j)
@@ -45,7 +45,7 @@ class RowsEngine {
         T* grad_weight;  // [row]
         T* grad_u;       // [padded]
 
-        static Scratch plan(Arena& arena, const RowsEngine& engine) {
+        static Scratch plan(Arena& arena, const CapsuleSimdEngine& engine) {
             const int64_t samples = Given ? 1 : engine.B_;
             Scratch scratch{};
             scratch.u = arena.take<T>(block * engine.padded_);
@@ -68,7 +68,7 @@ class RowsEngine {
     // Parts of the sum over i that are made apart, so that every thread has work.
     int64_t splits = 1;
 
-    RowsEngine(const RoutingCall& call, int64_t slots, int threads)
+    CapsuleSimdEngine(const RoutingCall& call, int64_t slots, int threads)
         : call_(call),
           B_(call.B),
           I_(call.I),
