@@ -3,7 +3,7 @@
 // W_i is turned round to [K, J·D] once for each i, so that a sample's û_i, J·D numbers in a row, is made of
 // whole registers: û_i = Σ_k u_ik W_i[k], ∂u_ik = Σ_jd ∂û W_i[k], and ∂W_i[k] = Σ_b u_ik ∂û_i.
 #include "dtype_convert.h"
-#include "team.h"
+#include "threading.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {

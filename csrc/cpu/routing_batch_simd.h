@@ -12,7 +12,7 @@
 #include "block.h"
 #include "dtype_convert.h"
 #include "softmax.h"
-#include "team.h"
+#include "threading.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {

@@ -1,7 +1,7 @@
 // Couplings from logits, and their backward: of samples in lanes, and of one sample.
 #pragma once
 
-#include "team.h"
+#include "threading.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {

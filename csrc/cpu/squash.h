@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "common/capsule_math.h"
-#include "team.h"
+#include "threading.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {
