@@ -9,10 +9,10 @@
 // threads.
 #pragma once
 
-#include "block.h"
 #include "dtype_convert.h"
 #include "softmax.h"
 #include "threading.h"
+#include "transpose.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {
@@ -117,7 +117,7 @@ class BatchSimdEngine {
             T* lanes = states_ + (slot * groups_ + g) * R_ * L;
             const int64_t samples = smaller(L, B_ - g * L);
             if (samples < L) std::memset(lanes, 0, R_ * L * sizeof(T));
-            turn_block(state + g * L * R_, R_, samples, R_, lanes, L);
+            transpose_block(state + g * L * R_, R_, samples, R_, lanes, L);
         }
     }
 
@@ -170,7 +170,7 @@ class BatchSimdEngine {
                     gradient_of_u_hat(s, w_i, s.u + n * K, g, terms, uniform, agreement);
                     if (call_.grad_u) gradient_of_u(w_i, s.u_hat, s.grad_u + n * K);
                     if (call_.grad_weight) {
-                        turn_block(reinterpret_cast<const T*>(s.u_hat), L, R_, L, s.turned, padded_);
+                        transpose_block(reinterpret_cast<const T*>(s.u_hat), L, R_, L, s.turned, padded_);
                         gradient_of_weight(s.natural + n * K, count * K, samples, s.turned,
                                            s.grad_weight + n * K * padded_);
                     }
@@ -178,7 +178,7 @@ class BatchSimdEngine {
                 if (call_.grad_u) write_grad_u(s, g, i0, count, samples);
             }
             for (int64_t n = 0; call_.grad_weight && n < count; ++n) {
-                turn_block(s.grad_weight + n * K * padded_, padded_, K, R_, s.straight, K);
+                transpose_block(s.grad_weight + n * K * padded_, padded_, K, R_, s.straight, K);
                 write_row(call_.grad_weight, call_.dtype, (i0 + n) * R_ * K, R_ * K, s.straight);
             }
         }
@@ -193,7 +193,7 @@ class BatchSimdEngine {
                 (this->*predict_)(w + n * R_ * K_, s.u + n * K_, state(v, g), 0, 1, s.u_hat, s.dots, nullptr,
                                   nullptr);
                 softmax(s.dots, J_, 1, call_.leaky);
-                turn_block(reinterpret_cast<const T*>(s.dots), L, J_, L, rows, J_);
+                transpose_block(reinterpret_cast<const T*>(s.dots), L, J_, L, rows, J_);
                 for (int64_t b = g * L; b < smaller(B_, (g + 1) * L); ++b) {
                     write_row(call_.couplings, call_.dtype, (b * I_ + i0 + n) * J_, J_,
                               rows + (b - g * L) * J_);
@@ -239,7 +239,7 @@ class BatchSimdEngine {
     void read_u(const Scratch& scratch, int64_t g, int64_t i0, int64_t count) const {
         if (in_place<T>(call_.dtype) && (g + 1) * L <= B_) {
             const T* u = static_cast<const T*>(call_.u) + (g * L * I_ + i0) * K_;
-            turn_block(u, I_ * K_, L, count * K_, reinterpret_cast<T*>(scratch.u), L);
+            transpose_block(u, I_ * K_, L, count * K_, reinterpret_cast<T*>(scratch.u), L);
         } else {
             read_u_by_rows(scratch, g, i0, count);
         }
@@ -257,7 +257,7 @@ class BatchSimdEngine {
                 std::memset(row, 0, numbers * sizeof(T));
             }
         }
-        turn_block(scratch.natural, numbers, L, numbers, reinterpret_cast<T*>(scratch.u), L);
+        transpose_block(scratch.natural, numbers, L, numbers, reinterpret_cast<T*>(scratch.u), L);
     }
 
     // work(scratch, W of the chunk, its input capsules, lane group, sum [R]) for this thread's share of
@@ -281,7 +281,7 @@ class BatchSimdEngine {
             }
             for (int64_t g = g0; g < g1; ++g) {
                 const T* sum = reinterpret_cast<const T*>(scratch.sum + (g - g0) * R_);
-                turn_block(sum, L, R_, smaller(L, B_ - g * L), partial + (split * B_ + g * L) * R_, R_);
+                transpose_block(sum, L, R_, smaller(L, B_ - g * L), partial + (split * B_ + g * L) * R_, R_);
             }
             task += g1 - g0;
         }
@@ -548,7 +548,7 @@ class BatchSimdEngine {
     // ∂u of a chunk, from lanes to the rows of its samples.
     void write_grad_u(const Scratch& s, int64_t g, int64_t i0, int64_t count, int64_t samples) const {
         const int64_t numbers = count * K_;
-        turn_block(reinterpret_cast<const T*>(s.grad_u), L, numbers, L, s.natural, numbers);
+        transpose_block(reinterpret_cast<const T*>(s.grad_u), L, numbers, L, s.natural, numbers);
         for (int64_t lane = 0; lane < samples; ++lane) {
             write_row(call_.grad_u, call_.dtype, ((g * L + lane) * I_ + i0) * K_, numbers,
                       s.natural + lane * numbers);

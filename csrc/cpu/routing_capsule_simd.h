@@ -11,10 +11,10 @@
 // of them. Every other pass runs through i backwards, and finds in the cache what the last one left there.
 #pragma once
 
-#include "block.h"
 #include "dtype_convert.h"
 #include "softmax.h"
 #include "threading.h"
+#include "transpose.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {
