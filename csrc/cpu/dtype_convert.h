@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "kernels.h"
-#include "vec.h"
+#include "simd.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {

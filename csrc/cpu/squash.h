@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "common/capsule_math.h"
+#include "common/squash_factor.h"
 #include "threading.h"
 
 namespace capsops {

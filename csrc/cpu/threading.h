@@ -11,7 +11,7 @@
 #include <cstdlib>
 
 #include "common/arena.h"
-#include "vec.h"
+#include "simd.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {

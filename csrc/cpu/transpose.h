@@ -1,7 +1,7 @@
 // Transposes blocks of numbers, between samples in rows and samples in lanes.
 #pragma once
 
-#include "vec.h"
+#include "simd.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {

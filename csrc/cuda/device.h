@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "common/capsule_math.h"
+#include "common/squash_factor.h"
 
 #if defined(CAPSOPS_EMULATED)
 #include "emulated_device.h"

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "vectors.h"
+#include "squash.h"
 
 namespace capsops {
 

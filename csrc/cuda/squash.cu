@@ -1,6 +1,6 @@
 // squash and its vector-Jacobian product along any dimension of a tensor seen as [outer, n, inner].
 #include "kernels.h"
-#include "vectors.h"
+#include "squash.h"
 
 namespace capsops {
 namespace {
