@@ -200,8 +200,8 @@ bool together(RoutingOp op, const RoutingCall& call, int threads) {
     return true;
 }
 
-// Every thread routes samples of its own: given predictions of one sample stay in its cache from pass to
-// pass.
+// Every thread routes samples of its own: precomputed predictions of one sample stay in its cache from pass
+// to pass.
 template <typename T, typename Engine>
 bool apart(RoutingOp op, const RoutingCall& call, int threads) {
     const int64_t R = call.J * call.D, predictions = call.I * R;

@@ -1,8 +1,8 @@
-// Passes for one sample at a time: small batches of u and weight, and predictions that are given.
+// Passes for one sample at a time: small batches of u and weight, and predictions that are precomputed.
 //
 // The numbers of W_i as they lie in memory, [J, D, K], are multiplied by u_i repeated for every (j, d):
 // "parts", whose sums over k are û. Products with V (repeated for every k) and sums over i are taken of the
-// parts, so that every register is full and the sums over k wait until the end of a pass. With given
+// parts, so that every register is full and the sums over k wait until the end of a pass. With precomputed
 // predictions a part is û itself: K = 1 and no multiplication.
 //
 // Where K divides a register ("aligned"), u_i is one register for all (j, d), and parts need not be made: the
@@ -19,8 +19,8 @@
 namespace capsops {
 namespace CAPSOPS_ISA {
 
-// N: numbers of a register. Given: whether u is û.
-template <typename T, int N, bool Given>
+// N: numbers of a register. Precomputed: whether u is û.
+template <typename T, int N, bool Precomputed>
 class CapsuleSimdEngine {
     const RoutingCall& call_;
     const int64_t B_, I_, J_, D_, K_;
@@ -46,7 +46,7 @@ class CapsuleSimdEngine {
         T* grad_u;       // [padded]
 
         static Scratch plan(Arena& arena, const CapsuleSimdEngine& engine) {
-            const int64_t samples = Given ? 1 : engine.B_;
+            const int64_t samples = Precomputed ? 1 : engine.B_;
             Scratch scratch{};
             scratch.u = arena.take<T>(block * engine.padded_);
             scratch.weight = arena.take<T>(block * engine.row_);
@@ -74,13 +74,13 @@ class CapsuleSimdEngine {
           I_(call.I),
           J_(call.J),
           D_(call.D),
-          K_(Given ? 1 : call.K),
+          K_(Precomputed ? 1 : call.K),
           numbers_(D_ * K_),
           padded_(round_up(numbers_, N)),
           row_(J_ * padded_),
           logits_(round_up(J_, N)),
           slots_(slots),
-          aligned_(!Given && N % K_ == 0 && padded_ == numbers_),
+          aligned_(!Precomputed && N % K_ == 0 && padded_ == numbers_),
           states_(nullptr) {
         splits = smaller(threads, I_);
     }
@@ -120,7 +120,7 @@ class CapsuleSimdEngine {
                     Vec<T, N> total = Vec<T, N>{};
                     for (int64_t n = 0; n < count; ++n) {
                         Vec<T, N> x = load<T, N>(w + n * row_ + p);
-                        if constexpr (!Given) x *= load<T, N>(s.u + n * padded_ + p - at);
+                        if constexpr (!Precomputed) x *= load<T, N>(s.u + n * padded_ + p - at);
                         total += x;
                     }
                     store<T, N>(sum + p, load<T, N>(sum + p) + total);
@@ -163,7 +163,7 @@ class CapsuleSimdEngine {
                 if (agreement) softmax_vjp(s.dots + t * logits_, s.dots + (terms + t) * logits_, J_);
             }
             gradient_of_u_hat(s, b, terms, uniform, agreement);
-            if constexpr (Given) {
+            if constexpr (Precomputed) {
                 write_rows(call_.grad_u, (b * I_ + i) * J_ * D_, s.parts, s.sum);
             } else {
                 if (call_.grad_u) gradient_of_u(s, i, b, w);
@@ -215,7 +215,7 @@ class CapsuleSimdEngine {
     // scratch.u.
     template <typename Work>
     void over_items(const Team& team, const Scratch& s, const Work& work) const {
-        if constexpr (Given) {
+        if constexpr (Precomputed) {
             for (int64_t item = team.begin(B_ * I_); item < team.end(B_ * I_); ++item) {
                 const T* row = read_rows(call_.u, item * J_ * D_, J_, s.weight);
                 work(item % I_, item / I_, row, true, true);
@@ -238,7 +238,7 @@ class CapsuleSimdEngine {
     void sum_over_i(const Team& team, int64_t pass, T* partial, const Work& work) const {
         const Scratch s = scratch_of(team);
         const bool backwards = pass & 1;
-        const int64_t samples = Given ? 1 : B_;  // of one task
+        const int64_t samples = Precomputed ? 1 : B_;  // of one task
         const int64_t tasks = splits * B_ / samples;
         for (int64_t task = team.begin(tasks); task < team.end(tasks); ++task) {
             const int64_t split = task % splits, first = task / splits;
@@ -248,7 +248,7 @@ class CapsuleSimdEngine {
             for (int64_t n = 0; n < blocks; ++n) {
                 const int64_t i0 = begin + (backwards ? blocks - 1 - n : n) * block;
                 const int64_t count = smaller(block, end - i0);
-                if constexpr (Given) {
+                if constexpr (Precomputed) {
                     const T* rows = read_rows(call_.u, (first * I_ + i0) * J_ * D_, count * J_, s.weight);
                     work(s, first, rows, count, s.sum);
                 } else {
@@ -368,7 +368,7 @@ class CapsuleSimdEngine {
     // The parts of û_i, and dots [count, logits] = û · state for `count` slots, `apart` from one another.
     const T* predict(const Scratch& s, int64_t b, const T* w, const T* u, int64_t slot, int64_t apart,
                      int64_t count, T* dots) const {
-        const T* parts = Given ? w : s.parts;
+        const T* parts = Precomputed ? w : s.parts;
         for (int64_t n = 0; n < count; ++n) {
             const T* v = state(slot + n * apart, b);
             for (int64_t j0 = 0; j0 < J_; j0 += N) {
@@ -394,7 +394,7 @@ class CapsuleSimdEngine {
 
     // One register of parts: made and kept for the first state, read again for the others.
     static CAPSOPS_INLINE Vec<T, N> part(const T* w, const T* u, T* parts, int64_t n, int64_t at, int64_t p) {
-        if constexpr (Given) return load<T, N>(w + at + p);
+        if constexpr (Precomputed) return load<T, N>(w + at + p);
         if (n > 0) return load<T, N>(parts + at + p);
         const Vec<T, N> x = load<T, N>(w + at + p) * load<T, N>(u + p);
         store<T, N>(parts + at + p, x);

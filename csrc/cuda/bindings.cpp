@@ -43,9 +43,9 @@ py::dict described(const Tiling& t) {
 
 // What plan.h says of a shape on a device; None where the fused kernels do not serve it.
 py::object fused_plan(bool gradients, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int element,
-                      bool tensor_cores, bool given, int passes, int multiprocessors,
+                      bool tensor_cores, bool precomputed, int passes, int multiprocessors,
                       int64_t shared_per_block, int resident_blocks) {
-    const FusedShape shape{B, I, J, D, K, element, tensor_cores, given, passes};
+    const FusedShape shape{B, I, J, D, K, element, tensor_cores, precomputed, passes};
     const FusedLimits limits{multiprocessors, shared_per_block};
     Tiling tiling{};
     const bool served = gradients ? plan_gradients(shape, limits, tiling)
@@ -75,7 +75,7 @@ PYBIND11_MODULE(_cuda, m) {
 
     m.def("fused_plan", &fused_plan, py::arg("gradients"), py::arg("B"), py::arg("I"), py::arg("J"),
           py::arg("D"), py::arg("K"), py::arg("element") = 4, py::arg("tensor_cores") = true,
-          py::arg("given") = false, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
+          py::arg("precomputed") = false, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
           py::arg("shared_per_block") = 232448, py::arg("resident_blocks") = 1,
           "How the fused passes, or the fused gradients, of capsule_routing divide the work on a device (by "
           "default "

@@ -1,4 +1,5 @@
-// Routing by the fused kernels. Without given predictions, u_hat is made anew, tile by tile, in every pass.
+// Routing by the fused kernels. Without precomputed predictions, u_hat is made anew, tile by tile, in every
+// pass.
 //
 // Host side; the kernels are in fused_passes.h and fused_gradients.h.
 #pragma once
@@ -18,7 +19,7 @@ struct Fused {
     float* partial_u;           // [tiles_j, B, I, K] where the gradient of u comes in tiles of j
 };
 
-// The kernels for one way to multiply, or for given predictions.
+// The kernels for one way to multiply, or for precomputed predictions.
 struct FusedKernels {
     void (*passes)(Fused);
     void (*gradients)(Fused);
@@ -29,6 +30,6 @@ FusedKernels fused_float32(const Tiling& tiling, bool backward, int logits);
 FusedKernels fused_tf32(const Tiling& tiling, bool backward, int logits);
 FusedKernels fused_bfloat16(const Tiling& tiling, bool backward, int logits);
 FusedKernels fused_float16(const Tiling& tiling, bool backward, int logits);
-FusedKernels fused_given(Dtype dtype, const Tiling& tiling, bool backward, int logits);
+FusedKernels fused_precomputed(Dtype dtype, const Tiling& tiling, bool backward, int logits);
 
 }  // namespace capsops

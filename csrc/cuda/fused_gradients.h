@@ -1,11 +1,11 @@
-// The gradients of routing from ds of all passes, in one go over u and W, or over given predictions.
+// The gradients of routing from ds of all passes, in one go over u and W, or over precomputed predictions.
 //
 // A block has a chunk of input capsules and a tile of output capsules, and goes through the batch; a warp has
 // one output capsule at a time, and holds V and ds of its samples in registers. It makes u_hat and from that
 // the logits and a = u_hat . ds of all passes; all threads together make their softmax over j (or, where j
 // comes in tiles, take its sums from memory), c and db = c (a - sum_j c a); and every warp makes
-// grad = sum_t c ds + db V. Of given predictions that is the result. Else it makes its parts of du, which the
-// warps then add up, and of dW, which stays in shared memory until the batch is through.
+// grad = sum_t c ds + db V. Of precomputed predictions that is the result. Else it makes its parts of du,
+// which the warps then add up, and of dW, which stays in shared memory until the batch is through.
 #pragma once
 
 #include "fused.h"
@@ -43,9 +43,10 @@ struct Gradients {
               shared_memory() + 2 * tiling.stage +
               (int64_t(tiling.chunk) * tiling.tile_j * N * 8 * tiling.stride * int(sizeof(S)) + 15) / 16 *
                   16)),
-          slots(Math::given ? reinterpret_cast<float*>(shared_memory())
-                            : reinterpret_cast<float*>(grad_w + tiling.chunk * tiling.tile_j * blocks_d *
-                                                                    tiling.steps * warp_size)) {}
+          slots(Math::precomputed
+                    ? reinterpret_cast<float*>(shared_memory())
+                    : reinterpret_cast<float*>(grad_w + tiling.chunk * tiling.tile_j * blocks_d *
+                                                            tiling.steps * warp_size)) {}
 
     CAPSOPS_DEVICE float* slot(int own_j, int chunk_i) const {
         return slots + (own_j * tiling.chunk + chunk_i) * tiling.slot;
@@ -188,7 +189,7 @@ struct Gradients {
 #pragma unroll 1
         for (int n = 0; n < count; ++n) {
             Tile u_hat[M][N] = {};
-            if constexpr (Math::given) {
+            if constexpr (Math::precomputed) {
                 load_u_hat(u_hat, i + n, b, j);
             } else {
                 Math::template predict<M, N>(u_hat, u + n * rows * tiling.stride,
@@ -263,7 +264,7 @@ struct Gradients {
         }
     }
 
-    // The gradient of given predictions.
+    // The gradient of precomputed predictions.
     CAPSOPS_DEVICE void store_grad(const Tile (&grad)[M][N], int i, int b, int j) const {
         const int g = lane_index() / 4, q = lane_index() % 4, D = int(p.D);
 #pragma unroll
@@ -346,7 +347,7 @@ struct Gradients {
                 if (passes > held) load_passes(known, first, b, j);
                 add_passes(grad, known, first, slot(own_j, n));
             }
-            if constexpr (Math::given) {
+            if constexpr (Math::precomputed) {
                 store_grad(grad, i + n, b, j);
             } else {
                 products(grad, stage, n, own_j);
@@ -444,7 +445,7 @@ struct Gradients {
             const int i = item / splits / tiles_j * tiling.chunk, left = int(p.I) - i;
             const int count = left < tiling.chunk ? left : tiling.chunk, begin = split * length;
             const int end = begin + length < int(tiling.tiles_b) ? begin + length : int(tiling.tiles_b);
-            if constexpr (!Math::given) {
+            if constexpr (!Math::precomputed) {
                 copy_w(i, count, tile_j);
                 copy_u(0, i, count, begin * rows);
             }
@@ -452,7 +453,7 @@ struct Gradients {
                 const int stage = (tile - begin) % 2;
                 wait_for_copies();
                 block_barrier();
-                if constexpr (Math::given) {
+                if constexpr (Math::precomputed) {
                     tile_work(stage, i, count, tile * rows, tile_j);
                 } else {
                     if (tile + 1 < end) copy_u(1 - stage, i, count, (tile + 1) * rows);
@@ -463,7 +464,7 @@ struct Gradients {
                     }
                 }
             }
-            if constexpr (!Math::given) {
+            if constexpr (!Math::precomputed) {
                 if (p.grad_weight != nullptr) store_grad_w(i, count, tile_j, split);
             }
             block_barrier();  // before the next item's copies
@@ -472,7 +473,7 @@ struct Gradients {
 };
 
 template <typename Math, int M, int N, int held>
-CAPSOPS_KERNEL(most_gradient_warps(Math::tensor_cores || Math::given) * warp_size, 1)
+CAPSOPS_KERNEL(most_gradient_warps(Math::tensor_cores || Math::precomputed) * warp_size, 1)
 gradients_kernel(Fused f) {
     Gradients<Math, M, N, held>(f).run();
 }

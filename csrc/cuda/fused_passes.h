@@ -15,7 +15,7 @@ namespace capsops {
 enum class Step {
     whole,
     statistics,
-    given
+    known
 };  // of the softmax: all j in the block; its sums alone; those known
 
 template <typename Math, int M, int N, bool backward>
@@ -48,13 +48,13 @@ struct Passes {
     CAPSOPS_DEVICE int own_group() const { return warp_index() / tiling.tile_j; }
     CAPSOPS_DEVICE S* u_tile(int stage) const { return stages + stage * int(tiling.stage / int(sizeof(S))); }
     CAPSOPS_DEVICE S* w_tile(int stage) const {
-        return u_tile(stage) + (Math::given ? 0 : tiling.chunk * rows * tiling.stride);
+        return u_tile(stage) + (Math::precomputed ? 0 : tiling.chunk * rows * tiling.stride);
     }
     CAPSOPS_DEVICE int u_at(int i) const { return (i * rows + own_group() * samples) * tiling.stride; }
-    // Of W_ij, or of the given predictions of this warp's samples.
+    // Of W_ij, or of the precomputed predictions of this warp's samples.
     CAPSOPS_DEVICE int w_at(int i) const {
         const int ij = i * tiling.tile_j + own_j();
-        return (Math::given ? ij * rows + own_group() * samples : ij * N * 8) * tiling.stride;
+        return (Math::precomputed ? ij * rows + own_group() * samples : ij * N * 8) * tiling.stride;
     }
 
     // What no copy writes, the padding of K and D, must be 0.
@@ -83,8 +83,8 @@ struct Passes {
         }
     }
 
-    // Begins to copy the given predictions of this warp's output capsule and samples.
-    CAPSOPS_DEVICE void copy_given(int stage, int i, int count, int any_b, int tile_j) const {
+    // Begins to copy the precomputed predictions of this warp's output capsule and samples.
+    CAPSOPS_DEVICE void copy_precomputed(int stage, int i, int count, int any_b, int tile_j) const {
         const int b = opaque(any_b) + own_group() * samples, j = tile_j * tiling.tile_j + own_j(),
                   D = int(p.D);
         if (j >= int(p.J)) return;
@@ -114,7 +114,7 @@ struct Passes {
 
     // Begins to copy u and W of input capsules i ... i + count - 1 for a tile of samples and one of j.
     CAPSOPS_DEVICE void copy(int stage, int i, int count, int any_b, int tile_j) const {
-        if constexpr (Math::given) return copy_given(stage, i, count, any_b, tile_j);
+        if constexpr (Math::precomputed) return copy_precomputed(stage, i, count, any_b, tile_j);
         const int b = opaque(any_b);
         const S* const u = static_cast<const S*>(p.u);
         const S* const w = static_cast<const S*>(p.weight);
@@ -237,7 +237,7 @@ struct Passes {
             const int64_t known = p.softmax_at(t, b + row, i + chunk_i);
             Softmax s{p.leaky ? 0.0f : -INFINITY, p.leaky ? 1.0f : 0.0f, 0.0f};
             if (step == Step::statistics && tile_j > 0) s = softmax[chunk_i * rows + row];
-            if (step == Step::given) {
+            if (step == Step::known) {
                 s.largest = load_written(&p.softmax[known].largest);
                 s.sum = load_written(&p.softmax[known].sum);
                 s.mean = load_written(&p.softmax[known].mean);
@@ -377,7 +377,7 @@ struct Sequence {
         const int m = backward ? n - 1 : n, rest = m % of_pass;
         t = backward ? f.p.iterations - 1 - m / of_pass : m / of_pass;
         finishes = rest + 1 == of_pass;
-        step = apart == 0 ? Step::whole : rest == 0 ? Step::statistics : Step::given;
+        step = apart == 0 ? Step::whole : rest == 0 ? Step::statistics : Step::known;
         // With detach the gradient needs the softmax of the last pass, and no sums.
         if (backward && f.p.detach) step = Step::statistics, finishes = false;
     }

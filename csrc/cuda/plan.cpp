@@ -20,9 +20,9 @@ bool common(const FusedShape& shape, Tiling& to) {
     // The kernels count samples, capsules and items of work in 32 bits.
     if (to.n == 0 || shape.K > 1024 || shape.B >= 1 << 24 || shape.J >= 1 << 16 || shape.I >= 1 << 30)
         return false;
-    to.steps = shape.given ? 0 : int(divide_up(shape.K, 8));
+    to.steps = shape.precomputed ? 0 : int(divide_up(shape.K, 8));
     // Of predictions whole tiles are read, of which D may fill three where there are four.
-    to.stride = row_stride(shape.given ? 8 * to.n : shape.K);
+    to.stride = row_stride(shape.precomputed ? 8 * to.n : shape.K);
     return true;
 }
 
@@ -57,7 +57,8 @@ bool plan_passes(const FusedShape& shape, const FusedLimits& limits, int residen
     for (const int64_t bytes : {limits.shared_per_block / 2 - 1024, limits.shared_per_block}) {
         for (int chunk = 8; chunk > 0; chunk /= 2) {
             to.chunk = int(divide_up(to.length, divide_up(to.length, chunk)));
-            const int64_t rows_of_i = shape.given ? to.tile_j * rows : rows + int64_t(to.tile_j) * to.n * 8;
+            const int64_t rows_of_i =
+                shape.precomputed ? to.tile_j * rows : rows + int64_t(to.tile_j) * to.n * 8;
             to.stage = aligned(to.chunk * rows_of_i * to.stride * shape.element);
             const int64_t logits = to.chunk * to.tile_j * rows * 4, softmax = to.chunk * rows * 12;
             to.shared = 2 * to.stage + 2 * logits + softmax;
@@ -71,12 +72,12 @@ bool plan_gradients(const FusedShape& shape, const FusedLimits& limits, Tiling& 
     if (!common(shape, to)) return false;
     to.m = to.n * (shape.passes > 2 ? 9 : 5) > 10 ? 1 : 2;
     to.groups = 1;
-    const int64_t rows = 16 * to.m, row_bytes = shape.given ? 0 : int64_t(to.stride) * shape.element;
+    const int64_t rows = 16 * to.m, row_bytes = shape.precomputed ? 0 : int64_t(to.stride) * shape.element;
     const int64_t slot = std::max<int64_t>(2 * shape.passes * rows, to.m * to.steps * 128);
     if (slot * 4 > limits.shared_per_block) return false;
     to.slot = int(slot);
     to.tiles_b = divide_up(shape.B, rows);
-    const int most = most_gradient_warps(shape.tensor_cores || shape.given);
+    const int most = most_gradient_warps(shape.tensor_cores || shape.precomputed);
     double best = 0;
     Tiling tiling = to;
     // Fewer tiles of j first: every tile reads u again and makes a part of du that has to be added.
@@ -110,7 +111,8 @@ bool plan_gradients(const FusedShape& shape, const FusedLimits& limits, Tiling& 
 }
 
 bool plan_resident(const FusedShape& shape, const FusedLimits& limits, ResidentTiling& to) {
-    if (!shape.given || shape.passes < 1 || shape.J > most_resident_j || shape.D > 32 || shape.I >= 1 << 20)
+    if (!shape.precomputed || shape.passes < 1 || shape.J > most_resident_j || shape.D > 32 ||
+        shape.I >= 1 << 20)
         return false;
     const int64_t rounds = divide_up(shape.B, limits.multiprocessors);
     if (3 * shape.B < 2 * rounds * limits.multiprocessors) return false;

@@ -14,8 +14,8 @@ struct FusedShape {
     int64_t B, I, J, D, K;
     int element;  // bytes of a number in u and W
     bool tensor_cores;
-    bool given;  // the predictions are: no u and W, K does not matter
-    int passes;  // with logits
+    bool precomputed;  // the predictions are: no u and W, K does not matter
+    int passes;        // with logits
 };
 
 struct FusedLimits {

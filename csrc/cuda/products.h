@@ -126,7 +126,7 @@ struct Tf32Gradients {
 // On tensor cores, float32 rounded to TF32.
 struct Tf32 : Tf32Gradients<float> {
     typedef float S;
-    static constexpr bool tensor_cores = true, scales_u = true, pairs = false, given = false;
+    static constexpr bool tensor_cores = true, scales_u = true, pairs = false, precomputed = false;
 
     // The k axis goes in the order 0 2 4 6 1 3 5 7, so that a lane's two numbers are neighbours in memory.
     template <int M, int N, bool scaled>
@@ -174,7 +174,7 @@ struct Tf32 : Tf32Gradients<float> {
 // In float32. The same layouts, so that the kernels need not know.
 struct MultiplyAdds {
     typedef float S;
-    static constexpr bool tensor_cores = false, scales_u = false, pairs = false, given = false;
+    static constexpr bool tensor_cores = false, scales_u = false, pairs = false, precomputed = false;
 
     static CAPSOPS_DEVICE void quarter(float* to, const float* from) {
         const float4 x = *reinterpret_cast<const float4*>(from);
@@ -311,11 +311,11 @@ struct MultiplyAdds {
     static CAPSOPS_DEVICE int weight_k(int) { return lane_index() / 4; }
 };
 
-// No product: the predictions are given, and lie in shared memory as [samples, stride].
+// No product: the predictions are precomputed, and lie in shared memory as [samples, stride].
 template <typename Number>
-struct GivenPredictions {
+struct PrecomputedPredictions {
     typedef Number S;
-    static constexpr bool tensor_cores = false, scales_u = false, pairs = false, given = true;
+    static constexpr bool tensor_cores = false, scales_u = false, pairs = false, precomputed = true;
 
     template <int M, int N>
     static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const S*, const S* u_hat, int stride, int) {

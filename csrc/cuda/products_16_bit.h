@@ -92,7 +92,7 @@ template <typename Number>
 struct SixteenBit : std::conditional<std::is_same<Number, Bfloat16>::value, Bfloat16Gradients,
                                      Tf32Gradients<Number>>::type {
     typedef Number S;
-    static constexpr bool tensor_cores = true, scales_u = false, pairs = true, given = false;
+    static constexpr bool tensor_cores = true, scales_u = false, pairs = true, precomputed = false;
 
     // Depth 16; the second 8 components lie `u_apart` and `w_apart` numbers behind the first.
     template <int M, int N>

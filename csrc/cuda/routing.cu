@@ -114,12 +114,13 @@ Plan plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, const 
     passes.couplings = op == RoutingOp::couplings;
     const int element = call.dtype == Dtype::float32 ? 4 : 2;
     const auto aligned = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
-    const bool given = call.weight == nullptr;
-    passes.vectors = (given ? call.D : call.K) * element % 16 == 0 && aligned(call.u) &&
-                     aligned(call.weight) && (!given || aligned(call.grad_u));
+    const bool precomputed = call.weight == nullptr;
+    passes.vectors = (precomputed ? call.D : call.K) * element % 16 == 0 && aligned(call.u) &&
+                     aligned(call.weight) && (!precomputed || aligned(call.grad_u));
     const int last = passes.p.iterations - 1, logits = call.detach ? last > 0 : last;
-    const bool tensor_cores = !given && (element == 2 || mode.tf32);
-    const FusedShape shape{call.B, call.I, call.J, call.D, call.K, element, tensor_cores, given, logits};
+    const bool tensor_cores = !precomputed && (element == 2 || mode.tf32);
+    const FusedShape shape{call.B,  call.I,       call.J,      call.D, call.K,
+                           element, tensor_cores, precomputed, logits};
     const FusedLimits limits{device.multiprocessors, device.shared_per_block};
     plan.resident = op == RoutingOp::forward && plan_resident(shape, limits, plan.resident_tiling);
     if (plan.resident) return plan;
@@ -134,8 +135,8 @@ Plan plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, const 
                         : call.dtype == Dtype::float16 ? fused_float16
                         : mode.tf32                    ? fused_tf32
                                                        : fused_float32;
-    plan.kernels = given ? fused_given(call.dtype, passes.tiling, passes.p.backward, logits)
-                         : choose(passes.tiling, passes.p.backward, logits);
+    plan.kernels = precomputed ? fused_precomputed(call.dtype, passes.tiling, passes.p.backward, logits)
+                               : choose(passes.tiling, passes.p.backward, logits);
     const auto resident = [&] {
         const Tiling& tiling = passes.tiling;
         return resident_blocks(plan.kernels.passes, "routing passes", tiling.warps * warp_size,

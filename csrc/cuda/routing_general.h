@@ -1,5 +1,5 @@
-// Routing for any shape, on u and weight or on given predictions: float32 multiply-adds, nothing in shared
-// memory.
+// Routing for any shape, on u and weight or on precomputed predictions: float32 multiply-adds, nothing in
+// shared memory.
 #pragma once
 
 #include "routing.h"

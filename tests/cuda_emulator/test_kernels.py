@@ -192,13 +192,16 @@ def test_more_passes_than_shared_memory_holds(emulated: Emulated) -> None:
     check(got, lambda *x: reference.capsule_routing(*x, iterations=40), inputs, [1, 0, None])
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_no_sums_of_the_softmax_in_memory(emulated: Emulated, given: bool) -> None:
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_no_sums_of_the_softmax_in_memory(emulated: Emulated, precomputed: bool) -> None:
     """Few output capsules: what backward keeps does not grow with the number of input capsules."""
     emulated.device.set()
     B, I, J, D, K = 64, 20000, 10, 16, 8  # noqa: E741
     call = emulated.extension.RoutingCall(B, I, J, D, K, 3, False, False, 0, False)
-    u, weight = (16, 4 * B * I * (J * D if given else K)), (0, 0) if given else (16, 4 * I * J * D * K)
+    u, weight = (
+        (16, 4 * B * I * (J * D if precomputed else K)),
+        (0, 0) if precomputed else (16, 4 * I * J * D * K),
+    )
     call.point(u=u, weight=weight, grad_u=u, grad_weight=weight)
     assert call.workspace(emulated.extension.RoutingOp.backward, 0) < 4 * B * I
 
@@ -228,7 +231,7 @@ def test_sums_of_16_bit_are_float32(emulated: Emulated, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-15), (torch.float16, 2**-20)])
-def test_sums_of_given_16_bit(emulated: Emulated, dtype: torch.dtype, bound: float) -> None:
+def test_sums_of_precomputed_16_bit(emulated: Emulated, dtype: torch.dtype, bound: float) -> None:
     """V goes to the tensor cores in two parts, which leaves the logits far more exact than the dtype."""
     u_hat, bias = routing_inputs(Shape(2, 37, 10, 16, 1), True, dtype)
     _, s = emulated.call("dynamic_routing", u_hat, bias, 3, False, True)

@@ -20,7 +20,7 @@ shapes = st.fixed_dictionaries(
         "K": st.integers(1, 40),
         "element": st.sampled_from([2, 4]),
         "tensor_cores": st.booleans(),
-        "given": st.booleans(),
+        "precomputed": st.booleans(),
         "passes": st.integers(0, 12),
     }
 )
@@ -80,8 +80,8 @@ def check_block(plan: dict[str, int], shape: dict[str, int], shared: int) -> Non
     assert plan["shared"] <= shared
     assert plan["stage"] % 16 == 0
     # The tiles of a row of predictions, the steps along one of u or W, are read to their end.
-    assert plan["stride"] >= 8 * (plan["n"] if shape["given"] else plan["steps"])
-    assert 8 * plan["steps"] >= (0 if shape["given"] else shape["K"])
+    assert plan["stride"] >= 8 * (plan["n"] if shape["precomputed"] else plan["steps"])
+    assert 8 * plan["steps"] >= (0 if shape["precomputed"] else shape["K"])
     assert plan["stride"] % 16 == 8  # an odd multiple of 8: rows begin in different banks
 
 

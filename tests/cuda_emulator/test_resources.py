@@ -54,7 +54,7 @@ def instructions(arch: str) -> dict[str, list[str]]:
 
 
 def test_every_kernel_is_there(resources: dict[str, dict[str, int]]) -> None:
-    """Passes: 3 sizes of D, forward and backward, 4 ways to multiply and 3 storages of given predictions.
+    """Passes: 3 sizes of D, forward and backward, 4 ways to multiply and 3 storages of precomputed predictions.
 
     Gradients: 5 for each way to multiply and each storage. Resident: 3 sizes of D, J 10 or less, 3 storages.
     """
@@ -96,7 +96,7 @@ def test_tensor_cores(instructions: dict[str, list[str]]) -> None:
     assert len(fused) == 95
     for name, code in fused.items():
         copies = any(op.startswith("LDGSTS") for op in code)
-        assert copies != ("gradients_" in name and "Given" in name), f"{name}: asynchronous copies?"
+        assert copies != ("gradients_" in name and "Precomputed" in name), f"{name}: asynchronous copies?"
         matrix = {op for op in code if op.startswith("HMMA")}
         wanted = set()
         if "Tf32" in name:
