@@ -53,10 +53,11 @@ py::object fused_plan(bool gradients, int64_t B, int64_t I, int64_t J, int64_t D
     return served ? py::object(described(tiling)) : py::none();
 }
 
-py::object resident_plan(int64_t B, int64_t I, int64_t J, int64_t D, int element, int passes,
-                         int multiprocessors, int64_t shared_per_block) {
-    ResidentTiling t{};
-    if (!plan_resident({B, I, J, D, 1, element, false, true, passes}, {multiprocessors, shared_per_block}, t))
+py::object smem_cached_plan(int64_t B, int64_t I, int64_t J, int64_t D, int element, int passes,
+                            int multiprocessors, int64_t shared_per_block) {
+    SmemCachedTiling t{};
+    if (!plan_smem_cached({B, I, J, D, 1, element, false, true, passes}, {multiprocessors, shared_per_block},
+                          t))
         return py::none();
     py::dict found;
     found["parts"] = t.parts, found["row"] = t.row, found["sets"] = t.sets, found["warps"] = t.warps;
@@ -80,7 +81,7 @@ PYBIND11_MODULE(_cuda, m) {
           "How the fused passes, or the fused gradients, of capsule_routing divide the work on a device (by "
           "default "
           "an H200): a dict, or None where the general kernels serve the shape. Needs no device.");
-    m.def("resident_plan", &resident_plan, py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"),
+    m.def("smem_cached_plan", &smem_cached_plan, py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"),
           py::arg("element") = 4, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
           py::arg("shared_per_block") = 232448,
           "How dynamic_routing's forward direction keeps predictions on the chip: a dict, or None where it "

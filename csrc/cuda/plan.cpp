@@ -110,8 +110,8 @@ bool plan_gradients(const FusedShape& shape, const FusedLimits& limits, Tiling& 
     return best > 0;
 }
 
-bool plan_resident(const FusedShape& shape, const FusedLimits& limits, ResidentTiling& to) {
-    if (!shape.precomputed || shape.passes < 1 || shape.J > most_resident_j || shape.D > 32 ||
+bool plan_smem_cached(const FusedShape& shape, const FusedLimits& limits, SmemCachedTiling& to) {
+    if (!shape.precomputed || shape.passes < 1 || shape.J > max_smem_cached_j || shape.D > 32 ||
         shape.I >= 1 << 20)
         return false;
     const int64_t rounds = divide_up(shape.B, limits.multiprocessors);
@@ -119,11 +119,11 @@ bool plan_resident(const FusedShape& shape, const FusedLimits& limits, ResidentT
     to.parts = shape.D <= 8 ? 2 : shape.D <= 16 ? 4 : 8;
     // An odd number of vectors from one input capsule to the next, or on tensor cores of 16 bytes: they begin
     // in different banks.
-    const bool matrix = resident_on_tensor_cores(shape.element, to.parts);
+    const bool matrix = smem_cached_on_tensor_cores(shape.element, to.parts);
     to.row = int(matrix ? shape.J * 16 + 8 : (shape.J | 1) * 4 * to.parts);
     const int64_t of_set = matrix ? 16 : 32 / to.parts, sums = shape.J * 4 * to.parts * 4;
     to.sets = int(divide_up(shape.I, of_set));
-    to.warps = std::min(to.sets, most_resident_warps);
+    to.warps = std::min(to.sets, max_smem_cached_warps);
     const int64_t left = limits.shared_per_block - (to.warps + 2) * sums;
     const int64_t slot = of_set * to.row * shape.element;
     to.slots = int(std::min<int64_t>({left / (to.warps * slot), divide_up(to.sets, to.warps), most_slots}));

@@ -46,8 +46,8 @@ constexpr int most_warps = 12;  // of a block of the passes: up to 168 registers
 // Of a block of the gradients: up to 168 registers a thread, 255 for products by multiply-adds.
 constexpr int most_gradient_warps(bool few_registers) { return few_registers ? 12 : 8; }
 
-// Of dynamic_routing with a block for each sample (resident.cu).
-struct ResidentTiling {
+// Of dynamic_routing with a block for each sample (smem_cached.cu).
+struct SmemCachedTiling {
     int parts;       // lanes to a vector
     int row;         // numbers between input capsules in shared memory
     int sets;        // of 32 / parts input capsules, of a sample
@@ -58,10 +58,10 @@ struct ResidentTiling {
 };
 
 // Logits by products of depth 16.
-constexpr bool resident_on_tensor_cores(int element, int parts) { return element == 2 && parts == 4; }
+constexpr bool smem_cached_on_tensor_cores(int element, int parts) { return element == 2 && parts == 4; }
 
-constexpr int most_resident_warps = 12;
-constexpr int most_resident_j = 10;
+constexpr int max_smem_cached_warps = 12;
+constexpr int max_smem_cached_j = 10;
 constexpr int most_slots = 8;
 
 inline int tiles_of_d(int64_t D) { return D <= 8 ? 1 : D <= 16 ? 2 : D <= 32 ? 4 : 0; }
@@ -72,6 +72,6 @@ bool plan_passes(const FusedShape& shape, const FusedLimits& limits, int residen
 bool plan_gradients(const FusedShape& shape, const FusedLimits& limits, Tiling& to);
 
 // False as well where the samples leave much of the device without work.
-bool plan_resident(const FusedShape& shape, const FusedLimits& limits, ResidentTiling& to);
+bool plan_smem_cached(const FusedShape& shape, const FusedLimits& limits, SmemCachedTiling& to);
 
 }  // namespace capsops

@@ -1,9 +1,9 @@
 // Routing from beginning to end: workspace, the passes in their order, the gradient of the bias.
 #include "common/arena.h"
 #include "fused.h"
-#include "resident.h"
 #include "routing.h"
 #include "routing_general.h"
+#include "smem_cached.h"
 
 namespace capsops {
 namespace {
@@ -96,13 +96,13 @@ void add_parts(const float* from, void* to, int64_t count, int64_t parts, Dtype 
     });
 }
 
-// How a call is served: by the resident or the fused kernels where they take the shape, else by the general
-// ones.
+// How a call is served: by the smem_cached or the fused kernels where they take the shape, else by the
+// general ones.
 struct Plan {
     Fused passes, gradients;
     FusedKernels kernels;
-    ResidentTiling resident_tiling;
-    bool fused_passes, fused_gradients, resident;
+    SmemCachedTiling smem_cached_tiling;
+    bool fused_passes, fused_gradients, smem_cached;
     bool statistics;  // backward: the sums of the softmax of all passes go through memory
     int64_t blocks;   // of the passes: what the device holds at one time
 };
@@ -122,8 +122,8 @@ Plan plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, const 
     const FusedShape shape{call.B,  call.I,       call.J,      call.D, call.K,
                            element, tensor_cores, precomputed, logits};
     const FusedLimits limits{device.multiprocessors, device.shared_per_block};
-    plan.resident = op == RoutingOp::forward && plan_resident(shape, limits, plan.resident_tiling);
-    if (plan.resident) return plan;
+    plan.smem_cached = op == RoutingOp::forward && plan_smem_cached(shape, limits, plan.smem_cached_tiling);
+    if (plan.smem_cached) return plan;
     plan.fused_passes = plan_passes(shape, limits, 1, passes.tiling);
     if (!plan.fused_passes) {
         passes.p.splits = general_splits(passes.p, device);
@@ -137,13 +137,13 @@ Plan plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, const 
                                                        : fused_float32;
     plan.kernels = precomputed ? fused_precomputed(call.dtype, passes.tiling, passes.p.backward, logits)
                                : choose(passes.tiling, passes.p.backward, logits);
-    const auto resident = [&] {
+    const auto blocks_per_multiprocessor = [&] {
         const Tiling& tiling = passes.tiling;
         return resident_blocks(plan.kernels.passes, "routing passes", tiling.warps * warp_size,
                                tiling.shared);
     };
-    plan_passes(shape, limits, resident(), passes.tiling);
-    const int64_t most = int64_t(device.multiprocessors) * resident();
+    plan_passes(shape, limits, blocks_per_multiprocessor(), passes.tiling);
+    const int64_t most = int64_t(device.multiprocessors) * blocks_per_multiprocessor();
     plan.blocks = passes.tiling.items < most ? passes.tiling.items : most;
     passes.p.splits = passes.tiling.splits;
     plan.gradients = passes;
@@ -155,7 +155,7 @@ Plan plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, const 
 // Divides the workspace; returns the bytes it takes. A null `workspace` is only measured.
 int64_t place(Plan& plan, RoutingOp op, void* workspace) {
     AlignedArena<256> arena(workspace);
-    if (plan.resident) return 0;
+    if (plan.smem_cached) return 0;
     Routing& p = plan.passes.p;
     p.total_v = arena.take<float>(p.iterations * p.capsules());
     p.partial = arena.take<float>(p.splits * p.capsules());
@@ -197,8 +197,8 @@ void launch_passes(const Plan& plan, int first, int last, bool cooperative, Stre
 void forward(const Plan& plan, RoutingOp op, const RoutingCall& call, bool cooperative, Stream stream) {
     Routing p = plan.passes.p;
     const bool couplings = op == RoutingOp::couplings;
-    if (plan.resident) {
-        resident_passes(Resident{p, plan.resident_tiling, plan.passes.vectors}, call.dtype, stream);
+    if (plan.smem_cached) {
+        smem_cached_passes(SmemCached{p, plan.smem_cached_tiling, plan.passes.vectors}, call.dtype, stream);
         return;
     }
     if (plan.fused_passes) {

@@ -387,7 +387,7 @@ def test_dynamic_routing_of_three_tiles_of_d(emulated: Emulated, shape: Shape, d
 def test_slots_are_used_again(emulated: Emulated) -> None:
     """In the two cases above that are to show it."""
     for B, I, J, D, element, kilobytes in ((2, 700, 3, 8, 4, 64), (2, 600, 10, 13, 2, 220)):  # noqa: E741
-        plan = emulated.extension.resident_plan(
+        plan = emulated.extension.smem_cached_plan(
             B, I, J, D, element, 3, multiprocessors=3, shared_per_block=kilobytes * 1024
         )
         assert plan["warps"] * plan["slots"] < plan["sets"]

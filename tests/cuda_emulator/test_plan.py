@@ -37,11 +37,15 @@ def covers(parts: int, length: int, whole: int) -> bool:
     return (parts - 1) * length < whole <= parts * length
 
 
-@given(shape=shapes, device=st.sampled_from(sorted(DEVICES)), resident=st.integers(1, 4))
-def test_passes(cuda: ModuleType, shape: dict[str, int], device: str, resident: int) -> None:
+@given(shape=shapes, device=st.sampled_from(sorted(DEVICES)), resident_blocks=st.integers(1, 4))
+def test_passes(cuda: ModuleType, shape: dict[str, int], device: str, resident_blocks: int) -> None:
     shared, multiprocessors = DEVICES[device]
     plan = cuda.fused_plan(
-        False, **shape, multiprocessors=multiprocessors, shared_per_block=shared, resident_blocks=resident
+        False,
+        **shape,
+        multiprocessors=multiprocessors,
+        shared_per_block=shared,
+        resident_blocks=resident_blocks,
     )
     if plan is None:  # W of one input capsule is too large for this device: the general kernels serve it
         assert device in ("sm_86", "sm_89")
@@ -56,7 +60,7 @@ def test_passes(cuda: ModuleType, shape: dict[str, int], device: str, resident: 
     check_block(plan, shape, shared)
     assert plan["warps"] == plan["tile_j"] * plan["groups"]
     # Partial sums stay within what the device holds at a time: workspace does not grow with I.
-    assert plan["splits"] <= 8 or plan["items"] <= multiprocessors * resident
+    assert plan["splits"] <= 8 or plan["items"] <= multiprocessors * resident_blocks
 
 
 @given(shape=shapes, device=st.sampled_from(sorted(DEVICES)))
@@ -102,10 +106,10 @@ def test_what_is_left_to_the_general_kernels(
 
 
 @given(shape=shapes, device=st.sampled_from(sorted(DEVICES)))
-def test_resident(cuda: ModuleType, shape: dict[str, int], device: str) -> None:
+def test_smem_cached(cuda: ModuleType, shape: dict[str, int], device: str) -> None:
     shared, multiprocessors = DEVICES[device]
     B, I, J, D = (shape[axis] for axis in "BIJD")  # noqa: E741
-    plan = cuda.resident_plan(
+    plan = cuda.smem_cached_plan(
         B, I, J, D, shape["element"], shape["passes"], multiprocessors, shared_per_block=shared
     )
     busy = B / (-(-B // multiprocessors) * multiprocessors)
@@ -128,7 +132,7 @@ def test_resident(cuda: ModuleType, shape: dict[str, int], device: str) -> None:
 
 
 def test_half_of_the_predictions_of_a_capsule_network_stay_on_an_h200(cuda: ModuleType) -> None:
-    plan = cuda.resident_plan(128, 1152, 10, 16, element=2)
+    plan = cuda.smem_cached_plan(128, 1152, 10, 16, element=2)
     assert plan["warps"] * plan["slots"] >= plan["sets"] / 2
 
 

@@ -24,12 +24,12 @@ from tests.cuda_emulator.test_kernels import (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = {**DTYPES, "tf32": torch.float32}
 
-# An op, how it multiplies, and how many tiles of 8 its D fills; five are for the general kernels. "resident"
-# is dynamic_routing of what resident.cu serves.
+# An op, how it multiplies, and how many tiles of 8 its D fills; five are for the general kernels.
+# "smem_cached" is dynamic_routing of the shapes that smem_cached.cu supports.
 COMBINATIONS = [
     *product(["capsule_routing", "couplings"], PRECISIONS, range(1, 6)),
     *product(["dynamic_routing"], DTYPES, range(1, 6)),
-    *product(["resident"], DTYPES, [1, 2, 4]),
+    *product(["smem_cached"], DTYPES, [1, 2, 4]),
     *product(["predictions", "squash"], DTYPES, [None]),
 ]
 
@@ -67,7 +67,7 @@ def case(number: int) -> Case:
     B = spread(draw, 16, 70) if (at + cycle) % 2 == 0 else draw.randint(1, 15)
     if B >= 16 and draw.random() < 0.5:
         B -= B % 16  # no sample is padding
-    # More than 12 output capsules do not fit in one block, more than 10 are not resident.
+    # More than 12 output capsules do not fit in one block, more than 10 are not cached in shared memory.
     J = spread(draw, 13, 40) if (at // 2 + cycle // 2) % 2 == 0 else draw.randint(1, 12)
     most = 40 if tiles is None else 8 * tiles
     D = most if draw.random() < 0.4 else draw.randint(1 if tiles is None else most - 7, most)
@@ -75,17 +75,17 @@ def case(number: int) -> Case:
     work = WORK if number < FAST else 4 * WORK
     if tiles == 5:  # the general kernels compute the logits anew for every component of a gradient
         work //= 4
-    if op == "resident":  # fewer of all else, so that warps have several sets of input capsules
+    if op == "smem_cached":  # fewer of all else, so that warps have several sets of input capsules
         B, J = B if B >= 16 else min(B, 3), min(J, 10) if B >= 16 else min(J, 4)
-    most_i = max(2, min(400 if op == "resident" else 300, work // (B * J * most)))
-    I = draw.randint(most_i // 2 if op == "resident" else 1, most_i)  # noqa: E741
+    most_i = max(2, min(400 if op == "smem_cached" else 300, work // (B * J * most)))
+    I = draw.randint(most_i // 2 if op == "smem_cached" else 1, most_i)  # noqa: E741
     options = Options(draw.choice([0, 1, 2, 2, 3, 3, 4, 5]), *(draw.random() < 0.5 for _ in range(3)))
     device = {
         "multiprocessors": draw.randint(1, 16),
         "shared_per_block": 1024 * draw.choice([16, 64, 99, 163, 227, 227]),
         "cooperative": draw.random() < 0.7,
     }
-    if op == "resident":
+    if op == "smem_cached":
         options = options._replace(iterations=max(options.iterations, 2))
         busy = [m for m in range(1, 17) if 2 * m * -(-B // m) <= 3 * B]
         device |= {"multiprocessors": draw.choice(busy), "shared_per_block": 1024 * 227}
@@ -103,7 +103,7 @@ def draw_inputs(case: Case) -> list[Tensor | None]:
     dtype, shape, bias = PRECISIONS[case.precision], case.shape, case.options.bias
     if case.op == "squash":
         return [torch.randn(shape.B, shape.J, shape.D, dtype=torch.float64).to(dtype)]
-    if case.op in ("dynamic_routing", "resident"):
+    if case.op in ("dynamic_routing", "smem_cached"):
         return list(routing_inputs(shape, bias, dtype))
     return list(layer_inputs(shape, bias, dtype))[: 2 if case.op == "predictions" else 3]
 
@@ -112,7 +112,7 @@ def run_kernels(emulated: Emulated, case: Case, inputs: Sequence[Tensor | None])
     def backward(x: Tensor) -> Tensor:
         return LAYOUTS["offset"](x) if "g" in case.offset else x
 
-    names = "ub" if case.op in ("dynamic_routing", "resident") else "uwb"
+    names = "ub" if case.op in ("dynamic_routing", "smem_cached") else "uwb"
     placed = [
         LAYOUTS["offset"](x) if x is not None and name in case.offset else x
         for x, name in zip(inputs, names, strict=False)
@@ -120,7 +120,7 @@ def run_kernels(emulated: Emulated, case: Case, inputs: Sequence[Tensor | None])
     options, device = case.options, case.device
     if case.op == "capsule_routing":
         return capsule_routing(emulated, placed, options, backward, **device)
-    if case.op in ("dynamic_routing", "resident"):
+    if case.op in ("dynamic_routing", "smem_cached"):
         return dynamic_routing(emulated, placed, options, backward, **device)
     if case.op == "couplings":
         (c,) = emulated.call("couplings", *placed, options.iterations, options.leaky, **device)
@@ -149,7 +149,7 @@ def plain_torch(case: Case) -> tuple[Callable[..., Tensor], list[str]]:
         return lambda s: reference.squash(s, dim_of_squash(case)), ["bjd", "bjd"]
     if case.op == "predictions":
         return reference.predictions, ["bik", "ijdk", "bijd"]
-    if case.op in ("dynamic_routing", "resident"):
+    if case.op in ("dynamic_routing", "smem_cached"):
         return lambda *x: reference.dynamic_routing(*x, **options.keywords()), ["bijd", "jd", "bjd"]
 
     def formula(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -219,11 +219,11 @@ def plain_runs(case: Case, inputs: Sequence[Tensor | None], exact: Run, count: i
 @pytest.mark.parametrize("case", CASES)
 def test_random_shape(emulated: Emulated, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emulated.implementation, "_allows_tf32", lambda: case.precision == "tf32")
-    if case.op == "resident":
+    if case.op == "smem_cached":
         B, I, J, D, _ = case.shape  # noqa: E741
         element, logits = PRECISIONS[case.precision].itemsize, case.options.iterations - 1
         limits = (case.device["multiprocessors"], case.device["shared_per_block"])
-        assert emulated.extension.resident_plan(B, I, J, D, element, logits, *limits) is not None
+        assert emulated.extension.smem_cached_plan(B, I, J, D, element, logits, *limits) is not None
     inputs = draw_inputs(case)
     got, exact = run_kernels(emulated, case, inputs), in_float64(case, inputs)
     lows = plain_runs(case, inputs, exact, 2)

@@ -53,15 +53,16 @@ def instructions(arch: str) -> dict[str, list[str]]:
     return {text.split(maxsplit=1)[0]: pattern.findall(text) for text in functions[1:]}
 
 
-def test_every_kernel_is_there(resources: dict[str, dict[str, int]]) -> None:
-    """Passes: 3 sizes of D, forward and backward, 4 ways to multiply and 3 storages of precomputed predictions.
+def test_every_kernel_is_compiled(resources: dict[str, dict[str, int]]) -> None:
+    """Each kernel once for every template argument that it is compiled with.
 
-    Gradients: 5 for each way to multiply and each storage. Resident: 3 sizes of D, J 10 or less, 3 storages.
+    Passes: 3 sizes of D, forward and backward, 4 ways to multiply and 3 dtypes of precomputed predictions.
+    Gradients: 5 for each way to multiply and each dtype. smem_cached: 3 sizes of D, J 10 or less, 3 dtypes.
     """
     names = " ".join(resources)
     assert names.count("passes_kernel") == 42
     assert names.count("gradients_kernel") == 35
-    assert names.count("resident_kernel") == 18
+    assert names.count("smem_cached_kernel") == 18
     for kernel in ("squash_kernel", "predictions_kernel", "sums_kernel", "grad_bias_kernel"):
         assert kernel in names
 
@@ -75,7 +76,7 @@ def test_no_spills_and_no_stack(resources: dict[str, dict[str, int]]) -> None:
 def test_registers_let_the_planned_blocks_run(resources: dict[str, dict[str, int]]) -> None:
     """65536 registers of a multiprocessor, given to warps in units of 256, four warps at a time."""
     for name, numbers in resources.items():
-        warps = 12 if re.search("passes_|gradients_|resident_", name) else 8
+        warps = 12 if re.search("passes_|gradients_|smem_cached_", name) else 8
         if "gradients_kernel" in name and "MultiplyAdds" in name:
             warps = 8
         registers = -(-numbers["REG"] // 8) * 8
@@ -91,7 +92,9 @@ def test_no_local_memory_in_the_machine_code(instructions: dict[str, list[str]])
 def test_tensor_cores(instructions: dict[str, list[str]]) -> None:
     """Of the shape and type that is meant, in the kernels for them; copies in flight of what comes again."""
     fused = {
-        name: code for name, code in instructions.items() if re.search("passes_|gradients_|resident_", name)
+        name: code
+        for name, code in instructions.items()
+        if re.search("passes_|gradients_|smem_cached_", name)
     }
     assert len(fused) == 95
     for name, code in fused.items():
@@ -106,6 +109,6 @@ def test_tensor_cores(instructions: dict[str, list[str]]) -> None:
             wanted = {f"HMMA.16816.F32{kind}", f"HMMA.1688.F32{kind}"}
             if "gradients_" in name and not kind:
                 wanted.add("HMMA.1688.F32.TF32")
-        elif resident := re.search("resident_kernelI(13__nv_bfloat16|6__half)Li4E", name):
-            wanted = {f"HMMA.16816.F32{'.BF16' if 'bfloat16' in resident.group(1) else ''}"}
+        elif cached := re.search("smem_cached_kernelI(13__nv_bfloat16|6__half)Li4E", name):
+            wanted = {f"HMMA.16816.F32{'.BF16' if 'bfloat16' in cached.group(1) else ''}"}
         assert matrix == wanted, name

@@ -7,12 +7,12 @@
 
 namespace capsops {
 
-struct Resident {
+struct SmemCached {
     Routing p;
-    ResidentTiling tiling;
+    SmemCachedTiling tiling;
     bool vectors;  // u_hat is copied 16 bytes at a time
 };
 
-void resident_passes(const Resident& call, Dtype dtype, Stream stream);
+void smem_cached_passes(const SmemCached& call, Dtype dtype, Stream stream);
 
 }  // namespace capsops

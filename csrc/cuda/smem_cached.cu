@@ -5,7 +5,7 @@
 // the sums within its registers. The sets go through a ring of slots in shared memory, forwards in the first
 // pass, backwards in the second and so on: what the last slots hold is what the next pass begins with, and
 // only the rest is read again. The warps' sums meet once a pass.
-#include "resident.h"
+#include "smem_cached.h"
 
 namespace capsops {
 namespace {
@@ -15,13 +15,13 @@ constexpr float log2_e = 1.44269504f;
 // `exact`: J is most_j, else it may be less.
 template <typename S, int parts, int most_j, bool exact>
 struct Sample {
-    static constexpr bool matrix = resident_on_tensor_cores(int(sizeof(S)), parts);
+    static constexpr bool matrix = smem_cached_on_tensor_cores(int(sizeof(S)), parts);
     static constexpr int of_set = matrix ? 16 : warp_size / parts;  // input capsules
     static constexpr int size = 4 * parts;  // of a vector, components beyond D being 0
 
-    const Resident& r;
+    const SmemCached& r;
     const Routing& p;
-    const ResidentTiling& tiling;
+    const SmemCachedTiling& tiling;
     const int64_t b;
     const int J, D, lane, part;
     const int own;          // sets of this warp: number warp_index() + n warp_count()
@@ -30,7 +30,7 @@ struct Sample {
     float* const total_v;   // [J, size]
     float* const weighted;  // [J, size]: s
 
-    CAPSOPS_DEVICE Sample(const Resident& r, int64_t b)
+    CAPSOPS_DEVICE Sample(const SmemCached& r, int64_t b)
         : r(r),
           p(r.p),
           tiling(r.tiling),
@@ -306,29 +306,29 @@ struct Sample {
 };
 
 template <typename S, int parts, int most_j, bool exact>
-CAPSOPS_KERNEL(most_resident_warps* warp_size, 1)
-resident_kernel(CAPSOPS_PARAMETER Resident r) {
+CAPSOPS_KERNEL(max_smem_cached_warps* warp_size, 1)
+smem_cached_kernel(CAPSOPS_PARAMETER SmemCached r) {
     if (block_index() < r.p.B) Sample<S, parts, most_j, exact>(r, block_index()).clear();
     for (int64_t b = block_index(); b < r.p.B; b += block_count())
         Sample<S, parts, most_j, exact>(r, b).run();
 }
 
 template <typename S, int parts>
-void (*kernel_of(int64_t J))(Resident) {
-    return J == most_resident_j ? resident_kernel<S, parts, most_resident_j, true>
-                                : resident_kernel<S, parts, most_resident_j, false>;
+void (*kernel_of(int64_t J))(SmemCached) {
+    return J == max_smem_cached_j ? smem_cached_kernel<S, parts, max_smem_cached_j, true>
+                                  : smem_cached_kernel<S, parts, max_smem_cached_j, false>;
 }
 
 }  // namespace
 
-void resident_passes(const Resident& call, Dtype dtype, Stream stream) {
+void smem_cached_passes(const SmemCached& call, Dtype dtype, Stream stream) {
     with_dtype(dtype, [&](auto type) {
         typedef decltype(type) S;
         const auto kernel = call.tiling.parts == 2   ? kernel_of<S, 2>(call.p.J)
                             : call.tiling.parts == 4 ? kernel_of<S, 4>(call.p.J)
                                                      : kernel_of<S, 8>(call.p.J);
         launch(kernel,
-               Launch{"routing_resident", blocks_for(call.p.B, 1), call.tiling.warps * warp_size,
+               Launch{"routing_smem_cached", blocks_for(call.p.B, 1), call.tiling.warps * warp_size,
                       call.tiling.shared, stream},
                call);
     });
