@@ -1,4 +1,4 @@
-// The module capsops._cpu: chooses the kernels for this processor, and passes raw pointers on to them.
+// The module capsops._cpu: chooses the kernels for this processor and passes raw pointers to them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -38,18 +38,18 @@ using namespace capsops;
 
 constexpr int max_threads = 4096;
 
-// What this processor runs of what was compiled, the fastest last.
+// The compiled instruction sets that this processor supports, the fastest last.
 std::vector<const Kernels*> available() {
-    std::vector<const Kernels*> found{&baseline::kernels};
+    std::vector<const Kernels*> supported{&baseline::kernels};
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) supported.push_back(&avx2::kernels);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-        found.push_back(&avx512::kernels);
+        supported.push_back(&avx512::kernels);
     }
 #endif
-    return found;
+    return supported;
 }
 
 std::vector<std::string> isas() {
@@ -60,16 +60,16 @@ std::vector<std::string> isas() {
 
 const Kernels* chosen = nullptr;
 
-void use_isa(const std::string& wanted) {
+void use_isa(const std::string& name) {
     std::string names;
     for (const Kernels* kernels : available()) {
-        if (kernels->name == wanted) {
+        if (kernels->name == name) {
             chosen = kernels;
             return;
         }
         names += (names.empty() ? "" : ", ") + std::string(kernels->name);
     }
-    throw std::invalid_argument("CAPSOPS_CPU_ISA: got '" + wanted + "', takes one of " + names);
+    throw std::invalid_argument("CAPSOPS_CPU_ISA: got '" + name + "', takes one of " + names);
 }
 
 void check(bool allocated) {
@@ -91,13 +91,15 @@ void run_routing(RoutingOp op, RoutingCall call, const RoutingTensors& tensors, 
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() =
-        "Kernels for the CPU. A tensor is a pair: the address of contiguous memory, and its bytes; (0, 0) "
-        "where it may be missing. What does not fit its sizes is a ValueError.";
+        "Kernels for the CPU. A tensor is a pair: the address of contiguous memory and its length in bytes, "
+        "or "
+        "(0, 0) for an optional tensor that is missing. A length that does not match the sizes is a "
+        "ValueError.";
     chosen = available().back();
     const py::call_guard<py::gil_scoped_release> without_gil;
 
-    m.def("isas", &isas, "Instruction sets that are compiled and that this processor has, the fastest last.");
-    m.def("use_isa", &use_isa, "Takes the kernels of an instruction set, by name.");
+    m.def("isas", &isas, "The compiled instruction sets that this processor supports, the fastest last.");
+    m.def("use_isa", &use_isa, "Selects the kernels of an instruction set by name.");
     m.def("isa", [] { return std::string(chosen->name); }, "The instruction set in use.");
     m.def(
         "fma_flops",
@@ -107,8 +109,8 @@ PYBIND11_MODULE(_cpu, m) {
             return chosen->fma_flops(seconds, checked_threads(threads));
         },
         without_gil, py::arg("seconds"), py::arg("threads"),
-        "Floating-point operations a second, float32, that multiply-adds on registers attain on all "
-        "threads.");
+        "Floating-point operations per second, float32, of multiply-adds on registers, all threads "
+        "together.");
 
     m.def(
         "squash",

@@ -1,4 +1,5 @@
-// Rows of numbers as they are stored (float32, bfloat16, float16, float64) and as they are computed with.
+// Conversion between the dtypes that tensors are stored in (float32, bfloat16, float16, float64) and the type
+// that kernels compute in.
 #pragma once
 
 #include <cstdint>
@@ -16,13 +17,13 @@ CAPSOPS_INLINE uint32_t bits_of(float x) {
     return bits;
 }
 
-CAPSOPS_INLINE float float_of(uint32_t bits) {
+CAPSOPS_INLINE float float_from_bits(uint32_t bits) {
     float x;
     std::memcpy(&x, &bits, 4);
     return x;
 }
 
-CAPSOPS_INLINE float from_bfloat16(uint16_t x) { return float_of(uint32_t(x) << 16); }
+CAPSOPS_INLINE float from_bfloat16(uint16_t x) { return float_from_bits(uint32_t(x) << 16); }
 
 CAPSOPS_INLINE uint16_t to_bfloat16(float x) {
     const uint32_t bits = bits_of(x);
@@ -32,18 +33,19 @@ CAPSOPS_INLINE uint16_t to_bfloat16(float x) {
 
 CAPSOPS_INLINE float from_float16(uint16_t x) {
     const uint32_t sign = uint32_t(x & 0x8000) << 16, rest = x & 0x7fff;
-    // As a float32 of the same bits the exponent is 112 too small; this multiplication also mends subnormals.
-    const float magnitude = float_of(rest << 13) * float_of(0x77800000);
+    // Read as float32 bits, the exponent is 112 too small. The multiplication corrects that, for subnormals
+    // too.
+    const float magnitude = float_from_bits(rest << 13) * float_from_bits(0x77800000);
     const uint32_t bits = rest >= 0x7c00 ? 0x7f800000 | (rest << 13) : bits_of(magnitude);
-    return float_of(bits | sign);
+    return float_from_bits(bits | sign);
 }
 
 CAPSOPS_INLINE uint16_t to_float16(float x) {
     const uint32_t bits = bits_of(x), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
-    // Normal: move the exponent by 112 and round to nearest even. Subnormal: adding 0.5 aligns the last
-    // place.
+    // Normal numbers: subtract 112 from the exponent and round to nearest even. Subnormal: adding 0.5 aligns
+    // the last place.
     const uint32_t normal = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
-    const uint32_t subnormal = bits_of(float_of(rest) + 0.5f) - 0x3f000000;
+    const uint32_t subnormal = bits_of(float_from_bits(rest) + 0.5f) - 0x3f000000;
     uint32_t half = rest < 0x38800000 ? subnormal : normal;
     half = rest >= 0x477ff000 ? 0x7c00 : half;
     half = rest > 0x7f800000 ? 0x7e00 : half;
@@ -86,9 +88,9 @@ inline void write_row(void* dst, Dtype dtype, int64_t at, int64_t n, const T* sr
     }
 }
 
-// Whether a tensor of this dtype can be read in place as numbers of type T.
+// Whether kernels that compute in T can use a tensor of this dtype without conversion.
 template <typename T>
-CAPSOPS_INLINE bool in_place(Dtype dtype) {
+CAPSOPS_INLINE bool is_native(Dtype dtype) {
     return dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
 }
 

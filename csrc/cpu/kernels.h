@@ -13,7 +13,7 @@ struct Kernels {
     bool (*predictions)(const PredictionsCall&, int threads);
     bool (*predictions_backward)(const PredictionsCall&, int threads);
     bool (*routing)(RoutingOp, const RoutingCall&, int threads);
-    double (*fma_flops)(double seconds, int threads);  // floating-point operations a second, float32
+    double (*fma_flops)(double seconds, int threads);  // floating-point operations per second, float32
 };
 
 }  // namespace capsops

@@ -1,8 +1,7 @@
-// Routing by agreement and its full gradient, without û in memory; the formulas stand in
-// capsops/backends/reference.py.
+// Routing by agreement and its full gradient, without storing û. The formulas are in capsops/reference.py.
 //
-// The passes over û are an engine's (routing_batch_simd.h, routing_capsule_simd.h); what lies between them,
-// on numbers of the size B·J·D, is here. Between passes every thread waits for the others.
+// An engine (routing_batch_simd.h or routing_capsule_simd.h) computes the passes over û. This file computes
+// the steps between them, on tensors of B·J·D numbers. All threads wait for one another between passes.
 #include "routing_batch_simd.h"
 #include "routing_capsule_simd.h"
 #include "squash.h"
@@ -11,7 +10,7 @@ namespace capsops {
 namespace CAPSOPS_ISA {
 namespace {
 
-// Coupling of the first pass, whose logits are all 0; without routing it is 1.
+// The couplings of the first pass, whose logits are all 0; 1 without routing.
 template <typename T>
 T uniform_coupling(const RoutingCall& call) {
     return call.iterations == 0 ? T(1) : T(1) / T(call.J + call.leaky);
@@ -19,13 +18,13 @@ T uniform_coupling(const RoutingCall& call) {
 
 int64_t passes(const RoutingCall& call) { return larger(call.iterations, 1); }
 
-// The passes whose softmax needs a gradient pass over û.
+// How many passes with a softmax take part in the gradient.
 int64_t routed_terms(const RoutingCall& call) {
     if (call.detach) return smaller(passes(call) - 1, 1);
     return passes(call) - 1;
 }
 
-// Runs an engine's passes for the samples of one call. All of a team's threads call the same functions.
+// Routing of the samples of one call by an engine. All threads of a team call the same functions.
 template <typename T, typename Engine>
 struct Routing {
     const RoutingCall& call;
@@ -33,10 +32,10 @@ struct Routing {
     const int64_t s_stride;  // from the s of one pass to that of the next
     Engine engine;
     T* partial;  // [splits, B, R]
-    T* total_v;  // forward: V; backward: V of every routed pass [passes − 1, B, R]
+    T* total_v;  // forward: V [B, R]; backward: V of every pass but the first [passes − 1, B, R]
     T* grad_s;   // backward: ∂s of every pass [passes, B, R]
     T* grad_v;   // backward: ∂V [B, R]
-    T* row;      // of every thread [R]
+    T* row;      // scratch of each thread [threads, R]
     T* bias;     // [R]
 
     Routing(const RoutingCall& c, int64_t slots, int threads, int64_t stride)
@@ -68,8 +67,8 @@ struct Routing {
         return total;
     }
 
-    // `count` passes, each sᵗ to s and each squash(sᵗ) but the last into V; the last, or its sᵗ, to v where
-    // that is wanted.
+    // Computes `count` passes. Writes each sᵗ to s and adds each vᵗ but the last to V. Writes the last vᵗ, or
+    // its sᵗ, to v; with v null it is added to V too.
     void forward(const Team& team, T* s, int64_t count, void* v) {
         const int64_t J = call.J, D = call.D, rows = call.B * J;
         T* v_row = row + round_up(R, 64) * team.rank;
@@ -102,7 +101,7 @@ struct Routing {
         }
     }
 
-    // ∂u and ∂W, and this call's share of ∂β added to grad_bias.
+    // Computes ∂u and ∂W, and adds ∂β of these samples to grad_bias.
     void backward(const Team& team, const T* s, T* grad_bias) {
         const int64_t D = call.D, rows = call.B * call.J, last = passes(call) - 1;
         const int64_t terms = routed_terms(call);
@@ -145,7 +144,7 @@ struct Routing {
         const int64_t first = call.detach ? last : 0;  // the first pass that has a gradient
         const bool uniform = first == 0;
         if (uniform) {
-            // ∂β needs ∂s as it is: the scaled copy goes where ∂V was.
+            // ∂β needs ∂s without the scale, so the scaled copy overwrites ∂V, which is no longer needed.
             const T scale = uniform_coupling<T>(call);
             for (int64_t at = begin * D; at < end * D; ++at) grad_v[at] = scale * grad_s[at];
             team.barrier();
@@ -165,11 +164,11 @@ int64_t slots_of(RoutingOp op, const RoutingCall& call) {
     return op == RoutingOp::backward ? 2 * routed_terms(call) + 1 : 1;
 }
 
-// Every thread works on all samples.
+// All threads share the work of every sample.
 template <typename T, typename Engine>
-bool together(RoutingOp op, const RoutingCall& call, int threads) {
+bool route_shared(RoutingOp op, const RoutingCall& call, int threads) {
     const int64_t R = call.J * call.D, size = call.B * R;
-    // The sums of each pass are kept, but for couplings, which need only those of the last.
+    // Keeps s of every pass, except for couplings, which only need that of the last.
     Routing<T, Engine> routing(call, slots_of(op, call), threads, op == RoutingOp::couplings ? 0 : size);
     T *bias_total = nullptr, *s = nullptr;
     auto plan = [&](Arena& arena) {
@@ -200,16 +199,16 @@ bool together(RoutingOp op, const RoutingCall& call, int threads) {
     return true;
 }
 
-// Every thread routes samples of its own: precomputed predictions of one sample stay in its cache from pass
-// to pass.
+// Each thread routes its own samples, so that the precomputed predictions of a sample stay in the thread's
+// cache from pass to pass.
 template <typename T, typename Engine>
-bool apart(RoutingOp op, const RoutingCall& call, int threads) {
+bool route_by_sample(RoutingOp op, const RoutingCall& call, int threads) {
     const int64_t R = call.J * call.D, predictions = call.I * R;
     T *bias_totals = nullptr, *bias_total = nullptr;
     char* pool = nullptr;
-    RoutingCall one = call;
-    one.B = 1;
-    Routing<T, Engine> sample(one, slots_of(op, call), 1, call.B * R);
+    RoutingCall sample_call = call;
+    sample_call.B = 1;
+    Routing<T, Engine> sample(sample_call, slots_of(op, call), 1, call.B * R);
     Arena sample_size;
     sample.plan(sample_size, 1, op == RoutingOp::backward);
     auto plan = [&](Arena& arena) {
@@ -225,23 +224,22 @@ bool apart(RoutingOp op, const RoutingCall& call, int threads) {
     plan(arena);
     std::memset(bias_totals, 0, round_up(R, 64) * threads * sizeof(T));
     run_team(threads, [&](const Team& team) {
-        const Team alone{0, 1};
         for (int64_t b = team.begin(call.B); b < team.end(call.B); ++b) {
-            RoutingCall mine = one;
-            mine.u = element(call.u, call.dtype, b * predictions);
-            Arena own(pool + sample_size.used() * team.rank);
-            if (op == RoutingOp::forward) mine.v = element(call.v, call.dtype, b * R);
+            RoutingCall own_call = sample_call;
+            own_call.u = element(call.u, call.dtype, b * predictions);
+            Arena own_arena(pool + sample_size.used() * team.rank);
+            if (op == RoutingOp::forward) own_call.v = element(call.v, call.dtype, b * R);
             if (op == RoutingOp::backward) {
-                mine.grad = element(call.grad, call.dtype, b * R);
-                mine.grad_u = element(call.grad_u, call.dtype, b * predictions);
+                own_call.grad = element(call.grad, call.dtype, b * R);
+                own_call.grad_u = element(call.grad_u, call.dtype, b * predictions);
             }
-            Routing<T, Engine> routing(mine, slots_of(op, call), 1, call.B * R);
-            routing.plan(own, 1, op == RoutingOp::backward);
+            Routing<T, Engine> routing(own_call, slots_of(op, call), 1, call.B * R);
+            routing.plan(own_arena, 1, op == RoutingOp::backward);
             T* s = static_cast<T*>(call.s) + b * R;
             if (op == RoutingOp::forward) {
-                routing.forward(alone, s, passes(call), mine.v);
+                routing.forward(single_thread, s, passes(call), own_call.v);
             } else {
-                routing.backward(alone, s, bias_totals + round_up(R, 64) * team.rank);
+                routing.backward(single_thread, s, bias_totals + round_up(R, 64) * team.rank);
             }
         }
     });
@@ -258,9 +256,9 @@ bool apart(RoutingOp op, const RoutingCall& call, int threads) {
 
 template <typename T, int N>
 bool route_capsule_simd(RoutingOp op, const RoutingCall& call, int threads) {
-    if (call.weight) return together<T, CapsuleSimdEngine<T, N, false>>(op, call, threads);
-    if (call.B >= threads) return apart<T, CapsuleSimdEngine<T, N, true>>(op, call, threads);
-    return together<T, CapsuleSimdEngine<T, N, true>>(op, call, threads);
+    if (call.weight) return route_shared<T, CapsuleSimdEngine<T, N, false>>(op, call, threads);
+    if (call.B >= threads) return route_by_sample<T, CapsuleSimdEngine<T, N, true>>(op, call, threads);
+    return route_shared<T, CapsuleSimdEngine<T, N, true>>(op, call, threads);
 }
 
 template <typename T>
@@ -268,8 +266,8 @@ bool route(RoutingOp op, const RoutingCall& call, int max_threads) {
     constexpr int width = vec_width<T>;
     const int64_t work = call.B * call.I * call.J * call.D * (call.weight ? call.K : 1) * passes(call);
     const int threads = work < 131072 ? 1 : max_threads;
-    if (BatchSimdEngine<T>::suits(call)) return together<T, BatchSimdEngine<T>>(op, call, threads);
-    // The widest register that the numbers of a pair fill.
+    if (BatchSimdEngine<T>::supports(call)) return route_shared<T, BatchSimdEngine<T>>(op, call, threads);
+    // Use half registers where the numbers of a pair (i, j) fill those but not whole ones.
     const int64_t numbers = call.D * (call.weight ? call.K : 1);
     if constexpr (sizeof(T) == 4) {
         if (numbers % width != 0 && numbers % (width / 2) == 0)
@@ -302,10 +300,10 @@ double fma_flops(double seconds, int threads) {
             }
             elapsed = omp_get_wtime() - start;
         }
-        Vec<float> seen = x[0];
-        for (int n = 1; n < chains; ++n) seen += x[n];
-        const volatile float kept = sum<float>(seen);  // the loop's results are used
-        (void)kept;
+        Vec<float> total_x = x[0];
+        for (int n = 1; n < chains; ++n) total_x += x[n];
+        const volatile float result = sum<float>(total_x);  // keeps the compiler from removing the loop
+        (void)result;
         const double rate = double(rounds) * steps * chains * vec_width<float> * 2 / elapsed;
 #pragma omp critical
         total += rate;

@@ -1,4 +1,5 @@
-// squash over any dimension of a tensor: vectors of n numbers `inner` apart in [outer, n, inner].
+// squash along any dimension of a tensor, which is seen as [outer, n, inner]: vectors of n numbers, `inner`
+// apart.
 #include "squash.h"
 
 #include "dtype_convert.h"
@@ -7,18 +8,18 @@ namespace capsops {
 namespace CAPSOPS_ISA {
 namespace {
 
-// Vectors that lie side by side when inner > 1, taken together.
+// Neighbouring vectors that are computed together when inner > 1.
 constexpr int block = 16;
 
-// How many contiguous vectors of n numbers are converted at a time: loops over them all are long enough for
-// vector instructions, and they stay in the first cache.
-inline int64_t group_of(int64_t n) { return larger(1, 1024 / larger(1, n)); }
+// How many contiguous vectors of n numbers are converted at a time: enough for vector instructions, few
+// enough to stay in the first-level cache.
+inline int64_t group_size(int64_t n) { return larger(1, 1024 / larger(1, n)); }
 
-// Rows of n contiguous numbers; N is n where it is a usual size, else 0.
+// Rows of n contiguous numbers. N is n if that is a common size, else 0.
 template <typename T, bool Backward, int N>
 void rows(const SquashCall& call, int64_t begin, int64_t end, T* s_row, T* g_row, T* out_row) {
     const int64_t n = N ? N : call.n;
-    if (in_place<T>(call.dtype)) {
+    if (is_native<T>(call.dtype)) {
         const T* s = static_cast<const T*>(call.s);
         const T* g = static_cast<const T*>(call.grad);
         T* out = static_cast<T*>(call.out);
@@ -31,8 +32,8 @@ void rows(const SquashCall& call, int64_t begin, int64_t end, T* s_row, T* g_row
         }
         return;
     }
-    for (int64_t row = begin; row < end; row += group_of(n)) {
-        const int64_t numbers = smaller(group_of(n), end - row) * n;
+    for (int64_t row = begin; row < end; row += group_size(n)) {
+        const int64_t numbers = smaller(group_size(n), end - row) * n;
         read_row(call.s, call.dtype, row * n, numbers, s_row);
         if (Backward) read_row(call.grad, call.dtype, row * n, numbers, g_row);
         for (int64_t at = 0; at < numbers; at += n) {
@@ -46,7 +47,7 @@ void rows(const SquashCall& call, int64_t begin, int64_t end, T* s_row, T* g_row
     }
 }
 
-// `width` vectors whose numbers are `inner` apart, beginning at `at`. s, g, out: [n, block] in the workspace.
+// `width` neighbouring vectors, the first of which begins at `at`. s, g and out are workspace [n, block].
 template <typename T, bool Backward>
 void columns(const SquashCall& call, int64_t at, int64_t width, T* s, T* g, T* out) {
     const int64_t n = call.n;
@@ -88,8 +89,8 @@ void columns(const SquashCall& call, int64_t at, int64_t width, T* s, T* g, T* o
 template <typename T, bool Backward>
 bool squash_of(const SquashCall& call, int max_threads) {
     const int threads = call.outer * call.n * call.inner < 32768 ? 1 : max_threads;
-    const int64_t together = call.inner > 1 ? block : in_place<T>(call.dtype) ? 0 : group_of(call.n);
-    const int64_t scratch = call.n * together;
+    const int64_t vectors = call.inner > 1 ? block : is_native<T>(call.dtype) ? 0 : group_size(call.n);
+    const int64_t scratch = call.n * vectors;
     Buffer buffer(scratch * 3 * threads * sizeof(T));
     if (!buffer.base) return false;
     T* pool = reinterpret_cast<T*>(buffer.base);

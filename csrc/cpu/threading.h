@@ -1,8 +1,8 @@
-// Threads, shares of work and workspace.
+// Threads, the division of work among them, and workspace.
 //
-// Threads come from OpenMP. On Linux the calls bind to the runtime that torch has loaded before: no second
-// pool. A team has as many threads as torch uses or one, since a change of size makes the runtime build its
-// team anew.
+// Threads come from OpenMP. On Linux the calls bind to the OpenMP runtime that torch has already loaded, so
+// there is no second pool. A team has either one thread or as many as torch uses: when the size of a team
+// changes, the runtime has to build a new one.
 #pragma once
 
 #include <omp.h>
@@ -19,7 +19,7 @@ namespace CAPSOPS_ISA {
 struct Team {
     int rank, size;
 
-    // Share of n items: [begin, end).
+    // This thread's share of n items: [begin, end).
     CAPSOPS_INLINE int64_t begin(int64_t n) const { return n * rank / size; }
     CAPSOPS_INLINE int64_t end(int64_t n) const { return n * (rank + 1) / size; }
 
@@ -30,10 +30,13 @@ struct Team {
     }
 };
 
+constexpr Team single_thread{0, 1};
+
+// Runs work(team) on every thread of a team.
 template <typename Work>
 inline void run_team(int threads, const Work& work) {
     if (threads <= 1) {
-        work(Team{0, 1});
+        work(single_thread);
         return;
     }
 #pragma omp parallel num_threads(threads)
