@@ -1,4 +1,5 @@
-// How a call of an op is described to the kernels, on CPU and CUDA alike. Tensors are contiguous.
+// The call records, which describe a call of an op to the kernels for CPU and CUDA. All tensors are
+// contiguous.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,7 @@ CAPSOPS_HOST_DEVICE int64_t dtype_size(Dtype dtype) {
     return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
-// Bytes of a number in the dtype that sums are made in: float64 for float64, else float32.
+// Bytes of a number in the dtype of sums, which is float64 for float64 and else float32.
 CAPSOPS_HOST_DEVICE int64_t sum_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
 
 // Vectors of n numbers, `inner` apart, in tensors [outer, n, inner].

@@ -1,4 +1,4 @@
-// Makes the record of a call from what Python passes, and checks all of it.
+// Creates call records from the arguments that Python passes, and checks them.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace capsops {
 
-// `last`: the last of the dtypes that the kernels take.
+// `last`: the last dtype that the kernels support.
 inline Dtype checked_dtype(int dtype, Dtype last) {
     require(dtype >= 0 && dtype <= int(last), "dtype", dtype, ("0 to " + std::to_string(int(last))).c_str());
     return Dtype(dtype);
@@ -48,7 +48,7 @@ inline void set_gradients(PredictionsCall& call, const Memory& grad, const Memor
     call.grad_weight = optional_pointer("grad_weight", grad_weight, {I, J, D, K}, element);
 }
 
-// A call without its tensors. What RoutingTensors holds is checked when set_tensors() takes it over.
+// The options of a call of routing; set_tensors() adds the tensors.
 inline RoutingCall routing_call(int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations,
                                 bool leaky, bool detach, bool squash_output, Dtype dtype) {
     require(iterations >= 0 && iterations <= max_iterations, "iterations", iterations, "0 to 1000");
@@ -58,7 +58,7 @@ inline RoutingCall routing_call(int64_t B, int64_t I, int64_t J, int64_t D, int6
     return call;
 }
 
-// The tensors of a RoutingCall. Those that an op does not take may be missing.
+// The tensors of a call of routing as Python passes them. Those that an op does not use may be missing.
 struct RoutingTensors {
     Memory u, weight, bias, s, v, couplings, grad, grad_u, grad_weight, grad_bias;
 };
@@ -82,7 +82,7 @@ inline void set_tensors(RoutingCall& call, const RoutingTensors& tensors) {
     if (!call.weight && call.grad_weight) throw std::invalid_argument("grad_weight: got one without weight");
 }
 
-// Refuses a call that lacks a tensor which the op reads or writes.
+// Raises an error if a tensor that the op reads or writes is missing.
 inline void require_tensors(RoutingOp op, const RoutingCall& call) {
     require_tensor("u", call.u);
     switch (op) {

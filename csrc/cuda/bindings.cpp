@@ -1,4 +1,4 @@
-// The module capsops._cuda: passes raw pointers and the raw stream on to the kernels.
+// The module capsops._cuda: passes raw pointers and the raw stream to the kernels.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -30,27 +30,26 @@ DeviceRoutingCall device_routing_call(int64_t B, int64_t I, int64_t J, int64_t D
         {tf32, cooperative}};
 }
 
-py::dict described(const Tiling& t) {
-    py::dict found;
-    found["n"] = t.n, found["m"] = t.m, found["groups"] = t.groups, found["tile_j"] = t.tile_j;
-    found["warps"] = t.warps, found["chunk"] = t.chunk, found["steps"] = t.steps, found["stride"] = t.stride;
-    found["slot"] = t.slot;
-    found["tiles_b"] = t.tiles_b, found["tiles_j"] = t.tiles_j, found["splits"] = t.splits;
-    found["length"] = t.length, found["stage"] = t.stage, found["shared"] = t.shared,
-    found["items"] = t.items;
-    return found;
+py::dict as_dict(const Tiling& t) {
+    py::dict plan;
+    plan["n"] = t.n, plan["m"] = t.m, plan["groups"] = t.groups, plan["tile_j"] = t.tile_j;
+    plan["warps"] = t.warps, plan["chunk"] = t.chunk, plan["steps"] = t.steps, plan["stride"] = t.stride;
+    plan["slot"] = t.slot;
+    plan["tiles_b"] = t.tiles_b, plan["tiles_j"] = t.tiles_j, plan["splits"] = t.splits;
+    plan["length"] = t.length, plan["stage"] = t.stage, plan["shared"] = t.shared, plan["items"] = t.items;
+    return plan;
 }
 
-// What plan.h says of a shape on a device; None where the fused kernels do not serve it.
+// The plan of the fused kernels for a shape on a device; None if they do not support it.
 py::object fused_plan(bool gradients, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int element,
                       bool tensor_cores, bool precomputed, int passes, int multiprocessors,
                       int64_t shared_per_block, int resident_blocks) {
     const FusedShape shape{B, I, J, D, K, element, tensor_cores, precomputed, passes};
     const FusedLimits limits{multiprocessors, shared_per_block};
     Tiling tiling{};
-    const bool served = gradients ? plan_gradients(shape, limits, tiling)
-                                  : plan_passes(shape, limits, resident_blocks, tiling);
-    return served ? py::object(described(tiling)) : py::none();
+    const bool supported = gradients ? plan_gradients(shape, limits, tiling)
+                                     : plan_passes(shape, limits, resident_blocks, tiling);
+    return supported ? py::object(as_dict(tiling)) : py::none();
 }
 
 py::object smem_cached_plan(int64_t B, int64_t I, int64_t J, int64_t D, int element, int passes,
@@ -59,34 +58,37 @@ py::object smem_cached_plan(int64_t B, int64_t I, int64_t J, int64_t D, int elem
     if (!plan_smem_cached({B, I, J, D, 1, element, false, true, passes}, {multiprocessors, shared_per_block},
                           t))
         return py::none();
-    py::dict found;
-    found["parts"] = t.parts, found["row"] = t.row, found["sets"] = t.sets, found["warps"] = t.warps;
-    found["slots"] = t.slots, found["ring"] = t.ring, found["shared"] = t.shared;
-    return found;
+    py::dict plan;
+    plan["parts"] = t.parts, plan["row"] = t.row, plan["sets"] = t.sets, plan["warps"] = t.warps;
+    plan["slots"] = t.slots, plan["ring"] = t.ring, plan["shared"] = t.shared;
+    return plan;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() =
-        "Kernels for CUDA devices. A tensor is a pair: the address of contiguous memory on the device, and\n"
-        "its bytes; (0, 0) where it may be missing. What does not fit its sizes is a ValueError. Every call\n"
-        "returns once its kernels are queued on the stream.";
+        "Kernels for CUDA devices. A tensor is a pair: the address of contiguous memory on the device and "
+        "its\n"
+        "length in bytes, or (0, 0) for an optional tensor that is missing. A length that does not match "
+        "the\n"
+        "sizes is a ValueError. Every call returns once its kernels are queued on the stream.";
     const py::call_guard<py::gil_scoped_release> without_gil;
 
-    m.def("fused_plan", &fused_plan, py::arg("gradients"), py::arg("B"), py::arg("I"), py::arg("J"),
-          py::arg("D"), py::arg("K"), py::arg("element") = 4, py::arg("tensor_cores") = true,
-          py::arg("precomputed") = false, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
-          py::arg("shared_per_block") = 232448, py::arg("resident_blocks") = 1,
-          "How the fused passes, or the fused gradients, of capsule_routing divide the work on a device (by "
-          "default "
-          "an H200): a dict, or None where the general kernels serve the shape. Needs no device.");
-    m.def("smem_cached_plan", &smem_cached_plan, py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"),
-          py::arg("element") = 4, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
-          py::arg("shared_per_block") = 232448,
-          "How dynamic_routing's forward direction keeps predictions on the chip: a dict, or None where it "
-          "does not. Needs no device.");
-    m.def("device_count", &device_count, "How many CUDA devices there are; 0 without a driver.");
+    m.def(
+        "fused_plan", &fused_plan, py::arg("gradients"), py::arg("B"), py::arg("I"), py::arg("J"),
+        py::arg("D"), py::arg("K"), py::arg("element") = 4, py::arg("tensor_cores") = true,
+        py::arg("precomputed") = false, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
+        py::arg("shared_per_block") = 232448, py::arg("resident_blocks") = 1,
+        "How the fused passes or the fused gradients of routing divide the work on a device (by default an\n"
+        "H200): a dict, or None if the general kernels are used for the shape. Needs no device.");
+    m.def(
+        "smem_cached_plan", &smem_cached_plan, py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"),
+        py::arg("element") = 4, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
+        py::arg("shared_per_block") = 232448,
+        "How the forward pass of dynamic_routing caches predictions in shared memory: a dict, or None if it\n"
+        "does not. Needs no device.");
+    m.def("device_count", &device_count, "The number of CUDA devices; 0 without a driver.");
     m.def(
         "squash",
         [](Memory s, Memory grad, Memory out, int64_t outer, int64_t n, int64_t inner, int dtype, int device,
@@ -96,7 +98,7 @@ PYBIND11_MODULE(_cuda, m) {
             const CurrentDevice current(device);
             (call.grad ? squash_backward : squash)(call, stream_of(stream));
         },
-        without_gil, "squash, or its vector-Jacobian product where there is a `grad`.");
+        without_gil, "squash, or its vector-Jacobian product if `grad` is not missing.");
     m.def(
         "predictions",
         [](Memory u, Memory weight, Memory u_hat, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
@@ -154,7 +156,7 @@ PYBIND11_MODULE(_cuda, m) {
                 const CurrentDevice current(device);
                 const int64_t bytes = routing_workspace(op, self.call, self.mode, current.limits());
                 require(workspace.second >= bytes && (workspace.first || bytes == 0), "workspace",
-                        workspace.second, "as many bytes as workspace() says");
+                        workspace.second, "at least the bytes that workspace() returns");
                 routing(op, self.call, self.mode, reinterpret_cast<void*>(workspace.first), current.limits(),
                         stream_of(stream));
             },

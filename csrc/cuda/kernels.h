@@ -17,7 +17,7 @@ void predictions_backward(const PredictionsCall& call, const Device& device, Str
 // How a device may compute a call of routing.
 struct RoutingMode {
     bool tf32;         // float32 products may be rounded to TF32
-    bool cooperative;  // one launch for all passes where the device can; else one launch for each step
+    bool cooperative;  // one launch for all passes if the device supports it, else one launch for each step
 };
 
 // Bytes of workspace that the call takes. Of its pointers it only matters which are null.
@@ -43,9 +43,9 @@ void with_dtype(Dtype dtype, Function function) {
 }
 #endif
 
-// As many blocks as there is work for, within what a launch takes; kernels loop over the rest.
-inline int64_t blocks_for(int64_t work, int64_t work_of_block) {
-    return larger(1, smaller(divide_up(work, work_of_block), int64_t(1) << 20));
+// The number of blocks for `work` items, within the limit of a launch; kernels loop over the rest.
+inline int64_t blocks_for(int64_t work, int64_t work_per_block) {
+    return larger(1, smaller(divide_up(work, work_per_block), int64_t(1) << 20));
 }
 
 }  // namespace capsops

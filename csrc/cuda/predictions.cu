@@ -5,8 +5,8 @@ namespace capsops {
 namespace {
 
 constexpr int threads = 256;
-constexpr int depth = 8;    // components of an input capsule that are held in registers
-constexpr int samples = 4;  // of the batch that share what is read of W
+constexpr int depth = 8;    // components of an input capsule that are kept in registers
+constexpr int samples = 4;  // of the batch that share each number read from W
 
 struct Parameters {
     const void* u;
@@ -14,10 +14,10 @@ struct Parameters {
     const void* grad;
     void* out;
     int64_t B, I, R, K;  // R = J D rows of W_i
-    int64_t chunk;       // samples of one thread
+    int64_t chunk;       // samples per thread
 };
 
-// A thread holds one row of W, and goes through samples of the batch.
+// A thread has one row of W and loops over samples of the batch.
 template <typename S>
 CAPSOPS_KERNEL(threads, 4)
 predictions_kernel(Parameters p) {
@@ -109,7 +109,8 @@ grad_weight_kernel(Parameters p) {
 
 void predictions(const PredictionsCall& call, const Device& device, Stream stream) {
     Parameters p{call.u, call.weight, nullptr, call.u_hat, call.B, call.I, call.J * call.D, call.K, 1};
-    // Long chunks of the batch read W less often; there should be enough of them to fill the device.
+    // With longer chunks of the batch W is read less often, but there must be enough chunks to fill the
+    // device.
     while (p.chunk < 32 && p.I * p.R * (call.B / p.chunk) > int64_t(device.multiprocessors) * 4096)
         p.chunk *= 2;
     const int64_t work = p.I * p.R * divide_up(call.B, p.chunk);

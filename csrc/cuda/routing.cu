@@ -1,4 +1,4 @@
-// Routing from beginning to end: workspace, the passes in their order, the gradient of the bias.
+// Launches routing: plan, workspace, the passes in their order, the gradients.
 #include "common/arena.h"
 #include "fused.h"
 #include "routing.h"
@@ -25,7 +25,7 @@ begin_backward_kernel(CAPSOPS_PARAMETER Routing p) {
 CAPSOPS_KERNEL(threads, 2)
 finish_backward_kernel(CAPSOPS_PARAMETER Routing p) { finish_backward(p, p.t); }
 
-// dbias = sum over passes and batch of ds: lanes lie along [J, D], the warps of a block share the rows.
+// dbias = sum over passes and batch of ds. Lanes are along [J, D]; the warps of a block share the rows.
 template <typename S>
 CAPSOPS_KERNEL(threads, 4)
 grad_bias_kernel(Routing p) {
@@ -96,7 +96,7 @@ void add_parts(const float* from, void* to, int64_t count, int64_t parts, Dtype 
     });
 }
 
-// How a call is served: by the smem_cached or the fused kernels where they take the shape, else by the
+// How a call is computed: by the smem_cached or the fused kernels if they support the shape, else by the
 // general ones.
 struct Plan {
     Fused passes, gradients;
@@ -104,10 +104,10 @@ struct Plan {
     SmemCachedTiling smem_cached_tiling;
     bool fused_passes, fused_gradients, smem_cached;
     bool statistics;  // backward: the sums of the softmax of all passes go through memory
-    int64_t blocks;   // of the passes: what the device holds at one time
+    int64_t blocks;   // of the passes: at most as many as can be resident on the device
 };
 
-Plan plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, const Device& device) {
+Plan make_plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, const Device& device) {
     Plan plan{};
     Fused& passes = plan.passes;
     passes.p = parameters(op, call);
@@ -143,8 +143,8 @@ Plan plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, const 
                                tiling.shared);
     };
     plan_passes(shape, limits, blocks_per_multiprocessor(), passes.tiling);
-    const int64_t most = int64_t(device.multiprocessors) * blocks_per_multiprocessor();
-    plan.blocks = passes.tiling.items < most ? passes.tiling.items : most;
+    const int64_t resident = int64_t(device.multiprocessors) * blocks_per_multiprocessor();
+    plan.blocks = passes.tiling.items < resident ? passes.tiling.items : resident;
     passes.p.splits = passes.tiling.splits;
     plan.gradients = passes;
     plan.fused_gradients = passes.p.backward && plan_gradients(shape, limits, plan.gradients.tiling);
@@ -178,19 +178,20 @@ int64_t place(Plan& plan, RoutingOp op, void* workspace) {
     return arena.used();
 }
 
-// Steps first ... last - 1 of the sequence: together where the device holds all blocks at one time.
+// Steps first ... last - 1 of the sequence: in one launch if it can be cooperative, else in a launch for each
+// step.
 void launch_passes(const Plan& plan, int first, int last, bool cooperative, Stream stream) {
     Fused f = plan.passes;
-    Launch how{f.p.backward ? "routing_backward_passes" : "routing_passes",
-               plan.blocks,
-               f.tiling.warps * warp_size,
-               f.tiling.shared,
-               stream,
-               cooperative && last - first > 1};
-    const int stride = how.cooperative ? last - first : 1;
+    Launch config{f.p.backward ? "routing_backward_passes" : "routing_passes",
+                  plan.blocks,
+                  f.tiling.warps * warp_size,
+                  f.tiling.shared,
+                  stream,
+                  cooperative && last - first > 1};
+    const int stride = config.cooperative ? last - first : 1;
     for (int step = first; step < last; step += stride) {
         f.first_step = step, f.last_step = step + stride;
-        launch(plan.kernels.passes, how, f);
+        launch(plan.kernels.passes, config, f);
     }
 }
 
@@ -202,8 +203,8 @@ void forward(const Plan& plan, RoutingOp op, const RoutingCall& call, bool coope
         return;
     }
     if (plan.fused_passes) {
-        const int of_pass = plan.passes.tiling.tiles_j > 1 ? 3 : 2;
-        launch_passes(plan, 0, of_pass * p.iterations - couplings, cooperative, stream);
+        const int steps_per_pass = plan.passes.tiling.tiles_j > 1 ? 3 : 2;
+        launch_passes(plan, 0, steps_per_pass * p.iterations - couplings, cooperative, stream);
         return;
     }
     for (p.t = 0; p.t < p.iterations - couplings; ++p.t) {
@@ -218,9 +219,9 @@ void forward(const Plan& plan, RoutingOp op, const RoutingCall& call, bool coope
 void backward_passes(const Plan& plan, const RoutingCall& call, bool cooperative, Stream stream) {
     Routing p = plan.passes.p;
     if (plan.fused_passes) {
-        const int of_pass = plan.passes.tiling.tiles_j > 1 ? 3 : 2, logits = p.iterations - 1;
-        launch_passes(plan, 0, 1 + (p.detach ? plan.statistics && logits > 0 : logits * of_pass), cooperative,
-                      stream);
+        const int steps_per_pass = plan.passes.tiling.tiles_j > 1 ? 3 : 2, logits = p.iterations - 1;
+        launch_passes(plan, 0, 1 + (p.detach ? plan.statistics && logits > 0 : logits * steps_per_pass),
+                      cooperative, stream);
         return;
     }
     with_dtype(call.dtype, [&](auto type) {
@@ -240,9 +241,9 @@ void gradients(const Plan& plan, const RoutingCall& call, Stream stream) {
     if (!plan.fused_gradients) {
         general_gradients(p, call.dtype, stream);
     } else if (p.grad_u != nullptr || p.grad_weight != nullptr) {
-        const Launch how{"routing_gradients", blocks_for(f.tiling.items, 1), f.tiling.warps * warp_size,
-                         f.tiling.shared, stream};
-        launch(plan.kernels.gradients, how, f);
+        const Launch config{"routing_gradients", blocks_for(f.tiling.items, 1), f.tiling.warps * warp_size,
+                            f.tiling.shared, stream};
+        launch(plan.kernels.gradients, config, f);
         if (f.partial_w != nullptr) {
             const int64_t count = p.I * p.J * p.D * p.K;
             add_parts(f.partial_w, p.grad_weight, count, f.tiling.splits, call.dtype, stream);
@@ -253,9 +254,9 @@ void gradients(const Plan& plan, const RoutingCall& call, Stream stream) {
         }
     }
     with_dtype(call.dtype, [&](auto type) {
-        const Launch how{"grad_bias", blocks_for(p.J * p.D, warp_size), threads,
-                         threads * int64_t(sizeof(float)), stream};
-        launch(grad_bias_kernel<decltype(type)>, how, p);
+        const Launch config{"grad_bias", blocks_for(p.J * p.D, warp_size), threads,
+                            threads * int64_t(sizeof(float)), stream};
+        launch(grad_bias_kernel<decltype(type)>, config, p);
     });
 }
 
@@ -263,20 +264,20 @@ void gradients(const Plan& plan, const RoutingCall& call, Stream stream) {
 
 int64_t routing_workspace(RoutingOp op, const RoutingCall& call, const RoutingMode& mode,
                           const Device& device) {
-    Plan made = plan(op, call, mode, device);
-    return place(made, op, nullptr);
+    Plan plan = make_plan(op, call, mode, device);
+    return place(plan, op, nullptr);
 }
 
 void routing(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, void* workspace,
              const Device& device, Stream stream) {
-    Plan made = plan(op, call, mode, device);
-    place(made, op, workspace);
+    Plan plan = make_plan(op, call, mode, device);
+    place(plan, op, workspace);
     const bool cooperative = mode.cooperative && device.cooperative;
     if (op == RoutingOp::backward) {
-        backward_passes(made, call, cooperative, stream);
-        gradients(made, call, stream);
+        backward_passes(plan, call, cooperative, stream);
+        gradients(plan, call, stream);
     } else {
-        forward(made, op, call, cooperative, stream);
+        forward(plan, op, call, cooperative, stream);
     }
 }
 

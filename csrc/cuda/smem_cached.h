@@ -1,5 +1,5 @@
-// dynamic_routing forward with one block for each sample, whose predictions stay on the chip as far as they
-// fit.
+// The forward pass of dynamic_routing with one block for each sample, whose predictions are cached in shared
+// memory as far as they fit.
 #pragma once
 
 #include "plan.h"

@@ -268,8 +268,8 @@ inline void wait_for_older_copies(int newest) {
     }
 }
 
-inline float load_written(const float* x) { return *x; }
-inline float2 load_written(const float2* x) { return *x; }
+inline float load_bypassing_l1(const float* x) { return *x; }
+inline float2 load_bypassing_l1(const float2* x) { return *x; }
 
 template <typename S>
 inline float2 load_pair(const S* x) {

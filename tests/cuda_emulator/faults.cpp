@@ -28,7 +28,7 @@ void reverse(Parameters p) {
 void neighbours(Parameters p) {
     p.out[block_index()] = p.in[block_index()];
     if (p.sound) grid_barrier();
-    const float before = load_written(p.out + (block_index() + block_count() - 1) % block_count());
+    const float before = load_bypassing_l1(p.out + (block_index() + block_count() - 1) % block_count());
     grid_barrier();
     if (thread_index() == 0) p.out[block_index()] += before;
 }
@@ -82,10 +82,10 @@ void products_16_bit(Parameters p) {
     float c[3][4] = {};
     mma_16_bit<S>(c[0], whole_a, b);
     mma_16_bit<S>(c[1], half_a, half_b);
-    uint32_t turned[4], rows[2];
-    for (int n = 0; n < 4; ++n) turned[n] = transpose_pairs(a[p.sound && n % 3 != 0 ? 3 - n : n]);
+    uint32_t transposed[4], rows[2];
+    for (int n = 0; n < 4; ++n) transposed[n] = transpose_pairs(a[p.sound && n % 3 != 0 ? 3 - n : n]);
     load_transposed(rows, x + lane % 16 * 16);
-    mma_16_bit<S>(c[2], turned, rows);
+    mma_16_bit<S>(c[2], transposed, rows);
     for (int n = 0; n < 3; ++n) store(p.out + 128 * n, c[n]);
 }
 
