@@ -1,4 +1,4 @@
-"""capsops._cuda takes each tensor with its length and refuses what does not fit, before any kernel runs."""
+"""capsops._cuda takes each tensor with its length; a wrong one is an error before any kernel runs."""
 
 import re
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from tests.cuda_emulator.emulated import Emulated
 
 B, I, J, D, K, T = 2, 3, 4, 5, 6, 3  # noqa: E741
-# An address that no kernel may look at: every call here is refused.
+# An address that no kernel may access: every call here raises an error.
 ADDRESS = 4096
 BYTES = {
     "u": 4 * B * I * K, "weight": 4 * I * J * D * K, "bias": 4 * J * D, "s": 4 * T * B * J * D,

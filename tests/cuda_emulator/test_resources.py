@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels, read from the extension as it was installed."""
+"""Registers, memory and machine code of the CUDA kernels, read from the installed extension."""
 
 import importlib.util
 import re
@@ -12,13 +12,13 @@ ARCHS = ("sm_80", "sm_90")
 
 
 def disassembler() -> str:
-    """cuobjdump, of the CUDA toolkit or as it comes with triton."""
+    """cuobjdump, either Triton's or that of the CUDA toolkit."""
     spec = importlib.util.find_spec("triton")
     if spec is not None and spec.origin is not None:
         bundled = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
         if bundled.exists():
             return str(bundled)
-    return shutil.which("cuobjdump") or pytest.skip("there is no cuobjdump")
+    return shutil.which("cuobjdump") or pytest.skip("cuobjdump is not installed")
 
 
 def dump(*options: str) -> str:
@@ -37,12 +37,12 @@ def arch(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def resources(arch: str) -> dict[str, dict[str, int]]:
     """Registers, stack, shared and local memory of each kernel."""
-    found = {}
+    kernels = {}
     for name, numbers in re.findall(
         r"Function (\S+):\s*\n(.*)", dump("--dump-resource-usage", "-arch", arch)
     ):
-        found[name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
-    return found
+        kernels[name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
+    return kernels
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_no_spills_and_no_stack(resources: dict[str, dict[str, int]]) -> None:
 
 
 def test_registers_let_the_planned_blocks_run(resources: dict[str, dict[str, int]]) -> None:
-    """65536 registers of a multiprocessor, given to warps in units of 256, four warps at a time."""
+    """A multiprocessor has 65536 registers, which warps are allocated in units of 256."""
     for name, numbers in resources.items():
         warps = 12 if re.search("passes_|gradients_|smem_cached_", name) else 8
         if "gradients_kernel" in name and "MultiplyAdds" in name:
@@ -85,12 +85,12 @@ def test_registers_let_the_planned_blocks_run(resources: dict[str, dict[str, int
 
 def test_no_local_memory_in_the_machine_code(instructions: dict[str, list[str]]) -> None:
     for name, code in instructions.items():
-        touched = {op for op in code if op.split(".")[0] in ("LDL", "STL")}
-        assert not touched, f"{name}: {touched}"
+        local = {op for op in code if op.split(".")[0] in ("LDL", "STL")}
+        assert not local, f"{name}: {local}"
 
 
 def test_tensor_cores(instructions: dict[str, list[str]]) -> None:
-    """Of the shape and type that is meant, in the kernels for them; copies in flight of what comes again."""
+    """Kernels for tensor cores, and no others, use the intended instructions; copies are asynchronous."""
     fused = {
         name: code
         for name, code in instructions.items()
@@ -101,14 +101,14 @@ def test_tensor_cores(instructions: dict[str, list[str]]) -> None:
         copies = any(op.startswith("LDGSTS") for op in code)
         assert copies != ("gradients_" in name and "Precomputed" in name), f"{name}: asynchronous copies?"
         matrix = {op for op in code if op.startswith("HMMA")}
-        wanted = set()
+        expected = set()
         if "Tf32" in name:
-            wanted = {"HMMA.1688.F32.TF32"}
+            expected = {"HMMA.1688.F32.TF32"}
         elif "SixteenBit" in name:
             kind = ".BF16" if "bfloat16" in name else ""
-            wanted = {f"HMMA.16816.F32{kind}", f"HMMA.1688.F32{kind}"}
+            expected = {f"HMMA.16816.F32{kind}", f"HMMA.1688.F32{kind}"}
             if "gradients_" in name and not kind:
-                wanted.add("HMMA.1688.F32.TF32")
+                expected.add("HMMA.1688.F32.TF32")
         elif cached := re.search("smem_cached_kernelI(13__nv_bfloat16|6__half)Li4E", name):
-            wanted = {f"HMMA.16816.F32{'.BF16' if 'bfloat16' in cached.group(1) else ''}"}
-        assert matrix == wanted, name
+            expected = {f"HMMA.16816.F32{'.BF16' if 'bfloat16' in cached.group(1) else ''}"}
+        assert matrix == expected, name
