@@ -76,6 +76,8 @@ void check(bool allocated) {
     if (!allocated) throw std::bad_alloc();
 }
 
+Dtype dtype_of(int dtype) { return checked_dtype(dtype, Dtype::float64); }
+
 int checked_threads(int threads) {
     require(threads >= 1 && threads <= max_threads, "threads", threads, "1 to 4096");
     return threads;
@@ -91,10 +93,9 @@ void run_routing(RoutingOp op, RoutingCall call, const RoutingTensors& tensors, 
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() =
-        "Kernels for the CPU. A tensor is a pair: the address of contiguous memory and its length in bytes, "
-        "or "
-        "(0, 0) for an optional tensor that is missing. A length that does not match the sizes is a "
-        "ValueError.";
+        "Kernels for the CPU. A tensor is a pair: the address of contiguous memory and its length in\n"
+        "bytes, or (0, 0) for an optional tensor that is missing. A length that does not match the sizes\n"
+        "is a ValueError.";
     chosen = available().back();
     const py::call_guard<py::gil_scoped_release> without_gil;
 
@@ -109,14 +110,12 @@ PYBIND11_MODULE(_cpu, m) {
             return chosen->fma_flops(seconds, checked_threads(threads));
         },
         without_gil, py::arg("seconds"), py::arg("threads"),
-        "Floating-point operations per second, float32, of multiply-adds on registers, all threads "
-        "together.");
+        "Floating-point operations per second (float32) of multiply-adds on registers, on all threads.");
 
     m.def(
         "squash",
         [](Memory s, Memory out, int64_t outer, int64_t n, int64_t inner, int dtype, int threads) {
-            const SquashCall call =
-                squash_call(s, Memory(), out, outer, n, inner, checked_dtype(dtype, Dtype::float64));
+            const SquashCall call = squash_call(s, Memory(), out, outer, n, inner, dtype_of(dtype));
             check(chosen->squash(call, checked_threads(threads)));
         },
         without_gil);
@@ -124,8 +123,7 @@ PYBIND11_MODULE(_cpu, m) {
         "squash_backward",
         [](Memory grad, Memory s, Memory out, int64_t outer, int64_t n, int64_t inner, int dtype,
            int threads) {
-            const SquashCall call =
-                squash_call(s, grad, out, outer, n, inner, checked_dtype(dtype, Dtype::float64));
+            const SquashCall call = squash_call(s, grad, out, outer, n, inner, dtype_of(dtype));
             require_tensor("grad", call.grad);
             check(chosen->squash_backward(call, checked_threads(threads)));
         },
@@ -134,8 +132,7 @@ PYBIND11_MODULE(_cpu, m) {
         "predictions",
         [](Memory u, Memory weight, Memory u_hat, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
            int dtype, int threads) {
-            PredictionsCall call =
-                predictions_call(u, weight, B, I, J, D, K, checked_dtype(dtype, Dtype::float64));
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, dtype_of(dtype));
             set_output(call, u_hat);
             check(chosen->predictions(call, checked_threads(threads)));
         },
@@ -144,8 +141,7 @@ PYBIND11_MODULE(_cpu, m) {
         "predictions_backward",
         [](Memory grad, Memory u, Memory weight, Memory grad_u, Memory grad_weight, int64_t B, int64_t I,
            int64_t J, int64_t D, int64_t K, int dtype, int threads) {
-            PredictionsCall call =
-                predictions_call(u, weight, B, I, J, D, K, checked_dtype(dtype, Dtype::float64));
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, dtype_of(dtype));
             set_gradients(call, grad, grad_u, grad_weight);
             check(chosen->predictions_backward(call, checked_threads(threads)));
         },
@@ -156,8 +152,8 @@ PYBIND11_MODULE(_cpu, m) {
            int64_t D, int64_t K, int64_t iterations, bool leaky, bool squash_output, int dtype, int threads) {
             RoutingTensors tensors;
             tensors.u = u, tensors.weight = weight, tensors.bias = bias, tensors.v = v, tensors.s = s;
-            const RoutingCall call = routing_call(B, I, J, D, K, iterations, leaky, false, squash_output,
-                                                  checked_dtype(dtype, Dtype::float64));
+            const RoutingCall call =
+                routing_call(B, I, J, D, K, iterations, leaky, false, squash_output, dtype_of(dtype));
             run_routing(RoutingOp::forward, call, tensors, threads);
         },
         without_gil);
@@ -169,8 +165,8 @@ PYBIND11_MODULE(_cpu, m) {
             RoutingTensors tensors;
             tensors.u = u, tensors.weight = weight, tensors.s = s, tensors.grad = grad;
             tensors.grad_u = grad_u, tensors.grad_weight = grad_weight, tensors.grad_bias = grad_bias;
-            const RoutingCall call = routing_call(B, I, J, D, K, iterations, leaky, detach, squash_output,
-                                                  checked_dtype(dtype, Dtype::float64));
+            const RoutingCall call =
+                routing_call(B, I, J, D, K, iterations, leaky, detach, squash_output, dtype_of(dtype));
             run_routing(RoutingOp::backward, call, tensors, threads);
         },
         without_gil);
@@ -180,8 +176,8 @@ PYBIND11_MODULE(_cpu, m) {
            int64_t K, int64_t iterations, bool leaky, int dtype, int threads) {
             RoutingTensors tensors;
             tensors.u = u, tensors.weight = weight, tensors.bias = bias, tensors.couplings = couplings;
-            const RoutingCall call = routing_call(B, I, J, D, K, iterations, leaky, false, true,
-                                                  checked_dtype(dtype, Dtype::float64));
+            const RoutingCall call =
+                routing_call(B, I, J, D, K, iterations, leaky, false, true, dtype_of(dtype));
             run_routing(RoutingOp::couplings, call, tensors, threads);
         },
         without_gil);

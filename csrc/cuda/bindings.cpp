@@ -15,6 +15,8 @@ using namespace capsops;
 
 Stream stream_of(uintptr_t stream) { return reinterpret_cast<Stream>(stream); }
 
+Dtype dtype_of(int dtype) { return checked_dtype(dtype, Dtype::float16); }
+
 // What Python calls a RoutingCall: the call, and how a device may compute it.
 struct DeviceRoutingCall {
     RoutingCall call;
@@ -25,9 +27,8 @@ DeviceRoutingCall device_routing_call(int64_t B, int64_t I, int64_t J, int64_t D
                                       int64_t iterations, bool leaky, bool detach, int dtype, bool tf32,
                                       bool cooperative) {
     bytes_of("shape", {B, I, J, D, K}, 1);
-    return {
-        routing_call(B, I, J, D, K, iterations, leaky, detach, true, checked_dtype(dtype, Dtype::float16)),
-        {tf32, cooperative}};
+    return {routing_call(B, I, J, D, K, iterations, leaky, detach, true, dtype_of(dtype)),
+            {tf32, cooperative}};
 }
 
 py::dict as_dict(const Tiling& t) {
@@ -68,33 +69,28 @@ py::object smem_cached_plan(int64_t B, int64_t I, int64_t J, int64_t D, int elem
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() =
-        "Kernels for CUDA devices. A tensor is a pair: the address of contiguous memory on the device and "
-        "its\n"
-        "length in bytes, or (0, 0) for an optional tensor that is missing. A length that does not match "
-        "the\n"
-        "sizes is a ValueError. Every call returns once its kernels are queued on the stream.";
+        "Kernels for CUDA devices. A tensor is a pair: the address of contiguous memory on the device and\n"
+        "its length in bytes, or (0, 0) for an optional tensor that is missing. A length that does not\n"
+        "match the sizes is a ValueError. Every call returns once its kernels are queued on the stream.";
     const py::call_guard<py::gil_scoped_release> without_gil;
 
-    m.def(
-        "fused_plan", &fused_plan, py::arg("gradients"), py::arg("B"), py::arg("I"), py::arg("J"),
-        py::arg("D"), py::arg("K"), py::arg("element") = 4, py::arg("tensor_cores") = true,
-        py::arg("precomputed") = false, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
-        py::arg("shared_per_block") = 232448, py::arg("resident_blocks") = 1,
-        "How the fused passes or the fused gradients of routing divide the work on a device (by default an\n"
-        "H200): a dict, or None if the general kernels are used for the shape. Needs no device.");
-    m.def(
-        "smem_cached_plan", &smem_cached_plan, py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"),
-        py::arg("element") = 4, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
-        py::arg("shared_per_block") = 232448,
-        "How the forward pass of dynamic_routing caches predictions in shared memory: a dict, or None if it\n"
-        "does not. Needs no device.");
+    m.def("fused_plan", &fused_plan, py::arg("gradients"), py::arg("B"), py::arg("I"), py::arg("J"),
+          py::arg("D"), py::arg("K"), py::arg("element") = 4, py::arg("tensor_cores") = true,
+          py::arg("precomputed") = false, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
+          py::arg("shared_per_block") = 232448, py::arg("resident_blocks") = 1,
+          "How the fused passes or the fused gradients of routing divide the work on a device (by default\n"
+          "an H200): a dict, or None if the general kernels are used for the shape. Needs no device.");
+    m.def("smem_cached_plan", &smem_cached_plan, py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"),
+          py::arg("element") = 4, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
+          py::arg("shared_per_block") = 232448,
+          "How the forward pass of dynamic_routing caches predictions in shared memory: a dict, or None if\n"
+          "it does not. Needs no device.");
     m.def("device_count", &device_count, "The number of CUDA devices; 0 without a driver.");
     m.def(
         "squash",
         [](Memory s, Memory grad, Memory out, int64_t outer, int64_t n, int64_t inner, int dtype, int device,
            uintptr_t stream) {
-            const SquashCall call =
-                squash_call(s, grad, out, outer, n, inner, checked_dtype(dtype, Dtype::float16));
+            const SquashCall call = squash_call(s, grad, out, outer, n, inner, dtype_of(dtype));
             const CurrentDevice current(device);
             (call.grad ? squash_backward : squash)(call, stream_of(stream));
         },
@@ -103,8 +99,7 @@ PYBIND11_MODULE(_cuda, m) {
         "predictions",
         [](Memory u, Memory weight, Memory u_hat, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
            int dtype, int device, uintptr_t stream) {
-            PredictionsCall call =
-                predictions_call(u, weight, B, I, J, D, K, checked_dtype(dtype, Dtype::float16));
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, dtype_of(dtype));
             set_output(call, u_hat);
             const CurrentDevice current(device);
             predictions(call, current.limits(), stream_of(stream));
@@ -114,8 +109,7 @@ PYBIND11_MODULE(_cuda, m) {
         "predictions_backward",
         [](Memory grad, Memory u, Memory weight, Memory grad_u, Memory grad_weight, int64_t B, int64_t I,
            int64_t J, int64_t D, int64_t K, int dtype, int device, uintptr_t stream) {
-            PredictionsCall call =
-                predictions_call(u, weight, B, I, J, D, K, checked_dtype(dtype, Dtype::float16));
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, dtype_of(dtype));
             set_gradients(call, grad, grad_u, grad_weight);
             const CurrentDevice current(device);
             predictions_backward(call, current.limits(), stream_of(stream));

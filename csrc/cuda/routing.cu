@@ -152,7 +152,7 @@ Plan make_plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, c
     return plan;
 }
 
-// Divides the workspace; returns the bytes it takes. A null `workspace` is only measured.
+// Divides the workspace and returns its bytes. If `workspace` is null, it is only measured.
 int64_t place(Plan& plan, RoutingOp op, void* workspace) {
     AlignedArena<256> arena(workspace);
     if (plan.smem_cached) return 0;

@@ -21,7 +21,7 @@ struct Sample {
     static constexpr int set_size = tensor_cores ? 16 : warp_size / parts;  // input capsules
     static constexpr int size = 4 * parts;  // of a vector; components beyond D are 0
 
-    const SmemCached& r;
+    const SmemCached& cached;
     const Routing& p;
     const SmemCachedTiling& tiling;
     const int64_t b;
@@ -32,10 +32,10 @@ struct Sample {
     float* const total_v;   // [J, size]
     float* const weighted;  // [J, size]: s
 
-    CAPSOPS_DEVICE Sample(const SmemCached& r, int64_t b)
-        : r(r),
-          p(r.p),
-          tiling(r.tiling),
+    CAPSOPS_DEVICE Sample(const SmemCached& cached, int64_t b)
+        : cached(cached),
+          p(cached.p),
+          tiling(cached.tiling),
           b(b),
           J(exact ? max_j : int(p.J)),
           D(int(p.D)),
@@ -60,7 +60,7 @@ struct Sample {
         if (n >= 0 && n < own_sets) {
             const int i = (warp_index() + n * warp_count()) * set_size, left = int(p.I) - i;
             const S* const from = static_cast<const S*>(p.u) + (b * p.I + i) * (J * D);
-            if (r.vectors && D == size) {
+            if (cached.vectors && D == size) {
                 constexpr int copy_width = 16 / int(sizeof(S));
                 const int per_row = J * size / copy_width;
 #pragma unroll 1
@@ -311,9 +311,10 @@ struct Sample {
 
 template <typename S, int parts, int max_j, bool exact>
 CAPSOPS_KERNEL(max_smem_cached_warps* warp_size, 1)
-smem_cached_kernel(CAPSOPS_PARAMETER SmemCached r) {
-    if (block_index() < r.p.B) Sample<S, parts, max_j, exact>(r, block_index()).clear();
-    for (int64_t b = block_index(); b < r.p.B; b += block_count()) Sample<S, parts, max_j, exact>(r, b).run();
+smem_cached_kernel(CAPSOPS_PARAMETER SmemCached cached) {
+    if (block_index() < cached.p.B) Sample<S, parts, max_j, exact>(cached, block_index()).clear();
+    for (int64_t b = block_index(); b < cached.p.B; b += block_count())
+        Sample<S, parts, max_j, exact>(cached, b).run();
 }
 
 template <typename S, int parts>
