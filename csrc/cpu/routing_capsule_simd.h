@@ -148,8 +148,8 @@ class CapsuleSimdEngine {
         });
     }
 
-    // ∂u and ∂W, or ∂û. Slots: V of `terms` passes, then their ∂s, then, with `uniform`, ∂s of the uniform
-    // pass.
+    // Computes ∂u and ∂W, or ∂û. The slots are V of `terms` passes, then their ∂s, then, with `uniform`, the
+    // scaled ∂s of the first pass. `agreement`: whether the gradient flows through the logits too.
     CAPSOPS_NOINLINE void gradient(const Team& team, int64_t terms, bool uniform, bool agreement) {
         const Scratch s = scratch_of(team);
         const int64_t states = agreement ? 2 * terms : terms;

@@ -5,7 +5,7 @@
 // the logits and a = u_hat . ds of all passes. All threads together compute the softmax over j (or, where j
 // is in tiles, read its statistics from memory), c, and db = c (a - sum_j c a). Then every warp computes grad
 // = sum_t c ds + db V. For precomputed predictions that is the result. Otherwise the warp computes its part
-// of du, which is summed over the warps afterwards, and of dW, which loaded_once in shared memory until the
+// of du, which is summed over the warps afterwards, and of dW, which stays in shared memory until the
 // whole batch is done.
 #pragma once
 

@@ -34,8 +34,8 @@ struct Tiling {
     int steps;   // 8 components of an input capsule each
     int stride;  // numbers between rows of u and W, or of predictions, in shared memory
     int slot;    // gradients: numbers of shared memory for one input and one output capsule
-    int64_t tiles_b, tiles_j, splits,
-        length;      // length: input capsules (passes) or samples (gradient) of a split
+    int64_t tiles_b, tiles_j, splits;
+    int64_t length;  // of a split: input capsules (passes) or tiles of samples (gradients)
     int64_t stage;   // bytes of one stage
     int64_t shared;  // bytes of shared memory per block
     int64_t items;   // items of work; a block processes one at a time
