@@ -22,7 +22,7 @@ class Proof(NamedTuple):
 
 
 PROOFS: tuple[Proof, ...] = (
-    Proof("NVIDIA H200", "cuda", "35837f5dadaaa89e", "67d8fe9"),
+    Proof("NVIDIA H200", "cuda", "76aacf4cbd9bc9e3", "67d8fe9"),
     Proof("NVIDIA H200", "triton", "74b2c5ab0400b9b5", "67d8fe9", triton="3.6"),
 )
 
