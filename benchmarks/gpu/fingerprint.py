@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CUDA_SOURCES = ("csrc/cuda/*", "csrc/*.h")
+CUDA_SOURCES = ("csrc/cuda/*", "csrc/common/*")
 CUDA_FLAGS = re.compile(r"^CUDA_FLAGS = .*$", re.MULTILINE)  # of nvcc, in setup.py
 TRITON_SOURCES = ("capsops/backends/triton/[!_]*.py",)  # __init__.py has no kernel
 

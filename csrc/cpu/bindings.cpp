@@ -1,4 +1,4 @@
-// The module capsops._cpu: chooses the kernels for this processor, and passes raw pointers on to them.
+// The module capsops._cpu: chooses the kernels for this processor and passes raw pointers to them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,25 +7,23 @@
 #include <string>
 #include <vector>
 
-#include "../memory.h"
+#include "common/checked_calls.h"
 #include "kernels.h"
 
 namespace py = pybind11;
 
-#define CAPSOPS_DECLARE(isa)                                                                                 \
-    namespace capsops {                                                                                      \
-    namespace isa {                                                                                          \
-    bool squash(const SquashCall&);                                                                          \
-    bool squash_backward(const SquashCall&);                                                                 \
-    bool predictions(const PredictionsCall&);                                                                \
-    bool predictions_backward(const PredictionsCall&);                                                       \
-    bool routing(const RoutingCall&);                                                                        \
-    bool routing_backward(const RoutingCall&);                                                               \
-    bool couplings(const RoutingCall&);                                                                      \
-    double fma_flops(double, int);                                                                           \
-    constexpr Kernels kernels{#isa,    squash,           squash_backward, predictions, predictions_backward, \
-                              routing, routing_backward, couplings,       fma_flops};                        \
-    }                                                                                                        \
+#define CAPSOPS_DECLARE(isa)                                                                         \
+    namespace capsops {                                                                              \
+    namespace isa {                                                                                  \
+    bool squash(const SquashCall&, int);                                                             \
+    bool squash_backward(const SquashCall&, int);                                                    \
+    bool predictions(const PredictionsCall&, int);                                                   \
+    bool predictions_backward(const PredictionsCall&, int);                                          \
+    bool routing(RoutingOp, const RoutingCall&, int);                                                \
+    double fma_flops(double, int);                                                                   \
+    constexpr Kernels kernels{#isa,    squash,   squash_backward, predictions, predictions_backward, \
+                              routing, fma_flops};                                                   \
+    }                                                                                                \
     }
 
 CAPSOPS_DECLARE(baseline)
@@ -38,18 +36,20 @@ namespace {
 
 using namespace capsops;
 
-// What this processor runs of what was compiled, the fastest last.
+constexpr int max_threads = 4096;
+
+// The compiled instruction sets that this processor supports, the fastest last.
 std::vector<const Kernels*> available() {
-    std::vector<const Kernels*> found{&baseline::kernels};
+    std::vector<const Kernels*> supported{&baseline::kernels};
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) supported.push_back(&avx2::kernels);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-        found.push_back(&avx512::kernels);
+        supported.push_back(&avx512::kernels);
     }
 #endif
-    return found;
+    return supported;
 }
 
 std::vector<std::string> isas() {
@@ -60,180 +60,125 @@ std::vector<std::string> isas() {
 
 const Kernels* chosen = nullptr;
 
-void use_isa(const std::string& wanted) {
+void use_isa(const std::string& name) {
     std::string names;
     for (const Kernels* kernels : available()) {
-        if (kernels->name == wanted) {
+        if (kernels->name == name) {
             chosen = kernels;
             return;
         }
         names += (names.empty() ? "" : ", ") + std::string(kernels->name);
     }
-    throw std::invalid_argument("CAPSOPS_CPU_ISA: got '" + wanted + "', takes one of " + names);
+    throw std::invalid_argument("CAPSOPS_CPU_ISA: got '" + name + "', takes one of " + names);
 }
 
 void check(bool allocated) {
     if (!allocated) throw std::bad_alloc();
 }
 
-Storage storage_of(int storage) {
-    require(storage >= 0 && storage <= int(Storage::float64), "storage", storage, "0 to 3");
-    return Storage(storage);
-}
+Dtype dtype_of(int dtype) { return checked_dtype(dtype, Dtype::float64); }
 
-int threads_of(int threads) {
+int checked_threads(int threads) {
     require(threads >= 1 && threads <= max_threads, "threads", threads, "1 to 4096");
     return threads;
 }
 
-SquashCall squash_call(const Memory& s, const Memory* grad, const Memory& out, int64_t outer, int64_t n,
-                       int64_t inner, int storage, int threads) {
-    SquashCall call{};
-    call.outer = outer, call.n = n, call.inner = inner;
-    call.storage = storage_of(storage), call.threads = threads_of(threads);
-    const int64_t element = storage_size(call.storage);
-    call.s = pointer("s", s, {outer, n, inner}, element);
-    if (grad) call.grad = pointer("grad", *grad, {outer, n, inner}, element);
-    call.out = pointer("out", out, {outer, n, inner}, element);
-    return call;
-}
-
-PredictionsCall predictions_call(const Memory& u, const Memory& weight, int64_t B, int64_t I, int64_t J,
-                                 int64_t D, int64_t K, int storage, int threads) {
-    PredictionsCall call{};
-    call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
-    call.storage = storage_of(storage), call.threads = threads_of(threads);
-    const int64_t element = storage_size(call.storage);
-    call.u = pointer("u", u, {B, I, K}, element);
-    call.weight = pointer("weight", weight, {I, J, D, K}, element);
-    return call;
-}
-
-// Without `weight`, `u` is the predictions [B, I, J, D].
-RoutingCall routing_call(const Memory& u, const Memory& weight, int64_t B, int64_t I, int64_t J, int64_t D,
-                         int64_t K, int64_t iterations, bool leaky, bool squash_output, int storage,
-                         int threads) {
-    RoutingCall call{};
-    call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
-    require(iterations >= 0 && iterations <= max_iterations, "iterations", iterations, "0 to 1000");
-    call.iterations = iterations, call.leaky = leaky, call.squash_output = squash_output;
-    call.storage = storage_of(storage), call.threads = threads_of(threads);
-    const int64_t element = storage_size(call.storage);
-    call.weight = optional_pointer("weight", weight, {I, J, D, K}, element);
-    call.u = call.weight ? pointer("u", u, {B, I, K}, element) : pointer("u", u, {B, I, J, D}, element);
-    return call;
-}
-
-// s of every pass, in the type of the sums.
-void* sums_pointer(const Memory& s, const RoutingCall& call) {
-    const int64_t passes = call.iterations > 1 ? call.iterations : 1;
-    return pointer("s", s, {passes, call.B, call.J, call.D}, call.storage == Storage::float64 ? 8 : 4);
-}
-
-void* bias_pointer(const Memory& bias, const RoutingCall& call) {
-    return optional_pointer("bias", bias, {call.J, call.D}, storage_size(call.storage));
+void run_routing(RoutingOp op, RoutingCall call, const RoutingTensors& tensors, int threads) {
+    set_tensors(call, tensors);
+    require_tensors(op, call);
+    check(chosen->routing(op, call, checked_threads(threads)));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() =
-        "Kernels for the CPU. A tensor is a pair: the address of contiguous memory, and its bytes; (0, 0) "
-        "where it may be missing. What does not fit its sizes is a ValueError.";
+        "Kernels for the CPU. A tensor is a pair: the address of contiguous memory and its length in\n"
+        "bytes, or (0, 0) for an optional tensor that is missing. A length that does not match the sizes\n"
+        "is a ValueError.";
     chosen = available().back();
     const py::call_guard<py::gil_scoped_release> without_gil;
 
-    m.def("isas", &isas, "Instruction sets that are compiled and that this processor has, the fastest last.");
-    m.def("use_isa", &use_isa, "Takes the kernels of an instruction set, by name.");
+    m.def("isas", &isas, "The compiled instruction sets that this processor supports, the fastest last.");
+    m.def("use_isa", &use_isa, "Selects the kernels of an instruction set by name.");
     m.def("isa", [] { return std::string(chosen->name); }, "The instruction set in use.");
     m.def(
         "fma_flops",
         [](double seconds, int threads) {
             if (!(seconds > 0 && seconds <= 60))
                 throw std::invalid_argument("seconds: takes a number in 0 to 60");
-            return chosen->fma_flops(seconds, threads_of(threads));
+            return chosen->fma_flops(seconds, checked_threads(threads));
         },
         without_gil, py::arg("seconds"), py::arg("threads"),
-        "Floating-point operations a second, float32, that multiply-adds on registers attain on all "
-        "threads.");
+        "Floating-point operations per second (float32) of multiply-adds on registers, on all threads.");
 
     m.def(
         "squash",
-        [](Memory s, Memory out, int64_t outer, int64_t n, int64_t inner, int storage, int threads) {
-            check(chosen->squash(squash_call(s, nullptr, out, outer, n, inner, storage, threads)));
+        [](Memory s, Memory out, int64_t outer, int64_t n, int64_t inner, int dtype, int threads) {
+            const SquashCall call = squash_call(s, Memory(), out, outer, n, inner, dtype_of(dtype));
+            check(chosen->squash(call, checked_threads(threads)));
         },
         without_gil);
     m.def(
         "squash_backward",
-        [](Memory grad, Memory s, Memory out, int64_t outer, int64_t n, int64_t inner, int storage,
+        [](Memory grad, Memory s, Memory out, int64_t outer, int64_t n, int64_t inner, int dtype,
            int threads) {
-            check(chosen->squash_backward(squash_call(s, &grad, out, outer, n, inner, storage, threads)));
+            const SquashCall call = squash_call(s, grad, out, outer, n, inner, dtype_of(dtype));
+            require_tensor("grad", call.grad);
+            check(chosen->squash_backward(call, checked_threads(threads)));
         },
         without_gil);
     m.def(
         "predictions",
         [](Memory u, Memory weight, Memory u_hat, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
-           int storage, int threads) {
-            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, storage, threads);
-            call.u_hat = pointer("u_hat", u_hat, {B, I, J, D}, storage_size(call.storage));
-            check(chosen->predictions(call));
+           int dtype, int threads) {
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, dtype_of(dtype));
+            set_output(call, u_hat);
+            check(chosen->predictions(call, checked_threads(threads)));
         },
         without_gil);
     m.def(
         "predictions_backward",
         [](Memory grad, Memory u, Memory weight, Memory grad_u, Memory grad_weight, int64_t B, int64_t I,
-           int64_t J, int64_t D, int64_t K, int storage, int threads) {
-            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, storage, threads);
-            const int64_t element = storage_size(call.storage);
-            call.grad = pointer("grad", grad, {B, I, J, D}, element);
-            call.grad_u = optional_pointer("grad_u", grad_u, {B, I, K}, element);
-            call.grad_weight = optional_pointer("grad_weight", grad_weight, {I, J, D, K}, element);
-            check(chosen->predictions_backward(call));
+           int64_t J, int64_t D, int64_t K, int dtype, int threads) {
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, dtype_of(dtype));
+            set_gradients(call, grad, grad_u, grad_weight);
+            check(chosen->predictions_backward(call, checked_threads(threads)));
         },
         without_gil);
     m.def(
         "routing",
         [](Memory u, Memory weight, Memory bias, Memory v, Memory s, int64_t B, int64_t I, int64_t J,
-           int64_t D, int64_t K, int64_t iterations, bool leaky, bool squash_output, int storage,
-           int threads) {
-            RoutingCall call =
-                routing_call(u, weight, B, I, J, D, K, iterations, leaky, squash_output, storage, threads);
-            call.bias = bias_pointer(bias, call);
-            call.v = pointer("v", v, {B, J, D}, storage_size(call.storage));
-            call.s = sums_pointer(s, call);
-            check(chosen->routing(call));
+           int64_t D, int64_t K, int64_t iterations, bool leaky, bool squash_output, int dtype, int threads) {
+            RoutingTensors tensors;
+            tensors.u = u, tensors.weight = weight, tensors.bias = bias, tensors.v = v, tensors.s = s;
+            const RoutingCall call =
+                routing_call(B, I, J, D, K, iterations, leaky, false, squash_output, dtype_of(dtype));
+            run_routing(RoutingOp::forward, call, tensors, threads);
         },
         without_gil);
     m.def(
         "routing_backward",
         [](Memory grad, Memory u, Memory weight, Memory s, Memory grad_u, Memory grad_weight,
            Memory grad_bias, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations,
-           bool leaky, bool detach, bool squash_output, int storage, int threads) {
-            RoutingCall call =
-                routing_call(u, weight, B, I, J, D, K, iterations, leaky, squash_output, storage, threads);
-            call.detach = detach;
-            const int64_t element = storage_size(call.storage);
-            call.s = sums_pointer(s, call);
-            call.grad = pointer("grad", grad, {B, J, D}, element);
-            call.grad_u = call.weight ? optional_pointer("grad_u", grad_u, {B, I, K}, element)
-                                      : pointer("grad_u", grad_u, {B, I, J, D}, element);
-            call.grad_weight = optional_pointer("grad_weight", grad_weight, {I, J, D, K}, element);
-            call.grad_bias = pointer("grad_bias", grad_bias, {J, D}, element);
-            if (!call.weight && call.grad_weight)
-                throw std::invalid_argument("grad_weight: got one without weight");
-            check(chosen->routing_backward(call));
+           bool leaky, bool detach, bool squash_output, int dtype, int threads) {
+            RoutingTensors tensors;
+            tensors.u = u, tensors.weight = weight, tensors.s = s, tensors.grad = grad;
+            tensors.grad_u = grad_u, tensors.grad_weight = grad_weight, tensors.grad_bias = grad_bias;
+            const RoutingCall call =
+                routing_call(B, I, J, D, K, iterations, leaky, detach, squash_output, dtype_of(dtype));
+            run_routing(RoutingOp::backward, call, tensors, threads);
         },
         without_gil);
     m.def(
         "couplings",
         [](Memory u, Memory weight, Memory bias, Memory couplings, int64_t B, int64_t I, int64_t J, int64_t D,
-           int64_t K, int64_t iterations, bool leaky, int storage, int threads) {
-            RoutingCall call =
-                routing_call(u, weight, B, I, J, D, K, iterations, leaky, true, storage, threads);
-            if (!call.weight) throw std::invalid_argument("weight: got none, takes one");
-            call.bias = bias_pointer(bias, call);
-            call.couplings = pointer("couplings", couplings, {B, I, J}, storage_size(call.storage));
-            check(chosen->couplings(call));
+           int64_t K, int64_t iterations, bool leaky, int dtype, int threads) {
+            RoutingTensors tensors;
+            tensors.u = u, tensors.weight = weight, tensors.bias = bias, tensors.couplings = couplings;
+            const RoutingCall call =
+                routing_call(B, I, J, D, K, iterations, leaky, false, true, dtype_of(dtype));
+            run_routing(RoutingOp::couplings, call, tensors, threads);
         },
         without_gil);
 }

@@ -1,17 +1,16 @@
-// Routing by agreement and its full gradient, without û in memory; the formulas stand in
-// capsops/backends/reference.py.
+// Routing by agreement and its full gradient, without storing û. The formulas are in capsops/reference.py.
 //
-// The passes over û are an engine's (lanes.h, rows.h); what lies between them, on numbers of the size B·J·D,
-// is here. Between passes every thread waits for the others.
-#include "lanes.h"
-#include "rows.h"
+// An engine (routing_batch_simd.h or routing_capsule_simd.h) computes the passes over û. This file computes
+// the steps between them, on tensors of B·J·D numbers. All threads wait for one another between passes.
+#include "routing_batch_simd.h"
+#include "routing_capsule_simd.h"
 #include "squash.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {
 namespace {
 
-// Coupling of the first pass, whose logits are all 0; without routing it is 1.
+// The couplings of the first pass, whose logits are all 0; 1 without routing.
 template <typename T>
 T uniform_coupling(const RoutingCall& call) {
     return call.iterations == 0 ? T(1) : T(1) / T(call.J + call.leaky);
@@ -19,13 +18,13 @@ T uniform_coupling(const RoutingCall& call) {
 
 int64_t passes(const RoutingCall& call) { return larger(call.iterations, 1); }
 
-// The passes whose softmax needs a gradient pass over û.
+// How many passes with a softmax take part in the gradient.
 int64_t routed_terms(const RoutingCall& call) {
     if (call.detach) return smaller(passes(call) - 1, 1);
     return passes(call) - 1;
 }
 
-// Runs an engine's passes for the samples of one call. All of a team's threads call the same functions.
+// Routing of the samples of one call by an engine. All threads of a team call the same functions.
 template <typename T, typename Engine>
 struct Routing {
     const RoutingCall& call;
@@ -33,10 +32,10 @@ struct Routing {
     const int64_t s_stride;  // from the s of one pass to that of the next
     Engine engine;
     T* partial;  // [splits, B, R]
-    T* total_v;  // forward: V; backward: V of every routed pass [passes − 1, B, R]
+    T* total_v;  // forward: V [B, R]; backward: V of every pass but the first [passes − 1, B, R]
     T* grad_s;   // backward: ∂s of every pass [passes, B, R]
     T* grad_v;   // backward: ∂V [B, R]
-    T* row;      // of every thread [R]
+    T* row;      // scratch of each thread [threads, R]
     T* bias;     // [R]
 
     Routing(const RoutingCall& c, int64_t slots, int threads, int64_t stride)
@@ -52,14 +51,14 @@ struct Routing {
           row(nullptr),
           bias(nullptr) {}
 
-    void plan(Pieces& pieces, int threads, bool backward) {
-        engine.plan(pieces, threads, backward);
-        partial = pieces.take<T>(engine.splits * size);
-        total_v = pieces.take<T>(larger(backward ? passes(call) - 1 : 1, 1) * size);
-        grad_s = pieces.take<T>(backward ? passes(call) * size : 0);
-        grad_v = pieces.take<T>(backward ? size : 0);
-        row = pieces.take<T>(rounded_up(R, 64) * threads);
-        bias = pieces.take<T>(R);
+    void plan(Arena& arena, int threads, bool backward) {
+        engine.plan(arena, threads, backward);
+        partial = arena.take<T>(engine.splits * size);
+        total_v = arena.take<T>(larger(backward ? passes(call) - 1 : 1, 1) * size);
+        grad_s = arena.take<T>(backward ? passes(call) * size : 0);
+        grad_v = arena.take<T>(backward ? size : 0);
+        row = arena.take<T>(round_up(R, 64) * threads);
+        bias = arena.take<T>(R);
     }
 
     T summed(int64_t at) const {
@@ -68,12 +67,12 @@ struct Routing {
         return total;
     }
 
-    // `count` passes, each sᵗ to s and each squash(sᵗ) but the last into V; the last, or its sᵗ, to v where
-    // that is wanted.
+    // Computes `count` passes. Writes each sᵗ to s and adds each vᵗ but the last to V. Writes the last vᵗ, or
+    // its sᵗ, to v; with v null it is added to V too.
     void forward(const Team& team, T* s, int64_t count, void* v) {
         const int64_t J = call.J, D = call.D, rows = call.B * J;
-        T* v_row = row + rounded_up(R, 64) * team.rank;
-        if (call.bias && team.rank == 0) read_row(call.bias, call.storage, 0, R, bias);
+        T* v_row = row + round_up(R, 64) * team.rank;
+        if (call.bias && team.rank == 0) read_row(call.bias, call.dtype, 0, R, bias);
         for (int64_t t = 0; t < count; ++t) {
             if (t == 0) {
                 engine.sum_uniform(team, t, partial);
@@ -92,7 +91,7 @@ struct Routing {
                 }
                 squash_row(s_row, D, v_row);
                 if (v && t + 1 == count) {
-                    write_row(v, call.storage, n * D, D, call.squash_output ? v_row : s_row);
+                    write_row(v, call.dtype, n * D, D, call.squash_output ? v_row : s_row);
                 } else {
                     T* total = total_v + n * D;
                     for (int64_t d = 0; d < D; ++d) total[d] = t == 0 ? v_row[d] : total[d] + v_row[d];
@@ -102,12 +101,12 @@ struct Routing {
         }
     }
 
-    // ∂u and ∂W, and this call's share of ∂β added to grad_bias.
+    // Computes ∂u and ∂W, and adds ∂β of these samples to grad_bias.
     void backward(const Team& team, const T* s, T* grad_bias) {
         const int64_t D = call.D, rows = call.B * call.J, last = passes(call) - 1;
         const int64_t terms = routed_terms(call);
         const int64_t begin = team.begin(rows), end = team.end(rows);
-        T* scratch = row + rounded_up(R, 64) * team.rank;
+        T* scratch = row + round_up(R, 64) * team.rank;
         for (int64_t n = begin; n < end; ++n) {
             for (int64_t t = 0; t < last; ++t) {
                 T* total = total_v + t * size + n * D;
@@ -121,11 +120,11 @@ struct Routing {
                 const T* g = grad_v + n * D;
                 T* grad_row = grad_s + t * size + n * D;
                 if (t == last && !call.squash_output) {
-                    read_row(call.grad, call.storage, n * D, D, grad_row);
+                    read_row(call.grad, call.dtype, n * D, D, grad_row);
                     continue;
                 }
                 if (t == last) {
-                    read_row(call.grad, call.storage, n * D, D, scratch);
+                    read_row(call.grad, call.dtype, n * D, D, scratch);
                     g = scratch;
                 }
                 squash_vjp_row(s + t * s_stride + n * D, g, D, grad_row);
@@ -145,7 +144,7 @@ struct Routing {
         const int64_t first = call.detach ? last : 0;  // the first pass that has a gradient
         const bool uniform = first == 0;
         if (uniform) {
-            // ∂β needs ∂s as it is: the scaled copy goes where ∂V was.
+            // ∂β needs ∂s without the scale, so the scaled copy overwrites ∂V, which is no longer needed.
             const T scale = uniform_coupling<T>(call);
             for (int64_t at = begin * D; at < end * D; ++at) grad_v[at] = scale * grad_s[at];
             team.barrier();
@@ -161,35 +160,33 @@ struct Routing {
     }
 };
 
-enum class Op { forward, backward, couplings };
-
-int64_t slots_of(const RoutingCall& call, Op op) {
-    return op == Op::backward ? 2 * routed_terms(call) + 1 : 1;
+int64_t slots_of(RoutingOp op, const RoutingCall& call) {
+    return op == RoutingOp::backward ? 2 * routed_terms(call) + 1 : 1;
 }
 
-// Every thread works on all samples.
+// All threads share the work of every sample.
 template <typename T, typename Engine>
-bool together(const RoutingCall& call, Op op, int threads) {
+bool route_shared(RoutingOp op, const RoutingCall& call, int threads) {
     const int64_t R = call.J * call.D, size = call.B * R;
-    // The sums of each pass are kept, but for couplings, which need only those of the last.
-    Routing<T, Engine> routing(call, slots_of(call, op), threads, op == Op::couplings ? 0 : size);
+    // Keeps s of every pass, except for couplings, which only need that of the last.
+    Routing<T, Engine> routing(call, slots_of(op, call), threads, op == RoutingOp::couplings ? 0 : size);
     T *bias_total = nullptr, *s = nullptr;
-    auto plan = [&](Pieces& pieces) {
-        routing.plan(pieces, threads, op == Op::backward);
-        bias_total = pieces.take<T>(R);
-        s = op == Op::couplings ? pieces.take<T>(size) : static_cast<T*>(call.s);
+    auto plan = [&](Arena& arena) {
+        routing.plan(arena, threads, op == RoutingOp::backward);
+        bias_total = arena.take<T>(R);
+        s = op == RoutingOp::couplings ? arena.take<T>(size) : static_cast<T*>(call.s);
     };
-    Pieces bytes;
-    plan(bytes);
-    Buffer buffer(bytes.used);
+    Arena measure;
+    plan(measure);
+    Buffer buffer(measure.used());
     if (!buffer.base) return false;
-    Pieces pieces{buffer.base};
-    plan(pieces);
+    Arena arena(buffer.base);
+    plan(arena);
     std::memset(bias_total, 0, R * sizeof(T));
     run_team(threads, [&](const Team& team) {
-        if (op == Op::forward) {
+        if (op == RoutingOp::forward) {
             routing.forward(team, s, passes(call), call.v);
-        } else if (op == Op::backward) {
+        } else if (op == RoutingOp::backward) {
             routing.backward(team, s, bias_total);
         } else {
             routing.forward(team, s, call.iterations - 1, nullptr);
@@ -198,99 +195,92 @@ bool together(const RoutingCall& call, Op op, int threads) {
             routing.engine.couplings(team, 0);
         }
     });
-    if (op == Op::backward) write_row(call.grad_bias, call.storage, 0, R, bias_total);
+    if (op == RoutingOp::backward) write_row(call.grad_bias, call.dtype, 0, R, bias_total);
     return true;
 }
 
-// Every thread routes samples of its own: given predictions of one sample stay in its cache from pass to
-// pass.
+// Each thread routes its own samples, so that the precomputed predictions of a sample stay in the thread's
+// cache from pass to pass.
 template <typename T, typename Engine>
-bool apart(const RoutingCall& call, Op op, int threads) {
+bool route_by_sample(RoutingOp op, const RoutingCall& call, int threads) {
     const int64_t R = call.J * call.D, predictions = call.I * R;
     T *bias_totals = nullptr, *bias_total = nullptr;
     char* pool = nullptr;
-    RoutingCall one = call;
-    one.B = 1;
-    Routing<T, Engine> sample(one, slots_of(call, op), 1, call.B * R);
-    Pieces bytes_of_one;
-    sample.plan(bytes_of_one, 1, op == Op::backward);
-    auto plan = [&](Pieces& pieces) {
-        bias_totals = pieces.take<T>(rounded_up(R, 64) * threads);
-        bias_total = pieces.take<T>(R);
-        pool = pieces.take<char>(bytes_of_one.used * threads);
+    RoutingCall sample_call = call;
+    sample_call.B = 1;
+    Routing<T, Engine> sample(sample_call, slots_of(op, call), 1, call.B * R);
+    Arena sample_size;
+    sample.plan(sample_size, 1, op == RoutingOp::backward);
+    auto plan = [&](Arena& arena) {
+        bias_totals = arena.take<T>(round_up(R, 64) * threads);
+        bias_total = arena.take<T>(R);
+        pool = arena.take<char>(sample_size.used() * threads);
     };
-    Pieces bytes;
-    plan(bytes);
-    Buffer buffer(bytes.used);
+    Arena measure;
+    plan(measure);
+    Buffer buffer(measure.used());
     if (!buffer.base) return false;
-    Pieces pieces{buffer.base};
-    plan(pieces);
-    std::memset(bias_totals, 0, rounded_up(R, 64) * threads * sizeof(T));
+    Arena arena(buffer.base);
+    plan(arena);
+    std::memset(bias_totals, 0, round_up(R, 64) * threads * sizeof(T));
     run_team(threads, [&](const Team& team) {
-        const Team alone{0, 1};
         for (int64_t b = team.begin(call.B); b < team.end(call.B); ++b) {
-            RoutingCall mine = one;
-            mine.u = element(call.u, call.storage, b * predictions);
-            Pieces own{pool + bytes_of_one.used * team.rank};
-            if (op == Op::forward) mine.v = element(call.v, call.storage, b * R);
-            if (op == Op::backward) {
-                mine.grad = element(call.grad, call.storage, b * R);
-                mine.grad_u = element(call.grad_u, call.storage, b * predictions);
+            RoutingCall own_call = sample_call;
+            own_call.u = element(call.u, call.dtype, b * predictions);
+            Arena own_arena(pool + sample_size.used() * team.rank);
+            if (op == RoutingOp::forward) own_call.v = element(call.v, call.dtype, b * R);
+            if (op == RoutingOp::backward) {
+                own_call.grad = element(call.grad, call.dtype, b * R);
+                own_call.grad_u = element(call.grad_u, call.dtype, b * predictions);
             }
-            Routing<T, Engine> routing(mine, slots_of(call, op), 1, call.B * R);
-            routing.plan(own, 1, op == Op::backward);
+            Routing<T, Engine> routing(own_call, slots_of(op, call), 1, call.B * R);
+            routing.plan(own_arena, 1, op == RoutingOp::backward);
             T* s = static_cast<T*>(call.s) + b * R;
-            if (op == Op::forward) {
-                routing.forward(alone, s, passes(call), mine.v);
+            if (op == RoutingOp::forward) {
+                routing.forward(single_thread, s, passes(call), own_call.v);
             } else {
-                routing.backward(alone, s, bias_totals + rounded_up(R, 64) * team.rank);
+                routing.backward(single_thread, s, bias_totals + round_up(R, 64) * team.rank);
             }
         }
     });
-    if (op == Op::backward) {
+    if (op == RoutingOp::backward) {
         for (int64_t r = 0; r < R; ++r) {
             bias_total[r] = 0;
             for (int rank = 0; rank < threads; ++rank)
-                bias_total[r] += bias_totals[rounded_up(R, 64) * rank + r];
+                bias_total[r] += bias_totals[round_up(R, 64) * rank + r];
         }
-        write_row(call.grad_bias, call.storage, 0, R, bias_total);
+        write_row(call.grad_bias, call.dtype, 0, R, bias_total);
     }
     return true;
 }
 
 template <typename T, int N>
-bool by_rows(const RoutingCall& call, Op op, int threads) {
-    if (call.weight) return together<T, RowsEngine<T, N, false>>(call, op, threads);
-    if (call.B >= threads) return apart<T, RowsEngine<T, N, true>>(call, op, threads);
-    return together<T, RowsEngine<T, N, true>>(call, op, threads);
+bool route_capsule_simd(RoutingOp op, const RoutingCall& call, int threads) {
+    if (call.weight) return route_shared<T, CapsuleSimdEngine<T, N, false>>(op, call, threads);
+    if (call.B >= threads) return route_by_sample<T, CapsuleSimdEngine<T, N, true>>(op, call, threads);
+    return route_shared<T, CapsuleSimdEngine<T, N, true>>(op, call, threads);
 }
 
 template <typename T>
-bool route(const RoutingCall& call, Op op) {
+bool route(RoutingOp op, const RoutingCall& call, int max_threads) {
     constexpr int width = vec_width<T>;
     const int64_t work = call.B * call.I * call.J * call.D * (call.weight ? call.K : 1) * passes(call);
-    const int threads = work < 131072 ? 1 : call.threads;
-    if (LanesEngine<T>::suits(call)) return together<T, LanesEngine<T>>(call, op, threads);
-    // The widest register that the numbers of a pair fill.
+    const int threads = work < 131072 ? 1 : max_threads;
+    if (BatchSimdEngine<T>::supports(call)) return route_shared<T, BatchSimdEngine<T>>(op, call, threads);
+    // Use half registers where the numbers of a pair (i, j) fill those but not whole ones.
     const int64_t numbers = call.D * (call.weight ? call.K : 1);
     if constexpr (sizeof(T) == 4) {
         if (numbers % width != 0 && numbers % (width / 2) == 0)
-            return by_rows<T, width / 2>(call, op, threads);
+            return route_capsule_simd<T, width / 2>(op, call, threads);
     }
-    return by_rows<T, width>(call, op, threads);
-}
-
-bool routed(const RoutingCall& call, Op op) {
-    return call.storage == Storage::float64 ? route<double>(call, op) : route<float>(call, op);
+    return route_capsule_simd<T, width>(op, call, threads);
 }
 
 }  // namespace
 
-bool routing(const RoutingCall& call) { return routed(call, Op::forward); }
-
-bool routing_backward(const RoutingCall& call) { return routed(call, Op::backward); }
-
-bool couplings(const RoutingCall& call) { return routed(call, Op::couplings); }
+bool routing(RoutingOp op, const RoutingCall& call, int threads) {
+    return call.dtype == Dtype::float64 ? route<double>(op, call, threads) : route<float>(op, call, threads);
+}
 
 double fma_flops(double seconds, int threads) {
     constexpr int chains = register_bytes == 64 ? 24 : 12;
@@ -310,10 +300,10 @@ double fma_flops(double seconds, int threads) {
             }
             elapsed = omp_get_wtime() - start;
         }
-        Vec<float> seen = x[0];
-        for (int n = 1; n < chains; ++n) seen += x[n];
-        const volatile float kept = sum<float>(seen);  // the loop's results are used
-        (void)kept;
+        Vec<float> total_x = x[0];
+        for (int n = 1; n < chains; ++n) total_x += x[n];
+        const volatile float result = sum<float>(total_x);  // keeps the compiler from removing the loop
+        (void)result;
         const double rate = double(rounds) * steps * chains * vec_width<float> * 2 / elapsed;
 #pragma omp critical
         total += rate;

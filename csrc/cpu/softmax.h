@@ -1,12 +1,14 @@
-// Couplings from logits, and their backward: of samples in lanes, and of one sample.
+// Softmax of the routing logits and its vector-Jacobian product, for samples in SIMD lanes and for one
+// sample.
 #pragma once
 
-#include "team.h"
+#include "threading.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {
 
-// c = softmax over j of J logits, `stride` apart, in place; `leaky`: one more logit, fixed at 0, takes part.
+// Softmax over J logits that are `stride` apart, in place. With `leaky` one more logit, fixed at 0, takes
+// part.
 template <typename T>
 CAPSOPS_INLINE void softmax(Lanes<T>* c, int64_t J, int64_t stride, bool leaky) {
     Lanes<T> top = leaky ? Lanes<T>::filled(0) : c[0];
@@ -21,7 +23,7 @@ CAPSOPS_INLINE void softmax(Lanes<T>* c, int64_t J, int64_t stride, bool leaky) 
     for (int64_t j = 0; j < J; ++j) c[j * stride] = c[j * stride] * scale;
 }
 
-// a becomes ∂b = c (a − Σ_j c a).
+// Replaces a by ∂b = c (a − Σ_j c a).
 template <typename T>
 CAPSOPS_INLINE void softmax_vjp(const Lanes<T>* c, Lanes<T>* a, int64_t J, int64_t stride) {
     Lanes<T> mean = Lanes<T>::filled(0);
@@ -29,7 +31,8 @@ CAPSOPS_INLINE void softmax_vjp(const Lanes<T>* c, Lanes<T>* a, int64_t J, int64
     for (int64_t j = 0; j < J; ++j) a[j * stride] = c[j * stride] * (a[j * stride] - mean);
 }
 
-// The same over J numbers of one sample, with room to whole registers of N; what lies behind them becomes 0.
+// Softmax over the J logits of one sample, in place. c is padded to whole registers of N; the padding becomes
+// 0.
 template <typename T, int N>
 CAPSOPS_INLINE void softmax(T* c, int64_t J, bool leaky) {
     typedef typename VecOf<T, N>::Int Int;
@@ -45,16 +48,16 @@ CAPSOPS_INLINE void softmax(T* c, int64_t J, bool leaky) {
     top = over_lanes<N>(top, [](Vec<T, N> a, Vec<T, N> b) CAPSOPS_ALWAYS { return maximum(a, b); });
     for (int64_t j = 0; j < J; j += N) {
         const Vec<T, N> e = exp_nonpositive<N>(load<T, N>(c + j) - top, T());
-        const Vec<T, N> kept = lanes < Index(J - j) ? e : zero;
-        store<T, N>(c + j, kept);
-        total += kept;
+        const Vec<T, N> masked = lanes < Index(J - j) ? e : zero;
+        store<T, N>(c + j, masked);
+        total += masked;
     }
     total = over_lanes<N>(total, [](Vec<T, N> a, Vec<T, N> b) CAPSOPS_ALWAYS { return a + b; });
     if (leaky) total += exp_nonpositive<N>(zero - top, T());
     for (int64_t j = 0; j < J; j += N) store<T, N>(c + j, load<T, N>(c + j) / total);
 }
 
-// The same over numbers of one sample.
+// The same for the J logits of one sample.
 template <typename T>
 CAPSOPS_INLINE void softmax_vjp(const T* c, T* a, int64_t J) {
     T mean = 0;

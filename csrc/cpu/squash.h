@@ -3,20 +3,20 @@
 
 #include <cmath>
 
-#include "../capsule_math.h"
-#include "team.h"
+#include "common/squash_factor.h"
+#include "threading.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {
 
-// Where a sum of squares lies between these it has neither over- nor underflowed noticeably.
+// A sum of squares between these bounds has neither overflowed nor lost precision by underflow.
 template <typename T>
 constexpr T smallest_square = sizeof(T) == 4 ? T(1e-30) : T(1e-280);
 template <typename T>
 constexpr T largest_square = T(1) / smallest_square<T>;
 
 template <typename T>
-CAPSOPS_INLINE bool plain_square(T square) {
+CAPSOPS_INLINE bool is_safe_square(T square) {
     return square > smallest_square<T> && square < largest_square<T>;
 }
 
@@ -29,9 +29,9 @@ inline T largest(const T* s, int64_t n, int64_t stride) {
     return scale;
 }
 
-// |s| from numbers `stride` apart whose sum of squares is out of that range.
+// |s| of numbers `stride` apart whose sum of squares is outside these bounds.
 template <typename T>
-__attribute__((noinline)) inline T scaled_length(const T* s, int64_t n, int64_t stride, T square) {
+CAPSOPS_NOINLINE inline T scaled_length(const T* s, int64_t n, int64_t stride, T square) {
     if (square != square) return square;
     const T scale = largest(s, n, stride);
     if (scale == 0) return 0;
@@ -42,7 +42,7 @@ __attribute__((noinline)) inline T scaled_length(const T* s, int64_t n, int64_t 
 
 template <typename T>
 CAPSOPS_INLINE T length_from(const T* s, int64_t n, int64_t stride, T square) {
-    return plain_square(square) ? std::sqrt(square) : scaled_length(s, n, stride, square);
+    return is_safe_square(square) ? std::sqrt(square) : scaled_length(s, n, stride, square);
 }
 
 template <typename T>
@@ -53,9 +53,9 @@ CAPSOPS_INLINE T length(const T* s, int64_t n) {
     return length_from(s, n, 1, square);
 }
 
-// squash of numbers `stride` apart whose length overflows: their direction.
+// squash of numbers `stride` apart whose length overflows: the unit vector along s.
 template <typename T>
-__attribute__((noinline)) inline void direction(const T* s, int64_t n, int64_t stride, T* v) {
+CAPSOPS_NOINLINE inline void direction(const T* s, int64_t n, int64_t stride, T* v) {
     const T scale = largest(s, n, stride);
     T total = 0;
     for (int64_t d = 0; d < n; ++d) total += (s[d * stride] / scale) * (s[d * stride] / scale);

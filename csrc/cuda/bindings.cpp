@@ -1,9 +1,9 @@
-// The module capsops._cuda: passes raw pointers and the raw stream on to the kernels.
+// The module capsops._cuda: passes raw pointers and the raw stream to the kernels.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 
-#include "../memory.h"
+#include "common/checked_calls.h"
 #include "kernels.h"
 #include "plan.h"
 
@@ -15,118 +15,92 @@ using namespace capsops;
 
 Stream stream_of(uintptr_t stream) { return reinterpret_cast<Stream>(stream); }
 
-Storage storage_of(int storage) {
-    require(storage >= 0 && storage <= int(Storage::float16), "storage", storage, "0 to 2");
-    return Storage(storage);
-}
+Dtype dtype_of(int dtype) { return checked_dtype(dtype, Dtype::float16); }
 
-int64_t storage_size(Storage storage) { return storage == Storage::float32 ? 4 : 2; }
+// What Python calls a RoutingCall: the call, and how a device may compute it.
+struct DeviceRoutingCall {
+    RoutingCall call;
+    RoutingMode mode;
+};
 
-PredictionsCall predictions_call(const Memory& u, const Memory& weight, int64_t B, int64_t I, int64_t J,
-                                 int64_t D, int64_t K, int storage) {
-    PredictionsCall call{};
-    call.B = B, call.I = I, call.J = J, call.D = D, call.K = K, call.storage = storage_of(storage);
-    const int64_t element = storage_size(call.storage);
-    call.u = pointer("u", u, {B, I, K}, element);
-    call.weight = pointer("weight", weight, {I, J, D, K}, element);
-    return call;
-}
-
-RoutingCall routing_shape(int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations,
-                          bool leaky, bool detach, int storage, bool tf32, bool cooperative) {
-    RoutingCall call{};
+DeviceRoutingCall device_routing_call(int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
+                                      int64_t iterations, bool leaky, bool detach, int dtype, bool tf32,
+                                      bool cooperative) {
     bytes_of("shape", {B, I, J, D, K}, 1);
-    call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
-    require(iterations >= 0 && iterations <= max_iterations, "iterations", iterations, "0 to 1000");
-    call.iterations = iterations, call.leaky = leaky, call.detach = detach;
-    call.storage = storage_of(storage), call.tf32 = tf32, call.cooperative = cooperative;
-    return call;
+    return {routing_call(B, I, J, D, K, iterations, leaky, detach, true, dtype_of(dtype)),
+            {tf32, cooperative}};
 }
 
-// Every tensor that the op reads or writes has been named, but for gradients that are not wanted.
-void require_tensors(RoutingOp op, const RoutingCall& call) {
-    const bool there = call.u && (op == RoutingOp::forward     ? call.s && call.v
-                                  : op == RoutingOp::couplings ? call.weight && call.couplings
-                                                               : call.s && call.grad && call.grad_bias);
-    if (!there) throw std::invalid_argument("run: a tensor that the op takes is missing; see point()");
+py::dict as_dict(const Tiling& t) {
+    py::dict plan;
+    plan["n"] = t.n, plan["m"] = t.m, plan["groups"] = t.groups, plan["tile_j"] = t.tile_j;
+    plan["warps"] = t.warps, plan["chunk"] = t.chunk, plan["steps"] = t.steps, plan["stride"] = t.stride;
+    plan["slot"] = t.slot;
+    plan["tiles_b"] = t.tiles_b, plan["tiles_j"] = t.tiles_j, plan["splits"] = t.splits;
+    plan["length"] = t.length, plan["stage"] = t.stage, plan["shared"] = t.shared, plan["items"] = t.items;
+    return plan;
 }
 
-py::dict described(const Tiling& t) {
-    py::dict found;
-    found["n"] = t.n, found["m"] = t.m, found["groups"] = t.groups, found["tile_j"] = t.tile_j;
-    found["warps"] = t.warps, found["chunk"] = t.chunk, found["steps"] = t.steps, found["stride"] = t.stride;
-    found["slot"] = t.slot;
-    found["tiles_b"] = t.tiles_b, found["tiles_j"] = t.tiles_j, found["splits"] = t.splits;
-    found["length"] = t.length, found["stage"] = t.stage, found["shared"] = t.shared,
-    found["items"] = t.items;
-    return found;
-}
-
-// What plan.h says of a shape on a device; None where the fused kernels do not serve it.
+// The plan of the fused kernels for a shape on a device; None if they do not support it.
 py::object fused_plan(bool gradients, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int element,
-                      bool tensor_cores, bool given, int passes, int multiprocessors,
+                      bool tensor_cores, bool precomputed, int passes, int multiprocessors,
                       int64_t shared_per_block, int resident_blocks) {
-    const FusedShape shape{B, I, J, D, K, element, tensor_cores, given, passes};
+    const FusedShape shape{B, I, J, D, K, element, tensor_cores, precomputed, passes};
     const FusedLimits limits{multiprocessors, shared_per_block};
     Tiling tiling{};
-    const bool served = gradients ? plan_gradients(shape, limits, tiling)
-                                  : plan_passes(shape, limits, resident_blocks, tiling);
-    return served ? py::object(described(tiling)) : py::none();
+    const bool supported = gradients ? plan_gradients(shape, limits, tiling)
+                                     : plan_passes(shape, limits, resident_blocks, tiling);
+    return supported ? py::object(as_dict(tiling)) : py::none();
 }
 
-py::object resident_plan(int64_t B, int64_t I, int64_t J, int64_t D, int element, int passes,
-                         int multiprocessors, int64_t shared_per_block) {
-    ResidentTiling t{};
-    if (!plan_resident({B, I, J, D, 1, element, false, true, passes}, {multiprocessors, shared_per_block}, t))
+py::object smem_cached_plan(int64_t B, int64_t I, int64_t J, int64_t D, int element, int passes,
+                            int multiprocessors, int64_t shared_per_block) {
+    SmemCachedTiling t{};
+    if (!plan_smem_cached({B, I, J, D, 1, element, false, true, passes}, {multiprocessors, shared_per_block},
+                          t))
         return py::none();
-    py::dict found;
-    found["parts"] = t.parts, found["row"] = t.row, found["sets"] = t.sets, found["warps"] = t.warps;
-    found["slots"] = t.slots, found["ring"] = t.ring, found["shared"] = t.shared;
-    return found;
+    py::dict plan;
+    plan["parts"] = t.parts, plan["row"] = t.row, plan["sets"] = t.sets, plan["warps"] = t.warps;
+    plan["slots"] = t.slots, plan["ring"] = t.ring, plan["shared"] = t.shared;
+    return plan;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() =
-        "Kernels for CUDA devices. A tensor is a pair: the address of contiguous memory on the device, and\n"
-        "its bytes; (0, 0) where it may be missing. What does not fit its sizes is a ValueError. Every call\n"
-        "returns once its kernels are queued on the stream.";
+        "Kernels for CUDA devices. A tensor is a pair: the address of contiguous memory on the device and\n"
+        "its length in bytes, or (0, 0) for an optional tensor that is missing. A length that does not\n"
+        "match the sizes is a ValueError. Every call returns once its kernels are queued on the stream.";
     const py::call_guard<py::gil_scoped_release> without_gil;
 
     m.def("fused_plan", &fused_plan, py::arg("gradients"), py::arg("B"), py::arg("I"), py::arg("J"),
           py::arg("D"), py::arg("K"), py::arg("element") = 4, py::arg("tensor_cores") = true,
-          py::arg("given") = false, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
+          py::arg("precomputed") = false, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
           py::arg("shared_per_block") = 232448, py::arg("resident_blocks") = 1,
-          "How the fused passes, or the fused gradients, of capsule_routing divide the work on a device (by "
-          "default "
-          "an H200): a dict, or None where the general kernels serve the shape. Needs no device.");
-    m.def("resident_plan", &resident_plan, py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"),
+          "How the fused passes or the fused gradients of routing divide the work on a device (by default\n"
+          "an H200): a dict, or None if the general kernels are used for the shape. Needs no device.");
+    m.def("smem_cached_plan", &smem_cached_plan, py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"),
           py::arg("element") = 4, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
           py::arg("shared_per_block") = 232448,
-          "How dynamic_routing's forward direction keeps predictions on the chip: a dict, or None where it "
-          "does not. Needs no device.");
-    m.def("device_count", &device_count, "How many CUDA devices there are; 0 without a driver.");
+          "How the forward pass of dynamic_routing caches predictions in shared memory: a dict, or None if\n"
+          "it does not. Needs no device.");
+    m.def("device_count", &device_count, "The number of CUDA devices; 0 without a driver.");
     m.def(
         "squash",
-        [](Memory s, Memory grad, Memory out, int64_t outer, int64_t n, int64_t inner, int storage,
-           int device, uintptr_t stream) {
-            SquashCall call{};
-            call.outer = outer, call.n = n, call.inner = inner, call.storage = storage_of(storage);
-            const int64_t element = storage_size(call.storage);
-            call.s = pointer("s", s, {outer, n, inner}, element);
-            call.grad = optional_pointer("grad", grad, {outer, n, inner}, element);
-            call.out = pointer("out", out, {outer, n, inner}, element);
+        [](Memory s, Memory grad, Memory out, int64_t outer, int64_t n, int64_t inner, int dtype, int device,
+           uintptr_t stream) {
+            const SquashCall call = squash_call(s, grad, out, outer, n, inner, dtype_of(dtype));
             const CurrentDevice current(device);
             (call.grad ? squash_backward : squash)(call, stream_of(stream));
         },
-        without_gil, "squash, or its vector-Jacobian product where there is a `grad`.");
+        without_gil, "squash, or its vector-Jacobian product if `grad` is not missing.");
     m.def(
         "predictions",
         [](Memory u, Memory weight, Memory u_hat, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
-           int storage, int device, uintptr_t stream) {
-            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, storage);
-            call.u_hat = pointer("u_hat", u_hat, {B, I, J, D}, storage_size(call.storage));
+           int dtype, int device, uintptr_t stream) {
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, dtype_of(dtype));
+            set_output(call, u_hat);
             const CurrentDevice current(device);
             predictions(call, current.limits(), stream_of(stream));
         },
@@ -134,12 +108,9 @@ PYBIND11_MODULE(_cuda, m) {
     m.def(
         "predictions_backward",
         [](Memory grad, Memory u, Memory weight, Memory grad_u, Memory grad_weight, int64_t B, int64_t I,
-           int64_t J, int64_t D, int64_t K, int storage, int device, uintptr_t stream) {
-            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, storage);
-            const int64_t element = storage_size(call.storage);
-            call.grad = pointer("grad", grad, {B, I, J, D}, element);
-            call.grad_u = optional_pointer("grad_u", grad_u, {B, I, K}, element);
-            call.grad_weight = optional_pointer("grad_weight", grad_weight, {I, J, D, K}, element);
+           int64_t J, int64_t D, int64_t K, int dtype, int device, uintptr_t stream) {
+            PredictionsCall call = predictions_call(u, weight, B, I, J, D, K, dtype_of(dtype));
+            set_gradients(call, grad, grad_u, grad_weight);
             const CurrentDevice current(device);
             predictions_backward(call, current.limits(), stream_of(stream));
         },
@@ -149,52 +120,39 @@ PYBIND11_MODULE(_cuda, m) {
         .value("forward", RoutingOp::forward)
         .value("backward", RoutingOp::backward)
         .value("couplings", RoutingOp::couplings);
-    py::class_<RoutingCall>(
+    py::class_<DeviceRoutingCall>(
         m, "RoutingCall", py::module_local(),
-        "One call of routing. Without `weight`, `u` is the given predictions [B, I, J, D].")
-        .def(py::init(&routing_shape), py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"), py::arg("K"),
-             py::arg("iterations"), py::arg("leaky"), py::arg("detach"), py::arg("storage"), py::arg("tf32"),
-             py::arg("cooperative") = true)
+        "One call of routing. Without `weight`, `u` is the precomputed predictions [B, I, J, D].")
+        .def(py::init(&device_routing_call), py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"),
+             py::arg("K"), py::arg("iterations"), py::arg("leaky"), py::arg("detach"), py::arg("dtype"),
+             py::arg("tf32"), py::arg("cooperative") = true)
         .def(
             "point",
-            [](RoutingCall& call, Memory u, Memory weight, Memory bias, Memory s, Memory v, Memory couplings,
-               Memory grad, Memory grad_u, Memory grad_weight, Memory grad_bias) {
-                const int64_t B = call.B, I = call.I, J = call.J, D = call.D, K = call.K;
-                const int64_t passes = call.iterations > 1 ? call.iterations : 1;
-                const int64_t element = storage_size(call.storage);
-                call.weight = optional_pointer("weight", weight, {I, J, D, K}, element);
-                call.u = call.weight ? pointer("u", u, {B, I, K}, element)
-                                     : pointer("u", u, {B, I, J, D}, element);
-                call.bias = optional_pointer("bias", bias, {J, D}, element);
-                call.s = optional_pointer<float>("s", s, {passes, B, J, D}, 4);
-                call.v = optional_pointer("v", v, {B, J, D}, element);
-                call.couplings = optional_pointer("couplings", couplings, {B, I, J}, element);
-                call.grad = optional_pointer("grad", grad, {B, J, D}, element);
-                call.grad_u = call.weight ? optional_pointer("grad_u", grad_u, {B, I, K}, element)
-                                          : optional_pointer("grad_u", grad_u, {B, I, J, D}, element);
-                call.grad_weight = optional_pointer("grad_weight", grad_weight, {I, J, D, K}, element);
-                call.grad_bias = optional_pointer("grad_bias", grad_bias, {J, D}, element);
+            [](DeviceRoutingCall& self, Memory u, Memory weight, Memory bias, Memory s, Memory v,
+               Memory couplings, Memory grad, Memory grad_u, Memory grad_weight, Memory grad_bias) {
+                set_tensors(self.call,
+                            {u, weight, bias, s, v, couplings, grad, grad_u, grad_weight, grad_bias});
             },
             py::kw_only(), py::arg("u"), py::arg("weight") = Memory(), py::arg("bias") = Memory(),
             py::arg("s") = Memory(), py::arg("v") = Memory(), py::arg("couplings") = Memory(),
             py::arg("grad") = Memory(), py::arg("grad_u") = Memory(), py::arg("grad_weight") = Memory(),
-            py::arg("grad_bias") = Memory(), "Says where the tensors are.")
+            py::arg("grad_bias") = Memory(), "Sets the tensors.")
         .def(
             "workspace",
-            [](const RoutingCall& call, RoutingOp op, int device) {
-                return routing_workspace(op, call, CurrentDevice(device).limits());
+            [](const DeviceRoutingCall& self, RoutingOp op, int device) {
+                return routing_workspace(op, self.call, self.mode, CurrentDevice(device).limits());
             },
             "Bytes of workspace that the call takes on this device.")
         .def(
             "run",
-            [](RoutingCall& call, RoutingOp op, Memory workspace, int device, uintptr_t stream) {
-                require_tensors(op, call);
+            [](const DeviceRoutingCall& self, RoutingOp op, Memory workspace, int device, uintptr_t stream) {
+                require_tensors(op, self.call);
                 const CurrentDevice current(device);
-                const int64_t bytes = routing_workspace(op, call, current.limits());
+                const int64_t bytes = routing_workspace(op, self.call, self.mode, current.limits());
                 require(workspace.second >= bytes && (workspace.first || bytes == 0), "workspace",
-                        workspace.second, "as many bytes as workspace() says");
-                call.workspace = reinterpret_cast<void*>(workspace.first);
-                routing(op, call, current.limits(), stream_of(stream));
+                        workspace.second, "at least the bytes that workspace() returns");
+                routing(op, self.call, self.mode, reinterpret_cast<void*>(workspace.first), current.limits(),
+                        stream_of(stream));
             },
             without_gil, "Queues the kernels on the stream.");
 }

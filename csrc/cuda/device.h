@@ -1,11 +1,12 @@
-// All that the kernels ask of the device, one small function each: indices, barriers, exchange within a warp,
-// tensor cores, asynchronous copies, and the launch. tests/cuda_emulator has a twin that runs on a CPU.
+// Everything that the kernels need from the device, one small function each: indices, barriers, exchange
+// within a warp, tensor cores, asynchronous copies, and the launch. tests/cuda_emulator has a version that
+// runs on a CPU.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
-#include "../capsule_math.h"
+#include "common/squash_factor.h"
 
 #if defined(CAPSOPS_EMULATED)
 #include "emulated_device.h"
@@ -27,7 +28,7 @@
 
 #define CAPSOPS_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define CAPSOPS_DEVICE __device__ __forceinline__
-#define CAPSOPS_CALLED __device__ __noinline__  // a call, whose registers do not add to the caller's
+#define CAPSOPS_CALLED __device__ __noinline__  // a real call, whose registers do not add to the caller's
 #define CAPSOPS_PARAMETER const __grid_constant__
 
 namespace capsops {
@@ -37,8 +38,8 @@ CAPSOPS_DEVICE int thread_count() { return blockDim.x; }
 CAPSOPS_DEVICE int64_t block_index() { return blockIdx.x; }
 CAPSOPS_DEVICE int64_t block_count() { return gridDim.x; }
 
-// x, of which the compiler knows no more than its type: what follows from x is not computed ahead of this
-// place and kept in registers until it is wanted.
+// Returns x and hides its value from the compiler, which then cannot compute expressions of x early and keep
+// them in registers until they are needed.
 CAPSOPS_DEVICE int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;
@@ -81,8 +82,8 @@ CAPSOPS_DEVICE float power_of_2(float x) {
     return power;
 }
 
-// Copies 16 bytes to shared memory, or writes 16 bytes of 0, without waiting. Both addresses are aligned
-// to 16.
+// Begins to copy 16 bytes to shared memory, or to write 16 zero bytes if not valid. Both addresses are
+// aligned to 16 bytes.
 CAPSOPS_DEVICE void copy_async(void* shared, const void* global, bool valid) {
     asm volatile(
         "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
@@ -90,12 +91,13 @@ CAPSOPS_DEVICE void copy_async(void* shared, const void* global, bool valid) {
         : "memory");
 }
 
-// Waits for all asynchronous copies of this thread; a barrier then shows them to the others.
+// Waits for all asynchronous copies of this thread. After a barrier the other threads see them too.
 CAPSOPS_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Copies come in groups, each of what was begun since the group before. Waits for all groups of this thread
-// but the newest ones, at most 7.
+// Ends a group of copies: those that this thread has begun since the previous group.
 CAPSOPS_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all groups of this thread except the `newest` last ones, 1 to 7; for any other number, for all
+// copies.
 CAPSOPS_DEVICE void wait_for_older_copies(int newest) {
     switch (newest) {
         case 7:
@@ -124,17 +126,18 @@ CAPSOPS_DEVICE void wait_for_older_copies(int newest) {
     }
 }
 
-// Numbers that another block has written since the kernel began: past the multiprocessor's own cache.
-CAPSOPS_DEVICE float load_written(const float* x) { return __ldcg(x); }
-CAPSOPS_DEVICE float2 load_written(const float2* x) { return __ldcg(x); }
+// Loads a number that another block may have written since the kernel began, bypassing the multiprocessor's
+// cache.
+CAPSOPS_DEVICE float load_bypassing_l1(const float* x) { return __ldcg(x); }
+CAPSOPS_DEVICE float2 load_bypassing_l1(const float2* x) { return __ldcg(x); }
 
-// Storage types and the float32 that is computed with.
+// Storage types, and their conversion to and from the float32 that kernels compute in.
 typedef __nv_bfloat16 Bfloat16;
 typedef __half Float16;
 CAPSOPS_DEVICE float widen(float x) { return x; }
 CAPSOPS_DEVICE float widen(Bfloat16 x) { return __bfloat162float(x); }
 CAPSOPS_DEVICE float widen(Float16 x) { return __half2float(x); }
-// Two neighbours; x is aligned to both together.
+// Two neighbouring numbers; x is aligned to their total size.
 CAPSOPS_DEVICE float2 load_pair(const float* x) { return *reinterpret_cast<const float2*>(x); }
 CAPSOPS_DEVICE float2 load_pair(const Bfloat16* x) {
     return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(x));
@@ -145,7 +148,7 @@ CAPSOPS_DEVICE float2 load_pair(const Float16* x) {
 CAPSOPS_DEVICE void narrow(float x, float& to) { to = x; }
 CAPSOPS_DEVICE void narrow(float x, Bfloat16& to) { to = __float2bfloat16_rn(x); }
 CAPSOPS_DEVICE void narrow(float x, Float16& to) { to = __float2half_rn(x); }
-// Four neighbours; x is aligned to all of them together.
+// Four neighbouring numbers; x is aligned to their total size.
 CAPSOPS_DEVICE void load_quad(float (&to)[4], const float* x) {
     const float4 quad = *reinterpret_cast<const float4*>(x);
     to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
@@ -160,7 +163,7 @@ CAPSOPS_DEVICE void store_pair(float x, float y, Float16* to) {
     *reinterpret_cast<__half2*>(to) = __floats2half2_rn(x, y);
 }
 
-// Two numbers of 16 bits in one register, the first in its lower half.
+// Two 16-bit numbers in one register, the first in its lower half.
 template <typename S>
 CAPSOPS_DEVICE uint32_t pack_pair(float first, float second) {
     uint32_t pair;
@@ -187,9 +190,9 @@ CAPSOPS_DEVICE void load_quad(float (&to)[4], const S* x) {
     to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
 }
 
-// c += a b with a 16 x 16, b 16 x 8, of 16-bit numbers. A lane holds pairs, named by their first: a (g, 2q),
-// (g + 8, 2q), (g, 2q + 8), (g + 8, 2q + 8), neighbours along the row; b (2q, g), (2q + 8, g), neighbours
-// along the column; c as above.
+// c += a b with a 16 x 16 and b 16 x 8, of 16-bit numbers. A lane holds pairs of neighbours, named here by
+// their first number: of a, along the row, (g, 2q), (g + 8, 2q), (g, 2q + 8), (g + 8, 2q + 8); of b, along
+// the column, (2q, g), (2q + 8, g); c as above.
 template <typename S>
 CAPSOPS_DEVICE void mma_16_bit(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (std::is_same<S, Bfloat16>::value) {
@@ -205,7 +208,7 @@ CAPSOPS_DEVICE void mma_16_bit(float (&c)[4], const uint32_t (&a)[4], const uint
     }
 }
 
-// The same with a 16 x 8, b 8 x 8: the first half of what the lanes hold.
+// The same with a 16 x 8 and b 8 x 8: the first half of the pairs above.
 template <typename S>
 CAPSOPS_DEVICE void mma_16_bit(float (&c)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
     if constexpr (std::is_same<S, Bfloat16>::value) {
@@ -221,8 +224,8 @@ CAPSOPS_DEVICE void mma_16_bit(float (&c)[4], const uint32_t (&a)[2], const uint
     }
 }
 
-// Matrices of 8 x 8 numbers of 16 bits from shared memory: lane 8 m + r gives the address of row r of matrix
-// m, aligned to 16. Of each a lane gets the pair (g, 2q), (g, 2q + 1).
+// Loads matrices of 8 x 8 16-bit numbers from shared memory. Lane 8 m + r passes the address of row r of
+// matrix m, aligned to 16 bytes. Each lane receives the pair (g, 2q), (g, 2q + 1) of every matrix.
 CAPSOPS_DEVICE void load_matrices(uint32_t (&to)[1], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
                  : "=r"(to[0])
@@ -239,7 +242,7 @@ CAPSOPS_DEVICE void load_matrices(uint32_t (&to)[4], const void* row) {
                  : "r"(uint32_t(__cvta_generic_to_shared(row))));
 }
 
-// The same, transposed: a lane gets the pair (2q, g), (2q + 1, g) of each.
+// The same, transposed: each lane receives the pair (2q, g), (2q + 1, g) of every matrix.
 CAPSOPS_DEVICE void load_transposed(uint32_t (&to)[1], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
                  : "=r"(to[0])
@@ -251,11 +254,11 @@ CAPSOPS_DEVICE void load_transposed(uint32_t (&to)[2], const void* row) {
                  : "r"(uint32_t(__cvta_generic_to_shared(row))));
 }
 
-// The transpose of a matrix of which each lane holds the pair (g, 2q), (g, 2q + 1).
+// Transposes a matrix of which each lane holds the pair (g, 2q), (g, 2q + 1).
 CAPSOPS_DEVICE uint32_t transpose_pairs(uint32_t x) {
-    uint32_t turned;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(x));
-    return turned;
+    uint32_t transposed;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(x));
+    return transposed;
 }
 
 }  // namespace capsops
@@ -283,7 +286,7 @@ inline int device_count() {
     return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
-// Makes a device the current one of this thread for as long as it lives.
+// Makes a device the current one of this thread during the lifetime of the object.
 class CurrentDevice {
   public:
     explicit CurrentDevice(int index) : index_(index) {
@@ -311,8 +314,8 @@ class CurrentDevice {
     int index_, before_ = 0;
 };
 
-// Lets a kernel have so much shared memory on the current device. A limit once raised is not lowered: another
-// thread may be about to launch the same kernel with more.
+// Raises a kernel's limit of shared memory on the current device to at least `shared` bytes. The limit is
+// never lowered, since another thread may be about to launch the same kernel with more.
 template <typename Parameters>
 void allow_shared(void (*kernel)(Parameters), const char* name, int64_t shared) {
     if (shared <= 48 * 1024) return;
@@ -321,27 +324,27 @@ void allow_shared(void (*kernel)(Parameters), const char* name, int64_t shared) 
     int device = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
     const std::lock_guard<std::mutex> lock(mutex);
-    int64_t& most = allowed[{device, reinterpret_cast<const void*>(kernel)}];
-    if (shared <= most) return;
+    int64_t& limit = allowed[{device, reinterpret_cast<const void*>(kernel)}];
+    if (shared <= limit) return;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name);
-    most = shared;
+    limit = shared;
 }
 
-// How many blocks one multiprocessor holds at a time; 0 where even one does not fit.
+// How many blocks can be resident on one multiprocessor at a time; 0 if not even one fits.
 template <typename Parameters>
 int resident_blocks(void (*kernel)(Parameters), const char* name, int threads, int64_t shared) {
     static std::mutex mutex;
-    static std::map<std::tuple<int, const void*, int, int64_t>, int> known;
+    static std::map<std::tuple<int, const void*, int, int64_t>, int> cache;
     int device = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
     const std::lock_guard<std::mutex> lock(mutex);
     const auto key = std::make_tuple(device, reinterpret_cast<const void*>(kernel), threads, shared);
-    const auto found = known.find(key);
-    if (found != known.end()) return found->second;
+    const auto entry = cache.find(key);
+    if (entry != cache.end()) return entry->second;
     allow_shared(kernel, name, shared);
     int blocks = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, size_t(shared)), name);
-    return known[key] = blocks;
+    return cache[key] = blocks;
 }
 
 struct Launch {
@@ -350,19 +353,20 @@ struct Launch {
     int threads;
     int64_t shared;
     Stream stream;
-    bool cooperative = false;  // all blocks run at the same time and meet in grid_barrier()
+    bool cooperative = false;  // all blocks run at the same time and can use grid_barrier()
 };
 
 template <typename Parameters>
-void launch(void (*kernel)(Parameters), const Launch& how, Parameters parameters) {
-    allow_shared(kernel, how.name, how.shared);
+void launch(void (*kernel)(Parameters), const Launch& config, Parameters parameters) {
+    allow_shared(kernel, config.name, config.shared);
     void* arguments[] = {&parameters};
     const void* function = reinterpret_cast<const void*>(kernel);
-    const dim3 grid{unsigned(how.blocks)}, block{unsigned(how.threads)};
-    const size_t shared = size_t(how.shared);
-    check(how.cooperative ? cudaLaunchCooperativeKernel(function, grid, block, arguments, shared, how.stream)
-                          : cudaLaunchKernel(function, grid, block, arguments, shared, how.stream),
-          how.name);
+    const dim3 grid{unsigned(config.blocks)}, block{unsigned(config.threads)};
+    const size_t shared = size_t(config.shared);
+    check(config.cooperative
+              ? cudaLaunchCooperativeKernel(function, grid, block, arguments, shared, config.stream)
+              : cudaLaunchKernel(function, grid, block, arguments, shared, config.stream),
+          config.name);
 }
 
 }  // namespace capsops
@@ -377,7 +381,13 @@ CAPSOPS_DEVICE int lane_index() { return thread_index() % warp_size; }
 CAPSOPS_DEVICE int warp_index() { return thread_index() / warp_size; }
 CAPSOPS_DEVICE int warp_count() { return thread_count() / warp_size; }
 
-// Sum over the lanes whose index differs in the bits of `span - 1`, times `step`: all of them have it.
+// Number `at` of an array of storage type S.
+template <typename S>
+CAPSOPS_DEVICE float load(const void* x, int64_t at) {
+    return widen(static_cast<const S*>(x)[at]);
+}
+
+// Sum over the lanes whose indices differ only in the bits of (span - 1) * step. All of them receive it.
 CAPSOPS_DEVICE float lane_sum(float x, int span = warp_size, int step = 1) {
     for (int mask = step; mask < span * step; mask *= 2) x += shuffle_xor(x, mask);
     return x;

@@ -1,6 +1,5 @@
-// Routing by the fused kernels. Without given predictions, u_hat is made anew, tile by tile, in every pass.
-//
-// Host side; the kernels are in fused_passes.h and fused_gradients.h.
+// Host side of the fused kernels, which are in fused_passes.h and fused_gradients.h. They compute u_hat in
+// every pass, tile by tile, unless the predictions are precomputed.
 #pragma once
 
 #include "plan.h"
@@ -11,24 +10,24 @@ namespace capsops {
 struct Fused {
     Routing p;
     Tiling tiling;
-    bool vectors;               // u and W are copied 16 bytes at a time
-    bool couplings;             // the last pass makes couplings
-    int first_step, last_step;  // of the sequence of steps that this launch makes
-    float* partial_w;           // [splits, I, J, D, K] where the gradient of W comes in splits of the batch
-    float* partial_u;           // [tiles_j, B, I, K] where the gradient of u comes in tiles of j
+    bool vectors;               // u and W (or u_hat) are copied 16 bytes at a time
+    bool couplings;             // the last pass writes the couplings
+    int first_step, last_step;  // the steps of the sequence that this launch runs
+    float* partial_w;           // [splits, I, J, D, K]: dW for each split of the batch, if there are several
+    float* partial_u;           // [tiles_j, B, I, K]: du for each tile of j, if there are several
 };
 
-// The kernels for one way to multiply, or for given predictions.
+// The kernels for one kind of multiplication or for precomputed predictions.
 struct FusedKernels {
     void (*passes)(Fused);
     void (*gradients)(Fused);
 };
 
-// `logits`: how many passes have them.
+// `logits`: how many passes have logits.
 FusedKernels fused_float32(const Tiling& tiling, bool backward, int logits);
 FusedKernels fused_tf32(const Tiling& tiling, bool backward, int logits);
 FusedKernels fused_bfloat16(const Tiling& tiling, bool backward, int logits);
 FusedKernels fused_float16(const Tiling& tiling, bool backward, int logits);
-FusedKernels fused_given(Storage storage, const Tiling& tiling, bool backward, int logits);
+FusedKernels fused_precomputed(Dtype dtype, const Tiling& tiling, bool backward, int logits);
 
 }  // namespace capsops

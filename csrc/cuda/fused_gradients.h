@@ -1,11 +1,12 @@
-// The gradients of routing from ds of all passes, in one go over u and W, or over given predictions.
+// The gradients of routing from ds of all passes, in one pass over u and W or over precomputed predictions.
 //
-// A block has a chunk of input capsules and a tile of output capsules, and goes through the batch; a warp has
-// one output capsule at a time, and holds V and ds of its samples in registers. It makes u_hat and from that
-// the logits and a = u_hat . ds of all passes; all threads together make their softmax over j (or, where j
-// comes in tiles, take its sums from memory), c and db = c (a - sum_j c a); and every warp makes
-// grad = sum_t c ds + db V. Of given predictions that is the result. Else it makes its parts of du, which the
-// warps then add up, and of dW, which stays in shared memory until the batch is through.
+// A block has a chunk of input capsules and a tile of output capsules, and loops over the batch. A warp has
+// one output capsule at a time and keeps V and ds of its samples in registers. It computes u_hat, and from it
+// the logits and a = u_hat . ds of all passes. All threads together compute the softmax over j (or, where j
+// is in tiles, read its statistics from memory), c, and db = c (a - sum_j c a). Then every warp computes grad
+// = sum_t c ds + db V. For precomputed predictions that is the result. Otherwise the warp computes its part
+// of du, which is summed over the warps afterwards, and of dW, which stays in shared memory until the
+// whole batch is done.
 #pragma once
 
 #include "fused.h"
@@ -14,13 +15,13 @@
 
 namespace capsops {
 
-// `held`: passes whose V and ds are in registers at a time; where there are more, they are read again for
-// each input capsule.
-template <typename Math, int M, int N, int held>
+// `register_passes`: passes whose V and ds are in registers at a time. If there are more, they are loaded
+// again for each input capsule.
+template <typename Math, int M, int N, int register_passes>
 struct Gradients {
     typedef typename Math::S S;
     static constexpr int rows = 16 * M;
-    static constexpr int blocks_d = (N + 1) / 2;  // of 16 components
+    static constexpr int blocks_d = (N + 1) / 2;  // blocks of 16 components d
 
     const Fused& f;
     const Routing& p;
@@ -29,7 +30,7 @@ struct Gradients {
     S* const u_stages;             // [2, chunk, rows, stride]
     S* const w;                    // [chunk, tile_j, N 8, stride]
     float4* const grad_w;          // [chunk, tile_j, blocks_d, steps, lanes]
-    float* const slots;            // [tile_j, chunk, slot]: logits and a, then c and db, then the warps' du
+    float* const slots;            // [tile_j, chunk, slot]: logits and a, then c and db, then du of the warps
 
     CAPSOPS_DEVICE explicit Gradients(const Fused& f)
         : f(f),
@@ -43,28 +44,29 @@ struct Gradients {
               shared_memory() + 2 * tiling.stage +
               (int64_t(tiling.chunk) * tiling.tile_j * N * 8 * tiling.stride * int(sizeof(S)) + 15) / 16 *
                   16)),
-          slots(Math::given ? reinterpret_cast<float*>(shared_memory())
-                            : reinterpret_cast<float*>(grad_w + tiling.chunk * tiling.tile_j * blocks_d *
-                                                                    tiling.steps * warp_size)) {}
+          slots(Math::precomputed
+                    ? reinterpret_cast<float*>(shared_memory())
+                    : reinterpret_cast<float*>(grad_w + tiling.chunk * tiling.tile_j * blocks_d *
+                                                            tiling.steps * warp_size)) {}
 
     CAPSOPS_DEVICE float* slot(int own_j, int chunk_i) const {
         return slots + (own_j * tiling.chunk + chunk_i) * tiling.slot;
     }
 
-    // Copies rows of K numbers, which lie `from_step` apart, to rows that lie `stride` apart; all threads
-    // share.
+    // Begins to copy `count` rows of K numbers, row n from from(n), to rows that are `stride` apart; all
+    // threads of the block together.
     template <typename Rows>
     CAPSOPS_DEVICE void copy(S* to, int count, Rows from) const {
         const int K = opaque(int(p.K));
-        constexpr int piece = 16 / int(sizeof(S));
-        const int pieces = f.vectors ? K / piece : K;
+        constexpr int copy_width = 16 / int(sizeof(S));
+        const int copies_per_row = f.vectors ? K / copy_width : K;
 #pragma unroll 1
-        for (int n = thread_index(); n < count * pieces; n += thread_count()) {
-            const int row = n / pieces, k = n % pieces;
-            const S* const source = from(row);  // null for rows of 0
+        for (int n = thread_index(); n < count * copies_per_row; n += thread_count()) {
+            const int row = n / copies_per_row, k = n % copies_per_row;
+            const S* const source = from(row);  // null for a row of zeros
             if (f.vectors) {
-                const void* const any = source == nullptr ? p.u : source + k * piece;
-                copy_async(to + row * tiling.stride + k * piece, any, source != nullptr);
+                const void* const address = source == nullptr ? p.u : source + k * copy_width;
+                copy_async(to + row * tiling.stride + k * copy_width, address, source != nullptr);
             } else {
                 S zero{};
                 to[row * tiling.stride + k] = source == nullptr ? zero : source[k];
@@ -95,7 +97,7 @@ struct Gradients {
         block_barrier();
     }
 
-    // Numbers of x [B, J, D] in the layout of u_hat's tiles; 0 outside.
+    // Loads numbers of x [B, J, D] in the layout of u_hat's tiles; 0 outside of x.
     CAPSOPS_DEVICE void load_tiles(Tile (&to)[M][N], const float* x, int b, int j) const {
         const int g = lane_index() / 4, q = lane_index() % 4, D = int(p.D), row_size = int(p.J) * D;
         const float* at = x + int64_t(opaque(b) + g) * row_size + (j * D + 2 * q);
@@ -126,35 +128,37 @@ struct Gradients {
     }
 
     // V and ds of some passes with logits, and the part of grad that is the same for all input capsules.
-    struct Known {
-        Tile v[held][M][N], grad_s[held][M][N], constant[M][N];
+    struct PassValues {
+        Tile v[register_passes][M][N], grad_s[register_passes][M][N], constant[M][N];
     };
 
-    CAPSOPS_DEVICE void load_constant(Known& known, int b, int j) const {
+    CAPSOPS_DEVICE void load_constant(PassValues& values, int b, int j) const {
         const bool uniform = !p.detach || p.iterations == 1;
-        load_tiles(known.constant, p.grad_s, uniform ? b : int(p.B), j);
+        load_tiles(values.constant, p.grad_s, uniform ? b : int(p.B), j);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
 #pragma unroll
             for (int n = 0; n < N; ++n) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) known.constant[m][n][e] *= p.first;
+                for (int e = 0; e < 4; ++e) values.constant[m][n][e] *= p.first;
             }
         }
     }
 
-    CAPSOPS_DEVICE void load_passes(Known& known, int first, int b, int j) const {
+    CAPSOPS_DEVICE void load_passes(PassValues& values, int first, int b, int j) const {
 #pragma unroll
-        for (int x = 0; x < held; ++x) {
+        for (int x = 0; x < register_passes; ++x) {
             if (first + x >= passes) continue;
             const int t = first_pass + first + x;
-            load_tiles(known.v[x], p.total_v + t * p.capsules(), b, j);
-            load_tiles(known.grad_s[x], p.grad_s + t * p.capsules(), b, j);
+            load_tiles(values.v[x], p.total_v + t * p.capsules(), b, j);
+            load_tiles(values.grad_s[x], p.grad_s + t * p.capsules(), b, j);
         }
     }
 
-    // Whether what a warp has loaded serves it for all that it does with a tile of samples.
-    CAPSOPS_DEVICE bool stays() const { return passes <= held && tiling.tile_j <= warp_count(); }
+    // Whether the values that a warp has loaded are valid for all of its work on a tile of samples.
+    CAPSOPS_DEVICE bool loaded_once() const {
+        return passes <= register_passes && tiling.tile_j <= warp_count();
+    }
 
     CAPSOPS_DEVICE void load_u_hat(Tile (&u_hat)[M][N], int i, int b, int j) const {
         const int g = lane_index() / 4, q = lane_index() % 4, D = int(p.D);
@@ -180,15 +184,15 @@ struct Gradients {
         }
     }
 
-    // The logits and a of one output capsule, of the passes that are loaded.
-    CAPSOPS_DEVICE void agreements(const Known& known, int first, int stage, int i, int count, int b, int j,
-                                   int own_j) const {
+    // Computes the logits and a of one output capsule for the passes that are loaded.
+    CAPSOPS_DEVICE void agreements(const PassValues& values, int first, int stage, int i, int count, int b,
+                                   int j, int own_j) const {
         const int q = lane_index() % 4, row = lane_index() / 4 + 8 * q;
         const S* u = u_stages + stage * int(tiling.stage / int(sizeof(S)));
 #pragma unroll 1
         for (int n = 0; n < count; ++n) {
             Tile u_hat[M][N] = {};
-            if constexpr (Math::given) {
+            if constexpr (Math::precomputed) {
                 load_u_hat(u_hat, i + n, b, j);
             } else {
                 Math::template predict<M, N>(u_hat, u + n * rows * tiling.stride,
@@ -197,20 +201,20 @@ struct Gradients {
             }
             float* const to = slot(own_j, n) + 2 * first * rows + row;
 #pragma unroll
-            for (int x = 0; x < held; ++x) {
+            for (int x = 0; x < register_passes; ++x) {
                 if (first + x >= passes) continue;
-                const float logit = quad_dot(u_hat, known.v[x]);
+                const float logit = quad_dot(u_hat, values.v[x]);
                 if (q < 2 * M) to[2 * x * rows] = logit;
                 if (p.detach) continue;
-                const float a = quad_dot(u_hat, known.grad_s[x]);
+                const float a = quad_dot(u_hat, values.grad_s[x]);
                 if (q < 2 * M) to[(2 * x + 1) * rows] = a;
             }
         }
     }
 
-    // Softmax over j: logits and a become c and db, of all passes. A thread has one pass and one (b, i).
-    CAPSOPS_DEVICE void couple(int i, int count, int any_b, int tile_j) const {
-        const int b = opaque(any_b), to_next_j = tiling.chunk * tiling.slot;
+    // Softmax over j: replaces logits and a of all passes by c and db. A thread has one pass and one (b, i).
+    CAPSOPS_DEVICE void softmax_over_j(int i, int count, int first_b, int tile_j) const {
+        const int b = opaque(first_b), to_next_j = tiling.chunk * tiling.slot;
         const int left = int(p.J) - tile_j * tiling.tile_j, js = left < tiling.tile_j ? left : tiling.tile_j;
 #pragma unroll 1
         for (int n = thread_index(); n < count * passes * rows; n += thread_count()) {
@@ -219,18 +223,19 @@ struct Gradients {
             float* const a = logits + rows;
             const bool valid = b + row < int(p.B);
             Softmax s{p.leaky ? 0.0f : -INFINITY, 0.0f, 0.0f};
-            const bool known = tiling.tiles_j > 1;
-            if (valid && known) s = p.softmax[p.softmax_at(first_pass + x, b + row, i + chunk_i)];
-            for (int j = 0; j < js && !known; ++j) s.largest = fmaxf(s.largest, logits[j * to_next_j]);
-            if (!known) s.sum = p.leaky ? expf(-s.largest) : 0.0f;
+            const bool has_statistics = tiling.tiles_j > 1;
+            if (valid && has_statistics) s = p.softmax[p.softmax_at(first_pass + x, b + row, i + chunk_i)];
+            for (int j = 0; j < js && !has_statistics; ++j)
+                s.largest = fmaxf(s.largest, logits[j * to_next_j]);
+            if (!has_statistics) s.sum = p.leaky ? expf(-s.largest) : 0.0f;
             for (int j = 0; j < js; ++j) {
                 const float e = expf(logits[j * to_next_j] - s.largest);
                 logits[j * to_next_j] = e;
-                if (known) continue;
+                if (has_statistics) continue;
                 s.sum += e;
                 if (!p.detach) s.mean += e * a[j * to_next_j];
             }
-            if (!known) s.mean /= s.sum;
+            if (!has_statistics) s.mean /= s.sum;
             const float inverse = 1.0f / s.sum;
             for (int j = 0; j < js; ++j) {
                 const float c = valid ? logits[j * to_next_j] * inverse : 0.0f;
@@ -240,30 +245,30 @@ struct Gradients {
         }
     }
 
-    // Adds c ds + db V of the passes that are loaded.
-    CAPSOPS_DEVICE void add_passes(Tile (&grad)[M][N], const Known& known, int first,
+    // Adds c ds + db V of the passes that are loaded to `grad`.
+    CAPSOPS_DEVICE void add_passes(Tile (&grad)[M][N], const PassValues& values, int first,
                                    const float* factors) const {
 #pragma unroll
-        for (int x = 0; x < held; ++x) {
+        for (int x = 0; x < register_passes; ++x) {
             if (first + x >= passes) continue;
-            const float* const of_pass = factors + 2 * (first + x) * rows + lane_index() / 4;
+            const float* const pass_factors = factors + 2 * (first + x) * rows + lane_index() / 4;
 #pragma unroll
             for (int r = 0; r < 2 * M; ++r) {
-                const float c = of_pass[8 * r], grad_b = of_pass[rows + 8 * r];
+                const float c = pass_factors[8 * r], grad_b = pass_factors[rows + 8 * r];
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
                         float& to = grad[r / 2][n][r % 2 * 2 + e];
-                        to += c * known.grad_s[x][r / 2][n][r % 2 * 2 + e];
-                        to += grad_b * known.v[x][r / 2][n][r % 2 * 2 + e];
+                        to += c * values.grad_s[x][r / 2][n][r % 2 * 2 + e];
+                        to += grad_b * values.v[x][r / 2][n][r % 2 * 2 + e];
                     }
                 }
             }
         }
     }
 
-    // The gradient of given predictions.
+    // Stores the gradient of precomputed predictions.
     CAPSOPS_DEVICE void store_grad(const Tile (&grad)[M][N], int i, int b, int j) const {
         const int g = lane_index() / 4, q = lane_index() % 4, D = int(p.D);
 #pragma unroll
@@ -290,14 +295,15 @@ struct Gradients {
         to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
     }
 
-    // What becomes of the gradient of u_hat of one input and one output capsule.
+    // Multiplies the gradient of u_hat of one input and one output capsule by W and u: its parts of du and
+    // dW.
     CAPSOPS_DEVICE void products(const Tile (&grad)[M][N], int stage, int n, int own_j) const {
         const S* const u = u_stages + stage * int(tiling.stage / int(sizeof(S))) + n * rows * tiling.stride;
         const S* const weight = w + (n * tiling.tile_j + own_j) * N * 8 * tiling.stride;
         const auto operand = Math::template gradient<M, N>(grad);
         if (p.grad_u != nullptr) {
             float4* to = reinterpret_cast<float4*>(slot(warp_index(), n)) + lane_index();
-            warp_barrier();  // c and db stood there
+            warp_barrier();  // before c and db are overwritten
 #pragma unroll
             for (int m = 0; m < M; ++m) {
 #pragma unroll 1
@@ -314,22 +320,23 @@ struct Gradients {
                 grad_w + (n * tiling.tile_j + own_j) * blocks_d * tiling.steps * warp_size + lane_index();
 #pragma unroll
             for (int pair = 0; pair < blocks_d; ++pair) {
-                const auto turned = Math::template turn<M, N>(operand, pair);
+                const auto transposed = Math::template transpose_gradient<M, N>(operand, pair);
 #pragma unroll 1
                 for (int step = 0; step < tiling.steps; ++step, to += warp_size) {
                     Tile sum;
                     load(sum, *to);
-                    Math::template grad_w<M>(sum, turned, u + step * 8, tiling.stride);
+                    Math::template grad_w<M>(sum, transposed, u + step * 8, tiling.stride);
                     *to = make_float4(sum[0], sum[1], sum[2], sum[3]);
                 }
             }
         }
     }
 
-    // All that one warp does for one of its output capsules once c and db are there.
-    CAPSOPS_DEVICE void gradients(Known& known, int stage, int i, int count, int b, int j, int own_j) const {
-        if (!stays()) load_constant(known, b, j);
-        if (!stays() && passes <= held) load_passes(known, 0, b, j);
+    // Everything that one warp does for one of its output capsules after c and db are computed.
+    CAPSOPS_DEVICE void gradients(PassValues& values, int stage, int i, int count, int b, int j,
+                                  int own_j) const {
+        if (!loaded_once()) load_constant(values, b, j);
+        if (!loaded_once() && passes <= register_passes) load_passes(values, 0, b, j);
 #pragma unroll 1
         for (int n = 0; n < count; ++n) {
             Tile grad[M][N];
@@ -338,15 +345,15 @@ struct Gradients {
 #pragma unroll
                 for (int x = 0; x < N; ++x) {
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) grad[m][x][e] = known.constant[m][x][e];
+                    for (int e = 0; e < 4; ++e) grad[m][x][e] = values.constant[m][x][e];
                 }
             }
 #pragma unroll 1
-            for (int first = 0; first < passes; first += held) {
-                if (passes > held) load_passes(known, first, b, j);
-                add_passes(grad, known, first, slot(own_j, n));
+            for (int first = 0; first < passes; first += register_passes) {
+                if (passes > register_passes) load_passes(values, first, b, j);
+                add_passes(grad, values, first, slot(own_j, n));
             }
-            if constexpr (Math::given) {
+            if constexpr (Math::precomputed) {
                 store_grad(grad, i + n, b, j);
             } else {
                 products(grad, stage, n, own_j);
@@ -354,41 +361,41 @@ struct Gradients {
         }
     }
 
-    // All that one block does with one tile of samples.
+    // Everything that one block does with one tile of samples.
     CAPSOPS_DEVICE void tile_work(int stage, int i, int count, int b, int tile_j) const {
-        Known known;
+        PassValues values;
         for (int own_j = warp_index(); own_j < tiling.tile_j; own_j += warp_count()) {
             const int j = tile_j * tiling.tile_j + own_j;
             if (j >= int(p.J)) continue;
-            load_constant(known, b, j);
+            load_constant(values, b, j);
 #pragma unroll 1
-            for (int first = 0; first < passes; first += held) {
-                load_passes(known, first, b, j);
-                agreements(known, first, stage, i, count, b, j, own_j);
+            for (int first = 0; first < passes; first += register_passes) {
+                load_passes(values, first, b, j);
+                agreements(values, first, stage, i, count, b, j, own_j);
             }
         }
         if (passes > 0) {
             block_barrier();
-            couple(i, count, b, tile_j);
+            softmax_over_j(i, count, b, tile_j);
             block_barrier();
         }
         for (int own_j = warp_index(); own_j < tiling.tile_j; own_j += warp_count()) {
             const int j = tile_j * tiling.tile_j + own_j;
-            if (j < int(p.J)) gradients(known, stage, i, count, b, j, own_j);
+            if (j < int(p.J)) gradients(values, stage, i, count, b, j, own_j);
         }
     }
 
-    // du of one tile of samples: the warps' parts in their order.
-    CAPSOPS_DEVICE void store_grad_u(int i, int count, int any_b, int tile_j) const {
-        const int b = opaque(any_b), of_slot = M * tiling.steps * warp_size;
+    // Stores du of one tile of samples: sums the parts of the warps in a fixed order.
+    CAPSOPS_DEVICE void store_grad_u(int i, int count, int first_b, int tile_j) const {
+        const int b = opaque(first_b), per_slot = M * tiling.steps * warp_size;
         const int left = int(p.J) - tile_j * tiling.tile_j, parts = left < warp_count() ? left : warp_count();
 #pragma unroll 1
-        for (int n = thread_index(); n < count * of_slot; n += thread_count()) {
-            const int chunk_i = n / of_slot;
+        for (int n = thread_index(); n < count * per_slot; n += thread_count()) {
+            const int chunk_i = n / per_slot;
             Tile sum = {};
             for (int part = 0; part < parts; ++part) {
                 Tile x;
-                load(x, reinterpret_cast<const float4*>(slot(part, chunk_i))[n % of_slot]);
+                load(x, reinterpret_cast<const float4*>(slot(part, chunk_i))[n % per_slot]);
                 for (int e = 0; e < 4; ++e) sum[e] += x[e];
             }
             const int step = n / warp_size % tiling.steps, m = n / warp_size / tiling.steps % M;
@@ -407,7 +414,7 @@ struct Gradients {
         }
     }
 
-    // dW of this warp's output capsules, over the batch or a split of it.
+    // Stores dW of this warp's output capsules, summed over the batch or a split of it.
     CAPSOPS_DEVICE void store_grad_w(int i, int count, int tile_j, int split) const {
         for (int own_j = warp_index(); own_j < tiling.tile_j; own_j += warp_count()) {
             const int j = tile_j * tiling.tile_j + own_j;
@@ -444,7 +451,7 @@ struct Gradients {
             const int i = item / splits / tiles_j * tiling.chunk, left = int(p.I) - i;
             const int count = left < tiling.chunk ? left : tiling.chunk, begin = split * length;
             const int end = begin + length < int(tiling.tiles_b) ? begin + length : int(tiling.tiles_b);
-            if constexpr (!Math::given) {
+            if constexpr (!Math::precomputed) {
                 copy_w(i, count, tile_j);
                 copy_u(0, i, count, begin * rows);
             }
@@ -452,7 +459,7 @@ struct Gradients {
                 const int stage = (tile - begin) % 2;
                 wait_for_copies();
                 block_barrier();
-                if constexpr (Math::given) {
+                if constexpr (Math::precomputed) {
                     tile_work(stage, i, count, tile * rows, tile_j);
                 } else {
                     if (tile + 1 < end) copy_u(1 - stage, i, count, (tile + 1) * rows);
@@ -463,7 +470,7 @@ struct Gradients {
                     }
                 }
             }
-            if constexpr (!Math::given) {
+            if constexpr (!Math::precomputed) {
                 if (p.grad_weight != nullptr) store_grad_w(i, count, tile_j, split);
             }
             block_barrier();  // before the next item's copies
@@ -471,10 +478,10 @@ struct Gradients {
     }
 };
 
-template <typename Math, int M, int N, int held>
-CAPSOPS_KERNEL(most_gradient_warps(Math::tensor_cores || Math::given) * warp_size, 1)
+template <typename Math, int M, int N, int register_passes>
+CAPSOPS_KERNEL(max_gradient_warps(Math::tensor_cores || Math::precomputed) * warp_size, 1)
 gradients_kernel(Fused f) {
-    Gradients<Math, M, N, held>(f).run();
+    Gradients<Math, M, N, register_passes>(f).run();
 }
 
 }  // namespace capsops

@@ -1,5 +1,5 @@
-// Chooses the instances of the fused kernels; one source file for each way to multiply, to compile side by
-// side.
+// Selects the instances of the fused kernels. There is one source file for each kind of multiplication, so
+// that they compile in parallel.
 #pragma once
 
 #include "fused_gradients.h"

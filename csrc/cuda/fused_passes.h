@@ -1,9 +1,9 @@
 // The passes of routing, forward and backward: sums over i of c u_hat, or of db u_hat.
 //
-// One chunk of input capsules at a time, in a block: every warp makes the logits of its output capsule from
-// u_hat tiles (and backward a = u_hat . ds); all threads together make the softmax over j; every warp makes
-// its u_hat tiles again, with u scaled by the coefficients, and adds them up. The tensor core makes u_hat
-// faster than registers could keep it.
+// A block processes one chunk of input capsules at a time. Every warp computes the logits of its output
+// capsule from tiles of u_hat (and backward a = u_hat . ds); all threads together compute the softmax over j;
+// every warp computes its tiles of u_hat again, with u scaled by the coefficients, and sums them. Tensor
+// cores compute u_hat faster than it could be kept in registers.
 #pragma once
 
 #include "fused.h"
@@ -12,26 +12,27 @@
 
 namespace capsops {
 
+// What a step does about the softmax over j.
 enum class Step {
-    whole,
-    statistics,
-    given
-};  // of the softmax: all j in the block; its sums alone; those known
+    whole,            // the block has all j: computes it
+    statistics,       // j is in tiles: computes only its maximum and sums
+    from_statistics,  // j is in tiles: computes it from those
+};
 
 template <typename Math, int M, int N, bool backward>
 struct Passes {
     typedef typename Math::S S;
-    static constexpr int samples = 16 * M;  // of one warp
+    static constexpr int samples = 16 * M;  // per warp
 
     const Fused& f;
     const Routing& p;
     const Tiling& tiling;
     const int t;
-    const int rows;  // samples of the block
+    const int rows;  // samples per block
     S* const stages;
-    float* const logits;     // [chunk, tile_j, rows]; then the coefficients
-    float* const a;          // the same, backward
-    Softmax* const softmax;  // [chunk, rows], while tiles of j go by
+    float* const logits;     // [chunk, tile_j, rows]; overwritten by the coefficients
+    float* const a;          // the same shape, backward only
+    Softmax* const softmax;  // [chunk, rows], carried from one tile of j to the next
 
     CAPSOPS_DEVICE Passes(const Fused& f, int t)
         : f(f),
@@ -48,31 +49,32 @@ struct Passes {
     CAPSOPS_DEVICE int own_group() const { return warp_index() / tiling.tile_j; }
     CAPSOPS_DEVICE S* u_tile(int stage) const { return stages + stage * int(tiling.stage / int(sizeof(S))); }
     CAPSOPS_DEVICE S* w_tile(int stage) const {
-        return u_tile(stage) + (Math::given ? 0 : tiling.chunk * rows * tiling.stride);
+        return u_tile(stage) + (Math::precomputed ? 0 : tiling.chunk * rows * tiling.stride);
     }
     CAPSOPS_DEVICE int u_at(int i) const { return (i * rows + own_group() * samples) * tiling.stride; }
-    // Of W_ij, or of the given predictions of this warp's samples.
+    // Where W_ij, or the precomputed predictions of this warp's samples, begin in w_tile.
     CAPSOPS_DEVICE int w_at(int i) const {
         const int ij = i * tiling.tile_j + own_j();
-        return (Math::given ? ij * rows + own_group() * samples : ij * N * 8) * tiling.stride;
+        return (Math::precomputed ? ij * rows + own_group() * samples : ij * N * 8) * tiling.stride;
     }
 
-    // What no copy writes, the padding of K and D, must be 0.
+    // The padding of K and D, which no copy writes, must be 0.
     CAPSOPS_DEVICE void clear_stages() const {
         float* const words = reinterpret_cast<float*>(stages);
         for (int n = thread_index(); n < int(2 * tiling.stage / 4); n += thread_count()) words[n] = 0.0f;
         block_barrier();
     }
 
-    // Copies `rows` rows of K numbers that follow one another; lanes share the pieces.
+    // Begins to copy `count` contiguous rows of K numbers, all lanes of the warp together.
     CAPSOPS_DEVICE void copy_rows(S* to, const S* from, int count, bool valid) const {
         const int K = opaque(int(p.K));
         if (f.vectors) {
-            constexpr int piece = 16 / int(sizeof(S));
-            const int pieces = K / piece;
+            constexpr int copy_width = 16 / int(sizeof(S));
+            const int copies_per_row = K / copy_width;
 #pragma unroll 1
-            for (int n = lane_index(); n < count * pieces; n += warp_size) {
-                copy_async(to + n / pieces * tiling.stride + n % pieces * piece, from + n * piece, valid);
+            for (int n = lane_index(); n < count * copies_per_row; n += warp_size) {
+                copy_async(to + n / copies_per_row * tiling.stride + n % copies_per_row * copy_width,
+                           from + n * copy_width, valid);
             }
         } else {
 #pragma unroll 1
@@ -83,15 +85,17 @@ struct Passes {
         }
     }
 
-    // Begins to copy the given predictions of this warp's output capsule and samples.
-    CAPSOPS_DEVICE void copy_given(int stage, int i, int count, int any_b, int tile_j) const {
-        const int b = opaque(any_b) + own_group() * samples, j = tile_j * tiling.tile_j + own_j(),
+    // Begins to copy the precomputed predictions of this warp's output capsule and samples.
+    CAPSOPS_DEVICE void copy_precomputed(int stage, int i, int count, int first_b, int tile_j) const {
+        const int b = opaque(first_b) + own_group() * samples, j = tile_j * tiling.tile_j + own_j(),
                   D = int(p.D);
         if (j >= int(p.J)) return;
-        constexpr int piece = 16 / int(sizeof(S));
-        const int pieces = f.vectors ? D / piece : D, at_once = warp_size / pieces;
-        const int first = lane_index() / pieces, d = lane_index() % pieces * (f.vectors ? piece : 1);
-        if (first >= at_once) return;
+        constexpr int copy_width = 16 / int(sizeof(S));
+        const int copies_per_row = f.vectors ? D / copy_width : D,
+                  samples_at_once = warp_size / copies_per_row;
+        const int first = lane_index() / copies_per_row,
+                  d = lane_index() % copies_per_row * (f.vectors ? copy_width : 1);
+        if (first >= samples_at_once) return;
 #pragma unroll 1
         for (int chunk_i = 0; chunk_i < count; ++chunk_i) {
             const int row_size = int(p.J) * D;
@@ -99,7 +103,7 @@ struct Passes {
                 static_cast<const S*>(p.u) + (int64_t(b) * p.I + i + chunk_i) * row_size + (j * D + d);
             S* const to = w_tile(stage) + w_at(chunk_i) + d;
 #pragma unroll 1
-            for (int sample = first; sample < samples; sample += at_once) {
+            for (int sample = first; sample < samples; sample += samples_at_once) {
                 const bool valid = b + sample < int(p.B);
                 const S* const source = valid ? from + sample * p.I * row_size : static_cast<const S*>(p.u);
                 if (f.vectors) {
@@ -113,23 +117,23 @@ struct Passes {
     }
 
     // Begins to copy u and W of input capsules i ... i + count - 1 for a tile of samples and one of j.
-    CAPSOPS_DEVICE void copy(int stage, int i, int count, int any_b, int tile_j) const {
-        if constexpr (Math::given) return copy_given(stage, i, count, any_b, tile_j);
-        const int b = opaque(any_b);
+    CAPSOPS_DEVICE void copy(int stage, int i, int count, int first_b, int tile_j) const {
+        if constexpr (Math::precomputed) return copy_precomputed(stage, i, count, first_b, tile_j);
+        const int b = opaque(first_b);
         const S* const u = static_cast<const S*>(p.u);
         const S* const w = static_cast<const S*>(p.weight);
         const int K = opaque(int(p.K));
-        constexpr int piece = 16 / int(sizeof(S));
-        const int pieces = f.vectors ? K / piece : K, of_sample = count * pieces;
+        constexpr int copy_width = 16 / int(sizeof(S));
+        const int copies_per_row = f.vectors ? K / copy_width : K, per_sample = count * copies_per_row;
 #pragma unroll 1
-        for (int n = thread_index(); n < rows * of_sample; n += thread_count()) {
-            const int sample = n / of_sample, rest = n % of_sample, chunk_i = rest / pieces,
-                      k = rest % pieces;
+        for (int n = thread_index(); n < rows * per_sample; n += thread_count()) {
+            const int sample = n / per_sample, rest = n % per_sample, chunk_i = rest / copies_per_row,
+                      k = rest % copies_per_row;
             const bool valid = b + sample < int(p.B);
             S* const to = u_tile(stage) + (chunk_i * rows + sample) * tiling.stride;
             const S* const from = u + (valid ? (int64_t(b + sample) * int(p.I) + i + chunk_i) * K : 0);
             if (f.vectors) {
-                copy_async(to + k * piece, from + k * piece, valid);
+                copy_async(to + k * copy_width, from + k * copy_width, valid);
             } else {
                 S zero{};
                 to[k] = valid ? from[k] : zero;
@@ -137,15 +141,16 @@ struct Passes {
         }
         const int j = tile_j * tiling.tile_j + own_j();
         if (j >= int(p.J)) return;
-        if (f.vectors && K == tiling.stride) {  // all of W_ij is one piece of memory, here and there
-            const int numbers = int(p.D) * K, first = lane_index() * piece;
+        if (f.vectors && K == tiling.stride) {  // W_ij is contiguous in both memories
+            const int numbers = int(p.D) * K, first = lane_index() * copy_width;
             const S* from = w + (int64_t(i + own_group()) * int(p.J) + j) * numbers;
             const int64_t step = int64_t(tiling.groups) * int(p.J) * numbers;
 #pragma unroll 1
             for (int n = own_group(); n < count; n += tiling.groups, from += step) {
                 S* const to = w_tile(stage) + w_at(n);
 #pragma unroll 1
-                for (int m = first; m < numbers; m += warp_size * piece) copy_async(to + m, from + m, true);
+                for (int m = first; m < numbers; m += warp_size * copy_width)
+                    copy_async(to + m, from + m, true);
             }
             return;
         }
@@ -156,8 +161,8 @@ struct Passes {
         }
     }
 
-    // The numbers of x [B, J, D] that this lane has of u_hat's tiles: function(number, address, whether it
-    // exists).
+    // Calls function(number, address, whether it exists) for the numbers of x [B, J, D] in this lane, in the
+    // layout of u_hat's tiles.
     template <typename Pointer, typename Function>
     CAPSOPS_DEVICE void for_tiles(Tile (&tiles)[M][N], Pointer x, int b, int j, Function function) const {
         const int g = lane_index() / 4, q = lane_index() % 4, D = int(p.D), row_size = int(p.J) * D;
@@ -178,8 +183,9 @@ struct Passes {
     }
 
     CAPSOPS_DEVICE void load_tiles(Tile (&to)[M][N], const float* x, int b, int j) const {
-        for_tiles(to, x, b, j,
-                  [](float& to, const float* from, bool valid) { to = valid ? load_written(from) : 0.0f; });
+        for_tiles(to, x, b, j, [](float& to, const float* from, bool valid) {
+            to = valid ? load_bypassing_l1(from) : 0.0f;
+        });
     }
 
     CAPSOPS_DEVICE void store_partial(Tile (&sum)[M][N], int split, int b, int j) const {
@@ -202,7 +208,7 @@ struct Passes {
         return quad_sum<M>(sum);
     }
 
-    // The logits, and a, of this warp's output capsule.
+    // Computes the logits, and backward a, of this warp's output capsule.
     CAPSOPS_DEVICE void agreements(int stage, int count, const Tile (&v)[M][N],
                                    const Tile (&grad_s)[M][N]) const {
         const int row = own_group() * samples + lane_index() / 4 + 8 * (lane_index() % 4);
@@ -222,10 +228,10 @@ struct Passes {
         }
     }
 
-    // Softmax over j: logits become coefficients, or its sums are kept. A warp has one input capsule of the
-    // chunk and 32 of the block's samples (16 in half of its lanes).
-    CAPSOPS_DEVICE void couple(Step step, int i, int count, int any_b, int tile_j) const {
-        const int b = opaque(any_b);
+    // Softmax over j: replaces the logits by the coefficients, or computes its statistics only. A warp has
+    // one input capsule of the chunk and 32 of the block's samples (or 16, in half of its lanes).
+    CAPSOPS_DEVICE void softmax_over_j(Step step, int i, int count, int first_b, int tile_j) const {
+        const int b = opaque(first_b);
         const int sets = (rows + warp_size - 1) / warp_size;
         const int left = int(p.J) - tile_j * tiling.tile_j, js = left < tiling.tile_j ? left : tiling.tile_j;
 #pragma unroll 1
@@ -234,13 +240,13 @@ struct Passes {
             if (row >= rows || b + row >= int(p.B)) continue;
             float* const x = logits + chunk_i * tiling.tile_j * rows + row;
             float* const y = a + chunk_i * tiling.tile_j * rows + row;
-            const int64_t known = p.softmax_at(t, b + row, i + chunk_i);
+            const int64_t softmax_index = p.softmax_at(t, b + row, i + chunk_i);
             Softmax s{p.leaky ? 0.0f : -INFINITY, p.leaky ? 1.0f : 0.0f, 0.0f};
             if (step == Step::statistics && tile_j > 0) s = softmax[chunk_i * rows + row];
-            if (step == Step::given) {
-                s.largest = load_written(&p.softmax[known].largest);
-                s.sum = load_written(&p.softmax[known].sum);
-                s.mean = load_written(&p.softmax[known].mean);
+            if (step == Step::from_statistics) {
+                s.largest = load_bypassing_l1(&p.softmax[softmax_index].largest);
+                s.sum = load_bypassing_l1(&p.softmax[softmax_index].sum);
+                s.mean = load_bypassing_l1(&p.softmax[softmax_index].mean);
             } else {
                 const float before = s.largest;
                 for (int j = 0; j < js; ++j) s.largest = fmaxf(s.largest, x[j * rows]);
@@ -257,12 +263,12 @@ struct Passes {
                 if (tile_j + 1 < int(tiling.tiles_j)) {
                     softmax[chunk_i * rows + row] = s;
                 } else {
-                    p.softmax[known] = {s.largest, s.sum, s.mean / s.sum};
+                    p.softmax[softmax_index] = {s.largest, s.sum, s.mean / s.sum};
                 }
                 continue;
             }
             if (step == Step::whole) s.mean /= s.sum;
-            if (backward && step == Step::whole && p.softmax != nullptr) p.softmax[known] = s;
+            if (backward && step == Step::whole && p.softmax != nullptr) p.softmax[softmax_index] = s;
             const float inverse = 1.0f / s.sum;
             for (int j = 0; j < js; ++j) {
                 const float c = (step == Step::whole ? x[j * rows] : expf(x[j * rows] - s.largest)) * inverse;
@@ -276,12 +282,13 @@ struct Passes {
         }
     }
 
-    // Adds coefficient times u_hat of this warp's output capsule. In TF32 u is scaled, and the product adds
-    // up. Else u_hat is made first, and multiplied in float32: c u would have to be rounded to 16 bits, and
-    // multiply-adds make fewer roundings at the size of the sum. The first pass has no coefficients.
+    // Adds coefficient times u_hat of this warp's output capsule to `sum`. In TF32 u is scaled and the
+    // product accumulates. Otherwise u_hat is computed first and multiplied in float32: c u would have to be
+    // rounded to 16 bits, and with multiply-adds fewer roundings happen at the magnitude of the sum. The
+    // first pass has no coefficients.
     CAPSOPS_DEVICE void accumulate(int stage, int count, Tile (&sum)[M][N]) const {
         int i = 0;
-        if constexpr (Math::pairs) {  // two input capsules of 8 components make one of 16
+        if constexpr (Math::pairs) {  // two input capsules of 8 components count as one of 16
 #pragma unroll 1
             for (; t == 0 && tiling.steps == 1 && i + 1 < count; i += 2) {
                 Math::template multiply<M, N>(sum, u_tile(stage) + u_at(i), w_tile(stage) + w_at(i),
@@ -321,11 +328,11 @@ struct Passes {
     // One step of pass t over all of the block's items.
     CAPSOPS_DEVICE void run(Step step) const {
         const bool statistics = step == Step::statistics;
-        // The statistics make no partial sums, so that i can be split as finely as there are chunks.
+        // The statistics need no partial sums, so i can be split into as many parts as there are chunks.
         const int all_tiles = int(tiling.tiles_j), length = statistics ? tiling.chunk : int(tiling.length);
         const int splits = (int(p.I) + length - 1) / length;
         const int tiles_j = statistics ? 1 : all_tiles;
-        const int inner = statistics ? all_tiles : 1;  // tiles of j that one item goes through
+        const int inner = statistics ? all_tiles : 1;  // tiles of j per item
         const bool sums = !statistics && !(f.couplings && t + 1 == p.iterations);
         for (int item = int(block_index()); item < int(tiling.tiles_b) * tiles_j * splits;
              item += int(block_count())) {
@@ -350,7 +357,7 @@ struct Passes {
                 if (t > 0) {
                     if (j < int(p.J)) agreements(stage, count, v, grad_s);
                     block_barrier();
-                    couple(step, i, count, b, tile);
+                    softmax_over_j(step, i, count, b, tile);
                     block_barrier();
                 }
                 if (sums && j < int(p.J)) accumulate(stage, count, sum);
@@ -365,43 +372,43 @@ struct Passes {
     }
 };
 
-// The sequence of steps. Forward, for each pass: the softmax where j comes in tiles, the sums, what becomes
-// of them. Backward, after one step that begins: the same, for the passes from the last to the second.
+// Step n of the sequence. Forward, for each pass: the statistics of the softmax if j is in tiles, the sums,
+// and finish_forward(). Backward: begin_backward(), then the same for the passes from the last to the second.
 struct Sequence {
     int t;
     bool begins, finishes;
     Step step;
 
     CAPSOPS_DEVICE Sequence(const Fused& f, bool backward, int n) : begins(backward && n == 0) {
-        const int apart = f.tiling.tiles_j > 1, of_pass = apart + 2;
-        const int m = backward ? n - 1 : n, rest = m % of_pass;
-        t = backward ? f.p.iterations - 1 - m / of_pass : m / of_pass;
-        finishes = rest + 1 == of_pass;
-        step = apart == 0 ? Step::whole : rest == 0 ? Step::statistics : Step::given;
-        // With detach the gradient needs the softmax of the last pass, and no sums.
+        const int tiled = f.tiling.tiles_j > 1, steps_per_pass = tiled + 2;
+        const int m = backward ? n - 1 : n, rest = m % steps_per_pass;
+        t = backward ? f.p.iterations - 1 - m / steps_per_pass : m / steps_per_pass;
+        finishes = rest + 1 == steps_per_pass;
+        step = tiled == 0 ? Step::whole : rest == 0 ? Step::statistics : Step::from_statistics;
+        // With detach the gradient needs the softmax of the last pass but no sums.
         if (backward && f.p.detach) step = Step::statistics, finishes = false;
     }
 };
 
-// All steps in one launch, if its blocks run at the same time: a barrier of the grid parts them.
+// All steps in one launch if its blocks run at the same time; the grid waits at a barrier between steps.
 template <typename Math, int M, int N, bool backward>
-CAPSOPS_KERNEL(most_warps* warp_size, 1)
+CAPSOPS_KERNEL(max_warps* warp_size, 1)
 passes_kernel(CAPSOPS_PARAMETER Fused f) {
     typedef typename Math::S S;
     Passes<Math, M, N, backward>(f, 0).clear_stages();
     for (int n = f.first_step; n < f.last_step; ++n) {
         if (n > f.first_step) grid_barrier();
-        const Sequence at(f, backward, opaque(n));
-        if (at.begins) {
+        const Sequence now(f, backward, opaque(n));
+        if (now.begins) {
             if constexpr (backward) begin_backward<S>(f.p);
-        } else if (at.finishes) {
+        } else if (now.finishes) {
             if constexpr (backward) {
-                finish_backward(f.p, at.t);
+                finish_backward(f.p, now.t);
             } else {
-                finish_forward<S>(f.p, at.t);
+                finish_forward<S>(f.p, now.t);
             }
-        } else if (at.t > 0 || at.step != Step::statistics) {
-            Passes<Math, M, N, backward>(f, at.t).run(at.step);
+        } else if (now.t > 0 || now.step != Step::statistics) {
+            Passes<Math, M, N, backward>(f, now.t).run(now.step);
         }
     }
 }

@@ -2,48 +2,49 @@
 
 #include <algorithm>
 
+#include "common/integers.h"
+
 namespace capsops {
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t aligned(int64_t bytes) { return round_up(bytes, 16); }
 
-int64_t aligned(int64_t bytes) { return divide_up(bytes, 16) * 16; }
-
-// Rows lie an odd multiple of 8 numbers apart: 8 rows then begin in 8 different groups of banks.
+// Rows are an odd multiple of 8 numbers apart, so that 8 rows begin in 8 different groups of banks.
 int row_stride(int64_t K) {
     const int64_t eights = divide_up(K, 8);
     return int(8 * (eights % 2 == 0 ? eights + 1 : eights));
 }
 
-bool common(const FusedShape& shape, Tiling& to) {
+bool plan_common(const FusedShape& shape, Tiling& to) {
     to.n = tiles_of_d(shape.D);
     // The kernels count samples, capsules and items of work in 32 bits.
     if (to.n == 0 || shape.K > 1024 || shape.B >= 1 << 24 || shape.J >= 1 << 16 || shape.I >= 1 << 30)
         return false;
-    to.steps = shape.given ? 0 : int(divide_up(shape.K, 8));
-    // Of predictions whole tiles are read, of which D may fill three where there are four.
-    to.stride = row_stride(shape.given ? 8 * to.n : shape.K);
+    to.steps = shape.precomputed ? 0 : int(divide_up(shape.K, 8));
+    // Predictions are read in whole tiles, of which D may fill only three if there are four.
+    to.stride = row_stride(shape.precomputed ? 8 * to.n : shape.K);
     return true;
 }
 
 }  // namespace
 
 bool plan_passes(const FusedShape& shape, const FusedLimits& limits, int resident_blocks, Tiling& to) {
-    if (!common(shape, to)) return false;
+    if (!plan_common(shape, to)) return false;
     to.m = to.n == 4 ? 1 : 2;
-    to.tiles_j = divide_up(shape.J, most_warps);
+    to.tiles_j = divide_up(shape.J, max_warps);
     to.tile_j = int(divide_up(shape.J, to.tiles_j));
-    const int64_t samples = 16 * to.m, wanted = divide_up(shape.B, samples);
-    to.groups = int(std::max<int64_t>(1, std::min<int64_t>(most_warps / to.tile_j, wanted)));
+    const int64_t samples = 16 * to.m, groups = divide_up(shape.B, samples);
+    to.groups = int(std::max<int64_t>(1, std::min<int64_t>(max_warps / to.tile_j, groups)));
     to.warps = to.tile_j * to.groups;
     const int64_t rows = samples * to.groups;
     to.tiles_b = divide_up(shape.B, rows);
     const int64_t tiles = to.tiles_b * to.tiles_j;
     const int64_t blocks = int64_t(limits.multiprocessors) * std::max(resident_blocks, 1);
-    // As many splits as make the rounds of blocks short; each has a cost of its own, and makes partial sums.
-    const int64_t most = std::min(std::max<int64_t>(blocks / tiles, 8), shape.I);
+    // The number of splits that minimises the time: rounds of blocks times the length of a split plus a fixed
+    // cost.
+    const int64_t max_splits = std::min(std::max<int64_t>(blocks / tiles, 8), shape.I);
     double best = 0;
-    for (int64_t splits = 1; splits <= most; ++splits) {
+    for (int64_t splits = 1; splits <= max_splits; ++splits) {
         const int64_t length = divide_up(shape.I, splits);
         const double cost =
             double(divide_up(tiles * divide_up(shape.I, length), blocks)) * double(length + 4);
@@ -52,12 +53,13 @@ bool plan_passes(const FusedShape& shape, const FusedLimits& limits, int residen
     to.splits = divide_up(shape.I, to.length);
     to.items = tiles * to.splits;
     if (to.items >= 1 << 30) return false;
-    // Two blocks of a multiprocessor hide one another's waiting, so a chunk takes half of the memory if it
-    // can.
+    // Two blocks on a multiprocessor hide each other's latencies, so a chunk takes half of the memory if
+    // possible.
     for (const int64_t bytes : {limits.shared_per_block / 2 - 1024, limits.shared_per_block}) {
         for (int chunk = 8; chunk > 0; chunk /= 2) {
             to.chunk = int(divide_up(to.length, divide_up(to.length, chunk)));
-            const int64_t rows_of_i = shape.given ? to.tile_j * rows : rows + int64_t(to.tile_j) * to.n * 8;
+            const int64_t rows_of_i =
+                shape.precomputed ? to.tile_j * rows : rows + int64_t(to.tile_j) * to.n * 8;
             to.stage = aligned(to.chunk * rows_of_i * to.stride * shape.element);
             const int64_t logits = to.chunk * to.tile_j * rows * 4, softmax = to.chunk * rows * 12;
             to.shared = 2 * to.stage + 2 * logits + softmax;
@@ -68,23 +70,24 @@ bool plan_passes(const FusedShape& shape, const FusedLimits& limits, int residen
 }
 
 bool plan_gradients(const FusedShape& shape, const FusedLimits& limits, Tiling& to) {
-    if (!common(shape, to)) return false;
+    if (!plan_common(shape, to)) return false;
     to.m = to.n * (shape.passes > 2 ? 9 : 5) > 10 ? 1 : 2;
     to.groups = 1;
-    const int64_t rows = 16 * to.m, row_bytes = shape.given ? 0 : int64_t(to.stride) * shape.element;
+    const int64_t rows = 16 * to.m, row_bytes = shape.precomputed ? 0 : int64_t(to.stride) * shape.element;
     const int64_t slot = std::max<int64_t>(2 * shape.passes * rows, to.m * to.steps * 128);
     if (slot * 4 > limits.shared_per_block) return false;
     to.slot = int(slot);
     to.tiles_b = divide_up(shape.B, rows);
-    const int most = most_gradient_warps(shape.tensor_cores || shape.given);
+    const int warp_limit = max_gradient_warps(shape.tensor_cores || shape.precomputed);
     double best = 0;
     Tiling tiling = to;
-    // Fewer tiles of j first: every tile reads u again and makes a part of du that has to be added.
+    // Few tiles of j first, since every tile reads u again and makes a part of du that has to be summed
+    // later.
     for (int64_t tiles_j = 1; tiles_j <= shape.J && best == 0; ++tiles_j) {
         tiling.tile_j = int(divide_up(shape.J, tiles_j));
         if (divide_up(shape.J, tiling.tile_j) != tiles_j) continue;
         tiling.tiles_j = tiles_j;
-        tiling.warps = int(divide_up(tiling.tile_j, divide_up(tiling.tile_j, most)));
+        tiling.warps = int(divide_up(tiling.tile_j, divide_up(tiling.tile_j, warp_limit)));
         for (int64_t chunk = std::min<int64_t>(shape.I, 16); chunk > 0; --chunk) {
             tiling.chunk = int(chunk);
             const int64_t weights = aligned(chunk * tiling.tile_j * to.n * 8 * row_bytes);
@@ -94,13 +97,14 @@ bool plan_gradients(const FusedShape& shape, const FusedLimits& limits, Tiling& 
             tiling.shared = 2 * tiling.stage + weights + grad_w + slots;
             if (tiling.shared > limits.shared_per_block) continue;
             const int64_t items = divide_up(shape.I, chunk) * tiles_j;
-            // The batch is split only where there are too few items without, since the parts of dW are added
-            // later.
+            // The batch is split only if there are too few items otherwise, since the parts of dW have to be
+            // summed later.
             const int64_t splits = std::min(std::max<int64_t>(limits.multiprocessors / items, 1), to.tiles_b);
             tiling.length = divide_up(to.tiles_b, splits);
             tiling.splits = divide_up(to.tiles_b, tiling.length);
             tiling.items = items * tiling.splits;
-            // What one multiprocessor does: rounds of items, each with a fixed cost beside that of its chunk.
+            // The time of one multiprocessor: rounds of items, each with a fixed cost besides that of its
+            // chunk.
             const double rounds = double(divide_up(tiling.items, limits.multiprocessors));
             const double cost = rounds * double(tiling.length) * (double(chunk) + 0.5);
             if (best == 0 || cost < best) best = cost, to = tiling;
@@ -109,22 +113,23 @@ bool plan_gradients(const FusedShape& shape, const FusedLimits& limits, Tiling& 
     return best > 0;
 }
 
-bool plan_resident(const FusedShape& shape, const FusedLimits& limits, ResidentTiling& to) {
-    if (!shape.given || shape.passes < 1 || shape.J > most_resident_j || shape.D > 32 || shape.I >= 1 << 20)
+bool plan_smem_cached(const FusedShape& shape, const FusedLimits& limits, SmemCachedTiling& to) {
+    if (!shape.precomputed || shape.passes < 1 || shape.J > max_smem_cached_j || shape.D > 32 ||
+        shape.I >= 1 << 20)
         return false;
     const int64_t rounds = divide_up(shape.B, limits.multiprocessors);
     if (3 * shape.B < 2 * rounds * limits.multiprocessors) return false;
     to.parts = shape.D <= 8 ? 2 : shape.D <= 16 ? 4 : 8;
-    // An odd number of vectors from one input capsule to the next, or on tensor cores of 16 bytes: they begin
+    // Input capsules are an odd number of vectors apart, or on tensor cores of 16 bytes, so that they begin
     // in different banks.
-    const bool matrix = resident_on_tensor_cores(shape.element, to.parts);
-    to.row = int(matrix ? shape.J * 16 + 8 : (shape.J | 1) * 4 * to.parts);
-    const int64_t of_set = matrix ? 16 : 32 / to.parts, sums = shape.J * 4 * to.parts * 4;
-    to.sets = int(divide_up(shape.I, of_set));
-    to.warps = std::min(to.sets, most_resident_warps);
+    const bool tensor_cores = smem_cached_on_tensor_cores(shape.element, to.parts);
+    to.row = int(tensor_cores ? shape.J * 16 + 8 : (shape.J | 1) * 4 * to.parts);
+    const int64_t set_size = tensor_cores ? 16 : 32 / to.parts, sums = shape.J * 4 * to.parts * 4;
+    to.sets = int(divide_up(shape.I, set_size));
+    to.warps = std::min(to.sets, max_smem_cached_warps);
     const int64_t left = limits.shared_per_block - (to.warps + 2) * sums;
-    const int64_t slot = of_set * to.row * shape.element;
-    to.slots = int(std::min<int64_t>({left / (to.warps * slot), divide_up(to.sets, to.warps), most_slots}));
+    const int64_t slot = set_size * to.row * shape.element;
+    to.slots = int(std::min<int64_t>({left / (to.warps * slot), divide_up(to.sets, to.warps), max_slots}));
     if (to.slots < 1 || (to.slots < 3 && to.slots * to.warps < to.sets)) return false;
     to.ring = aligned(to.warps * to.slots * slot);
     to.shared = to.ring + (to.warps + 2) * sums;

@@ -5,8 +5,8 @@ namespace capsops {
 namespace {
 
 constexpr int threads = 256;
-constexpr int depth = 8;    // components of an input capsule that are held in registers
-constexpr int samples = 4;  // of the batch that share what is read of W
+constexpr int depth = 8;    // components of an input capsule that are kept in registers
+constexpr int samples = 4;  // of the batch that share each number read from W
 
 struct Parameters {
     const void* u;
@@ -14,15 +14,10 @@ struct Parameters {
     const void* grad;
     void* out;
     int64_t B, I, R, K;  // R = J D rows of W_i
-    int64_t chunk;       // samples of one thread
+    int64_t chunk;       // samples per thread
 };
 
-template <typename S>
-CAPSOPS_DEVICE float load(const void* x, int64_t at) {
-    return widen(static_cast<const S*>(x)[at]);
-}
-
-// A thread holds one row of W, and goes through samples of the batch.
+// A thread has one row of W and loops over samples of the batch.
 template <typename S>
 CAPSOPS_KERNEL(threads, 4)
 predictions_kernel(Parameters p) {
@@ -114,11 +109,12 @@ grad_weight_kernel(Parameters p) {
 
 void predictions(const PredictionsCall& call, const Device& device, Stream stream) {
     Parameters p{call.u, call.weight, nullptr, call.u_hat, call.B, call.I, call.J * call.D, call.K, 1};
-    // Long chunks of the batch read W less often; there should be enough of them to fill the device.
+    // With longer chunks of the batch W is read less often, but there must be enough chunks to fill the
+    // device.
     while (p.chunk < 32 && p.I * p.R * (call.B / p.chunk) > int64_t(device.multiprocessors) * 4096)
         p.chunk *= 2;
     const int64_t work = p.I * p.R * divide_up(call.B, p.chunk);
-    with_storage(call.storage, [&](auto type) {
+    with_dtype(call.dtype, [&](auto type) {
         launch(predictions_kernel<decltype(type)>,
                Launch{"predictions", blocks_for(work, threads), threads, 0, stream}, p);
     });
@@ -127,7 +123,7 @@ void predictions(const PredictionsCall& call, const Device& device, Stream strea
 void predictions_backward(const PredictionsCall& call, const Device&, Stream stream) {
     Parameters p{call.u, call.weight, call.grad, call.grad_u, call.B, call.I, call.J * call.D, call.K, 1};
     const int64_t blocks = divide_up(call.K, depth);
-    with_storage(call.storage, [&](auto type) {
+    with_dtype(call.dtype, [&](auto type) {
         typedef decltype(type) S;
         if (call.grad_u != nullptr) {
             const int64_t warps = divide_up(call.B, samples) * call.I * blocks;

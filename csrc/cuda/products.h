@@ -1,13 +1,13 @@
-// The small matrix products of routing, by one warp: of float32 on tensor cores in TF32, or by multiply-adds.
-// Those of 16-bit numbers are in products_16_bit.h.
+// The small matrix products of routing, each by one warp: of float32 on tensor cores in TF32, or by
+// multiply-adds. Those of 16-bit numbers are in products_16_bit.h.
 //
-// A tile is 16 samples of the batch x 8 components d of an output capsule, 4 numbers in each lane, laid out
-// as the tensor core's result: with g = lane / 4 and q = lane % 4, (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8,
-// 2q + 1). u [samples, stride] and W_ij [D, stride] lie in shared memory, rows along k, padded with 0 to a
-// multiple of 8; the stride is an odd multiple of 8, which keeps lanes in different banks.
+// A tile is 16 samples of the batch x 8 components d of an output capsule, 4 numbers in each lane, in the
+// layout of the tensor core's result: with g = lane / 4 and q = lane % 4, (g, 2q), (g, 2q + 1), (g + 8, 2q),
+// (g + 8, 2q + 1). u [samples, stride] and W_ij [D, stride] are in shared memory, with k along the rows,
+// padded with 0 to a multiple of 8. The stride is an odd multiple of 8, which avoids bank conflicts.
 //
-//   predict:  u_hat[b, d] += sum_k u[b, k] W[d, k], or scale[b] times it
-//   grad_u:   du[b, k] += sum_d grad[b, d] W[d, k], for 8 components k, laid out as a tile
+//   predict:  u_hat[b, d] += sum_k u[b, k] W[d, k]; predict_scaled multiplies u by scale[b]
+//   grad_u:   du[b, k] += sum_d grad[b, d] W[d, k], for 8 components k, in the layout of a tile
 //   grad_w:   dW[d, k] += sum_b grad[b, d] u[b, k], for 16 components d and 8 components k, 4 numbers in each
 //   lane
 #pragma once
@@ -18,8 +18,8 @@ namespace capsops {
 
 typedef float Tile[4];
 
-// Sum over the 4 lanes of equal g: from M tiles' rows (g + 8 r is row r of `x`), lane q gets the sum of x[q].
-// With M = 1 there are two rows, and lanes 2 and 3 get what lanes 0 and 1 get.
+// Sums over the 4 lanes with the same g. x[r] belongs to row g + 8 r of M tiles; lane q receives the sum of
+// x[q]. With M = 1 there are two rows, and lanes 2 and 3 receive the same as lanes 0 and 1.
 template <int M>
 CAPSOPS_DEVICE float quad_sum(const float (&x)[2 * M]) {
     const bool odd = lane_index() & 1;
@@ -34,8 +34,7 @@ CAPSOPS_DEVICE float quad_sum(const float (&x)[2 * M]) {
     }
 }
 
-// Products with a gradient on tensor cores, in TF32: numbers of 16 bits are exact in it, those of 32 are
-// rounded to it.
+// Products with a gradient on tensor cores in TF32. 16-bit numbers are exact in TF32; float32 is rounded.
 template <typename S>
 struct Tf32Gradients {
     static CAPSOPS_DEVICE float operand(float x) { return sizeof(S) == 4 ? round_tf32(x) : x; }
@@ -59,7 +58,7 @@ struct Tf32Gradients {
         return to;
     }
 
-    // A tile turns into a left operand in place when d goes in the order 0 2 4 6 1 3 5 7.
+    // The numbers of a tile are already a left operand if d is in the order 0 2 4 6 1 3 5 7.
     template <int M, int N>
     static CAPSOPS_DEVICE void grad_u(Tile& out, const Operand<M, N>& grad, int m, const S* w, int stride) {
         const int g = lane_index() / 4, q = lane_index() % 4;
@@ -73,9 +72,9 @@ struct Tf32Gradients {
         }
     }
 
-    // Rows of 8 samples, as left operand of a product over the batch: the transpose of (low, high), which
-    // hold samples along g and components along q. Lanes offer what the lane that asks in each of two rounds
-    // needs.
+    // Transposes 8 samples x 8 components to the left operand of a product over the batch. Before, samples
+    // are along g and components along q, the even ones in `even` and the odd ones in `odd`. In each of two
+    // rounds a lane offers what the lane that reads from it needs.
     static CAPSOPS_DEVICE void transpose(float& first, float& second, float even, float odd) {
         const int g = lane_index() / 4, q = lane_index() % 4;
         const int source = 4 * q + g / 2;
@@ -86,13 +85,13 @@ struct Tf32Gradients {
     }
 
     template <int M>
-    struct Turned {
+    struct Transposed {
         float a[2 * M][4];
     };
 
     template <int M, int N>
-    static CAPSOPS_DEVICE Turned<M> turn(const Operand<M, N>& grad, int pair) {
-        Turned<M> to;
+    static CAPSOPS_DEVICE Transposed<M> transpose_gradient(const Operand<M, N>& grad, int pair) {
+        Transposed<M> to;
 #pragma unroll
         for (int r = 0; r < 2 * M; ++r) {
             const Tile& low = grad.x[r / 2][2 * pair];
@@ -108,7 +107,7 @@ struct Tf32Gradients {
     }
 
     template <int M>
-    static CAPSOPS_DEVICE void grad_w(Tile& out, const Turned<M>& grad, const S* u, int stride) {
+    static CAPSOPS_DEVICE void grad_w(Tile& out, const Transposed<M>& grad, const S* u, int stride) {
         const int g = lane_index() / 4, q = lane_index() % 4;
 #pragma unroll
         for (int r = 0; r < 2 * M; ++r) {
@@ -118,7 +117,7 @@ struct Tf32Gradients {
         }
     }
 
-    // Where number e of grad_w's result lies in the 16 x 8 block of dW.
+    // The position of number e of grad_w's result in the 16 x 8 block of dW.
     static CAPSOPS_DEVICE int weight_d(int e) { return lane_index() / 4 + 8 * (e / 2); }
     static CAPSOPS_DEVICE int weight_k(int e) { return 2 * (lane_index() % 4) + e % 2; }
 };
@@ -126,9 +125,9 @@ struct Tf32Gradients {
 // On tensor cores, float32 rounded to TF32.
 struct Tf32 : Tf32Gradients<float> {
     typedef float S;
-    static constexpr bool tensor_cores = true, scales_u = true, pairs = false, given = false;
+    static constexpr bool tensor_cores = true, scales_u = true, pairs = false, precomputed = false;
 
-    // The k axis goes in the order 0 2 4 6 1 3 5 7, so that a lane's two numbers are neighbours in memory.
+    // k is in the order 0 2 4 6 1 3 5 7, so that a lane's two numbers are neighbours in memory.
     template <int M, int N, bool scaled>
     static CAPSOPS_DEVICE void multiply(Tile (&out)[M][N], const float* u, const float* w, int stride,
                                         int steps, const float (&scale)[2 * M]) {
@@ -171,10 +170,10 @@ struct Tf32 : Tf32Gradients<float> {
     }
 };
 
-// In float32. The same layouts, so that the kernels need not know.
+// In float32, with the same layouts, so that the kernels are the same.
 struct MultiplyAdds {
     typedef float S;
-    static constexpr bool tensor_cores = false, scales_u = false, pairs = false, given = false;
+    static constexpr bool tensor_cores = false, scales_u = false, pairs = false, precomputed = false;
 
     static CAPSOPS_DEVICE void quarter(float* to, const float* from) {
         const float4 x = *reinterpret_cast<const float4*>(from);
@@ -213,8 +212,8 @@ struct MultiplyAdds {
         }
     }
 
-    // Adds up what lanes that differ in the bit `mask` hold, and halves: x[0 ... n / 2) is then the lower
-    // half of x where the bit is 0, the upper half where it is 1.
+    // Adds x of the two lanes that differ in the bit `mask`, and splits the sum between them: x[0 ... n / 2)
+    // is then its lower half in the lane where the bit is 0, its upper half in the other.
     template <int n>
     static CAPSOPS_DEVICE void halve(float (&x)[8], int mask) {
         const bool upper = lane_index() & mask;
@@ -268,13 +267,13 @@ struct MultiplyAdds {
     }
 
     template <int M>
-    struct Turned {
+    struct Transposed {
         float grad[2][2 * M][2];  // of two tiles along d: rows, components
     };
 
     template <int M, int N>
-    static CAPSOPS_DEVICE Turned<M> turn(const Operand<M, N>& grad, int pair) {
-        Turned<M> to;
+    static CAPSOPS_DEVICE Transposed<M> transpose_gradient(const Operand<M, N>& grad, int pair) {
+        Transposed<M> to;
 #pragma unroll
         for (int r = 0; r < 2 * M; ++r) {
 #pragma unroll
@@ -288,7 +287,7 @@ struct MultiplyAdds {
     }
 
     template <int M>
-    static CAPSOPS_DEVICE void grad_w(Tile& out, const Turned<M>& grad, const float* u, int stride) {
+    static CAPSOPS_DEVICE void grad_w(Tile& out, const Transposed<M>& grad, const float* u, int stride) {
         const int g = lane_index() / 4;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -311,11 +310,11 @@ struct MultiplyAdds {
     static CAPSOPS_DEVICE int weight_k(int) { return lane_index() / 4; }
 };
 
-// No product: the predictions are given, and lie in shared memory as [samples, stride].
-template <typename Storage>
-struct GivenPredictions {
-    typedef Storage S;
-    static constexpr bool tensor_cores = false, scales_u = false, pairs = false, given = true;
+// No product: the predictions are precomputed, [samples, stride] in shared memory.
+template <typename Number>
+struct PrecomputedPredictions {
+    typedef Number S;
+    static constexpr bool tensor_cores = false, scales_u = false, pairs = false, precomputed = true;
 
     template <int M, int N>
     static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const S*, const S* u_hat, int stride, int) {

@@ -1,11 +1,10 @@
-// The products of products.h for numbers of 16 bits, on tensor cores: depth 16, or 8 for what is left of K.
+// The products of products.h for 16-bit numbers on tensor cores: depth 16, or 8 for the remainder of K.
 //
-// Products of u and W are exact, and add up in float32. A gradient of u_hat is float32, and becomes an
-// operand:
-//   bfloat16: rounded to it, once. Autograd of the reference holds this gradient in bfloat16 as well, after
-//   more roundings.
-//   float16: in TF32, whose 11 significant bits are as many, and whose exponent is float32's: gradients below
-//   float16's range stay.
+// Products of u and W are exact and are summed in float32. The gradient of u_hat is float32 and has to be
+// rounded to become an operand:
+//   bfloat16: to bfloat16, once. Autograd of the reference keeps this gradient in bfloat16 too, after more
+//   roundings. float16: to TF32, which has as many significant bits (11) and the exponent range of float32,
+//   so that gradients below the range of float16 are not lost.
 #pragma once
 
 #include "products.h"
@@ -56,13 +55,13 @@ struct Bfloat16Gradients {
     }
 
     template <int M>
-    struct Turned {
+    struct Transposed {
         uint32_t a[M][4];
     };
 
     template <int M, int N>
-    static CAPSOPS_DEVICE Turned<M> turn(const Operand<M, N>& grad, int pair) {
-        Turned<M> to;
+    static CAPSOPS_DEVICE Transposed<M> transpose_gradient(const Operand<M, N>& grad, int pair) {
+        Transposed<M> to;
 #pragma unroll
         for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -75,7 +74,7 @@ struct Bfloat16Gradients {
     }
 
     template <int M>
-    static CAPSOPS_DEVICE void grad_w(Tile& out, const Turned<M>& grad, const S* u, int stride) {
+    static CAPSOPS_DEVICE void grad_w(Tile& out, const Transposed<M>& grad, const S* u, int stride) {
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             uint32_t b[2];
@@ -88,29 +87,29 @@ struct Bfloat16Gradients {
     static CAPSOPS_DEVICE int weight_k(int e) { return 2 * (lane_index() % 4) + e % 2; }
 };
 
-template <typename Storage>
-struct SixteenBit : std::conditional<std::is_same<Storage, Bfloat16>::value, Bfloat16Gradients,
-                                     Tf32Gradients<Storage>>::type {
-    typedef Storage S;
-    static constexpr bool tensor_cores = true, scales_u = false, pairs = true, given = false;
+template <typename Number>
+struct SixteenBit : std::conditional<std::is_same<Number, Bfloat16>::value, Bfloat16Gradients,
+                                     Tf32Gradients<Number>>::type {
+    typedef Number S;
+    static constexpr bool tensor_cores = true, scales_u = false, pairs = true, precomputed = false;
 
-    // Depth 16; the second 8 components lie `u_apart` and `w_apart` numbers behind the first.
+    // Depth 16. The second 8 components are `u_offset` and `w_offset` numbers after the first 8.
     template <int M, int N>
-    static CAPSOPS_DEVICE void multiply(Tile (&out)[M][N], const S* u, const S* w, int stride, int u_apart,
-                                        int w_apart) {
+    static CAPSOPS_DEVICE void multiply(Tile (&out)[M][N], const S* u, const S* w, int stride, int u_offset,
+                                        int w_offset) {
         const int lane = lane_index();
         uint32_t a[M][4], b[N][2];
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-            load_matrices(a[m], u + (16 * m + lane % 16) * stride + lane / 16 * u_apart);
+            load_matrices(a[m], u + (16 * m + lane % 16) * stride + lane / 16 * u_offset);
         }
         if constexpr (N == 1) {
-            load_matrices(b[0], w + lane % 8 * stride + lane / 8 % 2 * w_apart);
+            load_matrices(b[0], w + lane % 8 * stride + lane / 8 % 2 * w_offset);
         } else {
 #pragma unroll
             for (int n = 0; n < N; n += 2) {
                 uint32_t x[4];
-                load_matrices(x, w + (8 * n + lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * w_apart);
+                load_matrices(x, w + (8 * n + lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * w_offset);
                 b[n][0] = x[0], b[n][1] = x[1], b[n + 1][0] = x[2], b[n + 1][1] = x[3];
             }
         }

@@ -1,8 +1,9 @@
-// Routing from beginning to end: workspace, the passes in their order, the gradient of the bias.
+// Launches routing: plan, workspace, the passes in their order, the gradients.
+#include "common/arena.h"
 #include "fused.h"
-#include "resident.h"
 #include "routing.h"
 #include "routing_general.h"
+#include "smem_cached.h"
 
 namespace capsops {
 namespace {
@@ -24,7 +25,7 @@ begin_backward_kernel(CAPSOPS_PARAMETER Routing p) {
 CAPSOPS_KERNEL(threads, 2)
 finish_backward_kernel(CAPSOPS_PARAMETER Routing p) { finish_backward(p, p.t); }
 
-// dbias = sum over passes and batch of ds: lanes lie along [J, D], the warps of a block share the rows.
+// dbias = sum over passes and batch of ds. Lanes are along [J, D]; the warps of a block share the rows.
 template <typename S>
 CAPSOPS_KERNEL(threads, 4)
 grad_bias_kernel(Routing p) {
@@ -58,7 +59,8 @@ void for_capsules(void (*kernel)(Routing), const char* name, const Routing& p, S
 
 Routing parameters(RoutingOp op, const RoutingCall& call) {
     Routing p{};
-    p.u = call.u, p.weight = call.weight, p.bias = call.bias, p.v = call.v, p.s = call.s;
+    p.u = call.u, p.weight = call.weight, p.bias = call.bias, p.v = call.v;
+    p.s = static_cast<float*>(call.s);
     p.couplings = call.couplings, p.grad = call.grad;
     p.grad_u = call.grad_u, p.grad_weight = call.grad_weight, p.grad_bias = call.grad_bias;
     p.B = call.B, p.I = call.I, p.J = call.J, p.D = call.D, p.K = call.K;
@@ -67,24 +69,6 @@ Routing parameters(RoutingOp op, const RoutingCall& call) {
     p.leaky = call.leaky, p.detach = call.detach, p.backward = op == RoutingOp::backward;
     return p;
 }
-
-// Hands out pieces of the workspace, aligned to 256 bytes; from null it counts alone.
-class Pieces {
-  public:
-    explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
-
-    template <typename T>
-    T* take(int64_t count) {
-        T* const piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-        used_ += divide_up(count * int64_t(sizeof(T)), 256) * 256;
-        return piece;
-    }
-    int64_t used() const { return used_; }
-
-  private:
-    char* base_;
-    int64_t used_ = 0;
-};
 
 // to = the sum of `parts` arrays of `count` numbers.
 struct Parts {
@@ -104,41 +88,42 @@ add_parts_kernel(Parts p) {
     }
 }
 
-void add_parts(const float* from, void* to, int64_t count, int64_t parts, Storage storage, Stream stream) {
-    with_storage(storage, [&](auto type) {
+void add_parts(const float* from, void* to, int64_t count, int64_t parts, Dtype dtype, Stream stream) {
+    with_dtype(dtype, [&](auto type) {
         launch(add_parts_kernel<decltype(type)>,
                Launch{"add_parts", blocks_for(count, threads), threads, 0, stream},
                Parts{from, to, count, parts});
     });
 }
 
-// How a call is served: by the resident or the fused kernels where they take the shape, else by the general
-// ones.
+// How a call is computed: by the smem_cached or the fused kernels if they support the shape, else by the
+// general ones.
 struct Plan {
     Fused passes, gradients;
     FusedKernels kernels;
-    ResidentTiling resident_tiling;
-    bool fused_passes, fused_gradients, resident;
+    SmemCachedTiling smem_cached_tiling;
+    bool fused_passes, fused_gradients, smem_cached;
     bool statistics;  // backward: the sums of the softmax of all passes go through memory
-    int64_t blocks;   // of the passes: what the device holds at one time
+    int64_t blocks;   // of the passes: at most as many as can be resident on the device
 };
 
-Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
+Plan make_plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, const Device& device) {
     Plan plan{};
     Fused& passes = plan.passes;
     passes.p = parameters(op, call);
     passes.couplings = op == RoutingOp::couplings;
-    const int element = call.storage == Storage::float32 ? 4 : 2;
+    const int element = call.dtype == Dtype::float32 ? 4 : 2;
     const auto aligned = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
-    const bool given = call.weight == nullptr;
-    passes.vectors = (given ? call.D : call.K) * element % 16 == 0 && aligned(call.u) &&
-                     aligned(call.weight) && (!given || aligned(call.grad_u));
+    const bool precomputed = call.weight == nullptr;
+    passes.vectors = (precomputed ? call.D : call.K) * element % 16 == 0 && aligned(call.u) &&
+                     aligned(call.weight) && (!precomputed || aligned(call.grad_u));
     const int last = passes.p.iterations - 1, logits = call.detach ? last > 0 : last;
-    const bool tensor_cores = !given && (element == 2 || call.tf32);
-    const FusedShape shape{call.B, call.I, call.J, call.D, call.K, element, tensor_cores, given, logits};
+    const bool tensor_cores = !precomputed && (element == 2 || mode.tf32);
+    const FusedShape shape{call.B,  call.I,       call.J,      call.D, call.K,
+                           element, tensor_cores, precomputed, logits};
     const FusedLimits limits{device.multiprocessors, device.shared_per_block};
-    plan.resident = op == RoutingOp::forward && plan_resident(shape, limits, plan.resident_tiling);
-    if (plan.resident) return plan;
+    plan.smem_cached = op == RoutingOp::forward && plan_smem_cached(shape, limits, plan.smem_cached_tiling);
+    if (plan.smem_cached) return plan;
     plan.fused_passes = plan_passes(shape, limits, 1, passes.tiling);
     if (!plan.fused_passes) {
         passes.p.splits = general_splits(passes.p, device);
@@ -146,20 +131,20 @@ Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
         plan.statistics = true;
         return plan;
     }
-    const auto choose = call.storage == Storage::bfloat16  ? fused_bfloat16
-                        : call.storage == Storage::float16 ? fused_float16
-                        : call.tf32                        ? fused_tf32
-                                                           : fused_float32;
-    plan.kernels = given ? fused_given(call.storage, passes.tiling, passes.p.backward, logits)
-                         : choose(passes.tiling, passes.p.backward, logits);
-    const auto resident = [&] {
+    const auto choose = call.dtype == Dtype::bfloat16  ? fused_bfloat16
+                        : call.dtype == Dtype::float16 ? fused_float16
+                        : mode.tf32                    ? fused_tf32
+                                                       : fused_float32;
+    plan.kernels = precomputed ? fused_precomputed(call.dtype, passes.tiling, passes.p.backward, logits)
+                               : choose(passes.tiling, passes.p.backward, logits);
+    const auto blocks_per_multiprocessor = [&] {
         const Tiling& tiling = passes.tiling;
         return resident_blocks(plan.kernels.passes, "routing passes", tiling.warps * warp_size,
                                tiling.shared);
     };
-    plan_passes(shape, limits, resident(), passes.tiling);
-    const int64_t most = int64_t(device.multiprocessors) * resident();
-    plan.blocks = passes.tiling.items < most ? passes.tiling.items : most;
+    plan_passes(shape, limits, blocks_per_multiprocessor(), passes.tiling);
+    const int64_t resident = int64_t(device.multiprocessors) * blocks_per_multiprocessor();
+    plan.blocks = passes.tiling.items < resident ? passes.tiling.items : resident;
     passes.p.splits = passes.tiling.splits;
     plan.gradients = passes;
     plan.fused_gradients = passes.p.backward && plan_gradients(shape, limits, plan.gradients.tiling);
@@ -167,84 +152,85 @@ Plan plan(RoutingOp op, const RoutingCall& call, const Device& device) {
     return plan;
 }
 
-// Divides the workspace; returns the bytes it takes.
+// Divides the workspace and returns its bytes. If `workspace` is null, it is only measured.
 int64_t place(Plan& plan, RoutingOp op, void* workspace) {
-    Pieces pieces(workspace);
-    if (plan.resident) return 0;
+    AlignedArena<256> arena(workspace);
+    if (plan.smem_cached) return 0;
     Routing& p = plan.passes.p;
-    p.total_v = pieces.take<float>(p.iterations * p.capsules());
-    p.partial = pieces.take<float>(p.splits * p.capsules());
+    p.total_v = arena.take<float>(p.iterations * p.capsules());
+    p.partial = arena.take<float>(p.splits * p.capsules());
     if (p.backward) {
-        p.grad_s = pieces.take<float>(p.iterations * p.capsules());
-        p.grad_total_v = pieces.take<float>(p.capsules());
+        p.grad_s = arena.take<float>(p.iterations * p.capsules());
+        p.grad_total_v = arena.take<float>(p.capsules());
     }
-    if (op == RoutingOp::couplings) p.s = pieces.take<float>(p.iterations * p.capsules());
+    if (op == RoutingOp::couplings) p.s = arena.take<float>(p.iterations * p.capsules());
     if (p.backward ? plan.statistics : !plan.fused_passes || plan.passes.tiling.tiles_j > 1) {
-        p.softmax = pieces.take<Softmax>((p.backward ? p.iterations - 1 : 1) * p.B * p.I);
+        p.softmax = arena.take<Softmax>((p.backward ? p.iterations - 1 : 1) * p.B * p.I);
     }
     Fused& gradients = plan.gradients;
     gradients.p = p;
     if (plan.fused_gradients && p.grad_weight != nullptr && gradients.tiling.splits > 1) {
-        gradients.partial_w = pieces.take<float>(gradients.tiling.splits * p.I * p.J * p.D * p.K);
+        gradients.partial_w = arena.take<float>(gradients.tiling.splits * p.I * p.J * p.D * p.K);
     }
     if (plan.fused_gradients && p.weight != nullptr && p.grad_u != nullptr && gradients.tiling.tiles_j > 1) {
-        gradients.partial_u = pieces.take<float>(gradients.tiling.tiles_j * p.B * p.I * p.K);
+        gradients.partial_u = arena.take<float>(gradients.tiling.tiles_j * p.B * p.I * p.K);
     }
-    return pieces.used();
+    return arena.used();
 }
 
-// Steps first ... last - 1 of the sequence: together where the device holds all blocks at one time.
+// Steps first ... last - 1 of the sequence: in one launch if it can be cooperative, else in a launch for each
+// step.
 void launch_passes(const Plan& plan, int first, int last, bool cooperative, Stream stream) {
     Fused f = plan.passes;
-    Launch how{f.p.backward ? "routing_backward_passes" : "routing_passes",
-               plan.blocks,
-               f.tiling.warps * warp_size,
-               f.tiling.shared,
-               stream,
-               cooperative && last - first > 1};
-    const int stride = how.cooperative ? last - first : 1;
+    Launch config{f.p.backward ? "routing_backward_passes" : "routing_passes",
+                  plan.blocks,
+                  f.tiling.warps * warp_size,
+                  f.tiling.shared,
+                  stream,
+                  cooperative && last - first > 1};
+    const int stride = config.cooperative ? last - first : 1;
     for (int step = first; step < last; step += stride) {
         f.first_step = step, f.last_step = step + stride;
-        launch(plan.kernels.passes, how, f);
+        launch(plan.kernels.passes, config, f);
     }
 }
 
 void forward(const Plan& plan, RoutingOp op, const RoutingCall& call, bool cooperative, Stream stream) {
     Routing p = plan.passes.p;
     const bool couplings = op == RoutingOp::couplings;
-    if (plan.resident) {
-        resident_passes(Resident{p, plan.resident_tiling, plan.passes.vectors}, call.storage, stream);
+    if (plan.smem_cached) {
+        smem_cached_passes(SmemCached{p, plan.smem_cached_tiling, plan.passes.vectors}, call.dtype, stream);
         return;
     }
     if (plan.fused_passes) {
-        const int of_pass = plan.passes.tiling.tiles_j > 1 ? 3 : 2;
-        launch_passes(plan, 0, of_pass * p.iterations - couplings, cooperative, stream);
+        const int steps_per_pass = plan.passes.tiling.tiles_j > 1 ? 3 : 2;
+        launch_passes(plan, 0, steps_per_pass * p.iterations - couplings, cooperative, stream);
         return;
     }
     for (p.t = 0; p.t < p.iterations - couplings; ++p.t) {
-        general_sums(p, call.storage, stream);
-        with_storage(call.storage, [&](auto type) {
+        general_sums(p, call.dtype, stream);
+        with_dtype(call.dtype, [&](auto type) {
             for_capsules(finish_forward_kernel<decltype(type)>, "finish_forward", p, stream);
         });
     }
-    if (couplings) general_couplings(p, call.storage, stream);
+    if (couplings) general_couplings(p, call.dtype, stream);
 }
 
 void backward_passes(const Plan& plan, const RoutingCall& call, bool cooperative, Stream stream) {
     Routing p = plan.passes.p;
     if (plan.fused_passes) {
-        const int of_pass = plan.passes.tiling.tiles_j > 1 ? 3 : 2, logits = p.iterations - 1;
-        launch_passes(plan, 0, 1 + (p.detach ? plan.statistics && logits > 0 : logits * of_pass), cooperative,
-                      stream);
+        const int steps_per_pass = plan.passes.tiling.tiles_j > 1 ? 3 : 2, logits = p.iterations - 1;
+        launch_passes(plan, 0, 1 + (p.detach ? plan.statistics && logits > 0 : logits * steps_per_pass),
+                      cooperative, stream);
         return;
     }
-    with_storage(call.storage, [&](auto type) {
+    with_dtype(call.dtype, [&](auto type) {
         for_capsules(begin_backward_kernel<decltype(type)>, "begin_backward", p, stream);
     });
     p.t = p.iterations - 1;
-    if (p.detach && p.t > 0) general_softmax(p, call.storage, stream);
+    if (p.detach && p.t > 0) general_softmax(p, call.dtype, stream);
     for (; !p.detach && p.t > 0; --p.t) {
-        general_sums(p, call.storage, stream);
+        general_sums(p, call.dtype, stream);
         for_capsules(finish_backward_kernel, "finish_backward", p, stream);
     }
 }
@@ -253,43 +239,45 @@ void gradients(const Plan& plan, const RoutingCall& call, Stream stream) {
     const Fused& f = plan.gradients;
     const Routing& p = f.p;
     if (!plan.fused_gradients) {
-        general_gradients(p, call.storage, stream);
+        general_gradients(p, call.dtype, stream);
     } else if (p.grad_u != nullptr || p.grad_weight != nullptr) {
-        const Launch how{"routing_gradients", blocks_for(f.tiling.items, 1), f.tiling.warps * warp_size,
-                         f.tiling.shared, stream};
-        launch(plan.kernels.gradients, how, f);
+        const Launch config{"routing_gradients", blocks_for(f.tiling.items, 1), f.tiling.warps * warp_size,
+                            f.tiling.shared, stream};
+        launch(plan.kernels.gradients, config, f);
         if (f.partial_w != nullptr) {
             const int64_t count = p.I * p.J * p.D * p.K;
-            add_parts(f.partial_w, p.grad_weight, count, f.tiling.splits, call.storage, stream);
+            add_parts(f.partial_w, p.grad_weight, count, f.tiling.splits, call.dtype, stream);
         }
         if (f.partial_u != nullptr) {
             const int64_t count = p.B * p.I * p.K;
-            add_parts(f.partial_u, p.grad_u, count, f.tiling.tiles_j, call.storage, stream);
+            add_parts(f.partial_u, p.grad_u, count, f.tiling.tiles_j, call.dtype, stream);
         }
     }
-    with_storage(call.storage, [&](auto type) {
-        const Launch how{"grad_bias", blocks_for(p.J * p.D, warp_size), threads,
-                         threads * int64_t(sizeof(float)), stream};
-        launch(grad_bias_kernel<decltype(type)>, how, p);
+    with_dtype(call.dtype, [&](auto type) {
+        const Launch config{"grad_bias", blocks_for(p.J * p.D, warp_size), threads,
+                            threads * int64_t(sizeof(float)), stream};
+        launch(grad_bias_kernel<decltype(type)>, config, p);
     });
 }
 
 }  // namespace
 
-int64_t routing_workspace(RoutingOp op, const RoutingCall& call, const Device& device) {
-    Plan made = plan(op, call, device);
-    return place(made, op, nullptr);
+int64_t routing_workspace(RoutingOp op, const RoutingCall& call, const RoutingMode& mode,
+                          const Device& device) {
+    Plan plan = make_plan(op, call, mode, device);
+    return place(plan, op, nullptr);
 }
 
-void routing(RoutingOp op, const RoutingCall& call, const Device& device, Stream stream) {
-    Plan made = plan(op, call, device);
-    place(made, op, call.workspace);
-    const bool cooperative = call.cooperative && device.cooperative;
+void routing(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, void* workspace,
+             const Device& device, Stream stream) {
+    Plan plan = make_plan(op, call, mode, device);
+    place(plan, op, workspace);
+    const bool cooperative = mode.cooperative && device.cooperative;
     if (op == RoutingOp::backward) {
-        backward_passes(made, call, cooperative, stream);
-        gradients(made, call, stream);
+        backward_passes(plan, call, cooperative, stream);
+        gradients(plan, call, stream);
     } else {
-        forward(made, op, call, cooperative, stream);
+        forward(plan, op, call, cooperative, stream);
     }
 }
 

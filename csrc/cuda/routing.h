@@ -1,13 +1,13 @@
-// What the kernels of routing share: the parameters, and what becomes of the sums over i.
+// What the kernels of routing share: the parameters, and the steps after the sums over i.
 //
 // Pass t = 0 ... T - 1 of the forward direction: s = sum_i c_ij u_hat_ij + bias, v = squash(s), V' = V + v,
-// with c = softmax_j(u_hat_ij . V_j). The sums over i come as partial sums, one per split of i, which are
+// with c = softmax_j(u_hat_ij . V_j). The sums over i are partial sums, one per split of i, which are
 // added in the order of the splits. Backward, pass t = T - 1 ... 1: dV += sum_i db_ij u_hat_ij, ds of pass t
 // - 1 = squash-vjp(s, dV), with a = u_hat . ds and db = c (a - sum_j c a).
 #pragma once
 
 #include "kernels.h"
-#include "vectors.h"
+#include "squash.h"
 
 namespace capsops {
 
@@ -37,33 +37,28 @@ struct Routing {
     float* grad_s;        // ds of each pass [T, B, J, D], backward only
     float* grad_total_v;  // dV [B, J, D], backward only
     float* partial;       // [splits, B, J, D]
-    Softmax* softmax;     // [T - 1, I, B]: all passes but the first backward, else that of the pass at hand;
-                          // null where the kernels need it within a block alone
+    Softmax* softmax;     // [T - 1, I, B]: all passes but the first backward, else that of the current pass;
+                          // null if the kernels only need it within a block
     int64_t splits;
 
-    // The pass at hand.
+    // The current pass.
     int t;
     bool backward;
 
-    CAPSOPS_SHARED int64_t capsules() const { return B * J * D; }
-    CAPSOPS_SHARED int64_t softmax_at(int pass, int64_t b, int64_t i) const {
+    CAPSOPS_HOST_DEVICE int64_t capsules() const { return B * J * D; }
+    CAPSOPS_HOST_DEVICE int64_t softmax_at(int pass, int64_t b, int64_t i) const {
         return ((backward ? pass - 1 : 0) * I + i) * B + b;
     }
 };
 
-template <typename S>
-CAPSOPS_DEVICE float load(const void* x, int64_t at) {
-    return widen(static_cast<const S*>(x)[at]);
-}
-
-// One warp's share of the work of all warps: calls function(n) for n = first, first + warps, ... below count.
+// Divides `count` items among all warps of the grid: calls function(n) for those of this warp.
 template <typename Function>
 CAPSOPS_DEVICE void for_warps(int64_t count, Function function) {
     const int64_t warps = block_count() * warp_count();
     for (int64_t n = block_index() * warp_count() + warp_index(); n < count; n += warps) function(n);
 }
 
-// The lanes of a warp on one output capsule: `dims` lanes lie along d, the rest along the splits.
+// How the lanes of a warp share an output capsule: `dims` lanes along d, the rest along the splits.
 struct CapsuleLanes {
     int dims, d, split, splits;
 
@@ -79,13 +74,13 @@ CAPSOPS_DEVICE float sum_of_splits(const Routing& p, const CapsuleLanes& lanes, 
     if (valid) {
 #pragma unroll 4
         for (int64_t n = lanes.split; n < p.splits; n += lanes.splits) {
-            sum += load_written(p.partial + n * p.capsules() + at);
+            sum += load_bypassing_l1(p.partial + n * p.capsules() + at);
         }
     }
     return lane_sum(sum, lanes.splits, lanes.dims);
 }
 
-// Squash of x [D] with function(d): the lanes along d hold all of it between them.
+// Squash of the vector with components x(d), which the lanes along d share.
 template <typename Function>
 CAPSOPS_DEVICE Squash squash_of(int64_t D, const CapsuleLanes& lanes, Function x) {
     float largest = 0.0f, square = 0.0f;
@@ -95,7 +90,7 @@ CAPSOPS_DEVICE Squash squash_of(int64_t D, const CapsuleLanes& lanes, Function x
     return Squash(scale, lane_sum(square, lanes.dims));
 }
 
-// ds of pass t from dv(d).
+// Computes ds of pass t from dv, whose components are grad_v(d).
 template <typename Function>
 CAPSOPS_DEVICE void backward_through_squash(const Routing& p, const CapsuleLanes& lanes, int t,
                                             int64_t capsule, Function grad_v) {
@@ -109,7 +104,7 @@ CAPSOPS_DEVICE void backward_through_squash(const Routing& p, const CapsuleLanes
     for (int64_t d = lanes.d; d < p.D; d += lanes.dims) grad_s[d] = f.vjp(s[d], grad_v(d), along);
 }
 
-// Forward: s, then V of the next pass or, after the last, v.
+// Forward, after the sums of pass t: s, then V of the next pass or, after the last, v.
 template <typename S>
 CAPSOPS_CALLED void finish_forward(const Routing& p, int t) {
     const CapsuleLanes lanes(p.D);
@@ -123,17 +118,17 @@ CAPSOPS_CALLED void finish_forward(const Routing& p, int t) {
             if (d < p.D && lanes.split == 0) s[d] = sum;
         }
         warp_barrier();
-        const Squash f = squash_of(p.D, lanes, [s](int64_t d) { return load_written(s + d); });
+        const Squash f = squash_of(p.D, lanes, [s](int64_t d) { return load_bypassing_l1(s + d); });
         if (lanes.split > 0) return;
         const bool last = t + 1 == p.iterations;
         for (int64_t d = lanes.d; d < p.D; d += lanes.dims) {
-            const float v = f.value(load_written(s + d));
+            const float v = f.value(load_bypassing_l1(s + d));
             if (p.v != nullptr && last) {
                 narrow(v, static_cast<S*>(p.v)[at + d]);
             } else {
                 const float* const before = p.total_v + t * p.capsules() + at + d;
                 float* const after = p.total_v + (t + 1) * p.capsules() + at + d;
-                *after = (t == 0 ? 0.0f : load_written(before)) + v;
+                *after = (t == 0 ? 0.0f : load_bypassing_l1(before)) + v;
             }
         }
     });
@@ -167,12 +162,12 @@ static CAPSOPS_CALLED void finish_backward(const Routing& p, int t) {
             const int64_t d = base + lanes.d;
             float sum = sum_of_splits(p, lanes, at + d, d < p.D);
             if (d >= p.D || lanes.split > 0) continue;
-            if (t + 1 < p.iterations) sum += load_written(p.grad_total_v + at + d);
+            if (t + 1 < p.iterations) sum += load_bypassing_l1(p.grad_total_v + at + d);
             p.grad_total_v[at + d] = sum;
         }
         warp_barrier();
         backward_through_squash(p, lanes, t - 1, capsule,
-                                [&](int64_t d) { return load_written(p.grad_total_v + at + d); });
+                                [&](int64_t d) { return load_bypassing_l1(p.grad_total_v + at + d); });
     });
 }
 

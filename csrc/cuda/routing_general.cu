@@ -15,8 +15,8 @@ CAPSOPS_DEVICE float prediction(const Routing& p, int64_t b, int64_t i, int64_t 
     return sum;
 }
 
-// The logit u_hat . V and, backward, a = u_hat . ds of one (b, i, j) in pass t, by a warp; all lanes have
-// them.
+// The logit u_hat . V and, backward, a = u_hat . ds of one (b, i, j) in pass t, computed by a warp; all lanes
+// receive them.
 struct Agreement {
     float logit, a;
 };
@@ -94,7 +94,7 @@ couplings_kernel(Routing p) {
     });
 }
 
-// The gradient of u_hat_ij is sum_t c ds + db V. Its factors of one pass, for one (b, i, j).
+// The gradient of u_hat_ij is sum_t c ds + db V. The factors of one pass for one (b, i, j).
 struct Factors {
     float c, grad_b;
 };
@@ -108,7 +108,8 @@ CAPSOPS_DEVICE Factors factors(const Routing& p, int t, int64_t b, int64_t i, in
     return {c, p.detach ? 0.0f : c * (x.a - softmax.mean)};
 }
 
-// For 32 components at a time, function(d, gradient of u_hat_ij at d); lanes beyond D have d >= D and 0.
+// Calls function(d, component d of the gradient of u_hat_ij), with 32 components in the lanes of a warp at a
+// time. Lanes beyond D have d >= D and 0.
 template <typename S, typename Function>
 CAPSOPS_DEVICE void for_gradient(const Routing& p, int64_t b, int64_t i, int64_t j, int64_t begin,
                                  int64_t end, Function function) {
@@ -136,7 +137,7 @@ grad_predictions_kernel(Routing p) {
     });
 }
 
-// A warp makes 32 components of du_i of one sample.
+// A warp computes 32 components of du_i of one sample.
 template <typename S>
 CAPSOPS_KERNEL(threads, 2)
 grad_u_kernel(Routing p) {
@@ -161,7 +162,7 @@ grad_u_kernel(Routing p) {
     });
 }
 
-// A warp makes 32 rows of dW_ij, `depth` components each.
+// A warp computes 32 rows of dW_ij, `depth` components in each.
 template <typename S>
 CAPSOPS_KERNEL(threads, 2)
 grad_weight_kernel(Routing p) {
@@ -196,34 +197,33 @@ void run(void (*kernel)(Routing), const char* name, const Routing& p, int64_t wo
 }  // namespace
 
 int64_t general_splits(const Routing& p, const Device& device) {
-    const int64_t wanted = int64_t(device.multiprocessors) * 4 * warps,
+    const int64_t target = int64_t(device.multiprocessors) * 4 * warps,
                   tasks = p.B * p.J * divide_up(p.D, warp_size);
-    const int64_t splits = divide_up(wanted, tasks), length = divide_up(p.I, splits < p.I ? splits : p.I);
+    const int64_t splits = divide_up(target, tasks), length = divide_up(p.I, splits < p.I ? splits : p.I);
     return divide_up(p.I, length);
 }
 
-void general_softmax(const Routing& p, Storage storage, Stream stream) {
-    with_storage(storage, [&](auto type) {
+void general_softmax(const Routing& p, Dtype dtype, Stream stream) {
+    with_dtype(dtype, [&](auto type) {
         run(softmax_kernel<decltype(type)>, "general_softmax", p, p.B * p.I, stream);
     });
 }
 
-void general_sums(const Routing& p, Storage storage, Stream stream) {
-    if (p.t > 0) general_softmax(p, storage, stream);
+void general_sums(const Routing& p, Dtype dtype, Stream stream) {
+    if (p.t > 0) general_softmax(p, dtype, stream);
     const int64_t work = p.splits * p.B * p.J * divide_up(p.D, warp_size);
-    with_storage(storage,
-                 [&](auto type) { run(sums_kernel<decltype(type)>, "general_sums", p, work, stream); });
+    with_dtype(dtype, [&](auto type) { run(sums_kernel<decltype(type)>, "general_sums", p, work, stream); });
 }
 
-void general_couplings(const Routing& p, Storage storage, Stream stream) {
-    general_softmax(p, storage, stream);
-    with_storage(storage, [&](auto type) {
+void general_couplings(const Routing& p, Dtype dtype, Stream stream) {
+    general_softmax(p, dtype, stream);
+    with_dtype(dtype, [&](auto type) {
         run(couplings_kernel<decltype(type)>, "general_couplings", p, p.B * p.I * p.J, stream);
     });
 }
 
-void general_gradients(const Routing& p, Storage storage, Stream stream) {
-    with_storage(storage, [&](auto type) {
+void general_gradients(const Routing& p, Dtype dtype, Stream stream) {
+    with_dtype(dtype, [&](auto type) {
         typedef decltype(type) S;
         if (p.weight == nullptr) {
             run(grad_predictions_kernel<S>, "general_grad_predictions", p, p.B * p.I * p.J, stream);

@@ -1,4 +1,4 @@
-// Routing for any shape, on u and weight or on given predictions: float32 multiply-adds, nothing in shared
+// Routing for any shape, on u and weight or on precomputed predictions: float32 multiply-adds, no shared
 // memory.
 #pragma once
 
@@ -6,19 +6,19 @@
 
 namespace capsops {
 
-// How the sums over i are split where the general kernels make them.
+// Into how many parts the general kernels split the sums over i.
 int64_t general_splits(const Routing& p, const Device& device);
 
-// The partial sums of pass p.t, and before them, if it is not the first, the softmax of each (b, i).
-void general_sums(const Routing& p, Storage storage, Stream stream);
+// The partial sums of pass p.t; before them, except in the first pass, the softmax of each (b, i).
+void general_sums(const Routing& p, Dtype dtype, Stream stream);
 
 // The largest logit, the sum of exponentials and, backward, the mean of a of pass p.t, for each (b, i).
-void general_softmax(const Routing& p, Storage storage, Stream stream);
+void general_softmax(const Routing& p, Dtype dtype, Stream stream);
 
-// c of pass p.t, whose softmax is known.
-void general_couplings(const Routing& p, Storage storage, Stream stream);
+// The couplings c of pass p.t; before them its softmax.
+void general_couplings(const Routing& p, Dtype dtype, Stream stream);
 
 // du and dW, or the gradient of u_hat, from ds and softmax of all passes.
-void general_gradients(const Routing& p, Storage storage, Stream stream);
+void general_gradients(const Routing& p, Dtype dtype, Stream stream);
 
 }  // namespace capsops

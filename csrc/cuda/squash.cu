@@ -1,13 +1,13 @@
 // squash and its vector-Jacobian product along any dimension of a tensor seen as [outer, n, inner].
 #include "kernels.h"
-#include "vectors.h"
+#include "squash.h"
 
 namespace capsops {
 namespace {
 
 constexpr int threads = 256;
 
-// A vector is shared by `lanes` lanes when it is contiguous (inner = 1), and belongs to one thread otherwise.
+// `lanes` lanes share a vector if it is contiguous (inner = 1), else one thread has all of it.
 struct Parameters {
     const void* s;
     const void* grad;
@@ -16,7 +16,7 @@ struct Parameters {
     int lanes;
 };
 
-// Calls function(at) with the place of each component that is this lane's.
+// Calls function(index) for each component of a vector that this lane has; `width` components at a time.
 template <int width, typename Function>
 CAPSOPS_DEVICE void for_components(const Parameters& p, int64_t vector, Function function) {
     const int64_t first = vector / p.inner * p.n * p.inner + vector % p.inner;
@@ -25,7 +25,7 @@ CAPSOPS_DEVICE void for_components(const Parameters& p, int64_t vector, Function
     }
 }
 
-// `width` components at a time, read and written at once.
+// `width` components that are read and written by one instruction.
 template <typename S, int width>
 struct alignas(width * sizeof(S)) Pack {
     S x[width];
@@ -40,12 +40,12 @@ squash_kernel(Parameters p) {
     S* const out = static_cast<S*>(p.out);
     const auto pack = [](const S* x, int64_t at) { return *reinterpret_cast<const P*>(x + at); };
     const int64_t vectors = p.outer * p.inner, lanes = p.lanes;
-    // All lanes of a warp stay together: those beyond the last vector repeat it and write nothing.
-    const int64_t of_warp = warp_size / lanes, step = block_count() * threads / lanes;
-    for (int64_t base = (block_index() * threads + thread_index()) / warp_size * of_warp; base < vectors;
+    // All lanes of a warp take the same path: those beyond the last vector repeat it and write nothing.
+    const int64_t per_warp = warp_size / lanes, step = block_count() * threads / lanes;
+    for (int64_t base = (block_index() * threads + thread_index()) / warp_size * per_warp; base < vectors;
          base += step) {
-        const int64_t wanted = base + lane_index() / lanes;
-        const int64_t vector = wanted < vectors ? wanted : vectors - 1;
+        const int64_t index = base + lane_index() / lanes;
+        const int64_t vector = index < vectors ? index : vectors - 1;
         float largest = 0.0f;
         for_components<width>(p, vector, [&](int64_t at) {
             const P x = pack(s, at);
@@ -69,7 +69,7 @@ squash_kernel(Parameters p) {
             });
             along = lane_sum(along, p.lanes);
         }
-        if (wanted >= vectors) continue;
+        if (index >= vectors) continue;
         for_components<width>(p, vector, [&](int64_t at) {
             const P x = pack(s, at);
             P g = x, y;
@@ -85,7 +85,7 @@ squash_kernel(Parameters p) {
 
 template <bool backward>
 void run(const SquashCall& call, Stream stream) {
-    with_storage(call.storage, [&](auto type) {
+    with_dtype(call.dtype, [&](auto type) {
         typedef decltype(type) S;
         constexpr int width = int(16 / sizeof(S));
         const auto aligned = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
@@ -94,9 +94,9 @@ void run(const SquashCall& call, Stream stream) {
         Parameters p{call.s, call.grad, call.out, call.outer, call.n, call.inner, 1};
         const int64_t packs = wide ? call.n / width : call.n;
         while (call.inner == 1 && p.lanes < warp_size && p.lanes < packs) p.lanes *= 2;
-        const Launch how{backward ? "squash_backward" : "squash",
-                         blocks_for(call.outer * call.inner * p.lanes, threads), threads, 0, stream};
-        launch(wide ? squash_kernel<S, width, backward> : squash_kernel<S, 1, backward>, how, p);
+        const Launch config{backward ? "squash_backward" : "squash",
+                            blocks_for(call.outer * call.inner * p.lanes, threads), threads, 0, stream};
+        launch(wide ? squash_kernel<S, width, backward> : squash_kernel<S, 1, backward>, config, p);
     });
 }
 

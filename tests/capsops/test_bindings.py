@@ -88,23 +88,23 @@ def test_sizes_that_do_not_fit(name: str, args: list[Any]) -> None:
     """Each size one more, one less, not positive, and so large that the bytes are no 64-bit number."""
     function = getattr(_cpu, name)
     sizes = [n for n, x in enumerate(args) if type(x) is int][: 3 if "squash" in name else 5]
-    given = name.startswith("routing") and (0, 0) in args[1:3]  # predictions, whose K is not looked at
-    for n in sizes[:4] if given else sizes:
+    precomputed = name.startswith("routing") and (0, 0) in args[1:3]  # predictions, whose K is not looked at
+    for n in sizes[:4] if precomputed else sizes:
         for size in (args[n] + 1, args[n] - 1, 0, -1, -(2**62), 2**62):
             with pytest.raises(ValueError, match=r"^\w+: (got \d+ bytes|got sizes )"):
                 function(*args[:n], size, *args[n + 1 :])
 
 
 @pytest.mark.parametrize(("name", "args"), CALLS, ids=[name for name, _ in CALLS])
-def test_storage_and_threads(name: str, args: list[Any]) -> None:
+def test_dtype_and_threads(name: str, args: list[Any]) -> None:
     function = getattr(_cpu, name)
     function(*args[:-1], 4096)  # of which so little work takes one
     for threads in (0, -1, 4097, 2**31 - 1):
         with pytest.raises(ValueError, match=rf"^threads: got {threads}, takes 1 to 4096$"):
             function(*args[:-1], threads)
-    for storage in (-1, 4, 100):
-        with pytest.raises(ValueError, match=rf"^storage: got {storage}, takes 0 to 3$"):
-            function(*args[:-2], storage, args[-1])
+    for dtype in (-1, 4, 100):
+        with pytest.raises(ValueError, match=rf"^dtype: got {dtype}, takes 0 to 3$"):
+            function(*args[:-2], dtype, args[-1])
     with pytest.raises(ValueError, match=r"^\w+: got \d+ bytes"):
         function(*args[:-2], 3, args[-1])  # float64 in place of float32
 
@@ -122,9 +122,9 @@ def test_iterations(name: str) -> None:
 def test_couplings_take_a_weight() -> None:
     """Where routing takes predictions without one, of which these have the size."""
     u_hat, couplings = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4)
-    given, out = ((x.data_ptr(), x.nbytes) for x in (u_hat, couplings))
+    u_hat_memory, couplings_memory = ((x.data_ptr(), x.nbytes) for x in (u_hat, couplings))
     with pytest.raises(ValueError, match="^weight: got none, takes one$"):
-        _cpu.couplings(given, (0, 0), (0, 0), out, 2, 3, 4, 5, 1, 3, False, 0, 1)
+        _cpu.couplings(u_hat_memory, (0, 0), (0, 0), couplings_memory, 2, 3, 4, 5, 1, 3, False, 0, 1)
 
 
 def test_use_isa() -> None:

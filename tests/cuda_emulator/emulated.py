@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU, and calls capsops.backends.cuda on them with CPU tensors."""
+"""Builds the CUDA kernels for the CPU and calls them through capsops.backends.cuda with CPU tensors."""
 
 import ctypes
 import importlib.machinery
@@ -48,8 +48,8 @@ def build(folder: Path) -> Path:
         f"build emulated.so: link {' '.join(name for _, name in objects)}",
     ]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    made = subprocess.run([Path(ninja.BIN_DIR, "ninja")], cwd=folder, capture_output=True, text=True)
-    assert made.returncode == 0, made.stdout
+    ninja_run = subprocess.run([Path(ninja.BIN_DIR, "ninja")], cwd=folder, capture_output=True, text=True)
+    assert ninja_run.returncode == 0, ninja_run.stdout
     return folder / "emulated.so"
 
 
@@ -62,7 +62,7 @@ def load(name: str, library: Path) -> ModuleType:
 
 
 def load_implementation(extension: ModuleType) -> ModuleType:
-    """capsops/backends/cuda.py, a copy of its own that runs on `extension`, be the real one built or not."""
+    """A separate copy of capsops/backends/cuda.py that uses `extension` in place of capsops._cuda."""
     spec = importlib.util.spec_from_file_location("emulated_cuda", ROOT / "capsops/backends/cuda.py")
     module = importlib.util.module_from_spec(spec)
     with mock.patch.dict(sys.modules, {"capsops._cuda": extension}):
@@ -73,9 +73,9 @@ def load_implementation(extension: ModuleType) -> ModuleType:
 class Emulated:
     """The CUDA kernels on an emulated device.
 
-    Every call runs twice: with the threads in a forward order, every tensor at the end of its pages and
-    asynchronous copies as early as can be, and in the backward order with every tensor at the beginning of
-    its pages and copies as late as can be. Both must give the same bits.
+    Every call runs twice: with the threads in forward order, every tensor at the end of its pages and
+    asynchronous copies as early as possible; and with the threads in backward order, every tensor at the
+    beginning of its pages and copies as late as possible. Both must give the same bits.
     """
 
     def __init__(self, library: Path) -> None:
@@ -95,14 +95,14 @@ class Emulated:
         return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype).view(tuple(shape))
 
     def guarded(self, x: Any) -> Any:
-        """A copy in guarded memory of what is a tensor, aligned to 16 bytes if its storage_offset() is."""
+        """A copy of a tensor in guarded memory, aligned to 16 bytes if its storage_offset() is."""
         if not isinstance(x, Tensor):
             return x
-        beside = x.storage_offset() % (16 // x.dtype.itemsize)
-        return self._empty((beside + x.numel(),), x.dtype)[beside:].view(x.shape).copy_(x)
+        offset = x.storage_offset() % (16 // x.dtype.itemsize)
+        return self._empty((offset + x.numel(),), x.dtype)[offset:].view(x.shape).copy_(x)
 
     def call(self, name: str, *arguments: Any, **device: Any) -> tuple[Tensor, ...]:
-        """The results of a function of capsops.backends.cuda, on a device as emulator.set() describes it."""
+        """The results of a function of capsops.backends.cuda; `device` is passed to emulator.set()."""
         runs = []
         for backwards in (False, True):
             self.device.set(backwards=backwards, late_copies=backwards, **device)

@@ -1,15 +1,15 @@
-// The twin of csrc/cuda/device.h: runs the same kernels on a CPU, each thread a fiber.
+// The version of csrc/cuda/device.h that runs the kernels on a CPU, with a fiber for each thread.
 //
 // Emulated: the threads of a block, or in a cooperative launch of all blocks, in a forward or a backward
-// order, one warp at a time as far as it can go; barriers of warp, block and grid; exchange within a warp;
+// order, one warp at a time as far as it can run; barriers of warp, block and grid; exchange within a warp;
 // the tensor core with its fragment layout and rounding; dynamic shared memory, poisoned with NaN;
-// asynchronous copies, made either when they begin or when they are waited for, the earliest and the latest
-// moment at which hardware may make them. A barrier that some threads never reach, lanes of a warp that meet
-// in different instructions, a thread that ends before it has waited for its copies, and an access outside an
-// allocation are errors.
+// asynchronous copies, executed either when they begin or when they are waited for, which are the earliest
+// and the latest moment at which hardware may execute them. Errors: a barrier that some threads never reach,
+// lanes of a warp that meet in different instructions, a thread that ends before it has waited for its
+// copies, and an access outside an allocation.
 //
-// Not shown: the PTX itself, memory fences and caches, warps that run truly at the same time, the tensor
-// core's order of summation, limits on registers.
+// Not emulated: the PTX itself, memory fences and caches, warps that run truly in parallel, the tensor core's
+// order of summation, limits on registers.
 #pragma once
 
 #include <cmath>
@@ -33,13 +33,13 @@ char* shared_memory();
 void block_barrier();
 void grid_barrier();
 
-// Every lane of the warp gives `size` bytes and gets those of all lanes, lane by lane.
+// Every lane of the warp passes `size` bytes and receives those of all lanes, `slot_size` bytes apart.
 const char* exchange(const char* instruction, const void* mine, int size);
 
 void check_alignment(const void* address, size_t bytes);
 
-// Copies of 16 bytes, or of 0, and the groups of one thread's copies; as PTX's cp.async, commit_group and
-// wait_group.
+// Asynchronous copies of 16 bytes (of zeros if not valid) and their groups, as cp.async, commit_group and
+// wait_group of PTX.
 void begin_copy(void* shared, const void* global, bool valid);
 void end_group();
 void wait_for_groups(int64_t newest);
@@ -51,12 +51,12 @@ struct Settings {
     int multiprocessors = 3;
     int64_t shared_per_block = 227 * 1024;
     bool cooperative = true;
-    bool backwards = false;    // the order in which the fibers, and the blocks of a plain launch, run
-    bool late_copies = false;  // copies are made when they are waited for, else when they begin
+    bool backwards = false;  // the order of the fibers, and of the blocks of a launch that is not cooperative
+    bool late_copies = false;  // copies are executed when they are waited for, else when they begin
 };
 extern Settings settings;
 
-constexpr int slot_size = 32;  // bytes that one lane can give in an exchange
+constexpr int slot_size = 32;  // bytes that one lane can pass in an exchange
 
 }  // namespace emulator
 
@@ -205,7 +205,8 @@ void mma_16_bit(float (&c)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
     mma_of_pairs<S, 8>(c, a, b);
 }
 
-// Two neighbours of row (or, transposed, of column) g of a matrix whose rows lie at the addresses of 8 lanes.
+// Two neighbours in row (or, transposed, in column) g of a matrix, the addresses of whose rows are in 8
+// lanes.
 inline uint32_t matrix_pair(const char* slots, int matrix, bool transposed) {
     const int g = emulator::thread_index() % 32 / 4, q = emulator::thread_index() % 4;
     uint32_t pair = 0;
@@ -255,7 +256,7 @@ inline void copy_async(void* shared, const void* global, bool valid) {
     emulator::begin_copy(shared, global, valid);
 }
 inline void commit_copies() { emulator::end_group(); }
-// PTX defines wait_all by these two.
+// PTX defines wait_all as these two.
 inline void wait_for_copies() {
     emulator::end_group();
     emulator::wait_for_groups(0);
@@ -268,8 +269,8 @@ inline void wait_for_older_copies(int newest) {
     }
 }
 
-inline float load_written(const float* x) { return *x; }
-inline float2 load_written(const float2* x) { return *x; }
+inline float load_bypassing_l1(const float* x) { return *x; }
+inline float2 load_bypassing_l1(const float2* x) { return *x; }
 
 template <typename S>
 inline float2 load_pair(const S* x) {
@@ -321,8 +322,8 @@ struct Launch {
 };
 
 template <typename Parameters>
-void launch(void (*kernel)(Parameters), const Launch& how, Parameters parameters) {
-    emulator::run(how.name, how.blocks, how.threads, how.shared, how.cooperative,
+void launch(void (*kernel)(Parameters), const Launch& config, Parameters parameters) {
+    emulator::run(config.name, config.blocks, config.threads, config.shared, config.cooperative,
                   [kernel, parameters] { kernel(parameters); });
 }
 

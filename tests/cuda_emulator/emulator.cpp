@@ -1,4 +1,4 @@
-// Fibers, barriers, copies and guarded memory.
+// The emulator: fibers, barriers, copies and guarded memory.
 #include "emulator.h"
 
 #include <sys/mman.h>
@@ -21,7 +21,7 @@ Settings settings;
 
 namespace {
 
-// ---- guarded memory: pages that cannot be touched stand before and behind every allocation.
+// ---- guarded memory: every allocation is between two protected pages.
 
 struct Allocation {
     char* pages;
@@ -46,8 +46,8 @@ Allocation guarded(size_t size, bool at_end) {
 
 void release(const Allocation& allocation) { munmap(allocation.pages, allocation.pages_size); }
 
-// Less than 16 bytes behind an allocation lie on its own page: they must still be poison. Reads of them are
-// NaN.
+// Up to 15 bytes after an allocation, and all bytes before one, may be on its own pages. Reads of them give
+// NaN; here it is checked that they were not overwritten.
 bool overrun(const Allocation& allocation) {
     const char* end = allocation.begin + allocation.size;
     const char* limit = allocation.pages + allocation.pages_size - size_t(sysconf(_SC_PAGESIZE));
@@ -81,7 +81,7 @@ struct Block {
     Barrier barrier;
 };
 
-// That a thread has begun and, with late_copies, not yet made.
+// A copy that a thread has begun and, with late_copies, not yet executed.
 struct Copy {
     void* shared;
     const void* global;
@@ -89,7 +89,7 @@ struct Copy {
     int64_t group;
 };
 
-void make(const Copy& copy) {
+void execute(const Copy& copy) {
     if (copy.valid) {
         std::memcpy(copy.shared, copy.global, 16);
     } else {
@@ -112,7 +112,7 @@ struct Fiber {
     const int* lanes;
     int lanes_goal;
     std::vector<Copy> copies;
-    int64_t groups;  // that have ended
+    int64_t groups;  // of copies that have ended
 };
 
 std::vector<std::unique_ptr<Fiber>> pool;
@@ -179,7 +179,7 @@ bool ready(const Fiber& fiber) {
     return fiber.lanes == nullptr || *fiber.lanes >= fiber.lanes_goal;
 }
 
-void run_together(std::vector<std::unique_ptr<Block>>& blocks, const char* name) {
+void run_blocks(std::vector<std::unique_ptr<Block>>& blocks, const char* name) {
     std::vector<Fiber*> fibers;
     grid.arrived = 0;
     for (auto& block : blocks) {
@@ -195,7 +195,7 @@ void run_together(std::vector<std::unique_ptr<Block>>& blocks, const char* name)
     for (size_t left = fibers.size(); left > 0;) {
         bool moved = false;
         for (size_t n = 0; n < warps; ++n) {
-            // A warp goes as far ahead of the others as it can.
+            // A warp runs ahead of the others as far as it can.
             for (bool again = true; again && failure.empty();) {
                 again = false;
                 for (size_t lane = 0; lane < 32 && failure.empty(); ++lane) {
@@ -226,7 +226,7 @@ void on_fault(int, siginfo_t* info, void*) {
     _longjmp(scheduler, 1);
 }
 
-// Faults inside of kernels become errors, for as long as it lives.
+// Turns faults inside of kernels into errors during the lifetime of the object.
 class FaultHandler {
   public:
     FaultHandler() : stack_(64 * 1024) {
@@ -294,7 +294,7 @@ void begin_copy(void* shared, const void* global, bool valid) {
     if (settings.late_copies) {
         current->copies.push_back(copy);
     } else {
-        make(copy);
+        execute(copy);
     }
 }
 
@@ -303,7 +303,7 @@ void end_group() { ++current->groups; }
 void wait_for_groups(int64_t newest) {
     std::vector<Copy>& copies = current->copies;
     auto next = copies.begin();
-    for (; next != copies.end() && next->group < current->groups - newest; ++next) make(*next);
+    for (; next != copies.end() && next->group < current->groups - newest; ++next) execute(*next);
     copies.erase(copies.begin(), next);
 }
 
@@ -320,24 +320,24 @@ void run(const char* name, int64_t blocks, int threads, int64_t shared, bool coo
     }
     const FaultHandler handler;
     kernel_now = &kernel, threads_now = threads, blocks_now = blocks;
-    const auto make = [&](int64_t index) {
+    const auto make_block = [&](int64_t index) {
         auto block = std::make_unique<Block>();
         block->index = index;
         block->shared = guarded(size_t(shared), true);
         block->warps.resize(size_t(threads / 32));
         return block;
     };
-    std::vector<std::unique_ptr<Block>> together;
+    std::vector<std::unique_ptr<Block>> running;
     const auto finish = [&] {
         bool over = false;
-        for (auto& block : together) over |= overrun(block->shared), release(block->shared);
-        together.clear();
+        for (auto& block : running) over |= overrun(block->shared), release(block->shared);
+        running.clear();
         if (over) throw std::runtime_error(std::string(name) + ": wrote outside its shared memory");
     };
     for (int64_t n = 0; n < blocks; ++n) {
-        together.push_back(make(settings.backwards && !cooperative ? blocks - 1 - n : n));
+        running.push_back(make_block(settings.backwards && !cooperative ? blocks - 1 - n : n));
         if (cooperative && n + 1 < blocks) continue;
-        run_together(together, name);
+        run_blocks(running, name);
         finish();
     }
 }

@@ -1,4 +1,4 @@
-// What the emulator offers to Python, beside the settings.
+// The functions of the emulator that Python calls, besides the settings.
 #pragma once
 
 #include <cstddef>
@@ -6,11 +6,11 @@
 
 namespace emulator {
 
-// Address of memory between pages that cannot be touched, filled with NaN: at the end of its pages (aligned
-// to 16), or at their beginning.
+// Allocates memory between two protected pages, filled with NaN, and returns its address: at the end of its
+// pages (aligned to 16 bytes) or at their beginning.
 uintptr_t allocate(size_t size, bool at_end);
 
-// Frees all allocations; an error if something beside one of them was overwritten.
+// Frees all allocations; an error if memory next to one of them was overwritten.
 void check_and_free();
 
 }  // namespace emulator

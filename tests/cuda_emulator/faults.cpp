@@ -13,22 +13,22 @@ struct Parameters {
     const float* in;
     float* out;
     int n;
-    bool sound;
+    bool correct;
 };
 
 // out[i] = in[n - 1 - i] by way of shared memory.
 void reverse(Parameters p) {
     float* shared = reinterpret_cast<float*>(shared_memory());
     shared[thread_index()] = p.in[thread_index()];
-    if (p.sound) block_barrier();
+    if (p.correct) block_barrier();
     p.out[thread_index()] = shared[thread_count() - 1 - thread_index()];
 }
 
-// Every block adds what the previous one has written in the step before.
+// Every block adds what its neighbour has written in the step before.
 void neighbours(Parameters p) {
     p.out[block_index()] = p.in[block_index()];
-    if (p.sound) grid_barrier();
-    const float before = load_written(p.out + (block_index() + block_count() - 1) % block_count());
+    if (p.correct) grid_barrier();
+    const float before = load_bypassing_l1(p.out + (block_index() + block_count() - 1) % block_count());
     grid_barrier();
     if (thread_index() == 0) p.out[block_index()] += before;
 }
@@ -36,13 +36,13 @@ void neighbours(Parameters p) {
 // The faulty one reads one element too many.
 void shift(Parameters p) {
     const int i = thread_index();
-    if (i < p.n) p.out[i] = i + 1 < p.n + (p.sound ? 0 : 1) ? p.in[i + 1] : 0.0f;
+    if (i < p.n) p.out[i] = i + 1 < p.n + (p.correct ? 0 : 1) ? p.in[i + 1] : 0.0f;
 }
 
 // The faulty one writes one element too many to shared memory.
 void shared_overrun(Parameters p) {
     float* shared = reinterpret_cast<float*>(shared_memory());
-    shared[thread_index() + (p.sound ? 0 : 1)] = p.in[thread_index()];
+    shared[thread_index() + (p.correct ? 0 : 1)] = p.in[thread_index()];
     block_barrier();
     p.out[thread_index()] = 1.0f;
 }
@@ -53,7 +53,7 @@ void store(float* to, const float (&c)[4]) {
     to[(g + 8) * 8 + 2 * q] = c[2], to[(g + 8) * 8 + 2 * q + 1] = c[3];
 }
 
-// out [16, 8] = in [16, 8] times its first 8 rows transposed; the faulty one has two fragments exchanged.
+// out [16, 8] = in [16, 8] times its first 8 rows transposed; the faulty one exchanges two fragments.
 void product(Parameters p) {
     const int g = lane_index() / 4, q = lane_index() % 4;
     const float a[4] = {p.in[g * 8 + q], p.in[(g + 8) * 8 + q], p.in[g * 8 + q + 4],
@@ -61,12 +61,12 @@ void product(Parameters p) {
     const float b[2] = {p.in[g * 8 + q], p.in[g * 8 + q + 4]};
     const float wrong[4] = {a[0], a[2], a[1], a[3]};
     float c[4] = {0, 0, 0, 0};
-    mma_tf32(c, p.sound ? a : wrong, b);
+    mma_tf32(c, p.correct ? a : wrong, b);
     store(p.out, c);
 }
 
 // Of x [16, 16] in 16 bits, by four warps: x times its first 8 rows transposed; the same of its first 8
-// columns; x transposed times its first 8 columns. The faulty one has fragments exchanged.
+// columns; x transposed times its first 8 columns. The faulty one exchanges fragments.
 template <typename S>
 void products_16_bit(Parameters p) {
     S* const x = reinterpret_cast<S*>(shared_memory());
@@ -77,21 +77,21 @@ void products_16_bit(Parameters p) {
     uint32_t a[4], b[2];
     load_matrices(a, block);
     load_matrices(b, x + lane % 8 * 16 + lane / 8 % 2 * 8);
-    const uint32_t half_a[2] = {a[p.sound ? 0 : 1], a[p.sound ? 1 : 0]}, half_b[1] = {b[0]};
-    const uint32_t whole_a[4] = {a[0], a[p.sound ? 1 : 2], a[p.sound ? 2 : 1], a[3]};
+    const uint32_t half_a[2] = {a[p.correct ? 0 : 1], a[p.correct ? 1 : 0]}, half_b[1] = {b[0]};
+    const uint32_t whole_a[4] = {a[0], a[p.correct ? 1 : 2], a[p.correct ? 2 : 1], a[3]};
     float c[3][4] = {};
     mma_16_bit<S>(c[0], whole_a, b);
     mma_16_bit<S>(c[1], half_a, half_b);
-    uint32_t turned[4], rows[2];
-    for (int n = 0; n < 4; ++n) turned[n] = transpose_pairs(a[p.sound && n % 3 != 0 ? 3 - n : n]);
+    uint32_t transposed[4], rows[2];
+    for (int n = 0; n < 4; ++n) transposed[n] = transpose_pairs(a[p.correct && n % 3 != 0 ? 3 - n : n]);
     load_transposed(rows, x + lane % 16 * 16);
-    mma_16_bit<S>(c[2], turned, rows);
+    mma_16_bit<S>(c[2], transposed, rows);
     for (int n = 0; n < 3; ++n) store(p.out + 128 * n, c[n]);
 }
 
 // In the faulty one half of the threads leave before the barrier.
 void deserted(Parameters p) {
-    if (!p.sound && thread_index() % 2 == 0) return;
+    if (!p.correct && thread_index() % 2 == 0) return;
     block_barrier();
     p.out[thread_index()] = 1.0f;
 }
@@ -99,15 +99,15 @@ void deserted(Parameters p) {
 // In the faulty one the odd lanes exchange by another instruction.
 void divergent(Parameters p) {
     const float x = p.in[thread_index()];
-    p.out[thread_index()] = p.sound || thread_index() % 2 == 0 ? shuffle_xor(x, 1) : shuffle(x, 0);
+    p.out[thread_index()] = p.correct || thread_index() % 2 == 0 ? shuffle_xor(x, 1) : shuffle(x, 0);
 }
 
-// out = in, four numbers a thread at a time by way of shared memory. The faulty one waits when it has read.
+// out = in by way of shared memory, four numbers per thread. The faulty one waits only after it has read.
 void late_wait(Parameters p) {
     float* const shared = reinterpret_cast<float*>(shared_memory()) + 4 * thread_index();
     const bool has = 4 * thread_index() < p.n;
     if (has) copy_async(shared, p.in + 4 * thread_index(), true);
-    if (p.sound) wait_for_copies();
+    if (p.correct) wait_for_copies();
     for (int e = 0; e < 4 && has; ++e) p.out[4 * thread_index() + e] = shared[e];
     wait_for_copies();
 }
@@ -120,12 +120,12 @@ void forgotten_wait(Parameters p) {
         copy_async(shared + 4 * n, p.in, true);
         commit_copies();
     }
-    wait_for_older_copies(p.sound ? 0 : 1);
+    wait_for_older_copies(p.correct ? 0 : 1);
     for (int e = 0; e < 4; ++e) p.out[e] = shared[e];
 }
 
-// Nine groups of one copy each, the last of which has not ended, and a wait for all but the newest n: out is
-// what has arrived then, the copies not made being NaN.
+// Nine groups of one copy each, the last of which has not ended, and a wait for all but the newest n. out
+// shows which copies have arrived then; those that have not are NaN.
 void groups(Parameters p) {
     float* const shared = reinterpret_cast<float*>(shared_memory());
     if (thread_index() > 0) return;
@@ -159,15 +159,15 @@ constexpr Named kernels[] = {{"reverse", reverse},
 }  // namespace
 
 void run_fault(const std::string& name, uintptr_t in, uintptr_t out, int n, int blocks, int threads,
-               bool sound) {
+               bool correct) {
     for (const Named& named : kernels) {
         if (name != named.name) continue;
         const Launch how{named.name, blocks, threads, int64_t(threads * sizeof(float)), nullptr, blocks > 1};
         launch(named.kernel, how,
-               Parameters{reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), n, sound});
+               Parameters{reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), n, correct});
         return;
     }
-    throw std::invalid_argument("there is no kernel " + name);
+    throw std::invalid_argument("no kernel is called " + name);
 }
 
 }  // namespace emulator

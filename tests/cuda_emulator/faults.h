@@ -1,4 +1,4 @@
-// Kernels with a known fault each, and their sound twins, for the tests of the emulator.
+// Kernels with one known fault each, and the same kernels without it, for the tests of the emulator.
 #pragma once
 
 #include <cstdint>
@@ -6,9 +6,9 @@
 
 namespace emulator {
 
-// Runs the kernel of that name, sound or not, from `in` to `out`, both addresses of float32; what n is, the
-// kernel says.
+// Runs the kernel of that name, with or without its fault. `in` and `out` are addresses of float32; the
+// meaning of n depends on the kernel.
 void run_fault(const std::string& name, uintptr_t in, uintptr_t out, int n, int blocks, int threads,
-               bool sound);
+               bool correct);
 
 }  // namespace emulator

@@ -1,4 +1,5 @@
-// The Python modules _cuda and emulator, together: to compile pybind11's headers takes longer than all else.
+// The Python modules _cuda and emulator in one file, since compiling pybind11's headers takes most of the
+// time.
 #include "cuda/bindings.cpp"
 #include "emulated_device.h"
 #include "emulator.h"
@@ -16,7 +17,7 @@ PYBIND11_MODULE(emulator, m) {
         },
         py::kw_only(), py::arg("multiprocessors") = 3, py::arg("shared_per_block") = 227 * 1024,
         py::arg("cooperative") = true, py::arg("backwards") = false, py::arg("late_copies") = false,
-        "The emulated device, the order in which threads run, and when copies are made.");
+        "Sets the emulated device, the order in which threads run, and when copies are executed.");
     m.def("run_fault", &emulator::run_fault, py::arg("name"), py::arg("numbers"), py::arg("out"),
-          py::arg("n"), py::arg("blocks"), py::arg("threads"), py::arg("sound"), "See faults.h.");
+          py::arg("n"), py::arg("blocks"), py::arg("threads"), py::arg("correct"), "See faults.h.");
 }

@@ -1,4 +1,4 @@
-"""capsops._cuda takes each tensor with its length and refuses what does not fit, before any kernel runs."""
+"""capsops._cuda takes each tensor with its length; a wrong one is an error before any kernel runs."""
 
 import re
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from tests.cuda_emulator.emulated import Emulated
 
 B, I, J, D, K, T = 2, 3, 4, 5, 6, 3  # noqa: E741
-# An address that no kernel may look at: every call here is refused.
+# An address that no kernel may access: every call here raises an error.
 ADDRESS = 4096
 BYTES = {
     "u": 4 * B * I * K, "weight": 4 * I * J * D * K, "bias": 4 * J * D, "s": 4 * T * B * J * D,
@@ -21,7 +21,7 @@ MEMORY = {name: (ADDRESS, size) for name, size in BYTES.items()}
 def routing_call(emulated: Emulated, **changes: Any) -> Any:
     arguments = {
         "B": B, "I": I, "J": J, "D": D, "K": K, "iterations": T, "leaky": False, "detach": False,
-        "storage": 0, "tf32": False,
+        "dtype": 0, "tf32": False,
     }  # fmt: skip
     return emulated.extension.RoutingCall(**{**arguments, **changes})
 
@@ -39,7 +39,7 @@ def test_tensors_of_routing(emulated: Emulated) -> None:
 
 def test_half_as_many_bytes_in_16_bit(emulated: Emulated) -> None:
     with pytest.raises(ValueError, match=r"^\w+: got \d+ bytes at address 4096, takes \d+ bytes$"):
-        routing_call(emulated, storage=1).point(**MEMORY)
+        routing_call(emulated, dtype=1).point(**MEMORY)
 
 
 @pytest.mark.parametrize("name", ["B", "I", "J", "D", "K"])
@@ -55,9 +55,9 @@ def test_values_of_routing(emulated: Emulated) -> None:
     for iterations in (-1, 1001, 2**62):
         with pytest.raises(ValueError, match=rf"^iterations: got {iterations}, takes 0 to 1000$"):
             routing_call(emulated, iterations=iterations)
-    for storage in (-1, 3):
-        with pytest.raises(ValueError, match=rf"^storage: got {storage}, takes 0 to 2$"):
-            routing_call(emulated, storage=storage)
+    for dtype in (-1, 3):
+        with pytest.raises(ValueError, match=rf"^dtype: got {dtype}, takes 0 to 2$"):
+            routing_call(emulated, dtype=dtype)
 
 
 def test_a_run_without_its_tensors_or_workspace(emulated: Emulated) -> None:
@@ -66,7 +66,7 @@ def test_a_run_without_its_tensors_or_workspace(emulated: Emulated) -> None:
     for kind, needed in ((op.forward, "v"), (op.backward, "grad"), (op.couplings, "couplings")):
         call = routing_call(emulated)
         call.point(**{**MEMORY, needed: (0, 0)})
-        with pytest.raises(ValueError, match="^run: a tensor that the op takes is missing"):
+        with pytest.raises(ValueError, match=f"^{needed}: got none, takes one$"):
             call.run(kind, (ADDRESS, 1 << 40), 0, 0)
         call.point(**MEMORY)
         size = call.workspace(kind, 0)

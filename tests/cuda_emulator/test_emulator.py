@@ -1,4 +1,4 @@
-"""The emulator catches what it is there to catch: each kernel with a fault, beside its sound twin."""
+"""The emulator detects faults: each kernel with a known fault is compared with the same kernel without it."""
 
 import pytest
 import torch
@@ -7,10 +7,12 @@ from torch import Tensor
 from tests.cuda_emulator.emulated import Emulated
 
 
-def run(emulated: Emulated, name: str, size: int, threads: int, sound: bool, **options: int | bool) -> Tensor:
-    """What the kernel makes of 0, 1, 2, …; one block, or `blocks` of them in a cooperative launch.
+def run(
+    emulated: Emulated, name: str, size: int, threads: int, correct: bool, **options: int | bool
+) -> Tensor:
+    """The output of the kernel for 0, 1, 2, …, from one block or from `blocks` in a cooperative launch.
 
-    The kernel's `n` is the size unless it is given.
+    The kernel's `n` defaults to `size`.
     """
     blocks, n = options.pop("blocks", 1), options.pop("n", size)
     emulated.device.set(**options)
@@ -18,7 +20,7 @@ def run(emulated: Emulated, name: str, size: int, threads: int, sound: bool, **o
     try:
         numbers = emulated.guarded(torch.arange(size, dtype=torch.float32))
         out = emulated._empty((size,), torch.float32)
-        emulated.device.run_fault(name, numbers.data_ptr(), out.data_ptr(), n, blocks, threads, sound)
+        emulated.device.run_fault(name, numbers.data_ptr(), out.data_ptr(), n, blocks, threads, correct)
         return out.clone()
     finally:
         emulated.device.check_and_free()
@@ -27,21 +29,21 @@ def run(emulated: Emulated, name: str, size: int, threads: int, sound: bool, **o
 @pytest.mark.parametrize(("name", "size", "blocks"), [("reverse", 64, 1), ("neighbours", 3, 3)])
 def test_missing_barrier(emulated: Emulated, name: str, size: int, blocks: int) -> None:
     threads = 32 if blocks > 1 else size
-    sound, faulty = (
+    correct, faulty = (
         [
-            run(emulated, name, size, threads, is_sound, blocks=blocks, backwards=backwards)
+            run(emulated, name, size, threads, is_correct, blocks=blocks, backwards=backwards)
             for backwards in (False, True)
         ]
-        for is_sound in (True, False)
+        for is_correct in (True, False)
     )
-    wanted = torch.arange(size).flip(0) if name == "reverse" else torch.tensor([2, 1, 3])
-    assert torch.equal(sound[0], wanted.float())
-    assert torch.equal(sound[0], sound[1])
+    expected = torch.arange(size).flip(0) if name == "reverse" else torch.tensor([2, 1, 3])
+    assert torch.equal(correct[0], expected.float())
+    assert torch.equal(correct[0], correct[1])
     assert not torch.equal(faulty[0], faulty[1])
 
 
 def test_read_outside_an_allocation(emulated: Emulated) -> None:
-    """Beyond the end of a tensor that fills 16-byte units; of one that does not, the next number is NaN."""
+    """Beyond the end of a tensor that fills 16-byte units, a read is an error; of any other it gives NaN."""
     assert run(emulated, "shift", 32, 64, True)[-1] == 0
     with pytest.raises(RuntimeError, match="shift: access outside an allocation, by thread 31 of block 0"):
         run(emulated, "shift", 32, 64, False)
@@ -64,22 +66,23 @@ def test_write_outside_shared_memory(emulated: Emulated) -> None:
 
 def test_fragment_layout(emulated: Emulated) -> None:
     numbers = torch.arange(128.0).view(16, 8)
-    wanted = numbers @ numbers[:8].T
-    assert torch.equal(run(emulated, "product", 128, 32, True).view(16, 8), wanted)
-    assert not torch.equal(run(emulated, "product", 128, 32, False).view(16, 8), wanted)
+    expected = numbers @ numbers[:8].T
+    assert torch.equal(run(emulated, "product", 128, 32, True).view(16, 8), expected)
+    assert not torch.equal(run(emulated, "product", 128, 32, False).view(16, 8), expected)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_fragment_layouts_of_16_bit(emulated: Emulated, dtype: str) -> None:
-    """Depth 16, depth 8, and operands transposed on the way; all numbers are exact."""
+    """Depth 16, depth 8, and operands transposed while they are loaded; all numbers are exact."""
     numbers = torch.arange(512.0)[:256].view(16, 16)
-    wanted = [numbers @ numbers[:8].T, numbers[:, :8] @ numbers[:8, :8].T, numbers.T @ numbers[:, :8]]
-    found, faulty = (
-        run(emulated, f"products_{dtype}", 512, 128, sound)[:384].view(3, 16, 8) for sound in (True, False)
+    expected = [numbers @ numbers[:8].T, numbers[:, :8] @ numbers[:8, :8].T, numbers.T @ numbers[:, :8]]
+    correct, faulty = (
+        run(emulated, f"products_{dtype}", 512, 128, is_correct)[:384].view(3, 16, 8)
+        for is_correct in (True, False)
     )
     for n in range(3):
-        assert torch.equal(found[n], wanted[n])
-        assert not torch.equal(faulty[n], wanted[n])
+        assert torch.equal(correct[n], expected[n])
+        assert not torch.equal(faulty[n], expected[n])
 
 
 def test_barrier_that_not_all_reach(emulated: Emulated) -> None:
@@ -95,7 +98,7 @@ def test_lanes_in_different_instructions(emulated: Emulated) -> None:
 
 
 def test_wait_that_is_missing(emulated: Emulated) -> None:
-    """A copy made when it begins hides the fault; of one made when it is waited for, NaN has been read."""
+    """A copy that is executed when it begins hides the fault. One that is executed late reveals it as NaN."""
     numbers = torch.arange(32.0)
     for late in (False, True):
         assert torch.equal(run(emulated, "late_wait", 32, 32, True, late_copies=late), numbers)
@@ -112,7 +115,7 @@ def test_copies_that_nothing_waits_for(emulated: Emulated) -> None:
 
 @pytest.mark.parametrize("newest", range(9))
 def test_groups_of_copies(emulated: Emulated, newest: int) -> None:
-    """As PTX defines wait_group: all groups but the newest that have ended, never the one that has not."""
+    """As in PTX, wait_group waits for all groups that have ended except the newest, never for an open one."""
     early = run(emulated, "groups", 64, 64, True, n=newest)[:9]
     numbers = torch.tensor([0, 0, 8, 0, 16, 0, 24, 0, 32.0])  # every second copy is one of zeros
     assert torch.equal(early, numbers)

@@ -33,9 +33,9 @@ def check(
     axes: Sequence[int | None] | None = None,
     needs: Sequence[bool] | None = None,
 ) -> None:
-    """At most twice the error of the formula in plain torch, gradients three times.
+    """The error is at most twice that of the formula in plain torch, or three times for gradients.
 
-    With `axes`, where the input capsules lie, plain torch's error is that of several orders of summation.
+    With `axes`, those of the input capsules, several orders of summation in plain torch are compared with.
     """
     exact = value_and_gradients(formula, [None if x is None else x.double() for x in inputs], needs=needs)
     if axes is None:
@@ -46,9 +46,9 @@ def check(
 
 
 def upstream(value: Tensor) -> Tensor:
-    """That of value_and_gradients."""
-    draw = torch.Generator().manual_seed(1)
-    return torch.randn(value.shape, generator=draw, dtype=torch.float64).to(value.dtype)
+    """The upstream gradient that value_and_gradients uses."""
+    rng = torch.Generator().manual_seed(1)
+    return torch.randn(value.shape, generator=rng, dtype=torch.float64).to(value.dtype)
 
 
 def as_it_is(x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def capsule_routing(
     layout: Layout = as_it_is,
     **device: int | bool,
 ) -> Run:
-    """Value and gradients by the kernels; `layout` is that of the tensors which backward takes beside."""
+    """Value and gradients by the kernels; `layout` is applied to the other inputs of backward."""
     u, weight, bias = inputs
     v, s = emulated.call(
         "capsule_routing", u, weight, bias, options.iterations, options.leaky, True, **device
@@ -150,7 +150,7 @@ def test_predictions(emulated: Emulated, shape: Shape, dtype: torch.dtype) -> No
     check(got, reference.predictions, [u, weight])
 
 
-# D = 40 is for the general kernels, the rest for the fused ones.
+# D = 40 uses the general kernels, the rest the fused ones.
 SHAPES = [
     Shape(1, 1, 1, 1, 1),
     Shape(2, 5, 2, 40, 9),
@@ -186,19 +186,22 @@ def test_more_passes_than_registers_hold(emulated: Emulated, D: int, iterations:
 
 
 def test_more_passes_than_shared_memory_holds(emulated: Emulated) -> None:
-    """On a small device, whose general kernels take over; the passes forward stay as they are."""
+    """On a small device the general kernels compute the gradient; the forward passes are still fused."""
     inputs = layer_inputs(Shape(2, 3, 2, 4, 2), True, torch.float32)
     got = capsule_routing(emulated, inputs, Options(40), shared_per_block=4096)
     check(got, lambda *x: reference.capsule_routing(*x, iterations=40), inputs, [1, 0, None])
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_no_sums_of_the_softmax_in_memory(emulated: Emulated, given: bool) -> None:
-    """Few output capsules: what backward keeps does not grow with the number of input capsules."""
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_no_sums_of_the_softmax_in_memory(emulated: Emulated, precomputed: bool) -> None:
+    """With few output capsules the workspace of backward does not grow with the number of input capsules."""
     emulated.device.set()
     B, I, J, D, K = 64, 20000, 10, 16, 8  # noqa: E741
     call = emulated.extension.RoutingCall(B, I, J, D, K, 3, False, False, 0, False)
-    u, weight = (16, 4 * B * I * (J * D if given else K)), (0, 0) if given else (16, 4 * I * J * D * K)
+    u, weight = (
+        (16, 4 * B * I * (J * D if precomputed else K)),
+        (0, 0) if precomputed else (16, 4 * I * J * D * K),
+    )
     call.point(u=u, weight=weight, grad_u=u, grad_weight=weight)
     assert call.workspace(emulated.extension.RoutingOp.backward, 0) < 4 * B * I
 
@@ -220,7 +223,7 @@ def test_capsule_routing_in_16_bit(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_of_16_bit_are_float32(emulated: Emulated, dtype: torch.dtype) -> None:
-    """Nothing but the inputs and v is rounded to 16 bits: s is as exact as float32 makes it."""
+    """Only the inputs and v are rounded to 16 bits: s has the accuracy of float32."""
     u, weight, bias = layer_inputs(Shape(18, 35, 10, 16, 8), True, dtype)
     _, s = emulated.call("capsule_routing", u, weight, bias, 3, False, True)
     _, exact = emulated.call("capsule_routing", u.float(), weight.float(), bias.float(), 3, False, True)
@@ -228,8 +231,8 @@ def test_sums_of_16_bit_are_float32(emulated: Emulated, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-15), (torch.float16, 2**-20)])
-def test_sums_of_given_16_bit(emulated: Emulated, dtype: torch.dtype, bound: float) -> None:
-    """V goes to the tensor cores in two parts, which leaves the logits far more exact than the dtype."""
+def test_sums_of_precomputed_16_bit(emulated: Emulated, dtype: torch.dtype, bound: float) -> None:
+    """V is passed to the tensor cores in two parts, so the logits are far more accurate than the dtype."""
     u_hat, bias = routing_inputs(Shape(2, 37, 10, 16, 1), True, dtype)
     _, s = emulated.call("dynamic_routing", u_hat, bias, 3, False, True)
     _, exact = emulated.call("dynamic_routing", u_hat.float(), bias.float(), 3, False, True)
@@ -241,19 +244,19 @@ def test_sums_of_given_16_bit(emulated: Emulated, dtype: torch.dtype, bound: flo
 def test_capsule_routing_in_tf32(
     emulated: Emulated, shape: Shape, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where torch's setting allows TF32: the error is that of plain torch on inputs rounded to it."""
+    """If torch's setting allows TF32, the error is that of plain torch on inputs rounded to TF32."""
     monkeypatch.setattr(emulated.implementation, "_allows_tf32", lambda: True)
     inputs = layer_inputs(shape, options.bias, torch.float32)
     got = capsule_routing(emulated, inputs, options)
 
-    def plain(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def formula(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if u.dtype == torch.float32:
             u, weight = to_tf32(u), to_tf32(weight)
         return reference.capsule_routing(u, weight, bias, **options.keywords())
 
-    check(got, plain, inputs, [1, 0, None])
-    exact = value_and_gradients(plain, [None if x is None else x.double() for x in inputs])["value"]
-    assert (got["value"] - exact).abs().max() > 1e-5  # it is TF32 that was tested
+    check(got, formula, inputs, [1, 0, None])
+    exact = value_and_gradients(formula, [None if x is None else x.double() for x in inputs])["value"]
+    assert (got["value"] - exact).abs().max() > 1e-5  # TF32 was used
 
 
 @pytest.mark.parametrize(
@@ -268,7 +271,7 @@ def test_capsule_routing_in_tf32(
     ids=str,
 )
 def test_capsule_routing_on_other_devices(emulated: Emulated, device: dict[str, int | bool]) -> None:
-    """More work than blocks, splits of everything, a launch for each step, little shared memory."""
+    """More work than blocks, splits of every axis, a launch for each step, little shared memory."""
     for shape, options in (
         (Shape(70, 13, 3, 5, 8), Options(3, bias=True)),
         (Shape(3, 19, 18, 16, 8), Options(2, leaky=True)),
@@ -282,37 +285,37 @@ def test_gradients_that_are_not_needed(emulated: Emulated) -> None:
     u, weight, _ = layer_inputs(Shape(5, 6, 3, 4, 8), dtype=torch.float32)
     v, s = emulated.call("capsule_routing", u, weight, None, 3, False, True)
     arguments = (upstream(v), u, weight, s, 3, False, False, True)
-    whole = emulated.call("capsule_routing_backward", *arguments, True, True)
+    every = emulated.call("capsule_routing_backward", *arguments, True, True)
     for needs in ((True, False), (False, True), (False, False)):
-        part = emulated.call("capsule_routing_backward", *arguments, *needs)
+        some = emulated.call("capsule_routing_backward", *arguments, *needs)
         for n in range(3):
-            assert torch.equal(part[n], whole[n] if n == 2 or needs[n] else torch.empty(0))
+            assert torch.equal(some[n], every[n] if n == 2 or needs[n] else torch.empty(0))
 
 
 def test_inputs_that_are_not_aligned(emulated: Emulated) -> None:
-    """Contiguous, but at an odd address: the copies of 16 bytes give way to single numbers."""
+    """Contiguous but at an odd address: numbers are copied one by one instead of 16 bytes at a time."""
     inputs = layer_inputs(Shape(5, 6, 3, 16, 8), True, torch.bfloat16)
-    want = capsule_routing(emulated, inputs, Options(3))
+    expected = capsule_routing(emulated, inputs, Options(3))
     offset = LAYOUTS["offset"]
     got = capsule_routing(emulated, [offset(x) for x in inputs], Options(3), offset)
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_what_is_not_finite_stays_so(emulated: Emulated, bad: float) -> None:
-    """In the samples that have it, and in no other."""
+def test_values_that_are_not_finite(emulated: Emulated, bad: float) -> None:
+    """They reach the results of the samples that have them, and no others."""
     inputs = layer_inputs(Shape(20, 6, 3, 4, 8), dtype=torch.float32)
     inputs[0][17, 3, 5] = bad
     got = capsule_routing(emulated, inputs, Options(3))
-    fine = torch.arange(20) != 17
-    assert got["value"][fine].isfinite().all()
+    others = torch.arange(20) != 17
+    assert got["value"][others].isfinite().all()
     assert not got["value"][17].isfinite().any()
-    assert got["gradient 0"][fine].isfinite().all()
+    assert got["gradient 0"][others].isfinite().all()
     assert not got["gradient 0"][17].isfinite().any()
     assert not got["gradient 1"].isfinite().any()
 
 
-def test_float64_is_refused(emulated: Emulated) -> None:
+def test_float64_is_an_error(emulated: Emulated) -> None:
     with pytest.raises(ValueError, match="impl='cuda' takes float32, bfloat16 or float16, got torch.float64"):
         emulated.call("squash", torch.randn(3, 4, dtype=torch.float64), 1)
 
@@ -351,7 +354,7 @@ def test_dynamic_routing(emulated: Emulated, shape: Shape, options: Options, dty
 def test_dynamic_routing_on_other_devices(
     emulated: Emulated, shape: Shape, dtype: torch.dtype, device: dict[str, int | bool]
 ) -> None:
-    """Less shared memory than a sample has predictions, so that slots are used again; too few samples."""
+    """Less shared memory than a sample's predictions need, so that slots are reused; too few samples."""
     for options in (Options(4, bias=True), Options(3, leaky=True)):
         inputs = routing_inputs(shape, options.bias, dtype)
         got = dynamic_routing(emulated, inputs, options, **device)
@@ -370,10 +373,10 @@ def test_dynamic_routing_on_other_devices(
     ids=str,
 )
 def test_dynamic_routing_of_three_tiles_of_d(emulated: Emulated, shape: Shape, dtype: torch.dtype) -> None:
-    """The kernels read four tiles, and what lies beyond D must be 0.
+    """The kernels read four tiles, and the numbers beyond D must be 0.
 
-    A row too short for them made the last row run on into the logits, whose bits are NaN now and then when
-    read as 16-bit numbers.
+    If rows were shorter than four tiles, the last one would extend into the logits, whose bits are sometimes
+    NaN when read as 16-bit numbers.
     """
     options = Options(3, bias=True)
     inputs = routing_inputs(shape, options.bias, dtype)
@@ -381,10 +384,10 @@ def test_dynamic_routing_of_three_tiles_of_d(emulated: Emulated, shape: Shape, d
     check(got, lambda *x: reference.dynamic_routing(*x, **options.keywords()), inputs, [1, None])
 
 
-def test_slots_are_used_again(emulated: Emulated) -> None:
-    """In the two cases above that are to show it."""
+def test_slots_are_reused(emulated: Emulated) -> None:
+    """In the two cases above that test it."""
     for B, I, J, D, element, kilobytes in ((2, 700, 3, 8, 4, 64), (2, 600, 10, 13, 2, 220)):  # noqa: E741
-        plan = emulated.extension.resident_plan(
+        plan = emulated.extension.smem_cached_plan(
             B, I, J, D, element, 3, multiprocessors=3, shared_per_block=kilobytes * 1024
         )
         assert plan["warps"] * plan["slots"] < plan["sets"]
@@ -397,15 +400,15 @@ def test_dynamic_routing_with_more_passes_than_registers_hold(emulated: Emulated
 
 
 def couplings_in_orders(inputs: Sequence[Tensor | None], options: Options) -> tuple[Tensor, list[Tensor]]:
-    """The exact couplings, and those of plain torch for several orders of the sums over i and d."""
+    """The exact couplings, and those of plain torch with several orders of the sums over i and d."""
     keywords = {"iterations": options.iterations, "leaky": options.leaky}
     exact = reference.couplings(*(None if x is None else x.double() for x in inputs), **keywords)
     u, weight, bias = inputs
     lows = []
     for _ in range(6):
         i, d = torch.randperm(weight.shape[0]), torch.randperm(weight.shape[2])
-        turned = None if bias is None else bias[:, d]
-        c = reference.couplings(u[:, i], weight[i][:, :, d], turned, **keywords)
+        permuted = None if bias is None else bias[:, d]
+        c = reference.couplings(u[:, i], weight[i][:, :, d], permuted, **keywords)
         lows.append(c[:, i.argsort()])
     return exact, lows
 

@@ -1,4 +1,4 @@
-"""The planner of the fused kernels: all of the work once, within the limits of the device."""
+"""The plans of the fused kernels cover all of the work once and respect the limits of the device."""
 
 from types import ModuleType
 
@@ -20,7 +20,7 @@ shapes = st.fixed_dictionaries(
         "K": st.integers(1, 40),
         "element": st.sampled_from([2, 4]),
         "tensor_cores": st.booleans(),
-        "given": st.booleans(),
+        "precomputed": st.booleans(),
         "passes": st.integers(0, 12),
     }
 )
@@ -28,22 +28,26 @@ shapes = st.fixed_dictionaries(
 
 @pytest.fixture(scope="module")
 def cuda(emulated: Emulated) -> ModuleType:
-    """The bindings: the plan is plain host code, the same in the emulated library as in the real one."""
+    """The bindings. Plans are plain host code, the same in the emulated library as in the real one."""
     return emulated.extension
 
 
 def covers(parts: int, length: int, whole: int) -> bool:
-    """`parts` pieces of `length`, the last one shorter, are the whole, and none is empty."""
+    """Whether `parts` parts of `length`, the last one maybe shorter, cover the whole and none is empty."""
     return (parts - 1) * length < whole <= parts * length
 
 
-@given(shape=shapes, device=st.sampled_from(sorted(DEVICES)), resident=st.integers(1, 4))
-def test_passes(cuda: ModuleType, shape: dict[str, int], device: str, resident: int) -> None:
+@given(shape=shapes, device=st.sampled_from(sorted(DEVICES)), resident_blocks=st.integers(1, 4))
+def test_passes(cuda: ModuleType, shape: dict[str, int], device: str, resident_blocks: int) -> None:
     shared, multiprocessors = DEVICES[device]
     plan = cuda.fused_plan(
-        False, **shape, multiprocessors=multiprocessors, shared_per_block=shared, resident_blocks=resident
+        False,
+        **shape,
+        multiprocessors=multiprocessors,
+        shared_per_block=shared,
+        resident_blocks=resident_blocks,
     )
-    if plan is None:  # W of one input capsule is too large for this device: the general kernels serve it
+    if plan is None:  # W of one input capsule is too large for this device, so the general kernels are used
         assert device in ("sm_86", "sm_89")
         assert min(shape["D"], shape["J"]) > 8
         assert shape["K"] > 24
@@ -55,8 +59,8 @@ def test_passes(cuda: ModuleType, shape: dict[str, int], device: str, resident: 
     assert 8 * plan["n"] >= shape["D"]
     check_block(plan, shape, shared)
     assert plan["warps"] == plan["tile_j"] * plan["groups"]
-    # Partial sums stay within what the device holds at a time: workspace does not grow with I.
-    assert plan["splits"] <= 8 or plan["items"] <= multiprocessors * resident
+    # No more partial sums than blocks that are resident at a time: the workspace does not grow with I.
+    assert plan["splits"] <= 8 or plan["items"] <= multiprocessors * resident_blocks
 
 
 @given(shape=shapes, device=st.sampled_from(sorted(DEVICES)))
@@ -79,9 +83,9 @@ def check_block(plan: dict[str, int], shape: dict[str, int], shared: int) -> Non
     assert 1 <= plan["chunk"] <= 16
     assert plan["shared"] <= shared
     assert plan["stage"] % 16 == 0
-    # The tiles of a row of predictions, the steps along one of u or W, are read to their end.
-    assert plan["stride"] >= 8 * (plan["n"] if shape["given"] else plan["steps"])
-    assert 8 * plan["steps"] >= (0 if shape["given"] else shape["K"])
+    # Whole tiles of a row of predictions, and whole steps of a row of u or W, are read.
+    assert plan["stride"] >= 8 * (plan["n"] if shape["precomputed"] else plan["steps"])
+    assert 8 * plan["steps"] >= (0 if shape["precomputed"] else shape["K"])
     assert plan["stride"] % 16 == 8  # an odd multiple of 8: rows begin in different banks
 
 
@@ -95,17 +99,15 @@ def check_block(plan: dict[str, int], shape: dict[str, int], shared: int) -> Non
         ({"B": 1, "I": 1, "J": 1, "D": 16, "K": 8, "passes": 2000}, True),
     ],
 )
-def test_what_is_left_to_the_general_kernels(
-    cuda: ModuleType, shape: dict[str, int], gradients: bool
-) -> None:
+def test_shapes_for_the_general_kernels(cuda: ModuleType, shape: dict[str, int], gradients: bool) -> None:
     assert cuda.fused_plan(gradients, **shape) is None
 
 
 @given(shape=shapes, device=st.sampled_from(sorted(DEVICES)))
-def test_resident(cuda: ModuleType, shape: dict[str, int], device: str) -> None:
+def test_smem_cached(cuda: ModuleType, shape: dict[str, int], device: str) -> None:
     shared, multiprocessors = DEVICES[device]
     B, I, J, D = (shape[axis] for axis in "BIJD")  # noqa: E741
-    plan = cuda.resident_plan(
+    plan = cuda.smem_cached_plan(
         B, I, J, D, shape["element"], shape["passes"], multiprocessors, shared_per_block=shared
     )
     busy = B / (-(-B // multiprocessors) * multiprocessors)
@@ -128,7 +130,7 @@ def test_resident(cuda: ModuleType, shape: dict[str, int], device: str) -> None:
 
 
 def test_half_of_the_predictions_of_a_capsule_network_stay_on_an_h200(cuda: ModuleType) -> None:
-    plan = cuda.resident_plan(128, 1152, 10, 16, element=2)
+    plan = cuda.smem_cached_plan(128, 1152, 10, 16, element=2)
     assert plan["warps"] * plan["slots"] >= plan["sets"] / 2
 
 
@@ -138,11 +140,11 @@ def test_a_capsule_network_fills_an_h200(cuda: ModuleType) -> None:
     assert passes["items"] >= 0.95 * 132
     gradients = cuda.fused_plan(True, 128, 1152, 10, 16, 8)
     assert gradients["items"] >= 0.95 * 132
-    assert gradients["splits"] == gradients["tiles_j"] == 1  # nothing to add up afterwards
+    assert gradients["splits"] == gradients["tiles_j"] == 1  # no parts to sum afterwards
 
 
 def test_many_output_capsules_fill_an_h200(cuda: ModuleType) -> None:
-    """I = 3872, J = 196: tiles of j and splits of i together, in rounds of which none is half empty."""
+    """I = 3872, J = 196: with tiles of j and splits of i, the last round of blocks is not half empty."""
     plan = cuda.fused_plan(False, 128, 3872, 196, 16, 8)
     rounds = -(-plan["items"] // 132)
     assert plan["items"] >= 0.75 * 132 * rounds

@@ -24,17 +24,17 @@ from tests.cuda_emulator.test_kernels import (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = {**DTYPES, "tf32": torch.float32}
 
-# An op, how it multiplies, and how many tiles of 8 its D fills; five are for the general kernels. "resident"
-# is dynamic_routing of what resident.cu serves.
+# An op, how it multiplies, and how many tiles of 8 its D fills; five are for the general kernels.
+# "smem_cached" is dynamic_routing of the shapes that smem_cached.cu supports.
 COMBINATIONS = [
     *product(["capsule_routing", "couplings"], PRECISIONS, range(1, 6)),
     *product(["dynamic_routing"], DTYPES, range(1, 6)),
-    *product(["resident"], DTYPES, [1, 2, 4]),
+    *product(["smem_cached"], DTYPES, [1, 2, 4]),
     *product(["predictions", "squash"], DTYPES, [None]),
 ]
 
 
-WORK = 20_000  # B I J D at most, D filling its tiles: keeps a case within a second
+WORK = 20_000  # most B I J D of a case, with whole tiles of D, which takes less than a second
 FAST = len(COMBINATIONS)
 SLOW = 8 * len(COMBINATIONS)  # with four times the work
 
@@ -46,7 +46,7 @@ class Case(NamedTuple):
     shape: Shape
     options: Options
     device: dict[str, int | bool]
-    offset: str  # of u (or s or û), weight, bias and what backward takes: those that are not aligned
+    offset: str  # which of u (or s or û), weight, bias and the gradient's inputs are not aligned: "uwbg"
 
     def __str__(self) -> str:
         device = "-".join(f"{name}={value}" for name, value in self.device.items())
@@ -54,42 +54,42 @@ class Case(NamedTuple):
         return f"{head}-offset={self.offset}" if self.offset else head
 
 
-def spread(draw: random.Random, least: int, most: int) -> int:
-    """As many small numbers as large ones: the logarithm is uniform."""
-    return min(most, int(least * ((most + 1) / least) ** draw.random()))
+def log_uniform(rng: random.Random, least: int, most: int) -> int:
+    """A random integer whose logarithm is uniform."""
+    return min(most, int(least * ((most + 1) / least) ** rng.random()))
 
 
 def case(number: int) -> Case:
-    """Number `number` of a fixed sequence: every four cycles go through small and large B and J of all."""
+    """Case `number` of a fixed sequence. Four cycles have small and large B and J for every combination."""
     cycle, at = divmod(number, len(COMBINATIONS))
     op, precision, tiles = COMBINATIONS[at]
-    draw = random.Random(number)
-    B = spread(draw, 16, 70) if (at + cycle) % 2 == 0 else draw.randint(1, 15)
-    if B >= 16 and draw.random() < 0.5:
-        B -= B % 16  # no sample is padding
-    # More than 12 output capsules do not fit in one block, more than 10 are not resident.
-    J = spread(draw, 13, 40) if (at // 2 + cycle // 2) % 2 == 0 else draw.randint(1, 12)
+    rng = random.Random(number)
+    B = log_uniform(rng, 16, 70) if (at + cycle) % 2 == 0 else rng.randint(1, 15)
+    if B >= 16 and rng.random() < 0.5:
+        B -= B % 16  # without padding
+    # More than 12 output capsules do not fit in one block, more than 10 are not cached in shared memory.
+    J = log_uniform(rng, 13, 40) if (at // 2 + cycle // 2) % 2 == 0 else rng.randint(1, 12)
     most = 40 if tiles is None else 8 * tiles
-    D = most if draw.random() < 0.4 else draw.randint(1 if tiles is None else most - 7, most)
-    K = draw.choice([4, 8, 16, 24]) if draw.random() < 0.5 else draw.randint(1, 24)
+    D = most if rng.random() < 0.4 else rng.randint(1 if tiles is None else most - 7, most)
+    K = rng.choice([4, 8, 16, 24]) if rng.random() < 0.5 else rng.randint(1, 24)
     work = WORK if number < FAST else 4 * WORK
-    if tiles == 5:  # the general kernels compute the logits anew for every component of a gradient
+    if tiles == 5:  # the general kernels recompute the logits for every component of a gradient
         work //= 4
-    if op == "resident":  # fewer of all else, so that warps have several sets of input capsules
+    if op == "smem_cached":  # small B and J, so that warps have several sets of input capsules
         B, J = B if B >= 16 else min(B, 3), min(J, 10) if B >= 16 else min(J, 4)
-    most_i = max(2, min(400 if op == "resident" else 300, work // (B * J * most)))
-    I = draw.randint(most_i // 2 if op == "resident" else 1, most_i)  # noqa: E741
-    options = Options(draw.choice([0, 1, 2, 2, 3, 3, 4, 5]), *(draw.random() < 0.5 for _ in range(3)))
+    most_i = max(2, min(400 if op == "smem_cached" else 300, work // (B * J * most)))
+    I = rng.randint(most_i // 2 if op == "smem_cached" else 1, most_i)  # noqa: E741
+    options = Options(rng.choice([0, 1, 2, 2, 3, 3, 4, 5]), *(rng.random() < 0.5 for _ in range(3)))
     device = {
-        "multiprocessors": draw.randint(1, 16),
-        "shared_per_block": 1024 * draw.choice([16, 64, 99, 163, 227, 227]),
-        "cooperative": draw.random() < 0.7,
+        "multiprocessors": rng.randint(1, 16),
+        "shared_per_block": 1024 * rng.choice([16, 64, 99, 163, 227, 227]),
+        "cooperative": rng.random() < 0.7,
     }
-    if op == "resident":
+    if op == "smem_cached":
         options = options._replace(iterations=max(options.iterations, 2))
         busy = [m for m in range(1, 17) if 2 * m * -(-B // m) <= 3 * B]
-        device |= {"multiprocessors": draw.choice(busy), "shared_per_block": 1024 * 227}
-    offset = "".join(name for name in "uwbg" if draw.random() < 0.5) if draw.random() < 0.5 else ""
+        device |= {"multiprocessors": rng.choice(busy), "shared_per_block": 1024 * 227}
+    offset = "".join(name for name in "uwbg" if rng.random() < 0.5) if rng.random() < 0.5 else ""
     return Case(number, op, precision, Shape(B, I, J, D, K), options, device, offset)
 
 
@@ -99,11 +99,11 @@ CASES = [
 ]
 
 
-def draw_inputs(case: Case) -> list[Tensor | None]:
+def random_inputs(case: Case) -> list[Tensor | None]:
     dtype, shape, bias = PRECISIONS[case.precision], case.shape, case.options.bias
     if case.op == "squash":
         return [torch.randn(shape.B, shape.J, shape.D, dtype=torch.float64).to(dtype)]
-    if case.op in ("dynamic_routing", "resident"):
+    if case.op in ("dynamic_routing", "smem_cached"):
         return list(routing_inputs(shape, bias, dtype))
     return list(layer_inputs(shape, bias, dtype))[: 2 if case.op == "predictions" else 3]
 
@@ -112,7 +112,7 @@ def run_kernels(emulated: Emulated, case: Case, inputs: Sequence[Tensor | None])
     def backward(x: Tensor) -> Tensor:
         return LAYOUTS["offset"](x) if "g" in case.offset else x
 
-    names = "ub" if case.op in ("dynamic_routing", "resident") else "uwb"
+    names = "ub" if case.op in ("dynamic_routing", "smem_cached") else "uwb"
     placed = [
         LAYOUTS["offset"](x) if x is not None and name in case.offset else x
         for x, name in zip(inputs, names, strict=False)
@@ -120,7 +120,7 @@ def run_kernels(emulated: Emulated, case: Case, inputs: Sequence[Tensor | None])
     options, device = case.options, case.device
     if case.op == "capsule_routing":
         return capsule_routing(emulated, placed, options, backward, **device)
-    if case.op in ("dynamic_routing", "resident"):
+    if case.op in ("dynamic_routing", "smem_cached"):
         return dynamic_routing(emulated, placed, options, backward, **device)
     if case.op == "couplings":
         (c,) = emulated.call("couplings", *placed, options.iterations, options.leaky, **device)
@@ -149,7 +149,7 @@ def plain_torch(case: Case) -> tuple[Callable[..., Tensor], list[str]]:
         return lambda s: reference.squash(s, dim_of_squash(case)), ["bjd", "bjd"]
     if case.op == "predictions":
         return reference.predictions, ["bik", "ijdk", "bijd"]
-    if case.op in ("dynamic_routing", "resident"):
+    if case.op in ("dynamic_routing", "smem_cached"):
         return lambda *x: reference.dynamic_routing(*x, **options.keywords()), ["bijd", "jd", "bjd"]
 
     def formula(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -163,7 +163,7 @@ def plain_torch(case: Case) -> tuple[Callable[..., Tensor], list[str]]:
 
 
 def in_float64(case: Case, inputs: Sequence[Tensor | None]) -> Run:
-    """Value and gradients for the same numbers, those of the upstream gradient included."""
+    """Value and gradients in float64 for the same numbers, including the upstream gradient."""
     dtype, differentiable = PRECISIONS[case.precision], case.op != "couplings"
     return value_and_gradients(
         plain_torch(case)[0],
@@ -173,14 +173,14 @@ def in_float64(case: Case, inputs: Sequence[Tensor | None]) -> Run:
     )
 
 
-def arranged(x: Tensor | None, axes: str, order: dict[str, Tensor]) -> Tensor | None:
+def permuted(x: Tensor | None, axes: str, order: dict[str, Tensor]) -> Tensor | None:
     for dim, axis in enumerate(axes if x is not None else ""):
         x = x.index_select(dim, order[axis])
     return x
 
 
-def in_some_order(case: Case, inputs: Sequence[Tensor | None]) -> Run:
-    """Plain torch's value and gradients, every axis in some order meanwhile."""
+def in_random_order(case: Case, inputs: Sequence[Tensor | None]) -> Run:
+    """Value and gradients of plain torch, computed with every axis in a random order."""
     formula, (*axes, of_value) = plain_torch(case)
     order = {
         axis: torch.randperm(size)
@@ -190,26 +190,26 @@ def in_some_order(case: Case, inputs: Sequence[Tensor | None]) -> Run:
     }
     run = value_and_gradients(
         formula,
-        [arranged(x, names, order) for x, names in zip(inputs, axes, strict=True)],
-        lambda value: arranged(upstream(value), of_value, order),
+        [permuted(x, names, order) for x, names in zip(inputs, axes, strict=True)],
+        lambda value: permuted(upstream(value), of_value, order),
         [case.op != "couplings" and x is not None for x in inputs],
     )
     back = {axis: one.argsort() for axis, one in order.items()}
     of = {"value": of_value, **{f"gradient {n}": names for n, names in enumerate(axes)}}
-    return {name: arranged(x, of[name], back) for name, x in run.items()}
+    return {name: permuted(x, of[name], back) for name, x in run.items()}
 
 
 def plain_runs(case: Case, inputs: Sequence[Tensor | None], exact: Run, count: int) -> list[Run]:
-    """Runs of plain torch to compare with: `count` on these inputs, as many on others of the same shape.
+    """Runs of plain torch to compare with: `count` on these inputs and as many on others of the same shape.
 
-    Where the largest error falls is a matter of luck, which no order of the sums changes if it is made by an
-    exponential or a division. So the relative errors on other inputs count as well, added to `exact`.
+    The largest error varies by chance, and if it comes from an exponential or a division no order of the sums
+    changes it. So the relative errors on other inputs count too; they are added to `exact`.
     """
-    runs = [in_some_order(case, inputs) for _ in range(count)]
+    runs = [in_random_order(case, inputs) for _ in range(count)]
     for _ in range(count):
-        others = draw_inputs(case)
+        others = random_inputs(case)
         exact_others, run = in_float64(case, others), {}
-        for name, x in in_some_order(case, others).items():
+        for name, x in in_random_order(case, others).items():
             size = root_mean_square(exact[name]) / (root_mean_square(exact_others[name]) or 1)
             run[name] = exact[name] + size * (x.double() - exact_others[name])
         runs.append(run)
@@ -219,15 +219,15 @@ def plain_runs(case: Case, inputs: Sequence[Tensor | None], exact: Run, count: i
 @pytest.mark.parametrize("case", CASES)
 def test_random_shape(emulated: Emulated, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emulated.implementation, "_allows_tf32", lambda: case.precision == "tf32")
-    if case.op == "resident":
+    if case.op == "smem_cached":
         B, I, J, D, _ = case.shape  # noqa: E741
         element, logits = PRECISIONS[case.precision].itemsize, case.options.iterations - 1
         limits = (case.device["multiprocessors"], case.device["shared_per_block"])
-        assert emulated.extension.resident_plan(B, I, J, D, element, logits, *limits) is not None
-    inputs = draw_inputs(case)
+        assert emulated.extension.smem_cached_plan(B, I, J, D, element, logits, *limits) is not None
+    inputs = random_inputs(case)
     got, exact = run_kernels(emulated, case, inputs), in_float64(case, inputs)
     lows = plain_runs(case, inputs, exact, 2)
     try:
         assert_all_low_precision(got, lows, exact)
-    except AssertionError:  # a fault, or luck: more runs tell them apart
+    except AssertionError:  # either an error or chance, which more runs distinguish
         assert_all_low_precision(got, lows + plain_runs(case, inputs, exact, 20), exact)

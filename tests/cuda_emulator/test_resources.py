@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels, read from the extension as it was installed."""
+"""Registers, memory and machine code of the CUDA kernels, read from the installed extension."""
 
 import importlib.util
 import re
@@ -12,13 +12,13 @@ ARCHS = ("sm_80", "sm_90")
 
 
 def disassembler() -> str:
-    """cuobjdump, of the CUDA toolkit or as it comes with triton."""
+    """cuobjdump, either Triton's or that of the CUDA toolkit."""
     spec = importlib.util.find_spec("triton")
     if spec is not None and spec.origin is not None:
         bundled = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
         if bundled.exists():
             return str(bundled)
-    return shutil.which("cuobjdump") or pytest.skip("there is no cuobjdump")
+    return shutil.which("cuobjdump") or pytest.skip("cuobjdump is not installed")
 
 
 def dump(*options: str) -> str:
@@ -37,12 +37,12 @@ def arch(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def resources(arch: str) -> dict[str, dict[str, int]]:
     """Registers, stack, shared and local memory of each kernel."""
-    found = {}
+    kernels = {}
     for name, numbers in re.findall(
         r"Function (\S+):\s*\n(.*)", dump("--dump-resource-usage", "-arch", arch)
     ):
-        found[name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
-    return found
+        kernels[name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
+    return kernels
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,16 @@ def instructions(arch: str) -> dict[str, list[str]]:
     return {text.split(maxsplit=1)[0]: pattern.findall(text) for text in functions[1:]}
 
 
-def test_every_kernel_is_there(resources: dict[str, dict[str, int]]) -> None:
-    """Passes: 3 sizes of D, forward and backward, 4 ways to multiply and 3 storages of given predictions.
+def test_every_kernel_is_compiled(resources: dict[str, dict[str, int]]) -> None:
+    """Each kernel once for every template argument that it is compiled with.
 
-    Gradients: 5 for each way to multiply and each storage. Resident: 3 sizes of D, J 10 or less, 3 storages.
+    Passes: 3 sizes of D, forward and backward, 4 ways to multiply and 3 dtypes of precomputed predictions.
+    Gradients: 5 for each way to multiply and each dtype. smem_cached: 3 sizes of D, J 10 or less, 3 dtypes.
     """
     names = " ".join(resources)
     assert names.count("passes_kernel") == 42
     assert names.count("gradients_kernel") == 35
-    assert names.count("resident_kernel") == 18
+    assert names.count("smem_cached_kernel") == 18
     for kernel in ("squash_kernel", "predictions_kernel", "sums_kernel", "grad_bias_kernel"):
         assert kernel in names
 
@@ -73,9 +74,9 @@ def test_no_spills_and_no_stack(resources: dict[str, dict[str, int]]) -> None:
 
 
 def test_registers_let_the_planned_blocks_run(resources: dict[str, dict[str, int]]) -> None:
-    """65536 registers of a multiprocessor, given to warps in units of 256, four warps at a time."""
+    """A multiprocessor has 65536 registers, which warps are allocated in units of 256."""
     for name, numbers in resources.items():
-        warps = 12 if re.search("passes_|gradients_|resident_", name) else 8
+        warps = 12 if re.search("passes_|gradients_|smem_cached_", name) else 8
         if "gradients_kernel" in name and "MultiplyAdds" in name:
             warps = 8
         registers = -(-numbers["REG"] // 8) * 8
@@ -84,28 +85,30 @@ def test_registers_let_the_planned_blocks_run(resources: dict[str, dict[str, int
 
 def test_no_local_memory_in_the_machine_code(instructions: dict[str, list[str]]) -> None:
     for name, code in instructions.items():
-        touched = {op for op in code if op.split(".")[0] in ("LDL", "STL")}
-        assert not touched, f"{name}: {touched}"
+        local = {op for op in code if op.split(".")[0] in ("LDL", "STL")}
+        assert not local, f"{name}: {local}"
 
 
 def test_tensor_cores(instructions: dict[str, list[str]]) -> None:
-    """Of the shape and type that is meant, in the kernels for them; copies in flight of what comes again."""
+    """Kernels for tensor cores, and no others, use the intended instructions; copies are asynchronous."""
     fused = {
-        name: code for name, code in instructions.items() if re.search("passes_|gradients_|resident_", name)
+        name: code
+        for name, code in instructions.items()
+        if re.search("passes_|gradients_|smem_cached_", name)
     }
     assert len(fused) == 95
     for name, code in fused.items():
         copies = any(op.startswith("LDGSTS") for op in code)
-        assert copies != ("gradients_" in name and "Given" in name), f"{name}: asynchronous copies?"
+        assert copies != ("gradients_" in name and "Precomputed" in name), f"{name}: asynchronous copies?"
         matrix = {op for op in code if op.startswith("HMMA")}
-        wanted = set()
+        expected = set()
         if "Tf32" in name:
-            wanted = {"HMMA.1688.F32.TF32"}
+            expected = {"HMMA.1688.F32.TF32"}
         elif "SixteenBit" in name:
             kind = ".BF16" if "bfloat16" in name else ""
-            wanted = {f"HMMA.16816.F32{kind}", f"HMMA.1688.F32{kind}"}
+            expected = {f"HMMA.16816.F32{kind}", f"HMMA.1688.F32{kind}"}
             if "gradients_" in name and not kind:
-                wanted.add("HMMA.1688.F32.TF32")
-        elif resident := re.search("resident_kernelI(13__nv_bfloat16|6__half)Li4E", name):
-            wanted = {f"HMMA.16816.F32{'.BF16' if 'bfloat16' in resident.group(1) else ''}"}
-        assert matrix == wanted, name
+                expected.add("HMMA.1688.F32.TF32")
+        elif cached := re.search("smem_cached_kernelI(13__nv_bfloat16|6__half)Li4E", name):
+            expected = {f"HMMA.16816.F32{'.BF16' if 'bfloat16' in cached.group(1) else ''}"}
+        assert matrix == expected, name

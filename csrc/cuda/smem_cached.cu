@@ -1,51 +1,53 @@
-// dynamic_routing forward: one block for each sample, all passes without a barrier of the grid.
+// The forward pass of dynamic_routing: one block for each sample, all iterations without a barrier of the
+// grid.
 //
-// A warp has some sets of input capsules, `lanes / parts` of them each, for all output capsules; `parts`
-// lanes hold a vector, 4 components each. So logits, softmax and sums of a set stay within the warp, V and
-// the sums within its registers. The sets go through a ring of slots in shared memory, forwards in the first
-// pass, backwards in the second and so on: what the last slots hold is what the next pass begins with, and
-// only the rest is read again. The warps' sums meet once a pass.
-#include "resident.h"
+// A warp has some sets of input capsules, `lanes / parts` of them in each, for all output capsules; `parts`
+// lanes share a vector, 4 components in each. So the logits, softmax and sums of a set stay within the warp,
+// and V and the sums within its registers. The sets pass through a ring of slots in shared memory, forwards
+// in the first iteration, backwards in the second and so on: the sets that are in the ring at the end of one
+// iteration are the first ones of the next, and only the rest is read again. Sums over the warps are made
+// once per iteration.
+#include "smem_cached.h"
 
 namespace capsops {
 namespace {
 
 constexpr float log2_e = 1.44269504f;
 
-// `exact`: J is most_j, else it may be less.
-template <typename S, int parts, int most_j, bool exact>
+// `exact`: J is max_j, else it may be less.
+template <typename S, int parts, int max_j, bool exact>
 struct Sample {
-    static constexpr bool matrix = resident_on_tensor_cores(int(sizeof(S)), parts);
-    static constexpr int of_set = matrix ? 16 : warp_size / parts;  // input capsules
-    static constexpr int size = 4 * parts;  // of a vector, components beyond D being 0
+    static constexpr bool tensor_cores = smem_cached_on_tensor_cores(int(sizeof(S)), parts);
+    static constexpr int set_size = tensor_cores ? 16 : warp_size / parts;  // input capsules
+    static constexpr int size = 4 * parts;  // of a vector; components beyond D are 0
 
-    const Resident& r;
+    const SmemCached& cached;
     const Routing& p;
-    const ResidentTiling& tiling;
+    const SmemCachedTiling& tiling;
     const int64_t b;
     const int J, D, lane, part;
-    const int own;          // sets of this warp: number warp_index() + n warp_count()
-    S* const slots;         // of this warp: [slots, of_set, row]
+    const int own_sets;     // how many sets this warp has: warp_index() + n warp_count()
+    S* const slots;         // of this warp [slots, set_size, row]
     float* const sums;      // [warps, J, size]
     float* const total_v;   // [J, size]
     float* const weighted;  // [J, size]: s
 
-    CAPSOPS_DEVICE Sample(const Resident& r, int64_t b)
-        : r(r),
-          p(r.p),
-          tiling(r.tiling),
+    CAPSOPS_DEVICE Sample(const SmemCached& cached, int64_t b)
+        : cached(cached),
+          p(cached.p),
+          tiling(cached.tiling),
           b(b),
-          J(exact ? most_j : int(p.J)),
+          J(exact ? max_j : int(p.J)),
           D(int(p.D)),
           lane(lane_index()),
           part(lane % parts),
-          own((tiling.sets - warp_index() + warp_count() - 1) / warp_count()),
-          slots(reinterpret_cast<S*>(shared_memory()) + warp_index() * tiling.slots * of_set * tiling.row),
+          own_sets((tiling.sets - warp_index() + warp_count() - 1) / warp_count()),
+          slots(reinterpret_cast<S*>(shared_memory()) + warp_index() * tiling.slots * set_size * tiling.row),
           sums(reinterpret_cast<float*>(shared_memory() + tiling.ring)),
           total_v(sums + warp_count() * J * size),
           weighted(total_v + J * size) {}
 
-    // What no copy writes, the components beyond D, must be 0.
+    // The components beyond D, which no copy writes, must be 0.
     CAPSOPS_DEVICE void clear() const {
         if (D == size) return;
         float* const words = reinterpret_cast<float*>(shared_memory());
@@ -53,25 +55,25 @@ struct Sample {
         block_barrier();
     }
 
-    // Begins to copy set n of this warp, if there is one. Its slot is number n modulo their count.
+    // Begins to copy set n of this warp, if it exists, to its slot, n modulo the number of slots.
     CAPSOPS_DEVICE void copy(int n, S* to) const {
-        if (n >= 0 && n < own) {
-            const int i = (warp_index() + n * warp_count()) * of_set, left = int(p.I) - i;
+        if (n >= 0 && n < own_sets) {
+            const int i = (warp_index() + n * warp_count()) * set_size, left = int(p.I) - i;
             const S* const from = static_cast<const S*>(p.u) + (b * p.I + i) * (J * D);
-            if (r.vectors && D == size) {
-                constexpr int piece = 16 / int(sizeof(S));
-                const int of_row = J * size / piece;
+            if (cached.vectors && D == size) {
+                constexpr int copy_width = 16 / int(sizeof(S));
+                const int per_row = J * size / copy_width;
 #pragma unroll 1
-                for (int m = lane; m < of_set * of_row; m += warp_size) {
-                    const int chunk_i = m / of_row, at = m % of_row * piece;
+                for (int m = lane; m < set_size * per_row; m += warp_size) {
+                    const int chunk_i = m / per_row, at = m % per_row * copy_width;
                     const bool valid = chunk_i < left;
-                    copy_async(to + chunk_i * tiling.row + at, from + (valid ? m * piece : 0), valid);
+                    copy_async(to + chunk_i * tiling.row + at, from + (valid ? m * copy_width : 0), valid);
                 }
             } else {
-                const int of_row = J * D;
+                const int per_row = J * D;
 #pragma unroll 1
-                for (int m = lane; m < of_set * of_row; m += warp_size) {
-                    const int chunk_i = m / of_row, at = m % of_row;
+                for (int m = lane; m < set_size * per_row; m += warp_size) {
+                    const int chunk_i = m / per_row, at = m % per_row;
                     S zero{};
                     to[chunk_i * tiling.row + at / D * size + at % D] = chunk_i < left ? from[m] : zero;
                 }
@@ -80,19 +82,19 @@ struct Sample {
         commit_copies();
     }
 
-    // Which component number e of a lane's 4 is.
+    // The component that is number e of a lane's 4.
     CAPSOPS_DEVICE int component(int e) const {
-        return matrix ? 2 * part + e % 2 + 8 * (e / 2) : 4 * part + e;
+        return tensor_cores ? 2 * part + e % 2 + 8 * (e / 2) : 4 * part + e;
     }
 
-    // Calls work(set in shared memory) for all sets of this warp, and copies others meanwhile.
+    // Calls work(set in shared memory) for all sets of this warp and copies further sets meanwhile.
     template <typename Work>
     CAPSOPS_DEVICE void for_sets(bool forwards, Work work) const {
-        int slot = forwards ? 0 : (own + tiling.slots - 1) % tiling.slots;
+        int slot = forwards ? 0 : (own_sets + tiling.slots - 1) % tiling.slots;
 #pragma unroll 1
-        for (int n = 0; n < own; ++n) {
-            const int set = forwards ? n : own - 1 - n;
-            S* const at = slots + slot * of_set * tiling.row;
+        for (int n = 0; n < own_sets; ++n) {
+            const int set = forwards ? n : own_sets - 1 - n;
+            S* const at = slots + slot * set_size * tiling.row;
             wait_for_older_copies(tiling.slots - 1);
             warp_barrier();
             work(at);
@@ -104,18 +106,19 @@ struct Sample {
         }
     }
 
-    // One pass over the sets: sum [J, 4] of this lane's input capsules and components. Logits are to base 2.
+    // One pass over the sets: sum [J, 4] over this lane's input capsules, for its components. Logits are to
+    // base 2.
     template <bool first>
-    CAPSOPS_DEVICE void pass(bool forwards, float (&sum)[most_j][4]) const {
+    CAPSOPS_DEVICE void pass(bool forwards, float (&sum)[max_j][4]) const {
 #pragma unroll
-        for (int j = 0; j < most_j; ++j) {
+        for (int j = 0; j < max_j; ++j) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) sum[j][e] = 0.0f;
         }
-        if constexpr (matrix) {
-            uint32_t v[most_j][2];
+        if constexpr (tensor_cores) {
+            uint32_t v[max_j][2];
 #pragma unroll
-            for (int j = 0; j < most_j; ++j) {
+            for (int j = 0; j < max_j; ++j) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     v[j][half] = !first && j < J ? column_pair(j, half) : 0;
@@ -123,9 +126,9 @@ struct Sample {
             }
             for_sets(forwards, [&](const S* at) { add_16<first>(at, v, sum); });
         } else {
-            float v[most_j][4];
+            float v[max_j][4];
 #pragma unroll
-            for (int j = 0; j < most_j; ++j) {
+            for (int j = 0; j < max_j; ++j) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     v[j][e] = !first && j < J ? log2_e * total_v[j * size + component(e)] : 0.0f;
@@ -136,9 +139,10 @@ struct Sample {
         }
     }
 
-    // V_j as right operand, rounded to 16 bits in column 2 (j % 4), what that leaves in the next: to 2^-17 of
-    // V in bfloat16, 2^-22 in float16. Four output capsules have their columns, and others' are 0, so that
-    // their products add up to the logits of all four: lane q has that of j with j % 4 = q.
+    // V_j as right operand: rounded to 16 bits in column 2 (j % 4), and the rounding error in the next
+    // column, which together are accurate to 2^-17 of V in bfloat16 and 2^-22 in float16. The other columns
+    // are 0, so that the products of four output capsules add up to the logits of all four: lane q has that
+    // of j with j % 4 = q.
     CAPSOPS_DEVICE uint32_t column_pair(int j, int half) const {
         const int g = lane / 4, d = 2 * part + 8 * half;
         if (g / 2 != j % 4) return 0;
@@ -152,15 +156,15 @@ struct Sample {
         return pack_pair<S>(x[0], x[1]);
     }
 
-    // Adds c u_hat of 16 input capsules, whose predictions begin at `from`: of rows g and g + 8 a lane has
-    // the components 2q, 2q + 1, 2q + 8 and 2q + 9.
+    // Adds c u_hat of 16 input capsules, whose predictions begin at `from`. A lane has the components 2q, 2q
+    // + 1, 2q + 8 and 2q + 9 of rows g and g + 8.
     template <bool first>
-    CAPSOPS_DEVICE void add_16(const S* from, const uint32_t (&v)[most_j][2], float (&sum)[most_j][4]) const {
-        constexpr int fours = (most_j + 3) / 4;
-        uint32_t u_hat[most_j][4];
+    CAPSOPS_DEVICE void add_16(const S* from, const uint32_t (&v)[max_j][2], float (&sum)[max_j][4]) const {
+        constexpr int fours = (max_j + 3) / 4;
+        uint32_t u_hat[max_j][4];
         float c[fours][2];
 #pragma unroll
-        for (int j = 0; j < most_j; ++j) {
+        for (int j = 0; j < max_j; ++j) {
             if (j >= J) continue;
             load_matrices(u_hat[j], from + lane % 16 * tiling.row + j * size + lane / 16 * 8);
         }
@@ -169,7 +173,7 @@ struct Sample {
             for (int four = 0; four < fours; ++four) {
                 float logits[4] = {};
 #pragma unroll
-                for (int j = 4 * four; j < 4 * four + 4 && j < most_j; ++j) {
+                for (int j = 4 * four; j < 4 * four + 4 && j < max_j; ++j) {
                     if (j < J) mma_16_bit<S>(logits, u_hat[j], v[j]);
                 }
                 const bool valid = 4 * four + part < J;
@@ -194,7 +198,7 @@ struct Sample {
             }
         }
 #pragma unroll
-        for (int j = 0; j < most_j; ++j) {
+        for (int j = 0; j < max_j; ++j) {
             if (j >= J) continue;
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
@@ -208,19 +212,19 @@ struct Sample {
         }
     }
 
-    // Adds c u_hat of one input capsule, whose predictions lie at `from`.
+    // Adds c u_hat of one input capsule, whose predictions are at `from`.
     template <bool first>
-    CAPSOPS_DEVICE void add(const S* from, const float (&v)[most_j][4], float (&sum)[most_j][4]) const {
-        float u_hat[most_j][4], c[most_j];
+    CAPSOPS_DEVICE void add(const S* from, const float (&v)[max_j][4], float (&sum)[max_j][4]) const {
+        float u_hat[max_j][4], c[max_j];
 #pragma unroll
-        for (int j = 0; j < most_j; ++j) {
+        for (int j = 0; j < max_j; ++j) {
             c[j] = -INFINITY;
             if (j >= J) continue;
             load_quad(u_hat[j], from + j * size);
         }
         if (first) {
 #pragma unroll
-            for (int j = 0; j < most_j; ++j) {
+            for (int j = 0; j < max_j; ++j) {
                 if (j >= J) continue;
 #pragma unroll
                 for (int e = 0; e < 4; ++e) sum[j][e] += u_hat[j][e];
@@ -229,7 +233,7 @@ struct Sample {
         }
         float largest = p.leaky ? 0.0f : -INFINITY;
 #pragma unroll
-        for (int j = 0; j < most_j; ++j) {
+        for (int j = 0; j < max_j; ++j) {
             if (j >= J) continue;
             float logit = 0.0f;
 #pragma unroll
@@ -239,14 +243,14 @@ struct Sample {
         }
         float total = p.leaky ? power_of_2(-largest) : 0.0f;
 #pragma unroll
-        for (int j = 0; j < most_j; ++j) {
+        for (int j = 0; j < max_j; ++j) {
             if (j >= J) continue;
             c[j] = power_of_2(c[j] - largest);
             total += c[j];
         }
         const float inverse = 1.0f / total;
 #pragma unroll
-        for (int j = 0; j < most_j; ++j) {
+        for (int j = 0; j < max_j; ++j) {
             if (j >= J) continue;
             const float coupling = c[j] * inverse;
 #pragma unroll
@@ -254,10 +258,10 @@ struct Sample {
         }
     }
 
-    // s, and from it V of the next pass or, after the last, v.
-    CAPSOPS_DEVICE void finish(int t, float (&sum)[most_j][4]) const {
+    // Computes s, and from it V of the next pass or, after the last, v.
+    CAPSOPS_DEVICE void finish(int t, float (&sum)[max_j][4]) const {
 #pragma unroll
-        for (int j = 0; j < most_j; ++j) {
+        for (int j = 0; j < max_j; ++j) {
             if (j >= J) continue;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
@@ -293,8 +297,8 @@ struct Sample {
     }
 
     CAPSOPS_DEVICE void run() const {
-        float sum[most_j][4];
-        for (int n = 0; n < tiling.slots; ++n) copy(n, slots + n * of_set * tiling.row);
+        float sum[max_j][4];
+        for (int n = 0; n < tiling.slots; ++n) copy(n, slots + n * set_size * tiling.row);
         pass<true>(true, sum);
         finish(0, sum);
 #pragma unroll 1
@@ -305,30 +309,30 @@ struct Sample {
     }
 };
 
-template <typename S, int parts, int most_j, bool exact>
-CAPSOPS_KERNEL(most_resident_warps* warp_size, 1)
-resident_kernel(CAPSOPS_PARAMETER Resident r) {
-    if (block_index() < r.p.B) Sample<S, parts, most_j, exact>(r, block_index()).clear();
-    for (int64_t b = block_index(); b < r.p.B; b += block_count())
-        Sample<S, parts, most_j, exact>(r, b).run();
+template <typename S, int parts, int max_j, bool exact>
+CAPSOPS_KERNEL(max_smem_cached_warps* warp_size, 1)
+smem_cached_kernel(CAPSOPS_PARAMETER SmemCached cached) {
+    if (block_index() < cached.p.B) Sample<S, parts, max_j, exact>(cached, block_index()).clear();
+    for (int64_t b = block_index(); b < cached.p.B; b += block_count())
+        Sample<S, parts, max_j, exact>(cached, b).run();
 }
 
 template <typename S, int parts>
-void (*kernel_of(int64_t J))(Resident) {
-    return J == most_resident_j ? resident_kernel<S, parts, most_resident_j, true>
-                                : resident_kernel<S, parts, most_resident_j, false>;
+void (*kernel_of(int64_t J))(SmemCached) {
+    return J == max_smem_cached_j ? smem_cached_kernel<S, parts, max_smem_cached_j, true>
+                                  : smem_cached_kernel<S, parts, max_smem_cached_j, false>;
 }
 
 }  // namespace
 
-void resident_passes(const Resident& call, Storage storage, Stream stream) {
-    with_storage(storage, [&](auto type) {
+void smem_cached_passes(const SmemCached& call, Dtype dtype, Stream stream) {
+    with_dtype(dtype, [&](auto type) {
         typedef decltype(type) S;
         const auto kernel = call.tiling.parts == 2   ? kernel_of<S, 2>(call.p.J)
                             : call.tiling.parts == 4 ? kernel_of<S, 4>(call.p.J)
                                                      : kernel_of<S, 8>(call.p.J);
         launch(kernel,
-               Launch{"routing_resident", blocks_for(call.p.B, 1), call.tiling.warps * warp_size,
+               Launch{"routing_smem_cached", blocks_for(call.p.B, 1), call.tiling.warps * warp_size,
                       call.tiling.shared, stream},
                call);
     });

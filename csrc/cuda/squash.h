@@ -1,7 +1,7 @@
-// squash and its vector-Jacobian product on a vector whose components lie in several lanes.
+// squash and its vector-Jacobian product for a vector whose components are in several lanes.
 //
-// The length is taken of s / scale, so that nothing overflows: scale is 1 for lengths that float32 can
-// square, and the largest component otherwise.
+// The length is computed from s / scale, so that nothing overflows. scale is 1 if float32 can square the
+// components, else the largest component.
 #pragma once
 
 #include "device.h"
@@ -12,7 +12,7 @@ CAPSOPS_DEVICE float length_scale(float largest) {
     return largest == 0.0f || (largest > 1e-15f && largest < 1e15f) ? 1.0f : largest;
 }
 
-// With n = s / |s|: squash(s) = along s; its product with a gradient g is f g + h (n . g) n.
+// The vector-Jacobian product with a gradient g is f g + h (n . g) n with n = s / |s|; `along` is n . g.
 struct Squash {
     float scale;   // of the length
     float length;  // |s / scale|

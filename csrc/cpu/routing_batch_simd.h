@@ -1,89 +1,89 @@
-// Passes over u and weight with the samples of the batch in the lanes of a register.
+// Passes over u and weight with the samples of the batch in the lanes of SIMD registers.
 //
 // A lane group is 16 (or 8) samples. û of one pair (i, j) is then D registers, its product with V needs no
 // sums over lanes, and the softmax over j is element-wise. û of one i, J·D registers, stays in the
-// first-level cache between the logits and the sum. A chunk of input capsules is run for several lane groups,
-// so that W comes from memory once for all of them.
+// first-level cache between the logits and the sum. Several lane groups process a chunk of input capsules in
+// turn, so that its W is read from memory once for all of them.
 //
-// The gradient pass gives each thread a range of i, and so ∂W_i and ∂u_i whole: nothing is reduced between
-// threads.
+// In the gradient pass each thread has a range of i and computes all of ∂W_i and ∂u_i for it, so no sums
+// between threads are needed.
 #pragma once
 
-#include "block.h"
+#include "dtype_convert.h"
 #include "softmax.h"
-#include "storage.h"
-#include "team.h"
+#include "threading.h"
+#include "transpose.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {
 
 template <typename T>
-class LanesEngine {
+class BatchSimdEngine {
     static constexpr int L = lane_group<T>;
-    // Products summed in a row before they join a larger sum: sums of sums lose less to rounding.
+    // Long sums are made of partial sums of at most so many products, which reduces rounding errors.
     static constexpr int longest_sum = 32, longest_uniform_sum = 64;
 
     const RoutingCall& call_;
     const int64_t B_, I_, J_, D_, K_, R_;  // R = J·D
     const int64_t groups_;                 // lane groups
     const int64_t padded_;                 // R in whole registers
-    int64_t chunk_;                        // input capsules taken together
+    int64_t chunk_;                        // input capsules that are processed together
     int64_t block_;                        // lane groups that share a chunk of W
     const int64_t slots_;
     T* states_;  // [slots, groups, R, L]
 
     struct Scratch {
-        T* natural;        // u of a chunk [L, chunk·K]
+        T* u_rows;         // u of a chunk, a row for each sample [L, chunk·K]
         Lanes<T>* u;       // [chunk·K]
-        T* weight;         // of a chunk [chunk, R, K], where it is not read in place
-        Lanes<T>* u_hat;   // of one i [R]; then ∂û
+        T* weight;         // of a chunk [chunk, R, K], if it has to be converted
+        Lanes<T>* u_hat;   // of one i [R]; in the gradient then ∂û
         Lanes<T>* dots;    // [slots, J]
         Lanes<T>* sum;     // [block, R]
-        Lanes<T>* part;    // of a chunk [R]: sums of sums lose less to rounding
+        Lanes<T>* part;    // the sum over one chunk [R]
         Lanes<T>* grad_u;  // [chunk·K]
-        T* turned;         // ∂û of one i [L, padded]
+        T* transposed;     // ∂û of one i [L, padded]
         T* grad_weight;    // of a chunk [chunk, K, padded]
-        T* straight;       // ∂W of one i [R, K]
+        T* weight_rows;    // ∂W of one i [R, K]
 
-        static Scratch plan(Pieces& pieces, const LanesEngine& engine, bool gradient) {
+        static Scratch plan(Arena& arena, const BatchSimdEngine& engine, bool gradient) {
             const int64_t R = engine.R_, K = engine.K_, chunk = engine.chunk_;
-            const bool copies = !in_place<T>(engine.call_.storage);
+            const bool converts = !is_native<T>(engine.call_.dtype);
             Scratch scratch{};
-            scratch.natural = pieces.take<T>(L * chunk * K);
-            scratch.u = pieces.take<Lanes<T>>(chunk * K);
-            scratch.weight = pieces.take<T>(copies ? chunk * R * K : 0);
-            scratch.u_hat = pieces.take<Lanes<T>>(R);
-            scratch.dots = pieces.take<Lanes<T>>(larger(engine.slots_, 4) * engine.J_);
-            scratch.sum = pieces.take<Lanes<T>>(gradient ? 0 : engine.block_ * R);
-            scratch.part = pieces.take<Lanes<T>>(gradient ? 0 : R);
-            scratch.grad_u = pieces.take<Lanes<T>>(gradient ? chunk * K : 0);
-            scratch.turned = pieces.take<T>(gradient ? L * engine.padded_ : 0);
-            scratch.grad_weight = pieces.take<T>(gradient ? chunk * K * engine.padded_ : 0);
-            scratch.straight = pieces.take<T>(gradient ? R * K : 0);
+            scratch.u_rows = arena.take<T>(L * chunk * K);
+            scratch.u = arena.take<Lanes<T>>(chunk * K);
+            scratch.weight = arena.take<T>(converts ? chunk * R * K : 0);
+            scratch.u_hat = arena.take<Lanes<T>>(R);
+            scratch.dots = arena.take<Lanes<T>>(larger(engine.slots_, 4) * engine.J_);
+            scratch.sum = arena.take<Lanes<T>>(gradient ? 0 : engine.block_ * R);
+            scratch.part = arena.take<Lanes<T>>(gradient ? 0 : R);
+            scratch.grad_u = arena.take<Lanes<T>>(gradient ? chunk * K : 0);
+            scratch.transposed = arena.take<T>(gradient ? L * engine.padded_ : 0);
+            scratch.grad_weight = arena.take<T>(gradient ? chunk * K * engine.padded_ : 0);
+            scratch.weight_rows = arena.take<T>(gradient ? R * K : 0);
             return scratch;
         }
     };
 
     Scratch scratch_of(const Team& team, bool gradient) const {
-        Pieces mine{pool_ + pool_stride_ * team.rank};
-        return Scratch::plan(mine, *this, gradient);
+        Arena own(pool_ + pool_stride_ * team.rank);
+        return Scratch::plan(own, *this, gradient);
     }
 
     char* pool_ = nullptr;
     int64_t pool_stride_ = 0;
-    void (LanesEngine::*predict_)(const T*, const Lanes<T>*, const Lanes<T>*, int64_t, int64_t, Lanes<T>*,
-                                  Lanes<T>*, const Lanes<T>*, Lanes<T>*) const;
-    void (LanesEngine::*add_uniform_)(const T*, int64_t, const Lanes<T>*, Lanes<T>*) const;
+    void (BatchSimdEngine::*predict_)(const T*, const Lanes<T>*, const Lanes<T>*, int64_t, int64_t, Lanes<T>*,
+                                      Lanes<T>*, const Lanes<T>*, Lanes<T>*) const;
+    void (BatchSimdEngine::*add_uniform_)(const T*, int64_t, const Lanes<T>*, Lanes<T>*) const;
 
   public:
-    // Parts of the sum over i that are made apart, so that every thread has work.
+    // The sum over i is split into so many parts, so that every thread has work.
     int64_t splits = 1;
 
-    // With fewer samples too many lanes are empty (measured: benchmarks/results/NOTES.md).
-    static bool suits(const RoutingCall& call) { return call.weight && call.B > larger(1, L / 5); }
+    // With fewer samples too many lanes are empty (measured, see benchmarks/results/NOTES.md).
+    static bool supports(const RoutingCall& call) { return call.weight && call.B > larger(1, L / 5); }
 
-    // `slots`: how many states are held at a time.
-    LanesEngine(const RoutingCall& call, int64_t slots, int threads)
+    // `slots`: how many states are stored at a time.
+    BatchSimdEngine(const RoutingCall& call, int64_t slots, int threads)
         : call_(call),
           B_(call.B),
           I_(call.I),
@@ -91,38 +91,38 @@ class LanesEngine {
           D_(call.D),
           K_(call.K),
           R_(J_ * D_),
-          groups_((B_ + L - 1) / L),
-          padded_(rounded_up(R_, vec_width<T>)),
+          groups_(divide_up(B_, L)),
+          padded_(round_up(R_, vec_width<T>)),
           slots_(slots),
           states_(nullptr) {
-        // As few as leave no thread idle for long: each costs B·J·D numbers.
+        // Few splits, since each costs B·J·D numbers, but enough that no thread is idle for long.
         while (splits < smaller(threads, I_) && !balanced(splits * groups_, threads)) ++splits;
         chunk_ = larger(1, smaller(16, 98304 / (R_ * K_ * int64_t(sizeof(T)))));
         choose_kernels();
         block_ = larger(1, smaller(smaller(8, groups_), 262144 / (R_ * int64_t(sizeof(Lanes<T>)))));
     }
 
-    void plan(Pieces& pieces, int threads, bool backward) {
-        states_ = pieces.take<T>(slots_ * groups_ * R_ * L);
-        Pieces sum, gradient;
+    void plan(Arena& arena, int threads, bool backward) {
+        states_ = arena.take<T>(slots_ * groups_ * R_ * L);
+        Arena sum, gradient;
         Scratch::plan(sum, *this, false);
         if (backward) Scratch::plan(gradient, *this, true);
-        pool_stride_ = larger(sum.used, gradient.used);
-        pool_ = pieces.take<char>(pool_stride_ * threads);
+        pool_stride_ = larger(sum.used(), gradient.used());
+        pool_ = arena.take<char>(pool_stride_ * threads);
     }
 
-    // Takes over a state [B, J, D] into a slot.
+    // Copies a state [B, J, D] (V or ∂s of a pass) to a slot.
     void prepare(const Team& team, int64_t slot, const T* state) {
         for (int64_t g = team.begin(groups_); g < team.end(groups_); ++g) {
             T* lanes = states_ + (slot * groups_ + g) * R_ * L;
             const int64_t samples = smaller(L, B_ - g * L);
             if (samples < L) std::memset(lanes, 0, R_ * L * sizeof(T));
-            turn_block(state + g * L * R_, R_, samples, R_, lanes, L);
+            transpose_block(state + g * L * R_, R_, samples, R_, lanes, L);
         }
     }
 
     // partial [splits, B, J, D] = Σ_i û
-    CAPSOPS_SHARED_CODE void sum_uniform(const Team& team, int64_t, T* partial) {
+    CAPSOPS_NOINLINE void sum_uniform(const Team& team, int64_t, T* partial) {
         const int64_t few = larger(1, longest_uniform_sum / K_);
         sum_over_i(team, partial, [&](const Scratch& s, const T* w, int64_t count, int64_t, Lanes<T>* sum) {
             for (int64_t n = 0; n < count; n += few) {
@@ -132,7 +132,7 @@ class LanesEngine {
     }
 
     // partial = Σ_i c û with the couplings of the state in slot `v`
-    CAPSOPS_SHARED_CODE void sum_routed(const Team& team, int64_t, int64_t v, T* partial) {
+    CAPSOPS_NOINLINE void sum_routed(const Team& team, int64_t, int64_t v, T* partial) {
         sum_over_i(team, partial, [&](const Scratch& s, const T* w, int64_t count, int64_t g, Lanes<T>* sum) {
             sum_scaled(s, w, count, state(v, g), 0, 1, sum, [&](Lanes<T>* dots) {
                 softmax(dots, J_, 1, call_.leaky);
@@ -141,11 +141,11 @@ class LanesEngine {
         });
     }
 
-    // partial = Σ_i ∂b û with the states in slot `v` (V) and slot `ds` (∂s), two slots side by side
-    CAPSOPS_SHARED_CODE void sum_agreement(const Team& team, int64_t, int64_t v, int64_t ds, T* partial) {
-        const int64_t apart = (ds - v) * groups_ * R_;
+    // partial = Σ_i ∂b û with V in slot `v` and ∂s in slot `ds`
+    CAPSOPS_NOINLINE void sum_agreement(const Team& team, int64_t, int64_t v, int64_t ds, T* partial) {
+        const int64_t stride = (ds - v) * groups_ * R_;
         sum_over_i(team, partial, [&](const Scratch& s, const T* w, int64_t count, int64_t g, Lanes<T>* sum) {
-            sum_scaled(s, w, count, state(v, g), apart, 2, sum, [&](Lanes<T>* dots) {
+            sum_scaled(s, w, count, state(v, g), stride, 2, sum, [&](Lanes<T>* dots) {
                 softmax(dots, J_, 2, call_.leaky);
                 softmax_vjp(dots, dots + 1, J_, 2);
                 return dots + 1;
@@ -153,11 +153,12 @@ class LanesEngine {
         });
     }
 
-    // ∂u and ∂W. Slots: V of `terms` passes, then their ∂s, then, with `uniform`, ∂s of the uniform pass.
-    CAPSOPS_SHARED_CODE void gradient(const Team& team, int64_t terms, bool uniform, bool agreement) {
+    // Computes ∂u and ∂W. The slots are V of `terms` passes, then their ∂s, then, with `uniform`, the scaled
+    // ∂s of the first pass. `agreement`: whether the gradient flows through the logits too.
+    CAPSOPS_NOINLINE void gradient(const Team& team, int64_t terms, bool uniform, bool agreement) {
         const int64_t K = K_;
         const Scratch s = scratch_of(team, true);
-        std::memset(s.turned, 0, L * padded_ * sizeof(T));
+        std::memset(s.transposed, 0, L * padded_ * sizeof(T));
         for (int64_t i0 = team.begin(I_); i0 < team.end(I_); i0 += chunk_) {
             const int64_t count = smaller(chunk_, team.end(I_) - i0);
             const T* w = weight_of(s, i0, count);
@@ -170,32 +171,32 @@ class LanesEngine {
                     gradient_of_u_hat(s, w_i, s.u + n * K, g, terms, uniform, agreement);
                     if (call_.grad_u) gradient_of_u(w_i, s.u_hat, s.grad_u + n * K);
                     if (call_.grad_weight) {
-                        turn_block(reinterpret_cast<const T*>(s.u_hat), L, R_, L, s.turned, padded_);
-                        gradient_of_weight(s.natural + n * K, count * K, samples, s.turned,
+                        transpose_block(reinterpret_cast<const T*>(s.u_hat), L, R_, L, s.transposed, padded_);
+                        gradient_of_weight(s.u_rows + n * K, count * K, samples, s.transposed,
                                            s.grad_weight + n * K * padded_);
                     }
                 }
                 if (call_.grad_u) write_grad_u(s, g, i0, count, samples);
             }
             for (int64_t n = 0; call_.grad_weight && n < count; ++n) {
-                turn_block(s.grad_weight + n * K * padded_, padded_, K, R_, s.straight, K);
-                write_row(call_.grad_weight, call_.storage, (i0 + n) * R_ * K, R_ * K, s.straight);
+                transpose_block(s.grad_weight + n * K * padded_, padded_, K, R_, s.weight_rows, K);
+                write_row(call_.grad_weight, call_.dtype, (i0 + n) * R_ * K, R_ * K, s.weight_rows);
             }
         }
     }
 
-    // The couplings of the state in slot `v`, to call.couplings.
-    CAPSOPS_SHARED_CODE void couplings(const Team& team, int64_t v) {
+    // Writes the couplings of the state in slot `v` to call.couplings.
+    CAPSOPS_NOINLINE void couplings(const Team& team, int64_t v) {
         const Scratch s = scratch_of(team, false);
         T* rows = reinterpret_cast<T*>(s.u_hat);  // [L, J]
-        over_chunks(team, s, [&](const T* w, int64_t i0, int64_t count, int64_t g) {
+        for_chunks(team, s, [&](const T* w, int64_t i0, int64_t count, int64_t g) {
             for (int64_t n = 0; n < count; ++n) {
                 (this->*predict_)(w + n * R_ * K_, s.u + n * K_, state(v, g), 0, 1, s.u_hat, s.dots, nullptr,
                                   nullptr);
                 softmax(s.dots, J_, 1, call_.leaky);
-                turn_block(reinterpret_cast<const T*>(s.dots), L, J_, L, rows, J_);
+                transpose_block(reinterpret_cast<const T*>(s.dots), L, J_, L, rows, J_);
                 for (int64_t b = g * L; b < smaller(B_, (g + 1) * L); ++b) {
-                    write_row(call_.couplings, call_.storage, (b * I_ + i0 + n) * J_, J_,
+                    write_row(call_.couplings, call_.dtype, (b * I_ + i0 + n) * J_, J_,
                               rows + (b - g * L) * J_);
                 }
             }
@@ -203,20 +204,21 @@ class LanesEngine {
     }
 
   private:
-    // Whether threads that share so many equal tasks are busy nine tenths of the time.
+    // Whether threads that share `tasks` tasks of equal length are busy nine tenths of the time.
     static bool balanced(int64_t tasks, int64_t threads) {
-        return 9 * rounded_up(tasks, threads) <= 10 * tasks;
+        return 9 * round_up(tasks, threads) <= 10 * tasks;
     }
 
     const Lanes<T>* state(int64_t slot, int64_t group) const {
         return reinterpret_cast<const Lanes<T>*>(states_) + (slot * groups_ + group) * R_;
     }
 
-    // The two kernels that multiply by W_i, with K as a constant where it is a usual size, else 0.
+    // Selects the instances of the two kernels that multiply by W_i. KC is K if that is a common size, else
+    // 0.
     template <int KC>
     void choose() {
-        predict_ = &LanesEngine::predict<KC>;
-        add_uniform_ = &LanesEngine::add_uniform<KC>;
+        predict_ = &BatchSimdEngine::predict<KC>;
+        add_uniform_ = &BatchSimdEngine::add_uniform<KC>;
     }
 
     void choose_kernels() {
@@ -230,38 +232,38 @@ class LanesEngine {
     }
 
     const T* weight_of(const Scratch& scratch, int64_t i0, int64_t count) const {
-        if (in_place<T>(call_.storage)) return static_cast<const T*>(call_.weight) + i0 * R_ * K_;
-        read_row(call_.weight, call_.storage, i0 * R_ * K_, count * R_ * K_, scratch.weight);
+        if (is_native<T>(call_.dtype)) return static_cast<const T*>(call_.weight) + i0 * R_ * K_;
+        read_row(call_.weight, call_.dtype, i0 * R_ * K_, count * R_ * K_, scratch.weight);
         return scratch.weight;
     }
 
-    // u of a chunk in lanes; those without a sample are 0.
+    // Reads u of a chunk into lanes; lanes without a sample are 0.
     void read_u(const Scratch& scratch, int64_t g, int64_t i0, int64_t count) const {
-        if (in_place<T>(call_.storage) && (g + 1) * L <= B_) {
+        if (is_native<T>(call_.dtype) && (g + 1) * L <= B_) {
             const T* u = static_cast<const T*>(call_.u) + (g * L * I_ + i0) * K_;
-            turn_block(u, I_ * K_, L, count * K_, reinterpret_cast<T*>(scratch.u), L);
+            transpose_block(u, I_ * K_, L, count * K_, reinterpret_cast<T*>(scratch.u), L);
         } else {
             read_u_by_rows(scratch, g, i0, count);
         }
     }
 
-    // The same, and in rows.
+    // The same; also leaves u in scratch.u_rows.
     void read_u_by_rows(const Scratch& scratch, int64_t g, int64_t i0, int64_t count) const {
         const int64_t numbers = count * K_;
         for (int64_t lane = 0; lane < L; ++lane) {
-            T* row = scratch.natural + lane * numbers;
+            T* row = scratch.u_rows + lane * numbers;
             const int64_t b = g * L + lane;
             if (b < B_) {
-                read_row(call_.u, call_.storage, (b * I_ + i0) * K_, numbers, row);
+                read_row(call_.u, call_.dtype, (b * I_ + i0) * K_, numbers, row);
             } else {
                 std::memset(row, 0, numbers * sizeof(T));
             }
         }
-        turn_block(scratch.natural, numbers, L, numbers, reinterpret_cast<T*>(scratch.u), L);
+        transpose_block(scratch.u_rows, numbers, L, numbers, reinterpret_cast<T*>(scratch.u), L);
     }
 
-    // work(scratch, W of the chunk, its input capsules, lane group, sum [R]) for this thread's share of
-    // (split, lane group); writes the sums as partial [splits, B, R].
+    // Calls work(scratch, W of a chunk, number of its input capsules, lane group, sum [R]) for this thread's
+    // share of all pairs (split, lane group). Writes the sums to partial [splits, B, R].
     template <typename Work>
     void sum_over_i(const Team& team, T* partial, const Work& work) {
         const Scratch scratch = scratch_of(team, false);
@@ -281,15 +283,16 @@ class LanesEngine {
             }
             for (int64_t g = g0; g < g1; ++g) {
                 const T* sum = reinterpret_cast<const T*>(scratch.sum + (g - g0) * R_);
-                turn_block(sum, L, R_, smaller(L, B_ - g * L), partial + (split * B_ + g * L) * R_, R_);
+                transpose_block(sum, L, R_, smaller(L, B_ - g * L), partial + (split * B_ + g * L) * R_, R_);
             }
             task += g1 - g0;
         }
     }
 
-    // work(W of the chunk, first input capsule, count, lane group) for this thread's share of i.
+    // Calls work(W of a chunk, its first input capsule, their number, lane group) for this thread's share of
+    // i.
     template <typename Work>
-    void over_chunks(const Team& team, const Scratch& scratch, const Work& work) {
+    void for_chunks(const Team& team, const Scratch& scratch, const Work& work) {
         for (int64_t i0 = team.begin(I_); i0 < team.end(I_); i0 += chunk_) {
             const int64_t count = smaller(chunk_, team.end(I_) - i0);
             const T* w = weight_of(scratch, i0, count);
@@ -300,43 +303,43 @@ class LanesEngine {
         }
     }
 
-    // û of Rows rows of W_i; `aside` is run between the steps over k.
-    template <int KC, int Rows, typename Aside>
+    // û of Rows rows of W_i. interleaved(k) runs between the steps over k.
+    template <int KC, int Rows, typename Interleaved>
     CAPSOPS_INLINE void predict_rows(const T* w, const Lanes<T>* u, Lanes<T> (&u_hat)[Rows],
-                                     const Aside& aside) const {
+                                     const Interleaved& interleaved) const {
         const int64_t K = KC ? KC : K_;
         const Lanes<T> u_0 = u[0];
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) u_hat[r] = product(w[r * K], u_0);
-        aside(0);
+        interleaved(0);
 #pragma GCC unroll 8
         for (int64_t k = 1; k < K; ++k) {
             const Lanes<T> u_k = u[k];
 #pragma GCC unroll 16
             for (int r = 0; r < Rows; ++r) add_product(u_hat[r], w[r * K + k], u_k);
-            aside(k);
+            interleaved(k);
         }
     }
 
-    // Rows rows of û_ij, and what they add to the products with `count` states; the `first` rows begin them.
-    // Before, with `sum`, the û that is overwritten is added to it, scaled by c.
+    // Computes Rows rows of û_ij and adds their part to the dot products with `count` states; the `first`
+    // rows initialise them. With `sum`, first adds c times the old û, which is overwritten, to `sum`.
     template <int KC, int Rows>
     CAPSOPS_INLINE void predict_tile(const T* w, const Lanes<T>* u, const Lanes<T>* states, int64_t stride,
                                      int64_t count, Lanes<T>* u_hat, Lanes<T>* dots, bool first,
                                      const Lanes<T>* c, Lanes<T>* sum) const {
         constexpr int Sums = Rows < 4 ? Rows : 4;
-        constexpr int Each = KC ? (Rows + KC - 1) / KC : 1;  // rows of the sum for every k
+        constexpr int RowsPerK = KC ? (Rows + KC - 1) / KC : 1;  // of the sum
         Lanes<T> tile[Rows];
         if (sum) {
             const Lanes<T> scale = *c;
             predict_rows<KC, Rows>(w, u, tile, [=](int64_t k) CAPSOPS_ALWAYS {
 #pragma GCC unroll 16
-                for (int n = 0; n < Each; ++n) {
-                    const int64_t r = k * Each + n;
+                for (int n = 0; n < RowsPerK; ++n) {
+                    const int64_t r = k * RowsPerK + n;
                     if (r < Rows) add_product(sum[r], scale, u_hat[r]);
                 }
             });
-            for (int64_t r = (KC ? KC : K_) * Each; r < Rows; ++r) add_product(sum[r], scale, u_hat[r]);
+            for (int64_t r = (KC ? KC : K_) * RowsPerK; r < Rows; ++r) add_product(sum[r], scale, u_hat[r]);
         } else {
             predict_rows<KC, Rows>(w, u, tile, [](int64_t) {});
         }
@@ -354,15 +357,16 @@ class LanesEngine {
         }
     }
 
-    // û of one i [R], and dots [J, count] = û · state of `count` states that lie `stride` apart. With `sum`
-    // [R], the û that it overwrites is added to it, scaled by c [J], `count` apart.
+    // Computes û of one i [R] and dots [J, count] = û · state for `count` states that are `stride` apart.
+    // With `sum` [R], first adds the old û, which is overwritten, to `sum`, scaled by c [J], whose numbers
+    // are `count` apart.
     template <int KC>
-    __attribute__((noinline)) void predict(const T* w, const Lanes<T>* u, const Lanes<T>* states,
-                                           int64_t stride, int64_t count, Lanes<T>* u_hat, Lanes<T>* dots,
-                                           const Lanes<T>* c, Lanes<T>* sum) const {
+    CAPSOPS_NOINLINE void predict(const T* w, const Lanes<T>* u, const Lanes<T>* states, int64_t stride,
+                                  int64_t count, Lanes<T>* u_hat, Lanes<T>* dots, const Lanes<T>* c,
+                                  Lanes<T>* sum) const {
         const int64_t K = KC ? KC : K_;
         for (int64_t j = 0; j < J_; ++j) {
-            over_rows(D_, [=](int64_t d, auto rows) CAPSOPS_ALWAYS {
+            for_row_tiles(D_, [=](int64_t d, auto rows) CAPSOPS_ALWAYS {
                 const int64_t r = j * D_ + d;
                 predict_tile<KC, decltype(rows)::value>(w + r * K, u, states + r, stride, count, u_hat + r,
                                                         dots + j * count, d == 0, c ? c + j * count : nullptr,
@@ -371,23 +375,24 @@ class LanesEngine {
         }
     }
 
-    // sum [R] += Σ_i c_i û_i over the input capsules of a chunk, with c = weigh(dots), `count` apart.
+    // sum [R] += Σ_i c_i û_i over the input capsules of a chunk, with c = coefficients(dots), `count` apart.
     //
-    // The sum for one i, which mostly loads and stores, is taken while û of the next is made, which
-    // multiplies.
-    template <typename Weigh>
+    // The products c û of one i mostly load and store, and computing û of the next mostly multiplies, so the
+    // two are interleaved.
+    template <typename Coefficients>
     CAPSOPS_INLINE void sum_scaled(const Scratch& s, const T* w, int64_t chunk, const Lanes<T>* states,
-                                   int64_t apart, int64_t count, Lanes<T>* sum, const Weigh& weigh) const {
-        Lanes<T>*dots = s.dots, *spare = s.dots + count * J_;
+                                   int64_t stride, int64_t count, Lanes<T>* sum,
+                                   const Coefficients& coefficients) const {
+        Lanes<T>*dots = s.dots, *next_dots = s.dots + count * J_;
         const Lanes<T>* c = nullptr;
         std::memset(s.part, 0, R_ * sizeof(Lanes<T>));
         for (int64_t n = 0; n < chunk; ++n) {
-            (this->*predict_)(w + n * R_ * K_, s.u + n * K_, states, apart, count, s.u_hat, dots, c,
+            (this->*predict_)(w + n * R_ * K_, s.u + n * K_, states, stride, count, s.u_hat, dots, c,
                               c ? s.part : nullptr);
-            c = weigh(dots);
-            Lanes<T>* const used = dots;
-            dots = spare;
-            spare = used;
+            c = coefficients(dots);
+            Lanes<T>* const previous = dots;
+            dots = next_dots;
+            next_dots = previous;
         }
         for (int64_t j = 0; j < J_; ++j) {
             const Lanes<T> c_j = c[j * count];
@@ -398,18 +403,19 @@ class LanesEngine {
         }
     }
 
-    // Cuts n rows into tiles of constant size.
+    // Calls work(first row, number of rows) for n rows in tiles, whose sizes are compile-time constants.
     template <typename Work>
-    static CAPSOPS_INLINE void over_rows(int64_t n, const Work& work) {
+    static CAPSOPS_INLINE void for_row_tiles(int64_t n, const Work& work) {
         int64_t r = 0;
-        for (; r + rows_a_tile <= n; r += rows_a_tile) work(r, std::integral_constant<int, rows_a_tile>{});
-        if constexpr (rows_a_tile > 8) {
+        for (; r + rows_per_tile <= n; r += rows_per_tile)
+            work(r, std::integral_constant<int, rows_per_tile>{});
+        if constexpr (rows_per_tile > 8) {
             if (r + 8 <= n) {
                 work(r, std::integral_constant<int, 8>{});
                 r += 8;
             }
         }
-        if constexpr (rows_a_tile > 4) {
+        if constexpr (rows_per_tile > 4) {
             if (r + 4 <= n) {
                 work(r, std::integral_constant<int, 4>{});
                 r += 4;
@@ -420,10 +426,9 @@ class LanesEngine {
 
     // sum [R] += Σ û over the input capsules of a chunk.
     template <int KC>
-    __attribute__((noinline)) void add_uniform(const T* w, int64_t count, const Lanes<T>* u,
-                                               Lanes<T>* sum) const {
+    CAPSOPS_NOINLINE void add_uniform(const T* w, int64_t count, const Lanes<T>* u, Lanes<T>* sum) const {
         const int64_t K = KC ? KC : K_;
-        over_rows(R_, [=](int64_t r, auto rows) CAPSOPS_ALWAYS {
+        for_row_tiles(R_, [=](int64_t r, auto rows) CAPSOPS_ALWAYS {
             constexpr int Rows = decltype(rows)::value;
             Lanes<T> total[Rows];
 #pragma GCC unroll 16
@@ -442,22 +447,22 @@ class LanesEngine {
         });
     }
 
-    // ∂û of one i and lane group, into scratch.u_hat.
+    // Writes ∂û of one i and lane group to scratch.u_hat.
     CAPSOPS_INLINE void gradient_of_u_hat(const Scratch& s, const T* w, const Lanes<T>* u, int64_t g,
                                           int64_t terms, bool uniform, bool agreement) const {
-        const int64_t apart = groups_ * R_, count = agreement ? 2 * terms : terms;
+        const int64_t stride = groups_ * R_, count = agreement ? 2 * terms : terms;
         if (terms > 0) {
-            (this->*predict_)(w, u, state(0, g), apart, count, s.u_hat, s.dots, nullptr, nullptr);
+            (this->*predict_)(w, u, state(0, g), stride, count, s.u_hat, s.dots, nullptr, nullptr);
             for (int64_t t = 0; t < terms; ++t) {
                 softmax(s.dots + t, J_, count, call_.leaky);
                 if (agreement) softmax_vjp(s.dots + t, s.dots + terms + t, J_, count);
             }
         }
-        const Lanes<T>* even = state(2 * terms, g);
+        const Lanes<T>* uniform_term = state(2 * terms, g);
         for (int64_t j = 0; j < J_; ++j) {
             const Lanes<T>* dots = s.dots + j * count;
             for (int64_t r = j * D_; r < (j + 1) * D_; ++r) {
-                Lanes<T> total = uniform ? even[r] : Lanes<T>::filled(0);
+                Lanes<T> total = uniform ? uniform_term[r] : Lanes<T>::filled(0);
                 for (int64_t t = 0; t < terms; ++t) {
                     add_product(total, dots[t], state(terms + t, g)[r]);
                     if (agreement) add_product(total, dots[terms + t], state(t, g)[r]);
@@ -467,10 +472,10 @@ class LanesEngine {
         }
     }
 
-    // ∂u_i = Σ_r W_i[r] ∂û_i[r], a few k at a time.
+    // ∂u_i = Σ_r W_i[r] ∂û_i[r], for a few k at a time.
     void gradient_of_u(const T* w, const Lanes<T>* grad_u_hat, Lanes<T>* grad_u) const {
         const int64_t K = K_;
-        constexpr int Tile = 8 / registers_a_lane_group;
+        constexpr int Tile = 8 / registers_per_lane_group;
         int64_t k = 0;
         for (; k + Tile <= K; k += Tile) gradient_of_u_tile<Tile>(w + k, K, grad_u_hat, grad_u + k);
         for (; k < K; ++k) gradient_of_u_tile<1>(w + k, K, grad_u_hat, grad_u + k);
@@ -545,13 +550,13 @@ class LanesEngine {
         }
     }
 
-    // ∂u of a chunk, from lanes to the rows of its samples.
+    // Writes ∂u of a chunk and lane group.
     void write_grad_u(const Scratch& s, int64_t g, int64_t i0, int64_t count, int64_t samples) const {
         const int64_t numbers = count * K_;
-        turn_block(reinterpret_cast<const T*>(s.grad_u), L, numbers, L, s.natural, numbers);
+        transpose_block(reinterpret_cast<const T*>(s.grad_u), L, numbers, L, s.u_rows, numbers);
         for (int64_t lane = 0; lane < samples; ++lane) {
-            write_row(call_.grad_u, call_.storage, ((g * L + lane) * I_ + i0) * K_, numbers,
-                      s.natural + lane * numbers);
+            write_row(call_.grad_u, call_.dtype, ((g * L + lane) * I_ + i0) * K_, numbers,
+                      s.u_rows + lane * numbers);
         }
     }
 };

@@ -1,99 +1,101 @@
-// Passes for one sample at a time: small batches of u and weight, and predictions that are given.
+// Passes with the numbers of one pair of capsules (i, j) in the lanes of SIMD registers: for small batches of
+// u and weight, and for precomputed predictions.
 //
-// The numbers of W_i as they lie in memory, [J, D, K], are multiplied by u_i repeated for every (j, d):
-// "parts", whose sums over k are û. Products with V (repeated for every k) and sums over i are taken of the
-// parts, so that every register is full and the sums over k wait until the end of a pass. With given
-// predictions a part is û itself: K = 1 and no multiplication.
+// W_i is read as it is in memory, [J, D, K], and multiplied by u_i repeated for every (j, d). The products
+// are called parts; their sums over k are û. Dot products with V (repeated for every k) and sums over i are
+// made from the parts, so that every register is full and the sums over k wait until the end of a pass. For
+// precomputed predictions a part is û itself: K = 1 and no multiplication.
 //
-// Where K divides a register ("aligned"), u_i is one register for all (j, d), and parts need not be made: the
-// sums over d are taken of W_i itself, u_i is multiplied to them afterwards, and c_j u_i is one number a
-// lane. A few input capsules are taken together, so that the sums over i are loaded and stored once for all
-// of them. Every other pass runs through i backwards, and finds in the cache what the last one left there.
+// Where K divides the lanes of a register ("aligned"), u_i is one register for all (j, d) and the parts are
+// never made: W_i itself is multiplied by V and summed over d, then multiplied by u_i, and c_j u_i is one
+// register. Sums over i are then made for a block of input capsules at a time, so that they are loaded and
+// stored once per block. Every other pass goes through i backwards, so that it begins with what the previous
+// pass left in the cache.
 #pragma once
 
-#include "block.h"
+#include "dtype_convert.h"
 #include "softmax.h"
-#include "storage.h"
-#include "team.h"
+#include "threading.h"
+#include "transpose.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {
 
-// N: numbers of a register. Given: whether u is û.
-template <typename T, int N, bool Given>
-class RowsEngine {
+// N: lanes of a register. Precomputed: whether u is û.
+template <typename T, int N, bool Precomputed>
+class CapsuleSimdEngine {
     const RoutingCall& call_;
     const int64_t B_, I_, J_, D_, K_;
     const int64_t numbers_;  // D·K, of one pair (i, j)
-    const int64_t padded_;   // the same in whole registers
+    const int64_t padded_;   // D·K rounded up to whole registers
     const int64_t row_;      // J · padded
-    const int64_t logits_;   // J in whole registers
+    const int64_t logits_;   // J rounded up to whole registers
     const int64_t slots_;
     const bool aligned_;
     T* states_;  // [slots, B, row]
     char* pool_ = nullptr;
     int64_t pool_stride_ = 0;
 
-    static constexpr int block = 4;  // input capsules taken together
+    static constexpr int block = 4;  // input capsules that are processed together
 
     struct Scratch {
         T* u;            // of one sample, repeated [block, padded]
-        T* weight;       // W, or û, of a block, where it is not read in place [block, row]
+        T* weight;       // W or û of a block, if it has to be converted or padded [block, row]
         T* parts;        // [row]
-        T* dots;         // of a block, or of all slots [block · states, logits]
+        T* dots;         // for a block or for all slots [block · states, logits]
         T* sum;          // [B, row]
         T* grad_weight;  // [row]
         T* grad_u;       // [padded]
 
-        static Scratch plan(Pieces& pieces, const RowsEngine& engine) {
-            const int64_t samples = Given ? 1 : engine.B_;
+        static Scratch plan(Arena& arena, const CapsuleSimdEngine& engine) {
+            const int64_t samples = Precomputed ? 1 : engine.B_;
             Scratch scratch{};
-            scratch.u = pieces.take<T>(block * engine.padded_);
-            scratch.weight = pieces.take<T>(block * engine.row_);
-            scratch.parts = pieces.take<T>(engine.row_);
-            scratch.dots = pieces.take<T>(larger(engine.slots_, 2 * block) * engine.logits_);
-            scratch.sum = pieces.take<T>(samples * engine.row_);
-            scratch.grad_weight = pieces.take<T>(engine.row_);
-            scratch.grad_u = pieces.take<T>(engine.padded_);
+            scratch.u = arena.take<T>(block * engine.padded_);
+            scratch.weight = arena.take<T>(block * engine.row_);
+            scratch.parts = arena.take<T>(engine.row_);
+            scratch.dots = arena.take<T>(larger(engine.slots_, 2 * block) * engine.logits_);
+            scratch.sum = arena.take<T>(samples * engine.row_);
+            scratch.grad_weight = arena.take<T>(engine.row_);
+            scratch.grad_u = arena.take<T>(engine.padded_);
             return scratch;
         }
     };
 
     Scratch scratch_of(const Team& team) const {
-        Pieces mine{pool_ + pool_stride_ * team.rank};
-        return Scratch::plan(mine, *this);
+        Arena own(pool_ + pool_stride_ * team.rank);
+        return Scratch::plan(own, *this);
     }
 
   public:
-    // Parts of the sum over i that are made apart, so that every thread has work.
+    // The sum over i is split into so many parts, so that every thread has work.
     int64_t splits = 1;
 
-    RowsEngine(const RoutingCall& call, int64_t slots, int threads)
+    CapsuleSimdEngine(const RoutingCall& call, int64_t slots, int threads)
         : call_(call),
           B_(call.B),
           I_(call.I),
           J_(call.J),
           D_(call.D),
-          K_(Given ? 1 : call.K),
+          K_(Precomputed ? 1 : call.K),
           numbers_(D_ * K_),
-          padded_(rounded_up(numbers_, N)),
+          padded_(round_up(numbers_, N)),
           row_(J_ * padded_),
-          logits_(rounded_up(J_, N)),
+          logits_(round_up(J_, N)),
           slots_(slots),
-          aligned_(!Given && N % K_ == 0 && padded_ == numbers_),
+          aligned_(!Precomputed && N % K_ == 0 && padded_ == numbers_),
           states_(nullptr) {
         splits = smaller(threads, I_);
     }
 
-    void plan(Pieces& pieces, int threads, bool) {
-        states_ = pieces.take<T>(slots_ * B_ * row_);
-        Pieces scratch;
+    void plan(Arena& arena, int threads, bool) {
+        states_ = arena.take<T>(slots_ * B_ * row_);
+        Arena scratch;
         Scratch::plan(scratch, *this);
-        pool_stride_ = scratch.used;
-        pool_ = pieces.take<char>(pool_stride_ * threads);
+        pool_stride_ = scratch.used();
+        pool_ = arena.take<char>(pool_stride_ * threads);
     }
 
-    // Takes over a state [B, J, D] into a slot, every number repeated K times.
+    // Copies a state [B, J, D] (V or ∂s of a pass) to a slot, with every number repeated K times.
     void prepare(const Team& team, int64_t slot, const T* state) {
         for (int64_t item = team.begin(B_ * J_); item < team.end(B_ * J_); ++item) {
             T* repeated = states_ + slot * B_ * row_ + item * padded_;
@@ -104,8 +106,8 @@ class RowsEngine {
         }
     }
 
-    // partial [splits, B, J, D] = Σ_i û; every other `pass` runs backwards
-    CAPSOPS_SHARED_CODE void sum_uniform(const Team& team, int64_t pass, T* partial) {
+    // partial [splits, B, J, D] = Σ_i û; every other pass goes through i backwards
+    CAPSOPS_NOINLINE void sum_uniform(const Team& team, int64_t pass, T* partial) {
         sum_over_i(team, pass, partial, [&](const Scratch& s, int64_t, const T* w, int64_t count, T* sum) {
             if (aligned_) {
                 Vec<T, N> u[block];
@@ -120,7 +122,7 @@ class RowsEngine {
                     Vec<T, N> total = Vec<T, N>{};
                     for (int64_t n = 0; n < count; ++n) {
                         Vec<T, N> x = load<T, N>(w + n * row_ + p);
-                        if constexpr (!Given) x *= load<T, N>(s.u + n * padded_ + p - at);
+                        if constexpr (!Precomputed) x *= load<T, N>(s.u + n * padded_ + p - at);
                         total += x;
                     }
                     store<T, N>(sum + p, load<T, N>(sum + p) + total);
@@ -130,16 +132,15 @@ class RowsEngine {
     }
 
     // partial = Σ_i c û with the couplings of the state in slot `v`
-    CAPSOPS_SHARED_CODE void sum_routed(const Team& team, int64_t pass, int64_t v, T* partial) {
+    CAPSOPS_NOINLINE void sum_routed(const Team& team, int64_t pass, int64_t v, T* partial) {
         sum_scaled<1>(team, pass, v, 0, partial, [&](T* dots) {
             softmax<T, N>(dots, J_, call_.leaky);
             return dots;
         });
     }
 
-    // partial = Σ_i ∂b û with the states in slot `v` (V) and slot `ds` (∂s)
-    CAPSOPS_SHARED_CODE void sum_agreement(const Team& team, int64_t pass, int64_t v, int64_t ds,
-                                           T* partial) {
+    // partial = Σ_i ∂b û with V in slot `v` and ∂s in slot `ds`
+    CAPSOPS_NOINLINE void sum_agreement(const Team& team, int64_t pass, int64_t v, int64_t ds, T* partial) {
         sum_scaled<2>(team, pass, v, ds - v, partial, [&](T* dots) {
             softmax<T, N>(dots, J_, call_.leaky);
             softmax_vjp(dots, dots + logits_, J_);
@@ -147,12 +148,12 @@ class RowsEngine {
         });
     }
 
-    // ∂u and ∂W, or ∂û. Slots: V of `terms` passes, then their ∂s, then, with `uniform`, ∂s of the uniform
-    // pass.
-    CAPSOPS_SHARED_CODE void gradient(const Team& team, int64_t terms, bool uniform, bool agreement) {
+    // Computes ∂u and ∂W, or ∂û. The slots are V of `terms` passes, then their ∂s, then, with `uniform`, the
+    // scaled ∂s of the first pass. `agreement`: whether the gradient flows through the logits too.
+    CAPSOPS_NOINLINE void gradient(const Team& team, int64_t terms, bool uniform, bool agreement) {
         const Scratch s = scratch_of(team);
         const int64_t states = agreement ? 2 * terms : terms;
-        over_items(team, s, [&](int64_t i, int64_t b, const T* w, bool first, bool last) {
+        for_items(team, s, [&](int64_t i, int64_t b, const T* w, bool first, bool last) {
             if (aligned_) {
                 dots_of_all(s, b, w, states);
             } else {
@@ -163,7 +164,7 @@ class RowsEngine {
                 if (agreement) softmax_vjp(s.dots + t * logits_, s.dots + (terms + t) * logits_, J_);
             }
             gradient_of_u_hat(s, b, terms, uniform, agreement);
-            if constexpr (Given) {
+            if constexpr (Precomputed) {
                 write_rows(call_.grad_u, (b * I_ + i) * J_ * D_, s.parts, s.sum);
             } else {
                 if (call_.grad_u) gradient_of_u(s, i, b, w);
@@ -172,26 +173,26 @@ class RowsEngine {
         });
     }
 
-    // The couplings of the state in slot `v`, to call.couplings.
-    CAPSOPS_SHARED_CODE void couplings(const Team& team, int64_t v) {
+    // Writes the couplings of the state in slot `v` to call.couplings.
+    CAPSOPS_NOINLINE void couplings(const Team& team, int64_t v) {
         const Scratch s = scratch_of(team);
-        over_items(team, s, [&](int64_t i, int64_t b, const T* w, bool, bool) {
+        for_items(team, s, [&](int64_t i, int64_t b, const T* w, bool, bool) {
             if (aligned_) {
                 products<1>(w, load<T, N>(s.u), state(v, b), 0, s.dots);
             } else {
                 predict(s, b, w, s.u, v, 0, 1, s.dots);
             }
             softmax<T, N>(s.dots, J_, call_.leaky);
-            write_row(call_.couplings, call_.storage, (b * I_ + i) * J_, J_, s.dots);
+            write_row(call_.couplings, call_.dtype, (b * I_ + i) * J_, J_, s.dots);
         });
     }
 
   private:
-    // Numbers [rows, numbers] of a tensor from `at` on, in whole registers.
+    // Rows of `numbers_` numbers of a tensor, beginning at `at`, each padded to whole registers.
     const T* read_rows(const void* tensor, int64_t at, int64_t rows, T* scratch) const {
-        if (in_place<T>(call_.storage) && padded_ == numbers_) return static_cast<const T*>(tensor) + at;
+        if (is_native<T>(call_.dtype) && padded_ == numbers_) return static_cast<const T*>(tensor) + at;
         for (int64_t j = 0; j < rows; ++j) {
-            read_row(tensor, call_.storage, at + j * numbers_, numbers_, scratch + j * padded_);
+            read_row(tensor, call_.dtype, at + j * numbers_, numbers_, scratch + j * padded_);
             for (int64_t p = numbers_; p < padded_; ++p) scratch[j * padded_ + p] = 0;
         }
         return scratch;
@@ -200,22 +201,22 @@ class RowsEngine {
     void write_rows(void* tensor, int64_t at, const T* row, T* scratch) const {
         for (int64_t j = 0; j < J_; ++j)
             std::memmove(scratch + j * numbers_, row + j * padded_, numbers_ * sizeof(T));
-        write_row(tensor, call_.storage, at, J_ * numbers_, scratch);
+        write_row(tensor, call_.dtype, at, J_ * numbers_, scratch);
     }
 
-    // u_i of sample b, repeated: to one register where K divides it, else for every d.
+    // Reads u_i of sample b, repeated to fill one register if aligned, else repeated for every d.
     void read_u(int64_t i, int64_t b, T* repeated) const {
         const int64_t end = aligned_ ? N : numbers_;
-        read_row(call_.u, call_.storage, (b * I_ + i) * K_, K_, repeated);
+        read_row(call_.u, call_.dtype, (b * I_ + i) * K_, K_, repeated);
         for (int64_t p = K_; p < end; p += K_) std::memcpy(repeated + p, repeated, K_ * sizeof(T));
         for (int64_t p = numbers_; p < padded_; ++p) repeated[p] = 0;
     }
 
-    // work(i, sample, W_i or û_i, first and last sample of this i) for this thread's share; u_i is in
-    // scratch.u.
+    // Calls work(i, sample, W_i or û_i, is the first sample of this i, is the last) for this thread's share.
+    // u_i is in scratch.u.
     template <typename Work>
-    void over_items(const Team& team, const Scratch& s, const Work& work) const {
-        if constexpr (Given) {
+    void for_items(const Team& team, const Scratch& s, const Work& work) const {
+        if constexpr (Precomputed) {
             for (int64_t item = team.begin(B_ * I_); item < team.end(B_ * I_); ++item) {
                 const T* row = read_rows(call_.u, item * J_ * D_, J_, s.weight);
                 work(item % I_, item / I_, row, true, true);
@@ -231,24 +232,24 @@ class RowsEngine {
         }
     }
 
-    // work(scratch, sample, W or û of a block, its input capsules, sum [row]) for this thread's share of the
-    // splits, and of the samples where they have predictions of their own; u of the block is in scratch.u.
-    // Writes the sums as partial [splits, B, J, D].
+    // Calls work(scratch, sample, W or û of a block, number of its input capsules, sum [row]) for this
+    // thread's share of the splits or, with precomputed predictions, of all pairs (sample, split). u of the
+    // block is in scratch.u. Writes the sums to partial [splits, B, J, D].
     template <typename Work>
     void sum_over_i(const Team& team, int64_t pass, T* partial, const Work& work) const {
         const Scratch s = scratch_of(team);
         const bool backwards = pass & 1;
-        const int64_t samples = Given ? 1 : B_;  // of one task
+        const int64_t samples = Precomputed ? 1 : B_;  // per task
         const int64_t tasks = splits * B_ / samples;
         for (int64_t task = team.begin(tasks); task < team.end(tasks); ++task) {
             const int64_t split = task % splits, first = task / splits;
             const int64_t begin = I_ * split / splits, end = I_ * (split + 1) / splits;
-            const int64_t blocks = (end - begin + block - 1) / block;
+            const int64_t blocks = divide_up(end - begin, block);
             std::memset(s.sum, 0, samples * row_ * sizeof(T));
             for (int64_t n = 0; n < blocks; ++n) {
                 const int64_t i0 = begin + (backwards ? blocks - 1 - n : n) * block;
                 const int64_t count = smaller(block, end - i0);
-                if constexpr (Given) {
+                if constexpr (Precomputed) {
                     const T* rows = read_rows(call_.u, (first * I_ + i0) * J_ * D_, count * J_, s.weight);
                     work(s, first, rows, count, s.sum);
                 } else {
@@ -265,16 +266,17 @@ class RowsEngine {
         }
     }
 
-    // partial = Σ_i c û with c = weigh(dots), dots [States, logits] the products of û with the states in slot
-    // `v` and `apart` behind it.
-    template <int States, typename Weigh>
-    void sum_scaled(const Team& team, int64_t pass, int64_t v, int64_t apart, T* partial,
-                    const Weigh& weigh) {
+    // partial = Σ_i c û with c = coefficients(dots). dots [States, logits] are the dot products of û with the
+    // States states in slots `v`, `v + stride`, …
+    template <int States, typename Coefficients>
+    void sum_scaled(const Team& team, int64_t pass, int64_t v, int64_t stride, T* partial,
+                    const Coefficients& coefficients) {
         sum_over_i(team, pass, partial, [&](const Scratch& s, int64_t b, const T* w, int64_t count, T* sum) {
             if (!aligned_) {
                 for (int64_t n = 0; n < count; ++n) {
-                    const T* parts = predict(s, b, w + n * row_, s.u + n * padded_, v, apart, States, s.dots);
-                    add_scaled(weigh(s.dots), parts, sum);
+                    const T* parts =
+                        predict(s, b, w + n * row_, s.u + n * padded_, v, stride, States, s.dots);
+                    add_scaled(coefficients(s.dots), parts, sum);
                 }
                 return;
             }
@@ -283,9 +285,9 @@ class RowsEngine {
             for (int64_t n = 0; n < count; ++n) {
                 u[n] = load<T, N>(s.u + n * padded_);
                 T* dots = s.dots + n * States * logits_;
-                products<States>(w + n * row_, u[n], state(v, b), apart * B_ * row_, dots);
+                products<States>(w + n * row_, u[n], state(v, b), stride * B_ * row_, dots);
             }
-            for (int64_t n = 0; n < count; ++n) c[n] = weigh(s.dots + n * States * logits_);
+            for (int64_t n = 0; n < count; ++n) c[n] = coefficients(s.dots + n * States * logits_);
             for (int64_t j = 0; j < J_; ++j) {
                 for (int64_t n = 0; n < count; ++n) scaled[n] = c[n][j] * u[n];
                 add_block(w + j * padded_, scaled, count, sum + j * padded_);
@@ -312,9 +314,9 @@ class RowsEngine {
         }
     }
 
-    // Aligned: dots [States, logits] = û · state for States states that lie `apart`.
+    // Aligned: dots [States, logits] = û · state for States states that are `stride` apart.
     template <int States>
-    CAPSOPS_INLINE void products(const T* w, Vec<T, N> u, const T* states, int64_t apart, T* dots) const {
+    CAPSOPS_INLINE void products(const T* w, Vec<T, N> u, const T* states, int64_t stride, T* dots) const {
         for (int64_t j0 = 0; j0 < J_; j0 += N) {
             Vec<T, N> total[States][N];
             const int64_t rows = smaller(N, J_ - j0);
@@ -326,13 +328,13 @@ class RowsEngine {
                 for (; p + 2 * N <= at + padded_; p += 2 * N) {
                     const Vec<T, N> w0 = load<T, N>(w + p), w1 = load<T, N>(w + p + N);
                     for (int n = 0; n < States; ++n) {
-                        one[n] += w0 * load<T, N>(states + n * apart + p);
-                        other[n] += w1 * load<T, N>(states + n * apart + p + N);
+                        one[n] += w0 * load<T, N>(states + n * stride + p);
+                        other[n] += w1 * load<T, N>(states + n * stride + p + N);
                     }
                 }
                 if (p < at + padded_) {
                     for (int n = 0; n < States; ++n)
-                        one[n] += load<T, N>(w + p) * load<T, N>(states + n * apart + p);
+                        one[n] += load<T, N>(w + p) * load<T, N>(states + n * stride + p);
                 }
                 for (int n = 0; n < States; ++n) total[n][j] = (one[n] + other[n]) * u;
             }
@@ -343,7 +345,7 @@ class RowsEngine {
         }
     }
 
-    // Aligned: dots [count, logits] of the first `count` slots, a few at a time.
+    // Aligned: dots [count, logits] for the first `count` slots, a few at a time.
     void dots_of_all(const Scratch& s, int64_t b, const T* w, int64_t count) const {
         const Vec<T, N> u = load<T, N>(s.u);
         int64_t n = 0;
@@ -365,12 +367,13 @@ class RowsEngine {
 
     const T* state(int64_t slot, int64_t b) const { return states_ + (slot * B_ + b) * row_; }
 
-    // The parts of û_i, and dots [count, logits] = û · state for `count` slots, `apart` from one another.
-    const T* predict(const Scratch& s, int64_t b, const T* w, const T* u, int64_t slot, int64_t apart,
+    // Computes the parts of û_i, and dots [count, logits] = û · state for `count` slots that are `stride`
+    // apart.
+    const T* predict(const Scratch& s, int64_t b, const T* w, const T* u, int64_t slot, int64_t stride,
                      int64_t count, T* dots) const {
-        const T* parts = Given ? w : s.parts;
+        const T* parts = Precomputed ? w : s.parts;
         for (int64_t n = 0; n < count; ++n) {
-            const T* v = state(slot + n * apart, b);
+            const T* v = state(slot + n * stride, b);
             for (int64_t j0 = 0; j0 < J_; j0 += N) {
                 Vec<T, N> total[N];
                 const int64_t rows = smaller(N, J_ - j0);
@@ -392,9 +395,9 @@ class RowsEngine {
         return parts;
     }
 
-    // One register of parts: made and kept for the first state, read again for the others.
+    // One register of parts: computed and stored for the first state, loaded for the others.
     static CAPSOPS_INLINE Vec<T, N> part(const T* w, const T* u, T* parts, int64_t n, int64_t at, int64_t p) {
-        if constexpr (Given) return load<T, N>(w + at + p);
+        if constexpr (Precomputed) return load<T, N>(w + at + p);
         if (n > 0) return load<T, N>(parts + at + p);
         const Vec<T, N> x = load<T, N>(w + at + p) * load<T, N>(u + p);
         store<T, N>(parts + at + p, x);
@@ -410,7 +413,7 @@ class RowsEngine {
         }
     }
 
-    // ∂û repeated for every k, into scratch.parts.
+    // Writes ∂û, repeated for every k, to scratch.parts.
     void gradient_of_u_hat(const Scratch& s, int64_t b, int64_t terms, bool uniform, bool agreement) const {
         for (int64_t j = 0; j < J_; ++j) {
             for (int64_t p = j * padded_; p < (j + 1) * padded_; p += N) {
@@ -424,9 +427,9 @@ class RowsEngine {
         }
     }
 
-    // ∂W_i += ∂û_i u_i, written after the last sample; the first needs no sum.
+    // ∂W_i += ∂û_i u_i. The first sample initialises the sum; after the last it is written out.
     void gradient_of_weight(const Scratch& s, int64_t i, bool first, bool last) const {
-        const bool direct = first && last && in_place<T>(call_.storage) && padded_ == numbers_;
+        const bool direct = first && last && is_native<T>(call_.dtype) && padded_ == numbers_;
         T* total = direct ? static_cast<T*>(call_.grad_weight) + i * row_ : s.grad_weight;
         for (int64_t at = 0; at < row_; at += padded_) {
             for (int64_t p = 0; p < padded_; p += N) {
@@ -447,7 +450,7 @@ class RowsEngine {
         for (int64_t k = 0; k < K_; ++k) {
             for (int64_t d = 1; d < D_; ++d) s.grad_u[k] += s.grad_u[d * K_ + k];
         }
-        write_row(call_.grad_u, call_.storage, (b * I_ + i) * K_, K_, s.grad_u);
+        write_row(call_.grad_u, call_.dtype, (b * I_ + i) * K_, K_, s.grad_u);
     }
 };
 

@@ -1,7 +1,7 @@
-// SIMD registers of the instruction set that this file is compiled for, by the compilers' vector types.
+// SIMD registers of the instruction set that this file is compiled for, by the compiler's vector types.
 //
-// Nothing here may be shared between instruction sets: all of it lies in the namespace of the one it is
-// compiled for, and no template of the standard library is used in the kernels.
+// Instruction sets must not share code. So everything here is in the namespace of the instruction set that it
+// is compiled for, and the kernels use no function templates of the standard library.
 #pragma once
 
 #include <cstdint>
@@ -11,23 +11,23 @@
 
 #define CAPSOPS_ALWAYS __attribute__((always_inline))
 #define CAPSOPS_INLINE inline CAPSOPS_ALWAYS
-#define CAPSOPS_SHARED_CODE __attribute__((noinline))  // large, with several callers: compiled once
+#define CAPSOPS_NOINLINE __attribute__((noinline))
 
 namespace capsops {
 namespace CAPSOPS_ISA {
 
 #if defined(__AVX512F__)
 constexpr int register_bytes = 64;
-constexpr int registers_a_lane_group = 1;
-constexpr int rows_a_tile = 16;
+constexpr int registers_per_lane_group = 1;
+constexpr int rows_per_tile = 16;
 #elif defined(__AVX2__)
 constexpr int register_bytes = 32;
-constexpr int registers_a_lane_group = 2;
-constexpr int rows_a_tile = 4;
+constexpr int registers_per_lane_group = 2;
+constexpr int rows_per_tile = 4;
 #else
 constexpr int register_bytes = 16;
-constexpr int registers_a_lane_group = 2;
-constexpr int rows_a_tile = 4;
+constexpr int registers_per_lane_group = 2;
+constexpr int rows_per_tile = 4;
 #endif
 
 template <typename T, int N>
@@ -51,9 +51,9 @@ struct VecOf<double, N> {
 template <typename T>
 constexpr int vec_width = register_bytes / int(sizeof(T));
 
-// Samples of the batch that one lane group holds.
+// Samples of the batch in one lane group.
 template <typename T>
-constexpr int lane_group = vec_width<T> * registers_a_lane_group;
+constexpr int lane_group = vec_width<T> * registers_per_lane_group;
 
 template <typename T, int N = vec_width<T>>
 using Vec = typename VecOf<T, N>::Vec;
@@ -79,7 +79,7 @@ CAPSOPS_INLINE V shuffle(V a, V b, std::integer_sequence<int, At...>) {
 #endif
 }
 
-// Of the rows r and r + Step of a square, the parts that change places when it is transposed in blocks.
+// The indices by which rows r and r + Step of a square exchange blocks when the square is transposed.
 template <int N, int Step, bool Upper>
 struct Exchange {
     template <int... At>
@@ -110,7 +110,8 @@ CAPSOPS_INLINE void transpose(V* rows) {
     if constexpr (N >= 2) transpose_step<N, 1>(rows);
 }
 
-// Halves the number of rows: row r becomes row r + row (r + Step), kept apart in the lanes with bit Step.
+// Halves the number of rows. Row r becomes the sum over pairs of lanes that differ in bit Step: of row r in
+// the lanes without that bit, of row r + Step in the lanes with it.
 template <int N, int Step, typename V>
 CAPSOPS_INLINE void fold_step(V* rows) {
 #pragma GCC unroll 16
@@ -121,7 +122,7 @@ CAPSOPS_INLINE void fold_step(V* rows) {
     }
 }
 
-// The sums over the lanes of N registers of N lanes, in the lanes of one.
+// Sums over the lanes of each of N registers. Lane n of the result is the sum of rows[n].
 template <int N, typename V>
 CAPSOPS_INLINE V sum_lanes(V* rows) {
     if constexpr (N >= 16) fold_step<N, 8>(rows);
@@ -141,7 +142,7 @@ CAPSOPS_INLINE V exchanged(V x, std::integer_sequence<int, At...>) {
     return shuffle(x, x, std::integer_sequence<int, (At ^ Step)...>{});
 }
 
-// All lanes joined by `join`, in every lane.
+// Combines all lanes by `join`; every lane of the result has the same value.
 template <int N, typename V, typename Join>
 CAPSOPS_INLINE V over_lanes(V x, const Join& join) {
     constexpr auto all = std::make_integer_sequence<int, N>{};
@@ -164,14 +165,14 @@ CAPSOPS_INLINE V maximum(V a, V b) {
     return a > b ? a : b;
 }
 
-// e^x for x <= 0 (or NaN), 0 where it is subnormal: 2^n e^r with |r| <= ln 2 / 2 and e^r by its Taylor
-// series, to the last bit or two.
+// e^x for x <= 0 or NaN; 0 where the result would be subnormal. x = n ln 2 + r with |r| <= ln 2 / 2, and e^r
+// by its Taylor series. Accurate to one or two units in the last place.
 template <int N>
 CAPSOPS_INLINE Vec<float, N> exp_nonpositive(Vec<float, N> x, float) {
     typedef typename VecOf<float, N>::Int Int;
-    const Vec<float, N> floor = Vec<float, N>{} - 88.02f;  // n = -127, whose 2^n comes out as 0
+    const Vec<float, N> floor = Vec<float, N>{} - 88.02f;  // n = -127, for which 2^n is computed as 0
     x = x < floor ? floor : x;
-    const float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     const Vec<float, N> shifted = x * 1.44269504088896341f + magic;
     const Vec<float, N> n = shifted - magic;
     Vec<float, N> r = x - n * 0.693359375f;
@@ -195,7 +196,7 @@ CAPSOPS_INLINE Vec<float, N> exp_nonpositive(Vec<float, N> x, float) {
 template <int N>
 CAPSOPS_INLINE Vec<double, N> exp_nonpositive(Vec<double, N> x, double) {
     typedef typename VecOf<double, N>::Int Int;
-    const Vec<double, N> floor = Vec<double, N>{} - 709.0;  // n = -1023, whose 2^n comes out as 0
+    const Vec<double, N> floor = Vec<double, N>{} - 709.0;  // n = -1023, for which 2^n is computed as 0
     x = x < floor ? floor : x;
     const double magic = 6755399441055744.0;  // 1.5 * 2^52
     const Vec<double, N> shifted = x * 1.44269504088896340736 + magic;
@@ -217,7 +218,7 @@ CAPSOPS_INLINE Vec<double, N> exp_nonpositive(Vec<double, N> x, double) {
 // One number of every sample of a lane group.
 template <typename T>
 struct Lanes {
-    static constexpr int registers = registers_a_lane_group;
+    static constexpr int registers = registers_per_lane_group;
     static constexpr int size = lane_group<T>;
     Vec<T> part[registers];
 

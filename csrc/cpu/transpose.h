@@ -1,15 +1,15 @@
-// Turning round blocks of numbers, between samples in rows and samples in lanes.
+// Transposes blocks of numbers, between samples in rows and samples in lanes.
 #pragma once
 
-#include "vec.h"
+#include "simd.h"
 
 namespace capsops {
 namespace CAPSOPS_ISA {
 
 // dst[c, r] = src[r, c] for a block of rows × columns.
 template <typename T>
-__attribute__((noinline)) inline void turn_block(const T* src, int64_t src_stride, int64_t rows,
-                                                 int64_t columns, T* dst, int64_t dst_stride) {
+CAPSOPS_NOINLINE inline void transpose_block(const T* src, int64_t src_stride, int64_t rows, int64_t columns,
+                                             T* dst, int64_t dst_stride) {
     constexpr int width = vec_width<T>;
     const int64_t whole_rows = rows / width * width, whole_columns = columns / width * width;
     for (int64_t r = 0; r < whole_rows; r += width) {

@@ -1,0 +1,62 @@
+// The call records, which describe a call of an op to the kernels for CPU and CUDA. All tensors are
+// contiguous.
+#pragma once
+
+#include <cstdint>
+
+#include "common/host_device.h"
+
+namespace capsops {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+
+CAPSOPS_HOST_DEVICE int64_t dtype_size(Dtype dtype) {
+    return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+// Bytes of a number in the dtype of sums, which is float64 for float64 and else float32.
+CAPSOPS_HOST_DEVICE int64_t sum_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
+
+// Vectors of n numbers, `inner` apart, in tensors [outer, n, inner].
+struct SquashCall {
+    const void* s;
+    const void* grad;  // backward only
+    void* out;
+    int64_t outer, n, inner;
+    Dtype dtype;
+};
+
+// u_hat_ij = W_ij u_i: u [B, I, K], weight [I, J, D, K], u_hat [B, I, J, D].
+struct PredictionsCall {
+    const void* u;
+    const void* weight;
+    const void* grad;   // backward only
+    void* u_hat;        // forward only
+    void* grad_u;       // backward only; null where it is not needed
+    void* grad_weight;  // backward only; null where it is not needed
+    int64_t B, I, J, D, K;
+    Dtype dtype;
+};
+
+enum class RoutingOp : int { forward = 0, backward = 1, couplings = 2 };
+
+// Routing on u and weight or, where weight is null, on precomputed predictions: u is then u_hat [B, I, J, D].
+struct RoutingCall {
+    const void* u;
+    const void* weight;
+    const void* bias;   // forward and couplings: [J, D] or null
+    void* s;            // [max(iterations, 1), B, J, D] in the dtype of sums: written forward, read backward
+    void* v;            // forward: [B, J, D]
+    void* couplings;    // couplings: [B, I, J]
+    const void* grad;   // backward: [B, J, D]
+    void* grad_u;       // backward; null where it is not needed
+    void* grad_weight;  // backward; null where it is not needed
+    void* grad_bias;    // backward: [J, D]
+    int64_t B, I, J, D, K;
+    int64_t iterations;
+    bool leaky, detach;
+    bool squash_output;  // whether v is squash(s) of the last pass, else s itself
+    Dtype dtype;
+};
+
+}  // namespace capsops
