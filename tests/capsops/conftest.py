@@ -1,4 +1,4 @@
-"""A test that takes `impl` runs once for every backend that takes CPU tensors."""
+"""Runs a test with an argument `impl` once for every backend that supports CPU tensors."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,20 +24,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     )
 
 
-def _forget() -> None:
+def _clear_caches() -> None:
     dispatch.proofs.cache_clear()
     dispatch._automatic.cache_clear()
 
 
 @pytest.fixture
 def change_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Replaces fields of a backend's record until the test ends."""
+    """A function that replaces fields of a backend's record until the test ends."""
 
     def change(name: str, **fields: object) -> None:
         monkeypatch.setitem(dispatch.BACKENDS, name, replace(dispatch.BACKENDS[name], **fields))
-        _forget()
+        _clear_caches()
 
-    _forget()
+    _clear_caches()
     yield change
     monkeypatch.undo()
-    _forget()
+    _clear_caches()
