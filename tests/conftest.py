@@ -5,23 +5,23 @@ import pytest
 
 # Before anything imports matplotlib.
 os.environ["MPLBACKEND"] = "Agg"
-# Before anything imports torch: threads that spin while they wait take processors that others could use.
+# Before anything imports torch: threads that spin while they wait use cores that others need.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import torch
 
-# Compilation and the first call of a kernel take as long as they take; pytest-timeout watches the whole test.
+# No deadline: compilation and a kernel's first call may take long. pytest-timeout limits the whole test.
 hypothesis.settings.register_profile("capsops", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("capsops")
 
-# Tensors of tests are small: waiting for a second thread costs more than it gives. See test_threads.py.
+# The tensors of tests are small: to wait for a second thread costs more than it saves. See test_threads.py.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Whatever a test sets, the next begins with one."""
+    """Resets the number of threads to one after every test."""
     yield
     torch.set_num_threads(1)
 

@@ -1,9 +1,9 @@
-"""Python in processes of their own, which share the imports that take seconds.
+"""Runs Python in separate processes that share the slow imports.
 
-The first call starts a server: a process that imports torch and what else of others the project needs, then
-forks for each request. What is forked off has its own environment, output and signals, and imports the
-project itself. Variables that a library reads while it is loaded (those of malloc and of OpenMP,
-TRITON_INTERPRET) come too late for it: where they matter, or the imports themselves, `fresh` starts an
+The first call starts a server: a process that imports torch and the project's other dependencies, then forks
+for each request. A forked process has its own environment, output and signals, and imports the project
+itself. Environment variables that a library reads while it is loaded (those of malloc and OpenMP,
+TRITON_INTERPRET) have no effect in it. Where these matter, or the imports themselves, `fresh` starts a new
 interpreter instead.
 """
 
@@ -28,7 +28,7 @@ from typing import IO
 ROOT = Path(__file__).resolve().parents[1]
 
 IMPORTS = [
-    "torch._dynamo",  # which the first optimizer imports, and Triton with it
+    "torch._dynamo",  # imported by the first optimizer, together with Triton
     "torch.distributed",
     "torch.utils.tensorboard",
     "torchmetrics.image.fid",
@@ -46,28 +46,28 @@ IMPORTS = [
 
 
 class Process:
-    """What tests use of subprocess.Popen, for a process that the server forks off."""
+    """A process forked by the server, with the methods of subprocess.Popen that tests use."""
 
     def __init__(self, args: list[str], environment: dict[str, str], log: IO[bytes] | None = None) -> None:
-        """With `log` both outputs go there, and communicate has nothing to return."""
+        """With `log` both outputs go there, and communicate() has nothing to return."""
         self.args, self.returncode = args, None
         self._output = [log or tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
-        self._news, theirs = socket.socketpair()
+        self._connection, remote = socket.socketpair()
         request = {"args": args, "environment": environment}
-        with theirs:
-            fds = [theirs.fileno(), *(file.fileno() for file in self._output)]
+        with remote:
+            fds = [remote.fileno(), *(file.fileno() for file in self._output)]
             socket.send_fds(server(), [json.dumps(request).encode()], fds)
         self.pid = self._read()
 
     def _read(self) -> int:
-        found = self._news.recv(4, socket.MSG_WAITALL)
-        if len(found) < 4:
+        number = self._connection.recv(4, socket.MSG_WAITALL)
+        if len(number) < 4:
             raise RuntimeError(f"the server of processes ended before {self.args} did")
-        return array.array("i", found)[0]
+        return array.array("i", number)[0]
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
-            self._news.settimeout(timeout)
+            self._connection.settimeout(timeout)
             try:
                 status = self._read()
             except (TimeoutError, BlockingIOError):
@@ -96,7 +96,7 @@ class Process:
 
 
 def start_python(*args: object, fresh: bool = False, **environment: str) -> Process | subprocess.Popen[str]:
-    """`python *args` in the project's root."""
+    """Starts `python *args` in the project's root."""
     words, variables = list(map(str, args)), {**os.environ, **environment}
     if fresh or words[0] not in ("-c", "-m") or sys.platform != "linux":
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
@@ -107,7 +107,7 @@ def start_python(*args: object, fresh: bool = False, **environment: str) -> Proc
 def run_python(
     *args: object, timeout: float = 280, fresh: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """The same to its end; what it prints is text."""
+    """Runs `python *args` in the project's root; the outputs are text."""
     process = start_python(*args, fresh=fresh, **environment)
     try:
         out, err = process.communicate(timeout=timeout)
@@ -118,57 +118,57 @@ def run_python(
 
 @cache
 def server() -> socket.socket:
-    """The connection to the server, which ends where this is closed."""
-    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-    with theirs:
+    """The connection to the server; closing it ends the server."""
+    connection, remote = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with remote:
         process = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())],
+            [sys.executable, __file__, str(remote.fileno())],
             env={**os.environ, "OMP_NUM_THREADS": "1"},  # OpenBLAS starts its threads while it is loaded
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[remote.fileno()],
         )
 
     @atexit.register
     def stop() -> None:
-        ours.close()
+        connection.close()
         process.wait()
 
-    return ours
+    return connection
 
 
 def serve(connection: socket.socket) -> dict | None:
-    """Returns a request in the process that is to do it, None in the server when there are no more."""
+    """Forks for each request and returns it in the new process; returns None in the server after the last."""
     for name in IMPORTS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     gc.freeze()  # a collection would write to every page that the processes share
     assert not {"capsops", "infocapsgan"} & sys.modules.keys()
-    watching = []
+    watchers = []
     while True:
         message, fds, *_ = socket.recv_fds(connection, 1 << 20, 3)
         if not message:
             break
-        news, *output = fds
-        watching = [pid for pid in watching if not os.waitpid(pid, os.WNOHANG)[0]]
+        status, *output = fds
+        watchers = [pid for pid in watchers if not os.waitpid(pid, os.WNOHANG)[0]]
         watcher = os.fork()
         if not watcher:
             connection.close()
             worker = os.fork()
             if not worker:
-                os.close(news)
+                os.close(status)
                 for number, fd in enumerate(output, 1):
                     os.dup2(fd, number)
                     os.close(fd)
                 return json.loads(message)
-            with contextlib.suppress(BrokenPipeError):  # of a test that does not ask
-                os.write(news, array.array("i", [worker]))
-                os.write(news, array.array("i", [os.waitpid(worker, 0)[1]]))
+            with contextlib.suppress(BrokenPipeError):  # the test may not wait for the process
+                os.write(status, array.array("i", [worker]))
+                os.write(status, array.array("i", [os.waitpid(worker, 0)[1]]))
             os._exit(0)
-        watching.append(watcher)
+        watchers.append(watcher)
         for fd in fds:
             os.close(fd)
-    for pid in watching:
+    for pid in watchers:
         os.waitpid(pid, 0)
     return None
 
@@ -188,7 +188,7 @@ def work(args: list[str], environment: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the keyboard: the tests end, then this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C ends the tests, and they end the server
     request = serve(socket.socket(fileno=int(sys.argv[1])))
     if request is not None:
         try:
@@ -199,7 +199,7 @@ if __name__ == "__main__":
         if not isinstance(code, int):
             print(code, file=sys.stderr)
             code = 1
-        # What is left of an exit takes thousands of modules apart, as long as importing some.
+        # The rest of an exit would free thousands of modules, which takes as long as importing some of them.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

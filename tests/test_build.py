@@ -27,7 +27,7 @@ def _load_setup() -> ModuleType:
     return module
 
 
-plan = _load_setup()
+setup_py = _load_setup()
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ plan = _load_setup()
     ],
 )
 def test_instruction_sets_by_machine(machine: str, isas: list[str]) -> None:
-    assert list(plan.cpu_isas(machine)) == isas
+    assert list(setup_py.cpu_isas(machine)) == isas
 
 
 @pytest.mark.parametrize(
@@ -59,19 +59,19 @@ def test_instruction_sets_by_machine(machine: str, isas: list[str]) -> None:
     ],
 )
 def test_cuda_architectures(archs: str, flags: list[str]) -> None:
-    assert plan.cuda_arch_flags(archs) == flags
+    assert setup_py.cuda_arch_flags(archs) == flags
 
 
 def test_cuda_choice() -> None:
-    assert plan.cuda_choice({}) == "auto"
-    assert plan.cuda_choice({"CAPSOPS_BUILD_CUDA": ""}) == "auto"
-    assert plan.cuda_choice({"CAPSOPS_BUILD_CUDA": "1"}) == "1"
+    assert setup_py.cuda_choice({}) == "auto"
+    assert setup_py.cuda_choice({"CAPSOPS_BUILD_CUDA": ""}) == "auto"
+    assert setup_py.cuda_choice({"CAPSOPS_BUILD_CUDA": "1"}) == "1"
     with pytest.raises(ValueError, match="CAPSOPS_BUILD_CUDA takes 0, 1 or auto, got 'yes'"):
-        plan.cuda_choice({"CAPSOPS_BUILD_CUDA": "yes"})
+        setup_py.cuda_choice({"CAPSOPS_BUILD_CUDA": "yes"})
 
 
 def test_every_kernel_is_compiled_for_every_instruction_set() -> None:
-    objects = plan.cpu_objects("x86_64", {"CXXFLAGS": "-g"})
+    objects = setup_py.cpu_objects("x86_64", {"CXXFLAGS": "-g"})
     sources = {source for source, _ in objects.values()}
     assert sources == set((ROOT / "csrc/cpu").glob("*.cpp"))
     assert len(objects) == 1 + 3 * (len(sources) - 1)
@@ -83,7 +83,7 @@ def test_every_kernel_is_compiled_for_every_instruction_set() -> None:
         assert "-g" in flags
         assert "-ffast-math" not in flags  # breaks the range reduction of exp
         # So that a new pip environment recompiles only the bindings.
-        assert (plan.includes()[0] in flags) == (source.stem == "bindings")
+        assert (setup_py.includes()[0] in flags) == (source.stem == "bindings")
         if source.stem != "bindings":
             isa = name.split(".")[1]
             assert f"-DCAPSOPS_ISA={isa}" in flags
@@ -91,16 +91,16 @@ def test_every_kernel_is_compiled_for_every_instruction_set() -> None:
 
 
 def test_cuda_objects() -> None:
-    objects = plan.cuda_objects("90")
+    objects = setup_py.cuda_objects("90")
     assert {source for source, _ in objects.values()} == {
         path for path in (ROOT / "csrc/cuda").glob("*") if path.suffix in (".cu", ".cpp")
     }
     for source, flags in objects.values():
         assert "-gencode=arch=compute_90,code=sm_90" in flags
-        assert (plan.includes()[0] in flags) == (source.stem == "bindings")
+        assert (setup_py.includes()[0] in flags) == (source.stem == "bindings")
 
 
-def test_first_error_is_what_the_compiler_said() -> None:
+def test_first_error_is_that_of_the_compiler() -> None:
     output = textwrap.dedent("""\
         [1/3] compiling a.o
         FAILED: [code=1] a.o
@@ -110,12 +110,12 @@ def test_first_error_is_what_the_compiler_said() -> None:
         [2/3] compiling b.o
         ninja: build stopped: subcommand failed.
         """)
-    assert plan.first_error(output) == "a.cpp:1:1: error: 'x' does not name a type\n    1 | x"
-    assert plan.first_error("ninja: error: 'a.cpp' missing\n") == "ninja: error: 'a.cpp' missing"
+    assert setup_py.first_error(output) == "a.cpp:1:1: error: 'x' does not name a type\n    1 | x"
+    assert setup_py.first_error("ninja: error: 'a.cpp' missing\n") == "ninja: error: 'a.cpp' missing"
 
 
 @needs_compiler
-def test_ninja_compiles_what_changed(
+def test_ninja_compiles_only_what_changed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "a folder: with $igns"
@@ -125,7 +125,7 @@ def test_ninja_compiles_what_changed(
     one.write_text('#include "value.h"\nint one() { return VALUE; }\n')
     two.write_text("int two() { return 2; }\n")
     objects = {"one.o": (one, ["-fPIC", "-DTEXT=\"a $b 'c'\""]), "two.o": (two, ["-fPIC"])}
-    make = partial(plan.make, folder / "build", ["c++"], objects, [], "fix it")
+    make = partial(setup_py.make, folder / "build", ["c++"], objects, [], "fix it")
 
     def compiled() -> set[str]:
         assert make().exists()
@@ -137,11 +137,11 @@ def test_ninja_compiles_what_changed(
     assert compiled() == {"one.o", "library.so"}
 
     two.write_text("this is no C++\n")
-    with pytest.raises(plan.NotBuiltError, match=r"compilation failed: .*two\.cpp:1:1: error") as caught:
+    with pytest.raises(setup_py.NotBuiltError, match=r"compilation failed: .*two\.cpp:1:1: error") as caught:
         make()
     assert caught.value.remedy == "fix it, then install capsops again"
     monkeypatch.setenv("MAX_JOBS", "many")
-    with pytest.raises(plan.NotBuiltError, match="invalid -j parameter"):
+    with pytest.raises(setup_py.NotBuiltError, match="invalid -j parameter"):
         make()
 
 
@@ -157,7 +157,7 @@ def test_ninja_compiles_what_changed(
     ],
     ids=["missing", "silent", "without OpenMP"],
 )
-def test_a_compiler_that_fails(
+def test_a_failing_compiler_is_reported(
     script: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = tmp_path / "compiler"
@@ -165,23 +165,25 @@ def test_a_compiler_that_fails(
         compiler.write_text(f"#!/bin/sh\n{script}\n")
         compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(plan.NotBuiltError, match=f"compilation failed: .*{reason}") as caught:
-        plan.build_cpu(tmp_path / "build")
+    with pytest.raises(setup_py.NotBuiltError, match=f"compilation failed: .*{reason}") as caught:
+        setup_py.build_cpu(tmp_path / "build")
     assert caught.value.failed
     assert caught.value.remedy.startswith("install g++")
 
 
 @needs_compiler
-def test_a_compiler_without_the_headers_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "includes", lambda: [f"-isystem{plan.pybind11.get_include()}"])
+def test_missing_python_headers_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup_py, "includes", lambda: [f"-isystem{setup_py.pybind11.get_include()}"])
     bindings = ROOT / "csrc/cpu/bindings.cpp"
     monkeypatch.setattr(
-        plan,
+        setup_py,
         "cpu_objects",
-        lambda *_: {"bindings.o": (bindings, [*plan.CPU_FLAGS, f"-I{ROOT / 'csrc'}", *plan.includes()])},
+        lambda *_: {
+            "bindings.o": (bindings, [*setup_py.CPU_FLAGS, f"-I{ROOT / 'csrc'}", *setup_py.includes()])
+        },
     )
-    with pytest.raises(plan.NotBuiltError, match=r"Python\.h: No such file") as caught:
-        plan.build_cpu(tmp_path)
+    with pytest.raises(setup_py.NotBuiltError, match=r"Python\.h: No such file") as caught:
+        setup_py.build_cpu(tmp_path)
     assert "python3-dev" in caught.value.remedy
 
 
@@ -197,7 +199,7 @@ def _run(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProc
 
 @pytest.fixture
 def scratch(tmp_path: Path) -> Path:
-    """A copy of what an installation needs, without anything built."""
+    """A copy of the files that an installation needs, with nothing built."""
     copy = tmp_path / "copy"
     ignore = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
     for folder in ("capsops", "csrc", "infocapsgan"):
@@ -215,17 +217,17 @@ def _assert_the_reference_works(folder: Path) -> None:
     used = _run(sys.executable, "-c", USE, cwd=folder)
     assert used.returncode == 0, used.stderr
     assert float(used.stdout) == pytest.approx(25 / 26)
-    said = _run(sys.executable, "-m", "capsops", cwd=folder)
-    assert said.returncode == 0, said.stderr
-    assert "not built: compilation failed: the compiler printed nothing" in said.stdout
-    assert "to fix it: install g++" in said.stdout
-    assert re.search(r"^ +reference +cpu +available$", said.stdout, re.MULTILINE)
+    report = _run(sys.executable, "-m", "capsops", cwd=folder)
+    assert report.returncode == 0, report.stderr
+    assert "not built: compilation failed: the compiler printed nothing" in report.stdout
+    assert "to fix it: install g++" in report.stdout
+    assert re.search(r"^ +reference +cpu +available$", report.stdout, re.MULTILINE)
 
 
-def test_build_without_a_compiler_succeeds_and_says_why(scratch: Path) -> None:
-    stale = scratch / "capsops" / f"_cpu{plan.sysconfig.get_config_var('EXT_SUFFIX')}"
+def test_build_without_a_compiler_succeeds_and_reports_why(scratch: Path) -> None:
+    stale = scratch / "capsops" / f"_cpu{setup_py.sysconfig.get_config_var('EXT_SUFFIX')}"
     stale.write_text("of an earlier build")
-    # torch is hidden: building must do without it.
+    # The build must do without torch, so an import of it fails.
     (scratch / "torch.py").write_text("raise ImportError('the build imports torch')\n")
     build = _run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=scratch, CXX="/bin/false")
     assert build.returncode == 0, build.stderr
@@ -239,7 +241,7 @@ def test_build_without_a_compiler_succeeds_and_says_why(scratch: Path) -> None:
     _assert_the_reference_works(scratch)
 
 
-def test_cuda_that_must_be_built_and_cannot(scratch: Path) -> None:
+def test_a_required_cuda_build_fails_without_nvcc(scratch: Path) -> None:
     (scratch / "csrc/cuda").mkdir(exist_ok=True)
     (scratch / "csrc/cuda/empty.cu").touch()
     path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not Path(p, "nvcc").exists())
@@ -255,39 +257,39 @@ def test_cuda_that_must_be_built_and_cannot(scratch: Path) -> None:
     assert "CAPSOPS_BUILD_CUDA=1: there is no nvcc" in build.stderr
 
 
-def test_cuda_is_for_machines_with_nvcc_and_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cuda_is_built_only_with_nvcc_and_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With nvcc but no driver, as in a container for compiling, a build would take minutes for nothing."""
-    asked = []
+    loaded = []
 
     def library(name: str) -> object:
-        asked.append(name)
+        loaded.append(name)
         raise OSError(f"{name}: cannot open shared object file")
 
     def no_compilation(*args: object) -> None:
         raise AssertionError("nothing is compiled")
 
-    monkeypatch.setattr(plan.ctypes, "CDLL", library)
-    monkeypatch.setattr(plan, "make", no_compilation)
-    monkeypatch.setattr(plan.shutil, "which", lambda name, path=None: f"/cuda/bin/{name}")
+    monkeypatch.setattr(setup_py.ctypes, "CDLL", library)
+    monkeypatch.setattr(setup_py, "make", no_compilation)
+    monkeypatch.setattr(setup_py.shutil, "which", lambda name, path=None: f"/cuda/bin/{name}")
     monkeypatch.delenv("CAPSOPS_BUILD_CUDA", raising=False)
     with pytest.raises(
-        plan.NotBuiltError, match=r"^there is no NVIDIA driver here \(libcuda.so.1\)$"
+        setup_py.NotBuiltError, match=r"^there is no NVIDIA driver here \(libcuda.so.1\)$"
     ) as error:
-        plan.build_cuda(tmp_path)
-    assert asked == ["libcuda.so.1"]
+        setup_py.build_cuda(tmp_path)
+    assert loaded == ["libcuda.so.1"]
     assert "CAPSOPS_BUILD_CUDA=1" in error.value.remedy
     assert not error.value.failed
     monkeypatch.setenv("CAPSOPS_BUILD_CUDA", "1")
     with pytest.raises(AssertionError, match="nothing is compiled"):
-        plan.build_cuda(tmp_path)
+        setup_py.build_cuda(tmp_path)
     monkeypatch.setenv("CAPSOPS_BUILD_CUDA", "auto")
-    monkeypatch.setattr(plan.ctypes, "CDLL", asked.append)
+    monkeypatch.setattr(setup_py.ctypes, "CDLL", loaded.append)
     with pytest.raises(AssertionError, match="nothing is compiled"):
-        plan.build_cuda(tmp_path)
+        setup_py.build_cuda(tmp_path)
 
 
 @needs_compiler
-def test_nvcc_that_fails_gets_advice_about_nvcc(scratch: Path) -> None:
+def test_the_remedy_for_a_failing_nvcc_is_about_nvcc(scratch: Path) -> None:
     (scratch / "csrc/cuda").mkdir(exist_ok=True)
     (scratch / "csrc/cuda/empty.cu").touch()
     nvcc = scratch / "bin/nvcc"
@@ -308,7 +310,7 @@ def test_nvcc_that_fails_gets_advice_about_nvcc(scratch: Path) -> None:
 
 
 def test_a_clone_in_the_working_directory_is_not_the_package(tmp_path: Path) -> None:
-    """Above a clone called capsops, Python finds that folder first; what is imported is the package in it."""
+    """In the folder above a clone called capsops, `import capsops` imports the package, not the clone."""
     clone = tmp_path / "capsops"
     (clone / "capsops").mkdir(parents=True)
     for path in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -328,7 +330,7 @@ def test_a_clone_in_the_working_directory_is_not_the_package(tmp_path: Path) -> 
     done = _run(*pip, "-e", str(clone), cwd=tmp_path, CXX="/bin/false")
     assert done.returncode == 0, done.stdout + done.stderr
     code = f"import site; site.addsitedir({str(target)!r}); import capsops; print(capsops.nn)"
-    # -S: not the packages of the environment, of which capsops may be one.
+    # -S leaves out the packages of the environment, which may include capsops.
     used = _run(sys.executable, "-S", "-c", code, cwd=tmp_path)
     assert used.stdout.strip() == "the package", used.stderr
 
@@ -353,8 +355,8 @@ def test_wheel_from_an_sdist(scratch: Path, tmp_path: Path) -> None:
     pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation")
     install = _run(*pip, "--target", str(target), str(archive), cwd=tmp_path)
     assert install.returncode == 0, install.stdout + install.stderr
-    said = _run(sys.executable, "-m", "capsops", cwd=target)
-    assert re.search(r"^ +cpu +cpu +available$", said.stdout, re.MULTILINE), said.stdout + said.stderr
+    report = _run(sys.executable, "-m", "capsops", cwd=target)
+    assert re.search(r"^ +cpu +cpu +available$", report.stdout, re.MULTILINE), report.stdout + report.stderr
 
 
 def _symbols(item: Path, kinds: str) -> set[str]:
@@ -364,8 +366,8 @@ def _symbols(item: Path, kinds: str) -> set[str]:
 
 
 def test_no_instruction_set_leaks_into_shared_functions() -> None:
-    """An inline function that several objects hold must come from the baseline, which runs everywhere."""
-    suffix = plan.sysconfig.get_config_var("EXT_SUFFIX")
+    """An inline function in several object files must come from the baseline, which runs everywhere."""
+    suffix = setup_py.sysconfig.get_config_var("EXT_SUFFIX")
     objects = sorted((ROOT / "build" / f"native{Path(suffix).stem}" / "cpu").glob("*.o"))
     if not objects or shutil.which("nm") is None:
         pytest.skip("needs the object files of an editable installation, and nm")
@@ -387,16 +389,16 @@ SANITIZED = (
 @pytest.mark.timeout(2400)
 @needs_compiler
 def test_kernels_under_sanitizers(scratch: Path) -> None:
-    """The tests of the kernels for CPUs, with every address and every undefined operation watched.
+    """The tests of the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    Without the tests of precision: the sums of watched code are in another order.
+    The tests of precision are left out: instrumented code computes its sums in another order.
     """
     shutil.copytree(ROOT / "tests", scratch / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    watch = "-fsanitize=address,undefined"
+    sanitizers = "-fsanitize=address,undefined"
     variables = {
-        "CXXFLAGS": f"-O1 -g1 {watch} -fno-sanitize-recover=all",
-        "LDFLAGS": watch,
-        # The interpreter is not watched itself, and torch does not free all that it takes.
+        "CXXFLAGS": f"-O1 -g1 {sanitizers} -fno-sanitize-recover=all",
+        "LDFLAGS": sanitizers,
+        # The interpreter is not instrumented, and torch does not free all of its memory.
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONPATH": str(scratch),
     }
@@ -412,11 +414,11 @@ def test_kernels_under_sanitizers(scratch: Path) -> None:
         "from capsops import _cpu; import torch; x = torch.zeros(3)\n"
         "_cpu.squash((x.data_ptr(), 400), (x.data_ptr(), 400), 1, 100, 1, 0, 1)"
     )
-    watched = _run(sys.executable, "-c", overrun, cwd=scratch, **variables)
-    assert "AddressSanitizer: heap-buffer-overflow" in watched.stderr, watched.stderr[-1000:]
+    reported = _run(sys.executable, "-c", overrun, cwd=scratch, **variables)
+    assert "AddressSanitizer: heap-buffer-overflow" in reported.stderr, reported.stderr[-1000:]
     files = [f"tests/capsops/test_{name}.py" for name in SANITIZED]
-    chosen = "(cpu or bindings or fuzz) and not low_precision"
-    command = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files)
+    selection = "(cpu or bindings or fuzz) and not low_precision"
+    command = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection, *files)
     tests = _run(*command, cwd=scratch, **variables)
     assert tests.returncode == 0, tests.stdout[-4000:] + tests.stderr[-4000:]
     assert re.search(r"^[0-9]{3,} passed", tests.stdout, re.MULTILINE), tests.stdout[-1000:]

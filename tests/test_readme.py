@@ -15,16 +15,16 @@ def test_examples() -> None:
         exec(compile(block, f"README.md, example {number + 1}", "exec"), names)
 
 
-def test_test_command_is_what_ci_runs() -> None:
+def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert "pip install -e '.[test]' && pytest" in README.read_text()
     ci = (README.parent / ".ci" / "run").read_text()
     assert "-e '.[test]'\n" in ci
     assert ci.endswith("\npytest\n")
 
 
-def test_files_named_exist() -> None:
+def test_files_named_in_the_readme_exist() -> None:
     text = README.read_text()
     for name in re.findall(r"`((?:benchmarks|results|capsops|infocapsgan)/[\w/.-]+)`", text) + re.findall(
         r"\]\(([\w/.-]+)\)", text
     ):
-        assert (README.parent / name).exists(), f"README.md names {name}, which is not there"
+        assert (README.parent / name).exists(), f"README.md names {name}, which does not exist"

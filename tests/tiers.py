@@ -12,5 +12,5 @@ def slow(*values: Any) -> Any:
 
 
 def fast_only(fast: Collection, cases: Iterable) -> list[Any]:
-    """All cases, those in `fast` as they are and the others slow; a tuple has a value for each argument."""
+    """All cases, marked as slow unless they are in `fast`; a tuple has a value for each argument."""
     return [case if case in fast else slow(*(case if isinstance(case, tuple) else [case])) for case in cases]

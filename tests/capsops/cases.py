@@ -33,7 +33,7 @@ class Options(NamedTuple):
         return {"iterations": self.iterations, "leaky": self.leaky, "detach": self.detach}
 
 
-# Sizes that fill no vector, no tile and no thread evenly, and the round ones that kernels are written for.
+# Sizes that fill vectors, tiles and threads unevenly, and the round ones that kernels are written for.
 SHAPES = [
     Shape(*sizes)
     for sizes in (
@@ -63,7 +63,7 @@ SHAPES = [
 
 ALL_OPTIONS = [Options(*option) for option in product(range(5), *[(False, True)] * 3)]
 
-# Every shape meets these, two shapes meet all.
+# Every shape is tested with these, two shapes with all of them.
 FEW_OPTIONS = [
     Options(0, bias=True),
     Options(1, leaky=True),
@@ -98,7 +98,7 @@ def routing_inputs(
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """To 10 bits behind the point, in the way of every product on tensor cores; the gradient as well."""
+    """x rounded to TF32 (10 mantissa bits), as tensor cores round operands; the gradient is rounded too."""
     bits = (x.detach().view(torch.int32) + 0x1000) & ~0x1FFF
     rounded = x + (bits.view(torch.float32) - x).detach()
     if rounded.requires_grad:
@@ -114,9 +114,9 @@ def value_and_gradients(
 ) -> dict[str, Tensor]:
     """{"value": …, "gradient 0": …, …}: the result of `function(*inputs)` and the gradient of each input.
 
-    The inputs keep their strides. `upstream` is the gradient of the result, or makes it from the result; by
-    default it is random, the same for every call on results of one shape. `needs` picks the inputs that
-    require a gradient; the rest, and inputs that are None, have none in the result.
+    The inputs keep their strides. `upstream` is the gradient of the result, or a function that computes it
+    from the result; by default it is random, and the same in every call whose result has this shape. `needs`
+    selects the inputs that require a gradient; no other input has one in the returned dict.
     """
     needs = [x is not None for x in inputs] if needs is None else needs
     leaves = [
@@ -125,13 +125,13 @@ def value_and_gradients(
     ]
     value = function(*leaves)
     if upstream is None:
-        draw = torch.Generator().manual_seed(1)
-        upstream = torch.randn(value.shape, generator=draw, dtype=torch.float64).to(value)
+        generator = torch.Generator().manual_seed(1)
+        upstream = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
     elif not isinstance(upstream, Tensor):
         upstream = upstream(value.detach())
-    named = {f"gradient {n}": x for n, x in enumerate(leaves) if x is not None and x.requires_grad}
-    found = torch.autograd.grad(value, list(named.values()), upstream) if named else ()
-    return {"value": value.detach(), **dict(zip(named, found, strict=True))}
+    differentiable = {f"gradient {n}": x for n, x in enumerate(leaves) if x is not None and x.requires_grad}
+    gradients = torch.autograd.grad(value, list(differentiable.values()), upstream) if differentiable else ()
+    return {"value": value.detach(), **dict(zip(differentiable, gradients, strict=True))}
 
 
 def runs_in_other_orders(
@@ -141,9 +141,9 @@ def runs_in_other_orders(
     upstream: Tensor | None,
     needs: Sequence[bool] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """value_and_gradients for four orders of the input capsules, which lie along `axes` of the inputs.
+    """value_and_gradients for four orders of the input capsules; `axes` is their axis in each input, or None.
 
-    Gradients come back in the order of the inputs: the runs differ by rounding alone.
+    Gradients are returned in the order of the inputs, so that the runs differ only by rounding.
     """
     count = inputs[0].shape[axes[0]]
     runs = []
@@ -152,16 +152,16 @@ def runs_in_other_orders(
             x if x is None or axis is None else x.index_select(axis, order)
             for x, axis in zip(inputs, axes, strict=True)
         ]
-        found = value_and_gradients(function, ordered, upstream, needs)
+        run = value_and_gradients(function, ordered, upstream, needs)
         for n, axis in enumerate(axes):
-            if axis is not None and f"gradient {n}" in found:
-                found[f"gradient {n}"] = found[f"gradient {n}"].index_select(axis, order.argsort())
-        runs.append(found)
+            if axis is not None and f"gradient {n}" in run:
+                run[f"gradient {n}"] = run[f"gradient {n}"].index_select(axis, order.argsort())
+        runs.append(run)
     return runs
 
 
 def _sliced(x: Tensor) -> Tensor:
-    """Every second element of the last axis, all but the ends of the first, NaN between and around."""
+    """A view of every second element of a larger tensor's last axis, with NaN between and around them."""
     wide = torch.full((x.shape[0] + 2, *x.shape[1:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype)
     view = wide[1:-1, ..., ::2]
     view.copy_(x)
@@ -169,7 +169,7 @@ def _sliced(x: Tensor) -> Tensor:
 
 
 def _offset(x: Tensor) -> Tensor:
-    """Contiguous, but one element off any alignment, NaN on both sides."""
+    """Contiguous, but one element past an aligned address, with NaN on both sides."""
     line = torch.full((x.numel() + 2,), float("nan"), dtype=x.dtype)
     view = line[1:-1].view(x.shape)
     view.copy_(x)
@@ -181,16 +181,16 @@ def _transposed(x: Tensor) -> Tensor:
 
 
 def _expanded(x: Tensor) -> Tensor:
-    """The first along the first axis, repeated with stride 0."""
+    """x[0] repeated along the first axis with stride 0."""
     return x[:1].expand_as(x)
 
 
 def _constant(x: Tensor) -> Tensor:
-    """One number for all, stride 0 everywhere: the gradient of a sum."""
+    """One number repeated with stride 0 along every axis, like the gradient of a sum."""
     return x.flatten()[0].expand_as(x)
 
 
-# Each takes a tensor and returns one in another memory layout, with the same values but for the last two.
+# Each returns a tensor in another memory layout; all but the last two keep its values.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "sliced": _sliced,
     "offset": _offset,

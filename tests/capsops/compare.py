@@ -1,4 +1,4 @@
-"""Comparison with the reference: a failure says which tensor, its error, and what was allowed."""
+"""Comparisons with the reference; their messages name the tensor, its error and the error allowed."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def largest(x: Tensor) -> float:
-    """The largest magnitude in x, 0 where it has no elements."""
+    """The largest magnitude in x, 0 if x is empty."""
     return x.abs().max().item() if x.numel() else 0.0
 
 
 def assert_like(got: Tensor, want: Tensor, name: str = "result") -> None:
-    """Shape and dtype are the same."""
+    """Asserts that shape and dtype are the same."""
     assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, not {list(want.shape)}"
     assert got.dtype == want.dtype, f"{name}: dtype {got.dtype}, not {want.dtype}"
 
@@ -20,9 +20,9 @@ def assert_like(got: Tensor, want: Tensor, name: str = "result") -> None:
 def assert_close(
     got: Tensor, want: Tensor, name: str = "result", tolerance: float = 1e-12, floor: float = 1e-3
 ) -> None:
-    """The error is at most `tolerance` of the largest element of `want`, but at least of `floor`.
+    """Asserts that the error is at most `tolerance` times the largest of `floor` and the elements of `want`.
 
-    `floor` is there for sums that cancel to nothing: their rounding error follows the terms, not the sum.
+    `floor` is for sums that cancel: their rounding error depends on the terms, not on the sum.
     """
     assert_like(got, want, name)
     assert want.isfinite().all(), f"{name}: the reference is not finite, compare with assert_same_finiteness"
@@ -38,13 +38,13 @@ def root_mean_square(x: Tensor) -> float:
 def assert_low_precision(
     got: Tensor, lows: Sequence[Tensor], exact: Tensor, factor: float, name: str = "result"
 ) -> None:
-    """The error of `got` is at most `factor` times that of `lows`, the same computation in plain torch.
+    """Asserts that the error of `got` is at most `factor` times that of `lows`, computed by plain torch.
 
-    `exact` is the float64 result for the same inputs. Two errors count: the root mean square, which does not
-    hang on luck, and the largest, which finds the single element that is wrong. The largest error of one run
-    does hang on luck, so `lows` may hold several, which differ in the order of their sums. A result has to be
-    rounded to its dtype whatever the computation, so that the error of `lows` counts as half a unit in the
-    last place of a typical element at least, or as one unit of the largest.
+    `exact` is the float64 result for the same inputs. Two errors are compared: the root mean square, which
+    hardly varies by chance, and the largest, which detects a single wrong element. The largest error of one
+    run does vary by chance, so `lows` may contain several runs, which differ in the order of their sums.
+    Since every result is rounded to its dtype, the typical error of `lows` counts as at least half a unit in
+    the last place of a typical element, and its largest error as at least one unit of the largest element.
     """
     assert_like(got, lows[0], name)
     assert got.isfinite().all(), f"{name}: {(~got.isfinite()).sum()} of {got.numel()} elements are not finite"
@@ -59,7 +59,7 @@ def assert_low_precision(
 
 
 def assert_same_finiteness(got: Tensor, want: Tensor, name: str = "result") -> None:
-    """Vectors (last axis) that are not finite in `want` are not finite in `got`; the others agree."""
+    """Asserts that vectors (last axis) not finite in `want` are not finite in `got`, and the others agree."""
     assert_like(got, want, name)
     broken = ~want.isfinite().all(-1)
     hidden = broken & got.isfinite().all(-1)
@@ -68,7 +68,7 @@ def assert_same_finiteness(got: Tensor, want: Tensor, name: str = "result") -> N
 
 
 def assert_all_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-12) -> None:
-    """assert_close of every tensor of what value_and_gradients returns."""
+    """assert_close for every tensor that value_and_gradients returns."""
     assert got.keys() == want.keys()
     for name, tensor in want.items():
         assert_close(got[name], tensor, name, tolerance)
@@ -77,7 +77,7 @@ def assert_all_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance:
 def assert_all_low_precision(
     got: dict[str, Tensor], lows: Sequence[dict[str, Tensor]], exact: dict[str, Tensor]
 ) -> None:
-    """assert_low_precision of every tensor: twice the error of plain torch, gradients three times."""
+    """assert_low_precision for every tensor: twice the error of plain torch, three times for gradients."""
     assert got.keys() == lows[0].keys() == exact.keys()
     for name, tensor in exact.items():
         factor = 2 if name == "value" else 3

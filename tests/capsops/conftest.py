@@ -1,4 +1,4 @@
-"""A test that takes `impl` runs once for every backend that takes CPU tensors."""
+"""Runs a test with an argument `impl` once for every backend that supports CPU tensors."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,22 +25,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     )
 
 
-def _forget() -> None:
+def _clear_caches() -> None:
     dispatch.proofs.cache_clear()
     dispatch._automatic.cache_clear()
 
 
 @pytest.fixture
 def change_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Replaces fields of a backend's record, and functions by the names of their ops, until the test ends."""
+    """A function that replaces fields of a backend's record, or functions by op, until the test ends."""
 
     def change(name: str, **changes: Any) -> None:
         backend = dispatch.BACKENDS[name]
         functions = {op: changes.pop(op, function) for op, function in backend.functions.items()}
         monkeypatch.setitem(dispatch.BACKENDS, name, replace(backend, **{"functions": functions, **changes}))
-        _forget()
+        _clear_caches()
 
-    _forget()
+    _clear_caches()
     yield change
     monkeypatch.undo()
-    _forget()
+    _clear_caches()

@@ -1,6 +1,7 @@
-"""Every op refuses arguments that do not fit, called by name, from a trace or from an exported program.
+"""Every op rejects invalid arguments, whether called by name, in a trace or in an exported program.
 
-Each hostile call stands beside a valid one, so that a test cannot pass because the op fails on everything.
+Each invalid call is a valid one with some arguments changed, and the valid ones are tested as well: no test
+can pass because the op always fails.
 """
 
 import re
@@ -57,12 +58,12 @@ VALID: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def call(op: str, impl: str, changes: dict[str, Any], place: Callable[[Any], Any] = lambda x: x) -> Any:
-    """The op on its valid arguments with some of them changed; `place` is applied to each."""
-    return getattr(OPS, op)(*map(place, {**VALID[op], **changes}.values()), impl)
+def call(op: str, impl: str, changes: dict[str, Any], convert: Callable[[Any], Any] = lambda x: x) -> Any:
+    """Calls the op with its valid arguments, some of them changed; `convert` is applied to each."""
+    return getattr(OPS, op)(*map(convert, {**VALID[op], **changes}.values()), impl)
 
 
-# Axes that may have any length in a call whose other arguments stay as they are: (op, argument, axis).
+# Axes that may have any length in a call whose other arguments are not changed: (op, argument, axis).
 FREE = {
     ("squash", "s", 0), ("squash", "s", 1),
     ("predictions", "u", 0), ("predictions", "weight", 1), ("predictions", "weight", 2),
@@ -71,12 +72,12 @@ FREE = {
     ("capsule_routing", "u", 0), ("couplings", "u", 0),
 }  # fmt: skip
 
-Hostile = tuple[str, dict[str, Any], type[Exception], str]
+InvalidCall = tuple[str, dict[str, Any], type[Exception], str]
 
 
-def wrong_tensors(op: str) -> list[Hostile]:
-    """Each tensor of the op in turn: missing, of another rank, dtype and device, each axis shorter by one."""
-    rows: list[Hostile] = []
+def wrong_tensors(op: str) -> list[InvalidCall]:
+    """Calls in which one tensor is missing, of another dtype, layout or rank, or shorter along one axis."""
+    rows: list[InvalidCall] = []
     tensors = {name: x for name, x in VALID[op].items() if isinstance(x, Tensor)}
     for name, x in tensors.items():
         if name != "bias":
@@ -85,7 +86,7 @@ def wrong_tensors(op: str) -> list[Hostile]:
         rows.append((op, {name: x.to(torch.complex64)}, ValueError, f"{name}: got dtype torch.complex64"))
         rows.append((op, {name: x.to_sparse()}, ValueError, f"{name}: got layout torch.sparse_coo"))
         if len(tensors) > 1:
-            first = "grad" if op == "squash_backward" else name  # any s will do for a squash
+            first = "grad" if op == "squash_backward" else name  # its s may have any shape
             rows.append((op, {name: x[None]}, ValueError, f"{first}: got shape"))
             rows.append((op, {name: x.double()}, TypeError, ""))
             rows.append((op, {name: x.half()}, TypeError, ""))
@@ -95,8 +96,8 @@ def wrong_tensors(op: str) -> list[Hostile]:
     return rows
 
 
-def wrong_values(op: str) -> list[Hostile]:
-    rows: list[Hostile] = []
+def wrong_values(op: str) -> list[InvalidCall]:
+    rows: list[InvalidCall] = []
     if "dim" in VALID[op]:
         for dim in (-1, 2, 2**62, -(2**63)):
             rows.append((op, {"dim": dim}, ValueError, f"dim: got {dim}, takes 0 to 1 for"))
@@ -120,14 +121,14 @@ def wrong_values(op: str) -> list[Hostile]:
     return rows
 
 
-HOSTILE = [row for op in VALID for row in (*wrong_tensors(op), *wrong_values(op))]
+INVALID_CALLS = [row for op in VALID for row in (*wrong_tensors(op), *wrong_values(op))]
 
 
 @pytest.mark.parametrize("op", VALID)
 def test_valid_calls(impl: str, op: str) -> None:
-    """And so it is the change that a hostile call is refused for."""
-    for place in (lambda x: x, to_meta):
-        results = call(op, impl if place is not to_meta else "reference", {}, place)
+    """They succeed, so an invalid call is rejected for the arguments that it changes."""
+    for convert in (lambda x: x, to_meta):
+        results = call(op, impl if convert is not to_meta else "reference", {}, convert)
         assert all(isinstance(x, Tensor) for x in ((results,) if isinstance(results, Tensor) else results))
 
 
@@ -136,30 +137,30 @@ def to_meta(x: Any) -> Any:
 
 
 @pytest.mark.parametrize("op", VALID)
-def test_kernels_refuse_what_does_not_fit(impl: str, op: str) -> None:
-    for _, changes, error, message in (row for row in HOSTILE if row[0] == op):
+def test_kernels_reject_invalid_arguments(impl: str, op: str) -> None:
+    for _, changes, error, message in (row for row in INVALID_CALLS if row[0] == op):
         with pytest.raises(error, match=f"^{re.escape(message)}"):
             call(op, impl, changes)
 
 
 @pytest.mark.parametrize("op", VALID)
-def test_fakes_refuse_what_does_not_fit(op: str) -> None:
-    for _, changes, error, message in (row for row in HOSTILE if row[0] == op):
+def test_fakes_reject_invalid_arguments(op: str) -> None:
+    for _, changes, error, message in (row for row in INVALID_CALLS if row[0] == op):
         if any(isinstance(x, Tensor) and x.layout is not torch.strided for x in changes.values()):
-            continue  # a sparse tensor has no twin on the meta device
+            continue  # a sparse tensor has no counterpart on the meta device
         with pytest.raises(error, match=f"^{re.escape(message)}"):
             call(op, "reference", changes, to_meta)
 
 
 @pytest.mark.parametrize("op", [op for op in VALID if op != "squash"])
-def test_devices_do_not_mix(op: str) -> None:
+def test_tensors_on_different_devices_are_rejected(op: str) -> None:
     for name, x in VALID[op].items():
         if isinstance(x, Tensor):
             with pytest.raises(ValueError, match="got device (meta|cpu), takes that of"):
                 call(op, "reference", {name: x.to("meta")})
 
 
-def test_nested_tensors() -> None:
+def test_nested_tensors_are_rejected() -> None:
     rows = [torch.zeros(2, 3), torch.zeros(3, 3)]
     for layout in (torch.strided, torch.jagged):
         nested = torch.nested.nested_tensor(rows, layout=layout)
@@ -175,7 +176,7 @@ def test_nested_tensors() -> None:
 
 
 @pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
-def test_integers_of_numpy(integer: type) -> None:
+def test_numpy_integers_are_accepted(integer: type) -> None:
     u, weight, _ = layer_inputs(Shape(B, I, J, D, K))
     want = capsops.capsule_routing(u, weight, iterations=2)
     assert torch.equal(capsops.capsule_routing(u, weight, iterations=integer(2)), want)
@@ -186,7 +187,7 @@ def test_integers_of_numpy(integer: type) -> None:
 
 
 @pytest.mark.parametrize("wrong", [np.float64(3), np.bool_(True), True, 3.0, "3", None, torch.tensor(3)])
-def test_what_is_no_integer(wrong: Any) -> None:
+def test_types_other_than_integers_are_rejected(wrong: Any) -> None:
     u_hat = VALID["dynamic_routing"]["u_hat"]
     with pytest.raises(TypeError, match=r"^iterations: got \w+, takes an int$"):
         capsops.dynamic_routing(u_hat, iterations=wrong)
@@ -196,7 +197,7 @@ def test_what_is_no_integer(wrong: Any) -> None:
         capsops.squash(u_hat, wrong)
 
 
-def test_integers_without_end() -> None:
+def test_integers_beyond_64_bits_are_rejected() -> None:
     u_hat = VALID["dynamic_routing"]["u_hat"]
     for huge in (2**63, 2**70, -(2**70)):
         with pytest.raises(ValueError, match=rf"^iterations: got {huge}, takes"):
@@ -205,9 +206,9 @@ def test_integers_without_end() -> None:
             capsops.squash(u_hat, huge)
 
 
-# A module in a graph: what was traced or exported meets another input.
+# A traced or exported module, called with an input unlike its example.
 
-OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
+OTHER_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "fewer capsules": lambda u: u[:, :-1],
     "shorter capsules": lambda u: u[..., :-1],
     "another dtype": lambda u: u.double(),
@@ -221,17 +222,17 @@ def layer() -> RoutingCapsules:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_traced_module_that_meets_another_input(layer: RoutingCapsules) -> None:
-    """TorchScript raises a RuntimeError for any error of Python; its text has the error's type and words."""
+def test_a_traced_module_rejects_other_inputs(layer: RoutingCapsules) -> None:
+    """TorchScript replaces any Python error by a RuntimeError that quotes its type and message."""
     u = torch.randn(B, I, K)
     traced = torch.jit.trace(layer, u)
     assert_close(traced(u[:1]).detach(), layer(u[:1]).detach(), tolerance=1e-6)
-    for other in OTHERS.values():
+    for change in OTHER_INPUTS.values():
         with pytest.raises(RuntimeError, match="(ValueError: u: got shape|TypeError: weight: got dtype)"):
-            traced(other(u))
+            traced(change(u))
 
 
-def test_an_exported_module_that_meets_another_input(layer: RoutingCapsules) -> None:
+def test_an_exported_module_rejects_other_inputs(layer: RoutingCapsules) -> None:
     u = torch.randn(B, I, K)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(layer, (u,), dynamic_shapes=({0: batch},)).module()
@@ -240,12 +241,12 @@ def test_an_exported_module_that_meets_another_input(layer: RoutingCapsules) -> 
         program(u.double())
     for name in ("fewer capsules", "shorter capsules"):
         with pytest.raises((AssertionError, RuntimeError, ValueError)):  # torch.export's own guards
-            program(OTHERS[name](u))
+            program(OTHER_INPUTS[name](u))
 
 
 # Modules.
 
-WRONG_LAYERS: list[tuple[type[nn.Module], tuple, dict, type[Exception], str]] = [
+INVALID_LAYERS: list[tuple[type[nn.Module], tuple, dict, type[Exception], str]] = [
     (RoutingCapsules, ("3", 4, 5, 6), {}, TypeError, "in_capsules: got str, takes an int"),
     (RoutingCapsules, (3.0, 4, 5, 6), {}, TypeError, "in_capsules: got float, takes an int"),
     (RoutingCapsules, (3, None, 5, 6), {}, TypeError, "out_capsules: got NoneType, takes an int"),
@@ -274,8 +275,8 @@ WRONG_LAYERS: list[tuple[type[nn.Module], tuple, dict, type[Exception], str]] = 
 ]
 
 
-@pytest.mark.parametrize(("module", "args", "options", "error", "message"), WRONG_LAYERS)
-def test_layers_of_no_size(
+@pytest.mark.parametrize(("module", "args", "options", "error", "message"), INVALID_LAYERS)
+def test_layers_reject_invalid_arguments(
     module: type[nn.Module], args: tuple, options: dict, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}"):
@@ -305,14 +306,14 @@ WEIGHT = torch.zeros(J, I, D, K)
         (WEIGHT, "JIDK", [0.0], TypeError, "bias: got list, takes a torch.Tensor"),
     ],
 )
-def test_weights_that_make_no_layer(
+def test_from_weight_rejects_invalid_arguments(
     weight: Tensor, layout: Any, bias: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}"):
         RoutingCapsules.from_weight(weight, layout, bias=bias)
 
 
-def test_an_image_of_another_size_names_the_capsules() -> None:
+def test_an_image_of_another_size_is_an_error_about_u() -> None:
     model = nn.Sequential(nn.Conv2d(1, 8, 3), PrimaryCapsules(8, 2, 4, 3), RoutingCapsules(18, 3, 4, 5))
     assert model(torch.zeros(1, 1, 9, 9)).shape == (1, 3, 5)
     with pytest.raises(
@@ -321,7 +322,7 @@ def test_an_image_of_another_size_names_the_capsules() -> None:
         model(torch.zeros(1, 1, 11, 11))
 
 
-# The last s itself.
+# squash_output=False: the result is the last s.
 
 
 @pytest.mark.parametrize(
@@ -329,8 +330,8 @@ def test_an_image_of_another_size_names_the_capsules() -> None:
     [Options(0, bias=True), Options(1), Options(3, True, bias=True), Options(2, detach=True)],
     ids=str,
 )
-def test_an_output_that_is_not_squashed(options: Options) -> None:
-    """By the implementations that serve it: the formula's value, gradients and second gradients."""
+def test_unsquashed_output_agrees_with_the_formula(options: Options) -> None:
+    """In value, gradients and second gradients, for the backends that support it."""
     extra = (None, None, *options[:3], False)
     for impl in ("reference", "cpu"):
         for op, inputs in (
@@ -353,7 +354,7 @@ def test_an_output_that_is_not_squashed(options: Options) -> None:
             assert_close(*map(penalty, functions), tolerance=1e-11)
 
 
-def test_an_output_that_is_not_squashed_is_no_part_of_the_saved_sums(impl: str) -> None:
+def test_unsquashed_output_shares_no_memory_with_the_saved_sums(impl: str) -> None:
     args = (*routing_inputs(Shape(2, 3, 4, 5, 1)), None, None, 2, False, False, False, impl)
     if impl == "triton":
         with pytest.raises(ValueError, match="^impl='triton' does not support squash_output=False"):
@@ -365,7 +366,7 @@ def test_an_output_that_is_not_squashed_is_no_part_of_the_saved_sums(impl: str) 
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_the_kernels_for_gpus_decline_what_is_not_squashed(name: str) -> None:
+def test_gpu_kernels_decline_unsquashed_output(name: str) -> None:
     here = replace(BACKENDS[name], dtypes=(torch.float32,), functions={"capsule_routing": print})
     assert here.why_declined("capsule_routing", torch.float32, NO_OPTIONS) == ""
     reason = here.why_declined("capsule_routing", torch.float32, frozenset((UNSQUASHED,)))
@@ -376,7 +377,7 @@ def test_the_kernels_for_gpus_decline_what_is_not_squashed(name: str) -> None:
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 3])
-def test_one_output_capsule_has_couplings_of_1_whatever_is_routed(impl: str, iterations: int) -> None:
+def test_couplings_to_one_output_capsule_are_always_1(impl: str, iterations: int) -> None:
     u, weight = torch.randn(2, 3, 4), torch.randn(3, 1, 5, 4)
     u[0, 0, 0], weight[1, 0, 0, 0] = torch.nan, torch.inf
     ones = torch.ones(2, 3, 1)
@@ -385,7 +386,7 @@ def test_one_output_capsule_has_couplings_of_1_whatever_is_routed(impl: str, ite
     assert torch.equal(reference.couplings(u, weight, iterations=iterations), ones)
 
 
-def test_one_output_capsule_beside_an_orphan_is_routed(impl: str) -> None:
+def test_one_output_capsule_with_an_orphan_class_is_routed(impl: str) -> None:
     u, weight = torch.randn(2, 3, 4), 0.3 * torch.randn(3, 1, 5, 4)
     c = capsops.couplings(u, weight, leaky=True, impl=impl)
     assert ((c > 0) & (c < 1)).all()

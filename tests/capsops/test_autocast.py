@@ -1,4 +1,4 @@
-"""Under autocast the ops take part as matrix products do."""
+"""The ops under autocast, which treats them like matrix products."""
 
 from collections.abc import Callable
 
@@ -43,7 +43,7 @@ def test_float32_is_computed_in_the_dtype_of_autocast(impl: str, op: str, dtype:
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_float64_is_left_alone(impl: str, op: str) -> None:
+def test_float64_is_not_converted(impl: str, op: str) -> None:
     inputs = tensors(torch.float64)
     want = CALLS[op](*inputs, impl=impl)
     with autocast(torch.bfloat16):
@@ -53,7 +53,7 @@ def test_float64_is_left_alone(impl: str, op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["predictions", "dynamic_routing", "capsule_routing", "couplings"])
-def test_mixed_dtypes_are_taken_under_autocast_only(impl: str, op: str) -> None:
+def test_mixed_dtypes_are_accepted_only_under_autocast(impl: str, op: str) -> None:
     u, weight, bias, u_hat = tensors()
     mixed = (u.bfloat16(), weight, bias, u_hat.bfloat16())
     with pytest.raises(
@@ -71,7 +71,7 @@ def test_mixed_dtypes_are_taken_under_autocast_only(impl: str, op: str) -> None:
         CALLS[op](*mixed, impl=impl)
 
 
-def test_float64_does_not_mix(impl: str) -> None:
+def test_float64_is_not_accepted_together_with_float32(impl: str) -> None:
     u, weight, _, _ = tensors()
     with autocast(torch.bfloat16), pytest.raises(TypeError, match="weight: got dtype"):
         capsops.predictions(u, weight.double(), impl=impl)
@@ -92,13 +92,13 @@ def test_gradients_have_the_dtype_of_the_parameters(impl: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("op", ["squash", "predictions", "dynamic_routing", "capsule_routing"])
-@pytest.mark.parametrize("started", ["inside", "outside"])
-def test_backward_inside_autocast_is_no_less_precise(impl: str, started: str, op: str) -> None:
-    """Autocast rules the forward pass; a backward pass that runs inside it computes what it does outside."""
+@pytest.mark.parametrize("forward", ["inside", "outside"])
+def test_autocast_does_not_change_the_backward_pass(impl: str, forward: str, op: str) -> None:
+    """It applies to the forward pass; backward computes the same inside as outside."""
     inputs = [x.requires_grad_() for x in tensors()]
 
     def gradients(inside: bool) -> tuple[Tensor | None, ...]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=started == "inside"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward == "inside"):
             value = CALLS[op](*inputs, impl=impl)
         upstream = torch.linspace(-1, 1, value.numel()).view_as(value).to(value.dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
@@ -111,7 +111,7 @@ def test_backward_inside_autocast_is_no_less_precise(impl: str, started: str, op
 
 @pytest.mark.parametrize("op", ["squash", "dynamic_routing", "capsule_routing"])
 def test_gradient_penalty_inside_autocast(impl: str, op: str) -> None:
-    """A critic's penalty is often computed inside the region: its gradients exist and are finite."""
+    """Critics often compute their penalty inside autocast: its gradients exist and are finite."""
     inputs = [x.requires_grad_() for x in tensors()]
     leaf = inputs[3] if op == "dynamic_routing" else inputs[0]
     with autocast(torch.bfloat16):
@@ -127,7 +127,7 @@ def test_gradient_penalty_inside_autocast(impl: str, op: str) -> None:
     assert got.abs().sum() > 0
 
 
-def test_layer_in_a_network_of_mixed_precision(impl: str) -> None:
+def test_network_in_mixed_precision(impl: str) -> None:
     """A convolution, primary capsules and routing capsules under autocast, with float32 parameters."""
     network = torch.nn.Sequential(
         torch.nn.Conv2d(1, 8, 5),

@@ -1,4 +1,4 @@
-"""capsops._cpu takes each tensor with its length and refuses what does not fit, before any kernel runs."""
+"""capsops._cpu receives each tensor with its length and rejects what does not fit before any kernel runs."""
 
 import re
 from collections.abc import Callable
@@ -21,7 +21,7 @@ FUNCTIONS = (
 
 
 class Recorder:
-    """Notes how the kernels are called."""
+    """Records the calls of kernels."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, list[Any]]] = []
@@ -35,7 +35,7 @@ class Recorder:
 
 
 def recorded() -> tuple[list[tuple[str, list[Any]]], list[torch.Tensor]]:
-    """A call of every kernel as the ops make it, and the tensors whose addresses stand in it."""
+    """Calls of every kernel as the ops make them, and the tensors whose addresses they contain."""
     recorder, kept = Recorder(), []
     u, weight, bias = layer_inputs(SHAPE, bias=True, dtype=torch.float32)
     u_hat, _ = routing_inputs(SHAPE, dtype=torch.float32)
@@ -68,7 +68,7 @@ def test_every_kernel_is_called() -> None:
 
 
 @pytest.mark.parametrize(("name", "args"), CALLS, ids=[name for name, _ in CALLS])
-def test_lengths_that_do_not_fit(name: str, args: list[Any]) -> None:
+def test_wrong_lengths_are_rejected(name: str, args: list[Any]) -> None:
     function = getattr(_cpu, name)
     function(*args)
     for n, memory in enumerate(args):
@@ -76,7 +76,7 @@ def test_lengths_that_do_not_fit(name: str, args: list[Any]) -> None:
             continue
         address, size = memory
         wrong = [(address, size - 4), (address, size + 4), (address, -size), (address, 2**62), (0, size)]
-        if size:  # only (0, 0) stands for a tensor that is left out
+        if size:  # only (0, 0) means that a tensor is left out
             wrong.append((address, 0))
         for other in wrong if size else [(0, 4), (64, 0), (64, 4)]:
             with pytest.raises(ValueError, match=r"^\w+: got -?\d+ (bytes at address|one without)"):
@@ -84,7 +84,7 @@ def test_lengths_that_do_not_fit(name: str, args: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(("name", "args"), CALLS, ids=[name for name, _ in CALLS])
-def test_sizes_that_do_not_fit(name: str, args: list[Any]) -> None:
+def test_wrong_sizes_are_rejected(name: str, args: list[Any]) -> None:
     """Each size one more, one less, not positive, and so large that the bytes are no 64-bit number."""
     function = getattr(_cpu, name)
     sizes = [n for n, x in enumerate(args) if type(x) is int][: 3 if "squash" in name else 5]
@@ -98,7 +98,7 @@ def test_sizes_that_do_not_fit(name: str, args: list[Any]) -> None:
 @pytest.mark.parametrize(("name", "args"), CALLS, ids=[name for name, _ in CALLS])
 def test_dtype_and_threads(name: str, args: list[Any]) -> None:
     function = getattr(_cpu, name)
-    function(*args[:-1], 4096)  # of which so little work takes one
+    function(*args[:-1], 4096)  # so little work uses only one of them
     for threads in (0, -1, 4097, 2**31 - 1):
         with pytest.raises(ValueError, match=rf"^threads: got {threads}, takes 1 to 4096$"):
             function(*args[:-1], threads)
@@ -110,7 +110,7 @@ def test_dtype_and_threads(name: str, args: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["routing", "routing_backward", "couplings"])
-def test_iterations(name: str) -> None:
+def test_iterations_out_of_range_are_rejected(name: str) -> None:
     for kernel, args in CALLS:
         if kernel == name:
             n = next(n for n, x in enumerate(args) if isinstance(x, bool)) - 1
@@ -120,7 +120,7 @@ def test_iterations(name: str) -> None:
 
 
 def test_couplings_take_a_weight() -> None:
-    """Where routing takes predictions without one, of which these have the size."""
+    """Unlike routing, which takes predictions without a weight."""
     u_hat, couplings = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4)
     u_hat_memory, couplings_memory = ((x.data_ptr(), x.nbytes) for x in (u_hat, couplings))
     with pytest.raises(ValueError, match="^weight: got none, takes one$"):
@@ -139,12 +139,12 @@ def test_use_isa() -> None:
         _cpu.use_isa("mmx")
 
 
-def test_1000_iterations_are_taken() -> None:
+def test_1000_iterations_are_accepted() -> None:
     v = capsops.dynamic_routing(torch.ones(1, 2, 2, 1), iterations=1000, impl="cpu")
     torch.testing.assert_close(v, torch.full((1, 2, 1), 0.5))
 
 
-def test_sizes_of_0_are_refused_even_where_the_bytes_fit() -> None:
+def test_sizes_of_0_are_rejected_even_if_the_bytes_fit() -> None:
     for sizes in ((0, 3, 1), (3, 0, 1), (3, 1, 0)):
         with pytest.raises(
             ValueError, match=rf"^s: got sizes {re.escape(str(list(sizes)))}, takes positive ones"
@@ -152,7 +152,7 @@ def test_sizes_of_0_are_refused_even_where_the_bytes_fit() -> None:
             _cpu.squash((64, 0), (64, 0), *sizes, 0, 1)
 
 
-def test_seconds_of_the_benchmark_loop() -> None:
+def test_benchmark_loop_rejects_invalid_arguments() -> None:
     for seconds in (-1.0, 0.0, float("nan"), float("inf"), 1e9):
         with pytest.raises(ValueError, match="^seconds: takes"):
             _cpu.fma_flops(seconds, 1)
@@ -160,8 +160,8 @@ def test_seconds_of_the_benchmark_loop() -> None:
         _cpu.fma_flops(0.001, 0)
 
 
-def test_the_operations_hand_over_lengths() -> None:
-    """The public functions on every memory layout give tensors that fit: nothing of the above is raised."""
+def test_the_ops_pass_lengths_that_fit() -> None:
+    """Inputs that are not contiguous raise none of the errors above."""
     u, weight, bias = layer_inputs(SHAPE, bias=True, dtype=torch.float32)
     wide = torch.stack([u, u], -1)[..., 0]
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""capsops.capsule_routing: the whole layer, û recomputed in every pass."""
+"""capsops.capsule_routing: the whole layer, which recomputes û in every pass."""
 
 from collections.abc import Callable
 from functools import partial
@@ -55,7 +55,7 @@ def test_two_capsules_with_identities_by_hand(impl: str) -> None:
     assert_close(v, torch.tensor([[[25 / 26 * 0.6, 25 / 26 * 0.8]]], dtype=torch.float64), tolerance=1e-15)
     v = capsops.capsule_routing(u, one, torch.tensor([[-3, 0]], dtype=torch.float64), impl=impl)
     assert_close(v, torch.tensor([[[0, 16 / 17]]], dtype=torch.float64), tolerance=1e-15)
-    # both output capsules predict the same, so every coupling stays 1/2 (1/3 beside an orphan class, T = 1)
+    # Both output capsules get the same predictions: every coupling is 1/2 (1/3 with an orphan class, T = 1).
     two = torch.eye(2, dtype=torch.float64).expand(2, 2, 2, 2)
     half = torch.tensor([0.6, 0.8], dtype=torch.float64) * 6.25 / 7.25
     v = capsops.capsule_routing(u, two, iterations=3, impl=impl)
@@ -93,7 +93,7 @@ def test_equals_the_reference(impl: str, shape: Shape, options: Options) -> None
     )
 
 
-# On CPUs float32 has kernels of its own for K = 4, 16 and 32, and up to three samples are routed one by one.
+# On CPUs float32 has special kernels for K = 4, 16 and 32, and up to three samples are routed one by one.
 FLOAT32_SHAPES = [
     *(Shape(5, 9, 3, 7, K) for K in (4, 16, 32)),
     *(Shape(3, 9, 3, D, K) for D, K in ((3, 8), (3, 4), (5, 3))),
@@ -113,7 +113,7 @@ def test_equals_the_reference_in_float32(impl: str, shape: Shape, options: Optio
 @pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3]
 )
-def test_gradients_that_are_not_needed(impl: str, needs: tuple[bool, ...], options: Options) -> None:
+def test_gradients_of_some_inputs_only(impl: str, needs: tuple[bool, ...], options: Options) -> None:
     inputs = layer_inputs(Shape(5, 9, 3, 16, 8), bias=True)
     assert_all_close(
         value_and_gradients(ours(impl, options), inputs, needs=needs),
@@ -138,8 +138,8 @@ def test_low_precision(impl: str, shape: Shape, options: Options, dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
-def test_couplings_of_one_in_low_precision(impl: str, dtype: torch.dtype) -> None:
-    """The generator's use: no routing, one output capsule, many input capsules."""
+def test_one_output_capsule_in_low_precision(impl: str, dtype: torch.dtype) -> None:
+    """As in a generator: no routing, one output capsule, many input capsules."""
     inputs = layer_inputs(Shape(33, 100, 1, 16, 8), True, dtype)
     upstream = torch.randn(33, 1, 16).to(dtype)
     assert_all_low_precision(
@@ -162,7 +162,7 @@ def test_memory_layout_changes_nothing(impl: str, shape: Shape, options: Options
         assert torch.equal(got[name], tensor), name
 
 
-def test_inputs_are_left_alone(impl: str) -> None:
+def test_inputs_are_not_changed(impl: str) -> None:
     inputs = layer_inputs(Shape(17, 9, 3, 16, 8), bias=True)
     before = [x.clone() for x in inputs]
     value_and_gradients(ours(impl, Options(3)), inputs)
@@ -182,25 +182,25 @@ def test_inputs_are_left_alone(impl: str) -> None:
     ],
     ids=str,
 )
-def test_empty(impl: str, shape: Shape, options: Options) -> None:
-    """Without input capsules, or components of them, s is the bias alone."""
+def test_empty_inputs(impl: str, shape: Shape, options: Options) -> None:
+    """Without input capsules, or with input capsules of length 0, s equals the bias."""
     inputs = layer_inputs(shape, options.bias)
-    found = value_and_gradients(ours(impl, options), inputs)
+    results = value_and_gradients(ours(impl, options), inputs)
     bias = inputs[2]
     s = torch.zeros(shape.B, shape.J, shape.D, dtype=torch.float64)
-    assert_close(found["value"], reference.squash(s if bias is None else s + bias))
-    assert torch.equal(found["gradient 0"], torch.zeros_like(inputs[0]))
-    assert torch.equal(found["gradient 1"], torch.zeros_like(inputs[1]))
+    assert_close(results["value"], reference.squash(s if bias is None else s + bias))
+    assert torch.equal(results["gradient 0"], torch.zeros_like(inputs[0]))
+    assert torch.equal(results["gradient 1"], torch.zeros_like(inputs[1]))
     if bias is not None:
         want = value_and_gradients(lambda b: reference.squash(s + b), [bias])
-        assert_close(found["gradient 2"], want["gradient 0"])
+        assert_close(results["gradient 2"], want["gradient 0"])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["u", "weight", "bias", "grad"])
 @pytest.mark.parametrize("options", [Options(0), Options(1), Options(3), Options(3, leaky=True)], ids=str)
 @pytest.mark.parametrize("shape", [Shape(17, 5, 3, 16, 8), Shape(3, 4, 5, 3, 2)], ids=str)
-def test_what_is_not_finite_stays_so_and_stays_alone(
+def test_non_finite_values_neither_vanish_nor_spread(
     impl: str, shape: Shape, options: Options, where: str, bad: float
 ) -> None:
     u, weight, bias = layer_inputs(shape, bias=True)

@@ -1,4 +1,4 @@
-"""The helpers: a layout that is not what its name says would leave the ops untested."""
+"""The helpers of cases.py: a layout that does not match its name would test less than it should."""
 
 import pytest
 import torch
@@ -33,16 +33,16 @@ def test_value_and_gradients() -> None:
     def product(a: torch.Tensor, b: torch.Tensor, c: None) -> torch.Tensor:
         return a * b
 
-    found = value_and_gradients(product, [X, X + 1, None], upstream=torch.full_like(X, 2))
-    assert set(found) == {"value", "gradient 0", "gradient 1"}
-    assert torch.equal(found["gradient 0"], 2 * (X + 1))
+    results = value_and_gradients(product, [X, X + 1, None], upstream=torch.full_like(X, 2))
+    assert set(results) == {"value", "gradient 0", "gradient 1"}
+    assert torch.equal(results["gradient 0"], 2 * (X + 1))
     assert set(value_and_gradients(product, [X, X, None], needs=[False, True, False])) == {
         "value",
         "gradient 1",
     }
 
 
-def test_runs_in_other_orders_differ_by_rounding_alone() -> None:
+def test_runs_in_other_orders_differ_only_by_rounding() -> None:
     u, weight = torch.randn(5, 40, 3), torch.randn(40, 3)
 
     def product(u: torch.Tensor, weight: torch.Tensor, bias: None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The comparisons themselves: each accepts what it should and rejects what lies just beyond its bound."""
+"""The comparisons of compare.py: each accepts errors within its bound and rejects those just above it."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_largest() -> None:
     assert largest(vector()) == 0
 
 
-def test_close_accepts_errors_within_the_scale() -> None:
+def test_close_accepts_errors_within_the_bound() -> None:
     assert_close(vector(100, 1 + 0.9e-10), vector(100, 1))
     assert_close(vector(0.9e-15), vector(0))
     assert_close(vector(), vector())
@@ -41,7 +41,9 @@ def test_close_accepts_errors_within_the_scale() -> None:
         (vector(1, dtype=torch.float32), vector(1), "û: dtype torch.float32, not torch.float64"),
     ],
 )
-def test_close_rejects(got: torch.Tensor, want: torch.Tensor, message: str) -> None:
+def test_close_rejects_larger_errors_and_other_tensors(
+    got: torch.Tensor, want: torch.Tensor, message: str
+) -> None:
     with pytest.raises(AssertionError, match=message):
         assert_close(got, want, "û")
 
@@ -84,7 +86,7 @@ def test_low_precision_allows_the_rounding_of_the_result_when_plain_torch_is_exa
         assert_low_precision(got, [wide_low], wide_exact, 2)
 
 
-def test_low_precision_rejects_what_is_not_finite_or_not_exact() -> None:
+def test_low_precision_rejects_non_finite_results_and_inexact_references() -> None:
     low = vector(1, 2, dtype=torch.float32)
     with pytest.raises(AssertionError, match="not finite"):
         assert_low_precision(vector(1, NAN, dtype=torch.float32), [low], vector(1, 2), 2)

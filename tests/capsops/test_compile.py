@@ -16,16 +16,16 @@ SHAPE = Shape(5, 7, 4, 16, 8)
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
+def reset_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-def counted(
+def compile_and_count(
     function: Callable[..., Tensor], **options: object
 ) -> tuple[Callable[..., Tensor], CompileCounterWithBackend]:
-    """The compiled function, and the backend that counts its graphs."""
+    """The compiled function, and the backend of torch.compile that counts its graphs."""
     counter = CompileCounterWithBackend("aot_eager")
     return torch.compile(function, fullgraph=True, backend=counter, **options), counter
 
@@ -33,7 +33,7 @@ def counted(
 @pytest.mark.parametrize(
     "options", [Options(0, bias=True), Options(3, bias=True), Options(2, True, True)], ids=str
 )
-def test_layer(impl: str, options: Options) -> None:
+def test_layer_agrees_with_eager_mode(impl: str, options: Options) -> None:
     function = partial(capsops.capsule_routing, impl=impl, **options.keywords())
     inputs = layer_inputs(SHAPE, options.bias)
     compiled = torch.compile(lambda *x: function(*x), fullgraph=True, backend="aot_eager")
@@ -41,7 +41,7 @@ def test_layer(impl: str, options: Options) -> None:
 
 
 @pytest.mark.parametrize("op", ["squash", "predictions", "dynamic_routing", "couplings"])
-def test_other_ops(impl: str, op: str) -> None:
+def test_other_ops_agree_with_eager_mode(impl: str, op: str) -> None:
     u, weight, bias = layer_inputs(SHAPE, bias=True)
     inputs = {
         "squash": [u],
@@ -61,8 +61,8 @@ def test_other_ops(impl: str, op: str) -> None:
 
 @pytest.mark.parametrize("mark", [True, False])
 def test_batch_size_changes_without_a_new_graph(impl: str, mark: bool) -> None:
-    """Marked as dynamic there is one graph; found out to be dynamic, two."""
-    compiled, counter = counted(lambda *x: capsops.capsule_routing(*x, impl=impl))
+    """One graph if the batch axis is marked as dynamic, two if torch.compile discovers that it is."""
+    compiled, counter = compile_and_count(lambda *x: capsops.capsule_routing(*x, impl=impl))
     for batch in (5, 16, 33, 2):
         u, weight, bias = layer_inputs(SHAPE._replace(B=batch), bias=True)
         if mark:
@@ -76,7 +76,7 @@ def test_batch_size_changes_without_a_new_graph(impl: str, mark: bool) -> None:
 
 
 def test_options_are_constants_of_the_graph(impl: str) -> None:
-    compiled, _ = counted(
+    compiled, _ = compile_and_count(
         lambda x, iterations, leaky: capsops.dynamic_routing(x, iterations=iterations, leaky=leaky, impl=impl)
     )
     u_hat, _ = routing_inputs(SHAPE)
@@ -87,12 +87,12 @@ def test_options_are_constants_of_the_graph(impl: str) -> None:
 
 
 def test_use_impl_around_a_compiled_function(impl: str, change_backend: Callable[..., None]) -> None:
-    """Another implementation means another graph, and coming back to the first one does not."""
+    """Another backend needs another graph; a return to the first one does not."""
     calls = []
     for name in {"reference", impl}:
         squash = capsops.dispatch.BACKENDS[name].functions["squash"]
         change_backend(name, squash=lambda s, dim, n=name, f=squash: calls.append(n) or f(s, dim))
-    compiled, counter = counted(lambda s: capsops.squash(s) * 2)
+    compiled, counter = compile_and_count(lambda s: capsops.squash(s) * 2)
     s = torch.randn(3, 4)
     with capsops.use_impl(impl):
         compiled(s)
@@ -110,7 +110,7 @@ def test_use_impl_inside_a_compiled_function(impl: str) -> None:
             return capsops.squash(s) * 2
 
     before = capsops.dispatch.asked("auto")
-    compiled, _ = counted(function)
+    compiled, _ = compile_and_count(function)
     s = torch.randn(3, 4)
     assert_close(compiled(s), capsops.squash(s, impl=impl) * 2, tolerance=1e-6)
     assert capsops.dispatch.asked("auto") == before
@@ -123,26 +123,26 @@ def test_autocast(impl: str, dtype: torch.dtype) -> None:
             return capsops.capsule_routing(u @ u.mT @ u, weight, bias, impl=impl)
 
     inputs = layer_inputs(SHAPE, bias=True, dtype=torch.float32)
-    compiled, _ = counted(function)
+    compiled, _ = compile_and_count(function)
     got, want = value_and_gradients(compiled, inputs), value_and_gradients(function, inputs)
     assert got["value"].dtype == dtype
     assert_all_close(got, want, tolerance=4 * torch.finfo(dtype).eps)
 
 
 def test_errors_are_raised_from_compiled_code_too(impl: str) -> None:
-    compiled, _ = counted(lambda u, weight: capsops.predictions(u, weight, impl=impl))
+    compiled, _ = compile_and_count(lambda u, weight: capsops.predictions(u, weight, impl=impl))
     with pytest.raises(Exception, match="u: got shape"):
         compiled(torch.zeros(2, 3, 4), torch.zeros(3, 5, 6, 7))
 
 
 def test_strided_inputs(impl: str) -> None:
-    """A compiled graph hands over views and gradients of any strides."""
+    """A compiled graph passes views and gradients of any strides."""
 
     def function(x: Tensor, weight: Tensor) -> Tensor:
         return capsops.capsule_routing(x.transpose(1, 2), weight, impl=impl).transpose(0, 2)
 
     x, weight = torch.randn(5, 8, 7).double(), layer_inputs(SHAPE)[1]
-    compiled, _ = counted(function)
+    compiled, _ = compile_and_count(function)
     assert_all_close(
         value_and_gradients(compiled, [x, weight]),
         value_and_gradients(function, [x, weight]),
@@ -151,7 +151,7 @@ def test_strided_inputs(impl: str) -> None:
 
 
 class StoredPredictions(torch.nn.Module):
-    """A layer that routes predictions of its own."""
+    """A layer that stores its predictions and then routes them."""
 
     def __init__(self, *sizes: int) -> None:
         super().__init__()
@@ -161,10 +161,10 @@ class StoredPredictions(torch.nn.Module):
         return capsops.dynamic_routing(capsops.predictions(u, self.weight))
 
 
-def test_whole_network_with_the_default_backend(impl: str) -> None:
-    """Convolution, primary capsules, three layers of routing and a loss, forward and backward, by inductor.
+def test_whole_network_with_inductor(impl: str) -> None:
+    """A convolution, primary capsules, three layers of routing and a loss, forward and backward.
 
-    One graph serves all batch sizes, so that none may be taken for a constant.
+    One graph is used for all batch sizes, so that none of them can be compiled in as a constant.
     """
     network = torch.nn.Sequential(
         torch.nn.Conv2d(1, 8, 5),

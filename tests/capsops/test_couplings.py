@@ -71,7 +71,7 @@ def test_no_gradient(impl: str) -> None:
 @pytest.mark.parametrize(
     "shape", [Shape(0, 3, 2, 4, 5), Shape(2, 0, 2, 4, 5), Shape(2, 3, 0, 4, 5), Shape(2, 3, 2, 0, 5)], ids=str
 )
-def test_empty(impl: str, shape: Shape, iterations: int) -> None:
+def test_empty_inputs(impl: str, shape: Shape, iterations: int) -> None:
     u, weight, _ = layer_inputs(shape)
     c = capsops.couplings(u, weight, iterations=iterations, impl=impl)
     want = 1 / shape.J if iterations and shape.J else 1
@@ -80,7 +80,7 @@ def test_empty(impl: str, shape: Shape, iterations: int) -> None:
 
 @pytest.mark.parametrize("where", [0, 1, 2])
 @pytest.mark.parametrize("shape", [Shape(17, 5, 3, 16, 8), Shape(2, 4, 5, 3, 2)], ids=str)
-def test_nan_stays_so_and_stays_alone(impl: str, shape: Shape, where: int) -> None:
+def test_nan_neither_vanishes_nor_spreads(impl: str, shape: Shape, where: int) -> None:
     inputs = layer_inputs(shape, bias=True)
     inputs[where].view(-1)[inputs[where].numel() // 2] = float("nan")
     assert_same_finiteness(capsops.couplings(*inputs, impl=impl), reference.couplings(*inputs))

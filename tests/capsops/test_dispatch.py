@@ -1,4 +1,4 @@
-"""capsops.dispatch: which backend computes a call, `use_impl`, CAPSOPS_IMPL, and what is not available."""
+"""capsops.dispatch: which backend computes a call, `use_impl`, CAPSOPS_IMPL, and unavailable backends."""
 
 import json
 import sys
@@ -18,22 +18,22 @@ from capsops.backends.backend import NO_OPTIONS, UNSQUASHED, Backend, Proof
 from tests.processes import run_python
 
 
-def served(device: str) -> list[str]:
+def available_backends(device: str) -> list[str]:
     return [row.impl for row in dispatch.describe() if row.device == device and row.available]
 
 
-def automatic(device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+def automatic_backend(device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
     return dispatch.chosen("squash", "auto", torch.device(device), dtype).name
 
 
-def test_the_reference_takes_every_device() -> None:
+def test_the_reference_supports_every_device() -> None:
     for device in ("cpu", "cuda", "meta", "xpu"):
         assert dispatch.requested("reference", device) == "reference"
-    assert "reference" in served("cpu")
+    assert "reference" in available_backends("cpu")
 
 
 def test_auto_prefers_the_kernels_on_the_cpu() -> None:
-    assert automatic() == ("cpu" if "cpu" in served("cpu") else "reference")
+    assert automatic_backend() == ("cpu" if "cpu" in available_backends("cpu") else "reference")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
@@ -45,7 +45,7 @@ def test_auto_is_decided_where_the_op_runs(device: str) -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, change_backend: Callable[..., None]) -> SimpleNamespace:
-    """A GPU called "Card", of compute capability 9.0, on which both sets of kernels are proved."""
+    """A GPU called "Card" of compute capability 9.0, on which both sets of kernels are proved."""
     card = SimpleNamespace(name="Card", capability=(9, 0), devices=1, archs=["80", "90"], triton="3.6")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: card.name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: card.capability)
@@ -79,18 +79,18 @@ def on_gpu(lengths: tuple[int, ...] = (), options: frozenset[str] = NO_OPTIONS) 
     return dispatch.chosen("squash", "auto", CUDA, torch.float32, lengths, options).name
 
 
-def test_auto_takes_what_is_proved_on_the_gpu_in_the_order_that_ships(gpu: SimpleNamespace) -> None:
+def test_auto_prefers_cuda_where_both_sets_of_kernels_are_proved(gpu: SimpleNamespace) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert dispatch.chosen("squash", "auto", CUDA, dtype, (16, 8)).name == "cuda"
 
 
-def test_auto_takes_the_reference_for_what_the_kernels_decline(gpu: SimpleNamespace) -> None:
+def test_auto_takes_the_reference_for_calls_that_the_kernels_decline(gpu: SimpleNamespace) -> None:
     assert dispatch.chosen("squash", "auto", CUDA, torch.float64, (16, 8)).name == "reference"
     assert on_gpu((16, 8), frozenset((UNSQUASHED,))) == "reference"
 
 
 @pytest.mark.parametrize(
-    ("lengths", "archs", "taken"),
+    ("lengths", "archs", "expected"),
     [
         ((32, 62), ["90"], "cuda"),
         ((33, 8), ["90"], "reference"),
@@ -103,15 +103,15 @@ def test_auto_takes_the_reference_for_what_the_kernels_decline(gpu: SimpleNamesp
         ((), [], "triton"),
     ],
 )
-def test_auto_keeps_to_the_lengths_that_are_proved(
-    gpu: SimpleNamespace, lengths: tuple[int, ...], archs: list[str], taken: str
+def test_auto_takes_only_kernels_proved_for_the_lengths(
+    gpu: SimpleNamespace, lengths: tuple[int, ...], archs: list[str], expected: str
 ) -> None:
     gpu.archs = archs
-    assert on_gpu(lengths) == taken
+    assert on_gpu(lengths) == expected
 
 
 @pytest.mark.parametrize(
-    ("different", "taken", "why"),
+    ("changes", "expected", "why"),
     [
         ({"name": "Other card"}, "reference", "not proved on Other card"),
         ({"archs": ["80"]}, "triton", "built for 80, not for 90"),
@@ -119,15 +119,15 @@ def test_auto_keeps_to_the_lengths_that_are_proved(
         ({"devices": 0}, "triton", "the NVIDIA driver is too old for the CUDA toolkit that built it"),
     ],
 )
-def test_auto_takes_no_kernel_that_is_not_proved_there(
-    gpu: SimpleNamespace, different: dict[str, object], taken: str, why: str
+def test_auto_takes_no_kernels_that_are_not_proved_on_the_gpu(
+    gpu: SimpleNamespace, changes: dict[str, object], expected: str, why: str
 ) -> None:
-    vars(gpu).update(different)
-    assert on_gpu() == taken
+    vars(gpu).update(changes)
+    assert on_gpu() == expected
     assert dispatch.why_not_proved(dispatch.BACKENDS["cuda"], gpu.name, gpu.capability) == why
 
 
-def test_triton_is_proved_as_it_ran(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_must_run_as_it_was_proved(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     why = partial(dispatch.why_not_proved, dispatch.BACKENDS["triton"], gpu.name, gpu.capability)
     assert why() == ""
@@ -159,7 +159,9 @@ def test_every_backend_has_the_gradients_of_its_ops() -> None:
         assert names == {op for op in ops if op.removesuffix("_backward") in names}
 
 
-def test_what_is_missing_is_not_proved(gpu: SimpleNamespace, change_backend: Callable[..., None]) -> None:
+def test_an_unavailable_backend_is_not_proved(
+    gpu: SimpleNamespace, change_backend: Callable[..., None]
+) -> None:
     change_backend("cuda", unavailable="there is no nvcc")
     backend = dispatch.BACKENDS["cuda"]
     assert dispatch.why_not_proved(backend, gpu.name, gpu.capability) == "there is no nvcc"
@@ -169,7 +171,7 @@ def test_what_is_missing_is_not_proved(gpu: SimpleNamespace, change_backend: Cal
 @pytest.mark.parametrize(
     ("archs", "known"), [("80;90+PTX", ["80", "90"]), ("90, 100", ["90", "100"]), ("", [])]
 )
-def test_architectures_that_the_build_recorded(
+def test_architectures_in_the_build_record(
     archs: str, known: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extension, "__file__", str(tmp_path / "backends" / "extension.py"))
@@ -179,9 +181,9 @@ def test_architectures_that_the_build_recorded(
 
 
 @pytest.fixture
-def questions(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """What each op asks of the dispatch when it runs; the reference computes it."""
-    asked = []
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The arguments with which running ops call dispatch.chosen; the reference computes the ops."""
+    calls = []
 
     def chosen(
         op: str,
@@ -191,15 +193,15 @@ def questions(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         lengths: tuple[int, ...],
         options: frozenset[str],
     ) -> Backend:
-        asked.append((op, impl, dtype, tuple(lengths), options))
+        calls.append((op, impl, dtype, tuple(lengths), options))
         return reference.BACKEND
 
     monkeypatch.setattr(dispatch, "chosen", chosen)
-    return asked
+    return calls
 
 
 @pytest.mark.parametrize(
-    ("op", "lengths", "asks"),
+    ("op", "lengths", "count"),
     [
         ("squash", (), 2),
         ("predictions", (), 2),
@@ -208,39 +210,39 @@ def questions(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         ("couplings", (5, 3), 1),
     ],
 )
-def test_an_op_and_its_gradient_ask_alike(
-    op: str, lengths: tuple[int, ...], asks: int, questions: list[tuple]
+def test_an_op_and_its_gradient_request_the_same_backend(
+    op: str, lengths: tuple[int, ...], count: int, requests: list[tuple]
 ) -> None:
-    """Whatever use_impl() says when the gradient is made."""
+    """Even if use_impl() names another one while the gradient is computed."""
     u, weight = torch.randn(2, 4, 3, requires_grad=True), torch.randn(4, 2, 5, 3, requires_grad=True)
     inputs = {"squash": (u,), "dynamic_routing": (torch.randn(2, 4, 2, 5, requires_grad=True),)}
     result = getattr(capsops, op)(*inputs.get(op, (u, weight)))
-    if asks == 2:
+    if count == 2:
         with capsops.use_impl("cuda"):
             result.sum().backward()
-    asked = [op, f"{op}_backward"][:asks]
-    assert questions == [(each, "auto", torch.float32, lengths, NO_OPTIONS) for each in asked]
+    functions = [op, f"{op}_backward"][:count]
+    assert requests == [(each, "auto", torch.float32, lengths, NO_OPTIONS) for each in functions]
 
 
-def test_what_use_impl_says_at_the_call_counts(questions: list[tuple]) -> None:
+def test_an_op_requests_the_backend_of_use_impl(requests: list[tuple]) -> None:
     with capsops.use_impl("reference"):
         capsops.squash(torch.randn(3, 4))
-    assert [impl for _, impl, *_ in questions] == ["reference"]
+    assert [impl for _, impl, *_ in requests] == ["reference"]
 
 
-def test_a_compiled_graph_asks_when_it_runs(questions: list[tuple]) -> None:
+def test_a_compiled_graph_requests_its_backend_when_it_runs(requests: list[tuple]) -> None:
     u, weight = torch.randn(2, 4, 3), torch.randn(4, 2, 5, 3)
     compiled = torch.compile(lambda u, w: 2 * capsops.capsule_routing(u, w), fullgraph=True, backend="eager")
-    for number in (1, 2):
+    for calls in (1, 2):
         compiled(u, weight)
-        assert [impl for _, impl, *_ in questions] == ["auto"] * number
+        assert [impl for _, impl, *_ in requests] == ["auto"] * calls
 
 
 def test_auto_takes_the_reference_on_other_devices() -> None:
-    assert automatic("meta") == "reference"
+    assert automatic_backend("meta") == "reference"
 
 
-def test_table_gives_a_reason_for_all_that_is_not_available() -> None:
+def test_describe_gives_a_reason_for_every_unavailable_backend() -> None:
     rows = dispatch.describe()
     assert {(row.impl, row.device) for row in rows} >= {
         ("reference", "cpu"),
@@ -253,7 +255,7 @@ def test_table_gives_a_reason_for_all_that_is_not_available() -> None:
         assert row.available == (row.reason == ""), row
 
 
-def test_the_table_agrees_with_requests() -> None:
+def test_describe_agrees_with_requested() -> None:
     for row in dispatch.describe():
         if row.device == "cuda" and not torch.cuda.is_available():
             assert not row.available
@@ -265,7 +267,7 @@ def test_the_table_agrees_with_requests() -> None:
             assert str(error.value) == f"impl={row.impl!r} is not available: {row.reason}"
 
 
-def test_unknown_name() -> None:
+def test_an_unknown_name_is_an_error() -> None:
     message = r"^impl: got 'CPU', takes one of 'auto', 'reference', 'cpu', 'triton', 'cuda'$"
     with pytest.raises(ValueError, match=message):
         dispatch.requested("CPU", "cpu")
@@ -278,23 +280,23 @@ def test_unknown_name() -> None:
             capsops.use_impl(wrong)
 
 
-def test_a_device_that_is_not_served() -> None:
-    if "cpu" not in served("cpu"):
+def test_a_backend_rejects_tensors_on_other_devices() -> None:
+    if "cpu" not in available_backends("cpu"):
         pytest.skip("impl='cpu' is not available")
     with pytest.raises(ValueError, match=r"^impl='cpu' takes tensors on cpu, got tensors on meta$"):
         capsops.squash(torch.zeros(3, device="meta"), impl="cpu")
 
 
-def test_what_is_missing_says_why(change_backend: Callable[..., None]) -> None:
+def test_the_error_for_an_unavailable_backend_gives_the_reason(change_backend: Callable[..., None]) -> None:
     change_backend("cpu", unavailable="it was a test")
     with pytest.raises(RuntimeError, match=r"^impl='cpu' is not available: it was a test$"):
         capsops.squash(torch.zeros(3), impl="cpu")
-    assert automatic() == "reference"
+    assert automatic_backend() == "reference"
     row = next(row for row in dispatch.describe() if row.impl == "cpu")
     assert row == ("cpu", "cpu", False, "it was a test")
 
 
-def test_an_extension_that_is_not_there_is_called_missing() -> None:
+def test_a_missing_extension_is_reported() -> None:
     code = (
         "import sys\n"
         "class Missing:\n"
@@ -309,7 +311,7 @@ def test_an_extension_that_is_not_there_is_called_missing() -> None:
     assert "capsops._cpu cannot be imported (No module named 'capsops._cpu')" in done.stdout, done.stderr
 
 
-def test_what_the_build_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_in_the_build_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "__file__", str(tmp_path / "backends" / "extension.py"))
     assert extension.why_not_built("cpu").startswith("the extension was not built (no build record)")
     record = {"cpu": {"built": True}, "cuda": {"built": False, "reason": "there is no nvcc"}}
@@ -318,12 +320,12 @@ def test_what_the_build_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert extension.why_not_built("cuda") == "there is no nvcc"
 
 
-def test_a_triton_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_triton_that_is_too_old_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.5.1"))
     assert triton.why_unavailable() == "Triton 3.5.1 is too old: the kernels need 3.6 or newer"
 
 
-def test_use_impl_rules_auto_and_only_auto(impl: str) -> None:
+def test_use_impl_changes_only_auto(impl: str) -> None:
     before = dispatch.requested("auto", "cpu")
     with capsops.use_impl(impl):
         assert dispatch.requested("auto", "cpu") == impl
@@ -365,8 +367,8 @@ def test_one_use_impl_can_be_entered_twice() -> None:
     assert dispatch.asked("auto") == before
 
 
-def test_use_impl_of_two_threads_that_overlap() -> None:
-    """The first to enter leaves first: what holds then is the other's, and in the end what held before."""
+def test_use_impl_in_two_overlapping_threads() -> None:
+    """The first to enter leaves first: the other's choice stays in force until it leaves as well."""
     before, first, second = dispatch.asked("auto"), capsops.use_impl("reference"), capsops.use_impl("cpu")
     first.__enter__()
     second.__enter__()
@@ -378,7 +380,7 @@ def test_use_impl_of_two_threads_that_overlap() -> None:
 
 
 def test_a_folder_called_triton_is_not_triton(tmp_path: Path) -> None:
-    """Where Triton is not installed, such a folder beside a script is imported in its place."""
+    """If Triton is not installed, Python imports a folder of that name that is next to the script."""
     (tmp_path / "triton").mkdir()
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
@@ -392,13 +394,13 @@ def test_a_folder_called_triton_is_not_triton(tmp_path: Path) -> None:
     assert "Triton is not installed: the module called triton is ['" in done.stdout, done.stderr
 
 
-def test_use_impl_that_is_missing_raises_on_the_call() -> None:
+def test_use_impl_of_an_unavailable_backend_raises_at_the_call() -> None:
     with capsops.use_impl("cuda"), pytest.raises((RuntimeError, ValueError), match="impl='cuda'"):
         capsops.squash(torch.zeros(3))
 
 
-def test_empty_tensors_keep_the_promise_of_the_name() -> None:
-    """A named implementation that is not there is an error even where there is nothing to compute."""
+def test_an_unavailable_backend_is_an_error_for_empty_tensors_too() -> None:
+    """Even though there is nothing to compute."""
     with pytest.raises((RuntimeError, ValueError), match="impl='cuda'"):
         capsops.squash(torch.zeros(0, 3), impl="cuda")
 
@@ -411,7 +413,7 @@ def test_environment_variable() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, dispatch.requested("auto", "cpu")), done.stderr
 
 
-def test_environment_variable_that_is_no_name() -> None:
+def test_environment_variable_with_an_unknown_name() -> None:
     done = run_python("-c", "import capsops", CAPSOPS_IMPL="fast")
     assert done.returncode != 0
     assert (
@@ -420,8 +422,8 @@ def test_environment_variable_that_is_no_name() -> None:
     ) in done.stderr
 
 
-def test_environment_variable_that_names_what_is_missing() -> None:
-    """It is no reason to fail on import: the call says what is wrong."""
+def test_environment_variable_with_an_unavailable_backend() -> None:
+    """The import succeeds; the error is raised by the call."""
     done = run_python(
         "-c", "import capsops, torch; print('imported'); capsops.squash(torch.ones(3))", CAPSOPS_IMPL="cuda"
     )
@@ -439,7 +441,7 @@ def test_environment_variable_that_names_what_is_missing() -> None:
         ({"allow_tf32": False}, False),
     ],
 )
-def test_cuda_kernels_round_to_tf32_where_torch_may(
+def test_cuda_kernels_round_to_tf32_only_where_torch_allows_it(
     setting: dict[str, str | bool], allowed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels = pytest.importorskip("capsops.backends.cuda", exc_type=ImportError)

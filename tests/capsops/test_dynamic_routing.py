@@ -1,4 +1,4 @@
-"""capsops.dynamic_routing: routing by agreement on given predictions."""
+"""capsops.dynamic_routing: routing by agreement of precomputed predictions."""
 
 import math
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def test_by_hand(impl: str, dtype: torch.dtype) -> None:
 
 
 def test_leaky_by_hand(impl: str) -> None:
-    """An orphan class beside J = 2: every coupling of the first pass is 1/3, s = (1/3, 2/3)."""
+    """With an orphan class and J = 2, every coupling of the first pass is 1/3, s = (1/3, 2/3)."""
     u_hat = torch.tensor([1.0, 2.0], dtype=torch.float64).reshape(1, 1, 2, 1)
     v = capsops.dynamic_routing(u_hat, iterations=1, leaky=True, impl=impl)
     want = torch.tensor([1 / 10, 4 / 13], dtype=torch.float64).reshape(1, 2, 1)
@@ -76,7 +76,7 @@ def test_equals_the_reference(impl: str, shape: Shape, options: Options) -> None
     "options", [Options(0, bias=True), Options(1, bias=True), Options(3, bias=True)], ids=str
 )
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
-def test_gradients_that_are_not_needed(impl: str, needs: tuple[bool, bool], options: Options) -> None:
+def test_gradients_of_some_inputs_only(impl: str, needs: tuple[bool, bool], options: Options) -> None:
     inputs = routing_inputs(Shape(5, 9, 3, 16, 2), bias=True)
     assert_all_close(
         value_and_gradients(ours(impl, options), inputs, needs=needs),
@@ -116,24 +116,24 @@ def test_memory_layout_changes_nothing(impl: str, shape: Shape, options: Options
 @pytest.mark.parametrize(
     "shape", [Shape(0, 3, 2, 4, 1), Shape(2, 0, 2, 4, 1), Shape(2, 3, 0, 4, 1), Shape(2, 3, 2, 0, 1)], ids=str
 )
-def test_empty(impl: str, shape: Shape, options: Options) -> None:
-    """Without input capsules s is the bias alone."""
+def test_empty_inputs(impl: str, shape: Shape, options: Options) -> None:
+    """Without input capsules s equals the bias."""
     u_hat, bias = routing_inputs(shape, options.bias)
-    found = value_and_gradients(ours(impl, options), [u_hat, bias])
+    results = value_and_gradients(ours(impl, options), [u_hat, bias])
     s = torch.zeros(shape.B, shape.J, shape.D, dtype=torch.float64)
     s = s if bias is None else s + bias
-    assert_close(found["value"], reference.squash(s))
-    assert found["gradient 0"].shape == u_hat.shape
+    assert_close(results["value"], reference.squash(s))
+    assert results["gradient 0"].shape == u_hat.shape
     if bias is not None:
         want = value_and_gradients(lambda b: reference.squash(s * 0 + b), [bias])
-        assert_close(found["gradient 1"], want["gradient 0"])
+        assert_close(results["gradient 1"], want["gradient 0"])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["u_hat", "bias", "grad"])
 @pytest.mark.parametrize("options", [Options(0), Options(1), Options(3), Options(3, leaky=True)], ids=str)
 @pytest.mark.parametrize("shape", [Shape(17, 5, 3, 16, 8), Shape(3, 4, 5, 3, 2)], ids=str)
-def test_what_is_not_finite_stays_so_and_stays_alone(
+def test_non_finite_values_neither_vanish_nor_spread(
     impl: str, shape: Shape, options: Options, where: str, bad: float
 ) -> None:
     u_hat, bias = routing_inputs(shape, bias=True)
@@ -161,10 +161,10 @@ def test_large_logits(impl: str, dtype: torch.dtype, leaky: bool) -> None:
 @pytest.mark.parametrize("size", [1e20, 1e30, 1e-20, 1e-30])
 def test_huge_and_tiny_predictions_stay_finite(impl: str, size: float) -> None:
     u_hat = torch.randn(17, 7, 3, 8) * size
-    found = value_and_gradients(ours(impl, Options(3)), [u_hat])
-    assert found["value"].isfinite().all()
-    length = found["value"].norm(dim=-1)
-    if size > 1:  # an output capsule is a unit vector, or has no input capsule at all
+    results = value_and_gradients(ours(impl, Options(3)), [u_hat])
+    assert results["value"].isfinite().all()
+    length = results["value"].norm(dim=-1)
+    if size > 1:  # an output capsule is a unit vector, or gets no input capsule at all
         assert ((length - 1).abs().minimum(length) < 1e-5).all()
         assert (length.amax(1) > 0.999).all()
     else:

@@ -1,4 +1,4 @@
-"""capsops.ops._eager: Python calls kernels itself only where torch's dispatcher would do nothing else."""
+"""capsops.ops._eager: calls bypass torch's dispatcher only where it would do nothing but pass them on."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -28,8 +28,8 @@ def inputs_of(name: str) -> tuple[Tensor, ...]:
     return fewer.get(name, (u, weight, bias))
 
 
-class Seen(TorchDispatchMode):
-    """The names of the ops that reach torch's dispatcher."""
+class OpRecorder(TorchDispatchMode):
+    """Records the names of the ops that reach torch's dispatcher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,21 +41,19 @@ class Seen(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def no_plain_call(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Inside, every call goes through torch's dispatcher."""
+def dispatch_every_call(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sends every call inside through torch's dispatcher."""
     with monkeypatch.context() as context:
         context.setattr(_eager, "_INCLUDED", -1)
         yield
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_with_and_without_the_dispatcher_the_bits_are_the_same(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_do_not_depend_on_the_dispatcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = inputs_of(name)
     assert ops.is_plain(*inputs)
     direct = value_and_gradients(getattr(capsops, name), inputs)
-    with no_plain_call(monkeypatch):
+    with dispatch_every_call(monkeypatch):
         assert not ops.is_plain(*inputs)
         dispatched = value_and_gradients(getattr(capsops, name), inputs)
     assert direct.keys() == dispatched.keys()
@@ -69,7 +67,7 @@ def test_a_plain_call_checks_its_arguments() -> None:
         capsops.capsule_routing(torch.zeros(2, 3, 5), torch.zeros(3, 4, 5, 6))
 
 
-def test_a_plain_call_records_a_gradient_only_where_it_is_wanted() -> None:
+def test_a_plain_call_records_a_gradient_only_if_one_is_required() -> None:
     u, weight, bias = (x.requires_grad_() for x in layer_inputs(SHAPE, bias=True))
     assert capsops.capsule_routing(u, weight, bias).requires_grad
     assert not capsops.capsule_routing(*(x.detach() for x in (u, weight, bias))).requires_grad
@@ -81,10 +79,10 @@ def test_a_plain_call_records_a_gradient_only_where_it_is_wanted() -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_a_dispatch_mode_sees_the_op_and_its_gradient(name: str) -> None:
     inputs = inputs_of(name)
-    with Seen() as seen:
+    with OpRecorder() as recorder:
         value_and_gradients(getattr(capsops, name), inputs)
-    assert f"capsops::{name}" in seen.names
-    assert f"capsops::{name}_backward" in seen.names
+    assert f"capsops::{name}" in recorder.names
+    assert f"capsops::{name}_backward" in recorder.names
 
 
 def test_a_profiler_sees_the_ops() -> None:
@@ -108,7 +106,7 @@ def _vmap_level() -> Iterator[None]:
 @pytest.mark.parametrize(
     "context",
     [
-        Seen,
+        OpRecorder,
         FakeTensorMode,
         lambda: torch.autocast("cpu"),
         lambda: torch.autocast("cuda", dtype=torch.float16),
@@ -130,17 +128,19 @@ def _vmap_level() -> Iterator[None]:
 )
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda', but CUDA is not available")
 @pytest.mark.filterwarnings("ignore:CUDA is not available or torch_xla is imported")
-def test_nothing_is_plain_inside(context: Callable[[], Any], request: pytest.FixtureRequest) -> None:
+def test_calls_inside_these_contexts_are_not_plain(
+    context: Callable[[], Any], request: pytest.FixtureRequest
+) -> None:
     x = torch.ones(3)
     assert ops.is_plain(x)
     with context():
         plain = ops.is_plain(x)
     without_cuda = request.node.callspec.id == "autocast of another device" and not torch.cuda.is_available()
-    assert plain == without_cuda  # torch leaves that autocast off
+    assert plain == without_cuda  # torch then keeps that autocast off
     assert ops.is_plain(x)
 
 
-def test_tensors_that_are_not_ordinary_are_not_plain() -> None:
+def test_unusual_tensors_are_not_plain() -> None:
     negated = torch.view_as_complex(torch.randn(3, 2)).conj().imag
     assert negated.is_neg()
     tensors = [
@@ -158,13 +158,13 @@ def test_tensors_that_are_not_ordinary_are_not_plain() -> None:
         assert not ops.is_plain(torch.ones(3), None, x)
 
 
-def test_a_view_that_negates_is_read_as_it_counts(impl: str) -> None:
+def test_a_negated_view_gives_the_result_of_its_copy(impl: str) -> None:
     negated = torch.view_as_complex(torch.randn(3, 4, 2)).conj().imag
     assert negated.is_neg()
     assert torch.equal(capsops.squash(negated, impl=impl), capsops.squash(negated.clone(), impl=impl))
 
 
-def test_in_inference_mode_results_are_the_same(impl: str) -> None:
+def test_results_are_the_same_in_inference_mode(impl: str) -> None:
     u, weight, bias = (x.detach().float() for x in layer_inputs(SHAPE, bias=True))
     want = capsops.capsule_routing(u, weight, bias, impl=impl)
     with torch.inference_mode():
@@ -174,7 +174,7 @@ def test_in_inference_mode_results_are_the_same(impl: str) -> None:
 
 
 @pytest.mark.parametrize("context", ["torch.inference_mode()", "torch.autocast('cpu')", "FakeTensorMode()"])
-def test_what_is_plain_does_not_depend_on_where_capsops_is_imported(context: str) -> None:
+def test_is_plain_does_not_depend_on_where_capsops_is_imported(context: str) -> None:
     code = (
         "import torch\n"
         "from torch._subclasses.fake_tensor import FakeTensorMode\n"

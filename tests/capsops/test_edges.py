@@ -1,4 +1,4 @@
-"""Edges that reviews found: couplings that vanish, first passes, strides of saved sums, types of options."""
+"""Edge cases: couplings that underflow, first passes, strides of saved sums, types of options."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from capsops import reference
 
 
 @pytest.mark.parametrize(("dtype", "huge"), [(torch.float32, 1e35), (torch.float64, 1e304)])
-def test_a_coupling_that_vanishes_is_zero(impl: str, dtype: torch.dtype, huge: float) -> None:
-    """A logit far below the largest: its power of e is 0, also when a huge û is multiplied by it."""
+def test_a_coupling_that_underflows_is_zero(impl: str, dtype: torch.dtype, huge: float) -> None:
+    """The exponential of a logit far below the largest is 0, even as a factor of a huge û."""
     u_hat = torch.zeros(5, 1152, 2, 1, dtype=dtype)
     u_hat[:, :, 0], u_hat[:, :, 1] = huge, 0.3 * huge
     v = capsops.dynamic_routing(u_hat, iterations=2, impl=impl)
@@ -23,7 +23,7 @@ def test_a_coupling_that_vanishes_is_zero(impl: str, dtype: torch.dtype, huge: f
 def test_an_input_capsule_that_opposes_all_others_goes_to_the_orphan(
     impl: str, batch: int, dtype: torch.dtype
 ) -> None:
-    """Seven predict (1000, 0), one (−1000, 1000): its logits are about −800 beside the orphan's 0."""
+    """Seven predict (1000, 0), one (−1000, 1000): its logits are about −800, the orphan's is 0."""
     u, weight = torch.ones(batch, 8, 1, dtype=dtype), torch.zeros(8, 2, 2, 1, dtype=dtype)
     weight[:7, :, 0], weight[7, :, 0], weight[7, :, 1] = 1000, -1000, 1000
     c = capsops.couplings(u, weight, iterations=2, leaky=True, impl=impl)
@@ -38,12 +38,12 @@ def test_an_input_capsule_that_opposes_all_others_goes_to_the_orphan(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_nan_of_any_bits_is_nan_in_16_bits(impl: str, dtype: torch.dtype) -> None:
-    """The last NaN of float32: rounded up it would be −0."""
+def test_the_largest_nan_of_float32_is_nan_in_16_bits(impl: str, dtype: torch.dtype) -> None:
+    """It would become −0 if its bits were rounded up."""
     s = torch.full((3, 2, 4, 5), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     grad, u_hat = torch.ones(2, 4, 5, dtype=dtype), torch.ones(2, 3, 4, 5, dtype=dtype)
-    found = torch.ops.capsops.dynamic_routing_backward(grad, u_hat, None, s, 3, False, False, True, impl)
-    assert all(x.isnan().all() for x in found)
+    gradients = torch.ops.capsops.dynamic_routing_backward(grad, u_hat, None, s, 3, False, False, True, impl)
+    assert all(x.isnan().all() for x in gradients)
 
 
 def test_couplings_of_the_first_pass_do_not_depend_on_u(impl: str) -> None:
@@ -56,18 +56,18 @@ def test_couplings_of_the_first_pass_do_not_depend_on_u(impl: str) -> None:
 def test_saved_sums_in_any_layout(impl: str) -> None:
     u, weight, grad = torch.randn(3, 4, 2), torch.randn(4, 5, 3, 2), torch.randn(3, 5, 3)
     _, s = torch.ops.capsops.capsule_routing(u, weight, None, None, None, 3, False, False, True, impl)
-    turned = s.transpose(0, 3).contiguous().transpose(0, 3)
+    strided = s.transpose(0, 3).contiguous().transpose(0, 3)
     backward = torch.ops.capsops.capsule_routing_backward
     options = (3, False, False, True, True, True, impl)
     for got, want in zip(
-        backward(grad, u, weight, None, turned, *options),
+        backward(grad, u, weight, None, strided, *options),
         backward(grad, u, weight, None, s, *options),
         strict=True,
     ):
         assert torch.equal(got, want)
 
 
-def test_only_the_bias_is_trained(impl: str) -> None:
+def test_only_the_bias_requires_a_gradient(impl: str) -> None:
     u, weight = torch.randn(5, 4, 2), torch.randn(4, 5, 3, 2)
     bias = torch.randn(5, 3, requires_grad=True)
     (got,) = torch.autograd.grad(capsops.capsule_routing(u, weight, bias, impl=impl).sum(), bias)
@@ -75,7 +75,7 @@ def test_only_the_bias_is_trained(impl: str) -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_types_of_options() -> None:
+def test_options_of_other_types_are_rejected() -> None:
     u_hat = torch.randn(2, 3, 4, 5)
     with pytest.raises(TypeError, match="dim: got float, takes an int"):
         capsops.squash(u_hat, 0.5)
@@ -87,13 +87,13 @@ def test_types_of_options() -> None:
 
 def test_penalties_in_16_bit_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     u, weight = torch.randn(4, 50, 8), 0.05 * torch.randn(50, 10, 16, 8)
-    formula, given = reference.capsule_routing, []
+    formula, dtypes = reference.capsule_routing, []
 
-    def noted(*tensors: torch.Tensor | None, **options: object) -> torch.Tensor:
-        given.extend(x.dtype for x in tensors if x is not None)
+    def recording(*tensors: torch.Tensor | None, **options: object) -> torch.Tensor:
+        dtypes.extend(x.dtype for x in tensors if x is not None)
         return formula(*tensors, **options)
 
-    monkeypatch.setattr(reference, "capsule_routing", noted)
+    monkeypatch.setattr(reference, "capsule_routing", recording)
 
     def penalty(dtype: torch.dtype) -> torch.Tensor:
         x = u.bfloat16().to(dtype).requires_grad_()
@@ -103,4 +103,4 @@ def test_penalties_in_16_bit_are_summed_in_float32(monkeypatch: pytest.MonkeyPat
 
     exact, got = penalty(torch.float64), penalty(torch.bfloat16)
     assert (got - exact).norm() < 0.05 * exact.norm()
-    assert given == [torch.float64] * 2 + [torch.float32] * 2
+    assert dtypes == [torch.float64] * 2 + [torch.float32] * 2

@@ -30,7 +30,7 @@ FLOATS = "takes float32, bfloat16, float16 or float64"
 
 # (function, arguments, options, error, message)
 CASES: list[tuple[Callable, tuple, dict[str, Any], type[Exception], str]] = [
-    # what is not a tensor
+    # not a tensor
     (squash, ([1.0, 2.0],), {}, TypeError, "s: got list, takes a torch.Tensor"),
     (squash, (None,), {}, TypeError, "s: got NoneType, takes a torch.Tensor"),
     (predictions, (np.zeros((2, 3, 6)), W), {}, TypeError, "u: got ndarray, takes a torch.Tensor"),
@@ -42,7 +42,7 @@ CASES: list[tuple[Callable, tuple, dict[str, Any], type[Exception], str]] = [
     (capsule_routing, (U, (W,)), {}, TypeError, "weight: got tuple, takes a torch.Tensor"),
     (capsule_routing, (U, W, True), {}, TypeError, "bias: got bool, takes a torch.Tensor"),
     (couplings, (U, {}), {}, TypeError, "weight: got dict, takes a torch.Tensor"),
-    # tensors that are not dense
+    # not a dense tensor
     (
         squash,
         (S.to_sparse(),),
@@ -156,13 +156,15 @@ ALL_FUNCTIONS = [
 
 
 @pytest.mark.parametrize(("function", "args", "options", "error", "message"), CASES)
-def test_error(function: Callable, args: tuple, options: dict, error: type[Exception], message: str) -> None:
+def test_invalid_arguments(
+    function: Callable, args: tuple, options: dict, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         function(*args, **options)
 
 
 @pytest.mark.parametrize(("function", "args"), ALL_FUNCTIONS)
-def test_the_same_arguments_without_the_fault_are_taken(function: Callable, args: tuple) -> None:
+def test_valid_arguments_are_accepted(function: Callable, args: tuple) -> None:
     assert function(*args).isfinite().all()
 
 
@@ -173,7 +175,7 @@ def test_unknown_impl(function: Callable, args: tuple) -> None:
 
 
 @pytest.mark.parametrize(("function", "args"), ALL_FUNCTIONS)
-def test_impl_that_cannot_serve_is_never_replaced(function: Callable, args: tuple) -> None:
+def test_a_backend_that_cannot_compute_a_call_is_never_replaced(function: Callable, args: tuple) -> None:
     """There are no CUDA kernels for CPU tensors, whether the extension is built or not."""
     with pytest.raises(
         (ValueError, RuntimeError), match=r"impl='cuda' (is not available: .|serves tensors on cuda)"
@@ -182,7 +184,7 @@ def test_impl_that_cannot_serve_is_never_replaced(function: Callable, args: tupl
 
 
 @pytest.mark.parametrize(("function", "args"), ALL_FUNCTIONS)
-def test_options_are_named(function: Callable, args: tuple) -> None:
-    """A forgotten keyword is no silent option."""
+def test_options_are_keyword_only(function: Callable, args: tuple) -> None:
+    """An option without its keyword is an error."""
     with pytest.raises(TypeError, match="positional argument"):
         function(*args, 3, 3, 3)

@@ -19,7 +19,7 @@ except ImportError:
 
 
 class Network(nn.Module):
-    """All public functions in one network."""
+    """A network that calls every public function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ def test_every_op_has_a_decomposition() -> None:
     assert names == {f"capsops.{name}.default" for name in (*ops, *backward, "couplings")}
 
 
-# The exporter of torch 2.6 does not say that it exports, so that it meets the ops, which it does not know.
-SAYS_THAT_IT_EXPORTS = hasattr(_flags, "_is_onnx_exporting")
-needs_newer_exporter = pytest.mark.skipif(not SAYS_THAT_IT_EXPORTS, reason="this torch's exporter is too old")
+# The exporter of torch 2.6 sets no flag while it runs, so it gets to see the ops, which it does not know.
+HAS_EXPORT_FLAG = hasattr(_flags, "_is_onnx_exporting")
+needs_newer_exporter = pytest.mark.skipif(not HAS_EXPORT_FLAG, reason="this torch's exporter is too old")
 
 
 def export_to_onnx(path: Path) -> None:
-    """And run it with a batch of another size than the one that was traced."""
+    """Exports the network and runs the result with another batch size than that of the example."""
     network, batch = Network().eval(), torch.export.Dim("batch", min=1, max=64)
     example = (torch.randn(2, 1, 12, 12),)
     torch.onnx.export(network, example, str(path), dynamo=True, dynamic_shapes=({0: batch},))
@@ -87,7 +87,7 @@ def test_onnx(tmp_path: Path) -> None:
 
 @needs_newer_exporter
 @pytest.mark.slow
-def test_onnx_whatever_use_impl_names(impl: str, tmp_path: Path) -> None:
+def test_onnx_with_every_backend(impl: str, tmp_path: Path) -> None:
     with capsops.use_impl(impl):
         export_to_onnx(tmp_path / "network.onnx")
 

@@ -1,4 +1,4 @@
-"""The ops as registered with torch.library: opcheck, second derivatives, the ways autograd calls them."""
+"""The ops as registered with torch.library: opcheck, second derivatives, uses by autograd."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,12 +23,12 @@ def leaf(*sizes: int) -> Tensor:
 
 
 def sums(iterations: int) -> Tensor:
-    """What a forward op saves: s of every pass."""
+    """s of every pass, which a forward op saves."""
     return torch.randn(max(iterations, 1), 3, 4, 3)
 
 
 def op_calls() -> dict[str, tuple[Any, ...]]:
-    """Every op at least once, with each option; `impl` comes last."""
+    """Calls of every op, with each of its options; the last argument, `impl`, is left out."""
     B, I, J, D, K = SHAPE  # noqa: E741
     u, weight, bias = leaf(B, I, K), leaf(I, J, D, K), leaf(J, D)
     u_hat, grad_u_hat, grad = leaf(B, I, J, D), leaf(B, I, J, D), leaf(B, J, D)
@@ -118,7 +118,7 @@ def check_traced(impl: str, name: str) -> None:
     torch.library.opcheck(op.default, (*args, impl), test_utils="test_aot_dispatch_dynamic")
 
 
-# Tracing takes seconds, and more with each pass: once an op, and in the fast tier of one implementation.
+# Tracing takes seconds, and longer with each pass: one call per op, and only one backend in the fast tier.
 TRACED = [name for name in CALLS if name.isidentifier()]
 
 
@@ -135,8 +135,10 @@ def test_opcheck_of_the_reference_traced(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", CALLS)
-def test_fakes_know_shapes_dtypes_and_strides(impl: str, name: str, dtype: torch.dtype) -> None:
-    """What torch.compile assumes of a result is so, whatever the memory layout of the inputs."""
+def test_fakes_have_the_shapes_dtypes_and_strides_of_results(
+    impl: str, name: str, dtype: torch.dtype
+) -> None:
+    """torch.compile relies on them, for inputs in any memory layout."""
     op, *args = op_calls()[name]
 
     def cast(x: Any) -> Any:
@@ -155,7 +157,7 @@ def test_fakes_know_shapes_dtypes_and_strides(impl: str, name: str, dtype: torch
         assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
 
 
-def test_couplings_are_constants(impl: str) -> None:
+def test_couplings_have_no_gradient(impl: str) -> None:
     u, weight = leaf(3, 5, 2), leaf(5, 4, 3, 2)
     c = OPS.couplings(u, weight, None, None, None, 2, False, impl)
     assert not c.requires_grad
@@ -230,7 +232,7 @@ def test_gradient_penalty_at_zero(impl: str, where: str, iterations: int) -> Non
     )
 
 
-def test_penalty_through_a_stack(impl: str) -> None:
+def test_gradient_penalty_of_several_layers(impl: str) -> None:
     """Two layers and a squash between them: second derivatives pass through each op's backward."""
 
     def network(routing: Callable, squash: Callable) -> Callable[..., Tensor]:
@@ -269,7 +271,7 @@ def test_third_derivatives(impl: str, op: str) -> None:
     assert_same_gradients(got, third(getattr(reference, op)))
 
 
-def test_saved_sums_carry_no_gradient(impl: str) -> None:
+def test_saved_sums_have_no_gradient(impl: str) -> None:
     u, weight, _ = layer_inputs(SHAPE)
     v, s = OPS.capsule_routing(u.requires_grad_(), weight, None, None, None, 3, False, False, True, impl)
     assert v.requires_grad
@@ -278,7 +280,7 @@ def test_saved_sums_carry_no_gradient(impl: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_saved_sums_are_wide(impl: str, dtype: torch.dtype) -> None:
+def test_saved_sums_are_in_the_accumulation_dtype(impl: str, dtype: torch.dtype) -> None:
     inputs = layer_inputs(SHAPE, bias=True, dtype=dtype)
     v, s = OPS.capsule_routing(*inputs, None, None, 2, False, False, True, impl)
     assert v.dtype == dtype
@@ -296,7 +298,7 @@ def test_inference_mode_and_no_grad(impl: str) -> None:
         assert torch.equal(v, want)
 
 
-def test_backward_twice_through_a_kept_graph(impl: str) -> None:
+def test_backward_twice_through_a_retained_graph(impl: str) -> None:
     inputs = [x.requires_grad_() for x in layer_inputs(SHAPE, bias=True)]
     loss = capsops.capsule_routing(*inputs, impl=impl).sum()
     first = torch.autograd.grad(loss, inputs, retain_graph=True)
@@ -305,7 +307,7 @@ def test_backward_twice_through_a_kept_graph(impl: str) -> None:
         assert torch.equal(a, b)
 
 
-def test_saved_tensor_changed_in_place_is_an_error(impl: str) -> None:
+def test_changing_a_saved_tensor_in_place_is_an_error(impl: str) -> None:
     u, weight, _ = layer_inputs(SHAPE)
     weight.requires_grad_()
     v = capsops.capsule_routing(u, weight, impl=impl)
@@ -326,15 +328,15 @@ def test_activation_checkpointing(impl: str) -> None:
         assert torch.equal(g, w)
 
 
-def test_a_graph_from_elsewhere_says_what_is_missing(change_backend: Callable[..., None]) -> None:
-    """A traced graph may name a backend that the machine that runs it does not have."""
+def test_an_op_of_an_unavailable_backend_raises_an_error(change_backend: Callable[..., None]) -> None:
+    """A traced graph may name a backend that is not available where it runs."""
     s = torch.randn(2, 3)
     change_backend("reference", unavailable="it was a test")
     with pytest.raises(RuntimeError, match="impl='reference' is not available: it was a test"):
         OPS.squash(s, 1, "reference")
 
 
-def test_an_op_refuses_tensors_on_a_device_that_its_backend_does_not_take() -> None:
+def test_an_op_rejects_tensors_on_a_device_that_its_backend_does_not_support() -> None:
     s = torch.randn(2, 3)
     with pytest.raises((RuntimeError, ValueError), match="^impl='cuda'"):
         OPS.squash(s, 1, "cuda")
@@ -346,17 +348,18 @@ def test_an_op_refuses_tensors_on_a_device_that_its_backend_does_not_take() -> N
 
 @pytest.mark.parametrize(("needs_u", "needs_weight"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("op", ["predictions", "capsule_routing"])
-def test_gradients_that_nobody_needs_are_not_asked_for(
+def test_gradients_that_are_not_needed_are_not_requested(
     op: str, needs_u: bool, needs_weight: bool, change_backend: Callable[..., None]
 ) -> None:
-    backward, asked = dispatch.BACKENDS["reference"].functions[f"{op}_backward"], []
+    backward = dispatch.BACKENDS["reference"].functions[f"{op}_backward"]
+    requested = []
 
-    def noted(*arguments: Any) -> Any:
-        asked.append(arguments[-2:])
+    def recording(*arguments: Any) -> Any:
+        requested.append(arguments[-2:])
         return backward(*arguments)
 
-    change_backend("reference", **{f"{op}_backward": noted})
+    change_backend("reference", **{f"{op}_backward": recording})
     u, weight, _ = layer_inputs(SHAPE, bias=False)
     u, weight = u.detach().requires_grad_(needs_u), weight.detach().requires_grad_(needs_weight)
     getattr(capsops, op)(u, weight, impl="reference").sum().backward()
-    assert asked == [(needs_u, needs_weight)]
+    assert requested == [(needs_u, needs_weight)]

@@ -1,4 +1,4 @@
-"""python -m capsops."""
+"""The report of `python -m capsops`."""
 
 from pathlib import Path
 
@@ -30,20 +30,20 @@ def test_openmp_runtimes_of_a_process() -> None:
     ]
 
 
-def test_several_openmp_runtimes_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    for runtimes, said in (
+def test_several_openmp_runtimes_give_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    for runtimes, expected in (
         (["/a/libgomp.so.1"], "/a/libgomp.so.1, shared with torch"),
         (["/a", "/b"], "2 runtimes in one process, whose threads may compete: /a, /b"),
     ):
-        monkeypatch.setattr(main, "openmp_runtimes", lambda maps, found=runtimes: found)
-        assert main.openmp() == said
+        monkeypatch.setattr(main, "openmp_runtimes", lambda maps, runtimes=runtimes: runtimes)
+        assert main.openmp() == expected
 
 
 def test_columns_are_aligned() -> None:
     assert main.table([("a", "bb", ""), ("ccc", "d", "e f")]) == "  a    bb\n  ccc  d   e f"
 
 
-def test_an_extension_that_was_not_built_says_why_and_how_to_mend_it() -> None:
+def test_a_missing_extension_is_reported_with_its_reason_and_remedy() -> None:
     record = {"cpu": {"built": False, "reason": "line one\nline two", "remedy": "do this"}}
     assert main.extension("cpu", record) == [
         ("capsops._cpu", "not built: line one"),
@@ -55,15 +55,15 @@ def test_an_extension_that_was_not_built_says_why_and_how_to_mend_it() -> None:
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     main.main()
-    said = capsys.readouterr().out
-    assert said.startswith(f"capsops {capsops.__version__}\n")
+    report = capsys.readouterr().out
+    assert report.startswith(f"capsops {capsops.__version__}\n")
     for service in dispatch.describe():
         assert any(
             line.split()[:2] == [service.impl, service.device]
             and line.endswith("available" if service.available else service.reason.splitlines()[0])
-            for line in said.splitlines()
+            for line in report.splitlines()
         )
-    assert f"  cpu   {dispatch.automatic('cpu')}\n" in said
+    assert f"  cpu   {dispatch.automatic('cpu')}\n" in report
 
 
 def test_report_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +86,7 @@ def test_report_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     ]
 
 
-def test_a_damaged_build_record_is_told(
+def test_a_damaged_build_record_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(extension, "__file__", str(tmp_path / "backends" / "extension.py"))
@@ -97,7 +97,7 @@ def test_a_damaged_build_record_is_told(
 
 
 @pytest.mark.parametrize(
-    ("named", "cpu", "cuda"),
+    ("impl_variable", "cpu", "cuda"),
     [
         ("reference", "reference", "reference"),
         ("triton", "nothing: impl='triton' ", None),
@@ -105,10 +105,10 @@ def test_a_damaged_build_record_is_told(
         ("cpu", None, "nothing: impl='cpu' "),
     ],
 )
-def test_report_where_an_implementation_is_named(named: str, cpu: str | None, cuda: str | None) -> None:
-    done = run_python("-m", "capsops", CAPSOPS_IMPL=named, TRITON_INTERPRET="0")
+def test_report_with_capsops_impl_set(impl_variable: str, cpu: str | None, cuda: str | None) -> None:
+    done = run_python("-m", "capsops", CAPSOPS_IMPL=impl_variable, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
     last = done.stdout[done.stdout.index('impl="auto" takes') :].splitlines()
-    assert last[0] == f'impl="auto" takes, because CAPSOPS_IMPL is {named}'
-    for device, line, taken in zip(("cpu", "cuda"), last[1:], (cpu, cuda), strict=True):
-        assert line.startswith(f"  {device:4}  {taken or ''}")
+    assert last[0] == f'impl="auto" takes, because CAPSOPS_IMPL is {impl_variable}'
+    for device, line, expected in zip(("cpu", "cuda"), last[1:], (cpu, cuda), strict=True):
+        assert line.startswith(f"  {device:4}  {expected or ''}")

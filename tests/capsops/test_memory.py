@@ -1,4 +1,4 @@
-"""Peak resident memory of the fused layer, and results that do not depend on what memory held before."""
+"""Peak memory of the fused layer, and results that do not depend on uninitialised memory."""
 
 import os
 from collections.abc import Iterator
@@ -41,28 +41,28 @@ print(status("VmHWM") - before - sum(x.nbytes for x in results))
 
 
 def peak(impl: str, shape: Shape, detach: bool) -> int:
-    """Bytes beyond inputs, result and gradients at the highest point of a forward and a backward pass."""
+    """Peak memory of a forward and a backward pass, in bytes beyond inputs, result and gradients."""
     threads = os.cpu_count() or 1
     done = run_python("-c", PEAK.format(shape=tuple(shape), impl=impl, detach=detach, threads=threads))
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 
-def test_the_measure_sees_the_reference() -> None:
-    """It holds û, several times."""
+def test_peak_of_the_reference_is_above_the_predictions() -> None:
+    """It stores û several times; this tests the measurement."""
     shape = SHAPE._replace(I=128)
     predictions = 4 * shape.B * shape.I * shape.J * shape.D
     assert peak("reference", shape, detach=False) > 2 * predictions
 
 
 @pytest.mark.parametrize("detach", [False, True])
-def test_peak_is_far_below_one_number_a_pair(impl: str, detach: bool) -> None:
-    """Not û, not even the couplings, B · I · J numbers or 64 MiB: the bound is an eighth of them.
+def test_peak_is_far_below_the_couplings(impl: str, detach: bool) -> None:
+    """Neither û nor the couplings are stored: the bound is an eighth of the couplings' 64 MiB.
 
-    What is B · J · D is allowed, a few times for each pass: a quarter of a MiB each.
+    A few tensors of B · J · D numbers, a quarter of a MiB each, are allowed for each pass.
     """
     if impl == "reference":
-        pytest.skip("the reference holds û by definition")
+        pytest.skip("the reference stores û by definition")
     couplings = 4 * SHAPE.B * SHAPE.I * SHAPE.J
     assert peak(impl, SHAPE, detach) < couplings / 8
 
@@ -72,7 +72,7 @@ SHAPES = [Shape(5, 9, 3, 5, 3), Shape(17, 33, 10, 16, 8), Shape(2, 7, 60, 32, 4)
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN."""
+    """torch.empty returns NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -107,16 +107,16 @@ def test_every_element_is_written(impl: str, dtype: torch.dtype, shape: Shape, o
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", [Shape(0, 3, 2, 4, 5), Shape(2, 0, 2, 4, 5), Shape(2, 3, 2, 4, 0)], ids=str)
-def test_empty_calls_write_their_results(impl: str, shape: Shape) -> None:
+def test_calls_with_empty_inputs_write_their_results(impl: str, shape: Shape) -> None:
     inputs = layer_inputs(shape, bias=True)
-    found = value_and_gradients(lambda *x: capsops.capsule_routing(*x, impl=impl), inputs)
-    for name, tensor in found.items():
+    results = value_and_gradients(lambda *x: capsops.capsule_routing(*x, impl=impl), inputs)
+    for name, tensor in results.items():
         assert tensor.isfinite().all(), name
 
 
 @pytest.mark.parametrize("batch", [1, 3, 17])
-def test_nothing_is_left_of_an_earlier_call(impl: str, batch: int) -> None:
-    """All NaN with D = 8, then D = 7: both need a workspace of one size, which malloc gives again."""
+def test_nothing_remains_of_an_earlier_call(impl: str, batch: int) -> None:
+    """NaN with D = 8, then numbers with D = 7: their workspaces have the same size, so malloc reuses it."""
     full, short = (
         [*layer_inputs(shape, True, torch.bfloat16), *routing_inputs(shape, dtype=torch.bfloat16)[:1]]
         for shape in (Shape(batch, 5, 2, 8, 1), Shape(batch, 5, 2, 7, 1))
@@ -136,8 +136,8 @@ def test_nothing_is_left_of_an_earlier_call(impl: str, batch: int) -> None:
         capsops.couplings(*full[:3])
         assert capsops.couplings(*short[:3]).isfinite().all()
     for u, weight, _, u_hat in (full, short):
-        found = torch.ops.capsops.predictions_backward(u_hat, u, weight, True, True, impl)
-    assert all(x.isfinite().all() for x in found)
+        gradients = torch.ops.capsops.predictions_backward(u_hat, u, weight, True, True, impl)
+    assert all(x.isfinite().all() for x in gradients)
 
 
 WORKSPACE = """
@@ -156,10 +156,10 @@ def digest():
                 layer = layer_inputs(shape, options.bias, dtype)
                 routing = routing_inputs(shape, options.bias, dtype)
                 keywords = options.keywords() | {{"impl": {impl!r}}}
-                found = value_and_gradients(lambda *x: capsops.capsule_routing(*x, **keywords), layer)
-                yield [x.double().sum().item() for x in found.values()]
-                found = value_and_gradients(lambda *x: capsops.dynamic_routing(*x, **keywords), routing)
-                yield [x.double().sum().item() for x in found.values()]
+                results = value_and_gradients(lambda *x: capsops.capsule_routing(*x, **keywords), layer)
+                yield [x.double().sum().item() for x in results.values()]
+                results = value_and_gradients(lambda *x: capsops.dynamic_routing(*x, **keywords), routing)
+                yield [x.double().sum().item() for x in results.values()]
                 yield capsops.couplings(*layer, impl={impl!r}).double().sum().item()
 
 for byte in (1, 120):  # memory of 0xfe and of 0x87
@@ -169,7 +169,7 @@ for byte in (1, 120):  # memory of 0xfe and of 0x87
 
 
 def check_workspace(impl: str) -> None:
-    """glibc fills what malloc gives with a byte of our choice: the results are the same for any."""
+    """Asserts that results are the same for two bytes with which glibc fills the memory from malloc."""
     done = run_python(
         "-c",
         WORKSPACE.format(impl=impl),

@@ -17,8 +17,8 @@ from tests.capsops.compare import assert_close
 
 
 @pytest.fixture(autouse=True)
-def chosen(impl: str) -> Iterator[None]:
-    """Every test of this file runs with every implementation."""
+def every_backend(impl: str) -> Iterator[None]:
+    """Runs every test of this file with every backend."""
     with capsops.use_impl(impl):
         yield
 
@@ -35,7 +35,7 @@ def test_squash(dim: int) -> None:
     ("in_channels", "capsules", "dim", "kernel", "stride", "size"),
     [(256, 32, 8, 9, 2, 20), (1, 1, 1, 1, 1, 3), (3, 4, 5, 3, 1, 7), (2, 3, 4, 5, 3, 12)],
 )
-def test_primary_capsules_count_types_times_places(
+def test_number_of_primary_capsules_is_types_times_positions(
     in_channels: int, capsules: int, dim: int, kernel: int, stride: int, size: int
 ) -> None:
     layer = PrimaryCapsules(in_channels, capsules, dim, kernel, stride)
@@ -43,34 +43,34 @@ def test_primary_capsules_count_types_times_places(
     assert layer(torch.randn(2, in_channels, size, size)).shape == (2, capsules * side**2, dim)
 
 
-def test_primary_capsules_step_by_2() -> None:
+def test_primary_capsules_have_stride_2_by_default() -> None:
     layer = PrimaryCapsules(3, 4, 5, 3)
     assert (layer.conv.stride, layer.conv.padding) == ((2, 2), (0, 0))
 
 
-@pytest.mark.parametrize(("padding", "places"), [(1, 16), ((0, 2), 15)])
-def test_primary_capsules_pad_with_zeros(padding: int | tuple[int, int], places: int) -> None:
+@pytest.mark.parametrize(("padding", "positions"), [(1, 16), ((0, 2), 15)])
+def test_primary_capsules_pad_with_zeros(padding: int | tuple[int, int], positions: int) -> None:
     layer, x = PrimaryCapsules(4, 2, 8, 3, padding=padding), torch.randn(1, 4, 8, 8)
-    assert layer(x).shape == (1, 2 * places, 8)
+    assert layer(x).shape == (1, 2 * positions, 8)
     tall, wide = padding if isinstance(padding, tuple) else (padding, padding)
-    bare = PrimaryCapsules(4, 2, 8, 3)
-    bare.load_state_dict(layer.state_dict())
-    assert_close(layer(x), bare(nn.functional.pad(x, (wide, wide, tall, tall))), tolerance=1e-6)
+    unpadded = PrimaryCapsules(4, 2, 8, 3)
+    unpadded.load_state_dict(layer.state_dict())
+    assert_close(layer(x), unpadded(nn.functional.pad(x, (wide, wide, tall, tall))), tolerance=1e-6)
     with pytest.raises(ValueError, match=r"^padding: got -1, takes 0 or more$"):
         PrimaryCapsules(4, 2, 8, 3, padding=-1)
 
 
-def test_a_primary_capsule_is_dim_channels_at_one_place() -> None:
-    """Channel c of the convolution is made to be image + 100 c: two types of three channels, 2 × 3 places."""
+def test_a_primary_capsule_is_dim_channels_at_one_position() -> None:
+    """Channel c of the convolution is set to image + 100 c: two types of three channels, 2 × 3 positions."""
     layer = PrimaryCapsules(1, 2, 3, 1, stride=1)
     with torch.no_grad():
         layer.conv.weight.fill_(1)
         layer.conv.bias.copy_(100 * torch.arange(6))
     image = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
     want = [
-        [place + 100.0 * channel for channel in channels]
+        [pixel + 100.0 * channel for channel in channels]
         for channels in ((0, 1, 2), (3, 4, 5))
-        for place in (1, 2, 3, 4, 5, 6)
+        for pixel in (1, 2, 3, 4, 5, 6)
     ]
     assert_close(layer(image[None, None]), capsops.squash(torch.tensor([want])), tolerance=1e-6)
 
@@ -85,17 +85,17 @@ def test_primary_capsules_are_squashed_and_train() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 65, 9), (2, 3, 9, 9), (2, 1, 9), (1, 1, 1, 9, 9)])
-def test_images_that_primary_capsules_do_not_take(shape: tuple[int, ...]) -> None:
+def test_primary_capsules_reject_images_of_other_shapes(shape: tuple[int, ...]) -> None:
     layer = PrimaryCapsules(1, 8, 4, 3)
     with pytest.raises(ValueError, match=rf"^x: got shape {re.escape(str(list(shape)))}, takes .* C = 1$"):
         layer(torch.randn(shape))
 
 
-def test_primary_capsules_take_an_empty_batch() -> None:
+def test_primary_capsules_accept_an_empty_batch() -> None:
     assert PrimaryCapsules(2, 3, 4, 3)(torch.randn(0, 2, 9, 9)).shape == (0, 48, 4)
 
 
-def test_routing_capsules_are_capsule_routing() -> None:
+def test_routing_capsules_call_capsule_routing() -> None:
     layer = RoutingCapsules(7, 3, 4, 5, iterations=2, leaky=True)
     nn.init.normal_(layer.bias)
     assert layer.weight.shape == (7, 3, 5, 4)
@@ -108,7 +108,7 @@ def test_routing_capsules_are_capsule_routing() -> None:
     assert not layer.couplings(u).requires_grad
 
 
-def test_detach_reaches_the_op() -> None:
+def test_detach_is_passed_to_the_op() -> None:
     u = torch.randn(2, 7, 4, dtype=torch.float64)
     layer = RoutingCapsules(7, 3, 4, 5, detach=True).double()
     layer(u).sum().backward()
@@ -129,7 +129,9 @@ def test_three_iterations_and_a_bias_are_the_default() -> None:
 @pytest.mark.parametrize("iterations", [0, 1, 3])
 @pytest.mark.parametrize("leaky", [False, True])
 @pytest.mark.parametrize("shape", [(1152, 10, 8, 16), (32, 5, 4, 8), (100, 1, 16, 32), (10, 30, 16, 4)])
-def test_first_sums_have_length_03(shape: tuple[int, ...], leaky: bool, iterations: int) -> None:
+def test_sums_of_the_first_pass_have_a_length_near_0_3(
+    shape: tuple[int, ...], leaky: bool, iterations: int
+) -> None:
     """‖s‖ of the first pass, for inputs that are squashed normal vectors; ‖v‖ = ‖s‖² / (1 + ‖s‖²)."""
     layer = RoutingCapsules(*shape, iterations=iterations, leaky=leaky)
     u = capsops.squash(torch.randn(200, shape[0], shape[2]))
@@ -139,7 +141,7 @@ def test_first_sums_have_length_03(shape: tuple[int, ...], leaky: bool, iteratio
     assert 0.25 < s.square().mean().sqrt() < 0.36
 
 
-def test_reset_parameters_draws_anew() -> None:
+def test_reset_parameters_samples_new_weights() -> None:
     layer = RoutingCapsules(7, 3, 4, 5)
     before = layer.weight.detach().clone()
     nn.init.ones_(layer.bias)
@@ -183,11 +185,11 @@ def test_from_weight(layout: str, sizes: tuple[int, ...]) -> None:
 def test_from_weight_with_one_axis_for_out_capsules_and_their_dimension(layout: str) -> None:
     weight, parts = torch.randn(7, 3, 5, 4), layout.replace("(", "").replace(")", "")
     letters = [letter for letter in parts if letter != "1"]
-    given = weight.permute(["IJDK".index(letter) for letter in letters])
+    merged = weight.permute(["IJDK".index(letter) for letter in letters])
     both = min(letters.index("J"), letters.index("D"))
-    given = given.flatten(both, both + 1)
-    given = given[None, ..., None] if "1" in layout else given
-    assert torch.equal(RoutingCapsules.from_weight(given, layout, out_capsules=3).weight, weight)
+    merged = merged.flatten(both, both + 1)
+    merged = merged[None, ..., None] if "1" in layout else merged
+    assert torch.equal(RoutingCapsules.from_weight(merged, layout, out_capsules=3).weight, weight)
 
 
 @pytest.mark.parametrize(
@@ -201,12 +203,12 @@ def test_from_weight_with_one_axis_for_out_capsules_and_their_dimension(layout: 
         ("IK(JK)", None, r"layout: got 'IK\(JK\)'"),
     ],
 )
-def test_axes_that_are_not_shared_so(layout: str, out_capsules: int | None, message: str) -> None:
+def test_from_weight_rejects_invalid_shared_axes(layout: str, out_capsules: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         RoutingCapsules.from_weight(torch.zeros(7, 4, 15), layout, out_capsules=out_capsules)
 
 
-def test_from_weight_leaves_the_original_alone() -> None:
+def test_from_weight_copies_the_weight() -> None:
     weight = nn.Parameter(torch.randn(7, 3, 5, 4))
     layer = RoutingCapsules.from_weight(weight, "IJDK")
     assert layer.bias is None
@@ -217,8 +219,8 @@ def test_from_weight_leaves_the_original_alone() -> None:
     assert weight.grad is None
 
 
-def test_from_weight_computes_as_public_code_does() -> None:
-    """A layer whose weight is [1, J, I, D, K], multiplied by matmul and routed with stored logits."""
+def test_from_weight_agrees_with_a_common_implementation() -> None:
+    """Its weight is [1, J, I, D, K], its predictions are a matmul, and it stores the logits."""
     weight = torch.randn(1, 3, 7, 5, 4, dtype=torch.float64)
     u = torch.randn(2, 7, 4, dtype=torch.float64)
     u_hat = (weight @ u[:, None, :, :, None]).squeeze(-1)  # [B, J, I, D]
@@ -250,12 +252,12 @@ def test_from_weight_computes_as_public_code_does() -> None:
         ),
     ],
 )
-def test_layouts_that_do_not_fit(sizes: tuple[int, ...], layout: str, message: str) -> None:
+def test_from_weight_rejects_invalid_layouts(sizes: tuple[int, ...], layout: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         RoutingCapsules.from_weight(torch.zeros(sizes), layout)
 
 
-def test_bias_that_does_not_fit() -> None:
+def test_from_weight_rejects_invalid_biases() -> None:
     with pytest.raises(ValueError, match=r"^bias: got shape \[14\], takes \[J, D\] with J = 3 and D = 5, "):
         RoutingCapsules.from_weight(torch.zeros(7, 3, 5, 4), "IJDK", bias=torch.zeros(14))
     with pytest.raises(ValueError, match=r"^bias: got shape \[5, 3\], takes"):
@@ -264,7 +266,7 @@ def test_bias_that_does_not_fit() -> None:
         RoutingCapsules.from_weight(torch.zeros(7, 3, 5, 4), "IJDK", bias=torch.zeros(15, device="meta"))
 
 
-def test_wrong_input_names_the_argument() -> None:
+def test_the_error_for_a_wrong_input_names_the_argument() -> None:
     with pytest.raises(ValueError, match=r"^u: got shape \[2, 8, 4\], takes \[B, I, K\] with I = 7, K = 4$"):
         RoutingCapsules(7, 3, 4, 5)(torch.zeros(2, 8, 4))
     with pytest.raises(ValueError, match=r"^u: got shape \[2, 28\], takes \[B, I, K\] with I = 7, K = 4$"):
@@ -283,15 +285,15 @@ def test_state_dict_round_trip(bias: bool) -> None:
 
 def test_deepcopy_is_independent() -> None:
     layer = RoutingCapsules(7, 3, 4, 5, iterations=2, leaky=True, detach=True)
-    twin = copy.deepcopy(layer)
-    assert torch.equal(twin.weight, layer.weight)
-    assert repr(twin) == repr(layer)
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied.weight, layer.weight)
+    assert repr(copied) == repr(layer)
     with torch.no_grad():
-        twin.weight.zero_()
+        copied.weight.zero_()
     assert layer.weight.abs().sum() > 0
 
 
-def test_repr_says_what_it_was_made_of() -> None:
+def test_repr_shows_the_arguments() -> None:
     assert repr(RoutingCapsules(7, 3, 4, 5, iterations=2, bias=False, leaky=True)) == (
         "RoutingCapsules(7, 3, in_dim=4, out_dim=5, iterations=2, bias=False, leaky=True, detach=False)"
     )
@@ -314,7 +316,7 @@ def margin_loss(v: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("options", [{}, {"iterations": 0, "bias": False}, {"leaky": True, "detach": True}])
 def test_a_small_network_learns(options: dict) -> None:
-    """Four classes of noisy images: the loss falls to a fraction and the longest capsule names the class."""
+    """Four classes of noisy images: the loss falls to a fifth, and the longest capsule shows the class."""
     network = nn.Sequential(PrimaryCapsules(1, 4, 8, 5), RoutingCapsules(4 * 16, 4, 8, 8, **options))
     prototypes = torch.randn(4, 1, 12, 12)
     labels = torch.arange(32) % 4
@@ -350,7 +352,7 @@ def test_options_are_checked_when_a_layer_is_made(
         RoutingCapsules.from_weight(torch.zeros(7, 3, 5, 4), "IJDK", **options)
 
 
-def test_weights_from_elsewhere_that_are_no_tensors() -> None:
+def test_from_weight_rejects_what_is_not_a_tensor() -> None:
     with pytest.raises(TypeError, match=r"^weight: got ndarray, takes a torch\.Tensor$"):
         RoutingCapsules.from_weight(np.zeros((7, 3, 5, 4)), "IJDK")
     with pytest.raises(TypeError, match=r"^bias: got list, takes a torch\.Tensor$"):

@@ -1,6 +1,6 @@
-"""impl="cuda" on a CUDA device, through the public functions. Without a device nothing of this runs.
+"""The public functions with impl="cuda" on a CUDA device; all tests are skipped without one.
 
-The kernels' logic is tested on every machine by tests/cuda_emulator; what only a device can show is here.
+tests/cuda_emulator tests the kernels' logic on every machine; this file tests what only a device can show.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ LARGE = Shape(16, 3872, 196, 16, 8)
 
 
 @pytest.fixture(autouse=True)
-def ieee() -> Iterator[None]:
+def tf32_not_allowed() -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
@@ -45,7 +45,7 @@ def on_device(inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
 
 
 def check(op: str, inputs: tuple[Tensor | None, ...], axes: tuple[int | None, ...], options: Options) -> None:
-    """In 16 bits as exact as plain torch on the host, whatever the order; in float32 to 32 roundings."""
+    """Asserts the precision of plain torch on the host in 16 bits, and of 32 roundings in float32."""
     plain = partial(getattr(reference, op), **options.keywords())
     ours = partial(getattr(capsops, op), **options.keywords(), impl="cuda")
     exact = value_and_gradients(plain, [None if x is None else x.double() for x in inputs])
@@ -115,9 +115,9 @@ def test_on_a_stream_and_in_a_graph() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        aside = step()
+        on_stream = step()
     torch.cuda.current_stream().wait_stream(stream)
-    assert all(torch.equal(a, b) for a, b in zip(aside, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(on_stream, want, strict=True))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
@@ -135,8 +135,8 @@ def test_on_a_device_that_is_not_the_current_one() -> None:
     assert torch.equal(other.cpu(), capsops.capsule_routing(u, weight, impl="cuda").cpu())
 
 
-def test_memory() -> None:
-    """Beside results: less than a tenth of û."""
+def test_peak_memory() -> None:
+    """Less than a tenth of û, apart from the results."""
     u, weight, _ = on_device(layer_inputs(MNIST, dtype=torch.float32))
     leaves = [x.requires_grad_() for x in (u, weight)]
     capsops.capsule_routing(*leaves, impl="cuda").sum().backward()
@@ -146,9 +146,9 @@ def test_memory() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     capsops.capsule_routing(*leaves, impl="cuda").sum().backward()
-    kept = u.nbytes + weight.nbytes
-    beside = torch.cuda.max_memory_allocated() - before - kept
-    assert beside < 128 * 1152 * 10 * 16 * 4 / 10
+    gradients = u.nbytes + weight.nbytes
+    extra = torch.cuda.max_memory_allocated() - before - gradients
+    assert extra < 128 * 1152 * 10 * 16 * 4 / 10
 
 
 def auto_inputs(op: str, dtype: torch.dtype) -> list[Tensor]:
@@ -159,14 +159,14 @@ def auto_inputs(op: str, dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [*LOW_PRECISION, torch.float64])
 @pytest.mark.parametrize("op", ["squash", "predictions", "dynamic_routing", "capsule_routing", "couplings"])
-def test_auto_is_what_is_proved_on_this_gpu(op: str, dtype: torch.dtype) -> None:
-    """Bit for bit, value and gradients."""
+def test_auto_takes_what_is_proved_on_this_gpu(op: str, dtype: torch.dtype) -> None:
+    """Value and gradients have the same bits as those of the backend that is expected."""
     inputs = auto_inputs(op, dtype)
-    serving = dispatch.chosen(op, "auto", inputs[0].device, dtype, (16, 8)).name
+    backend = dispatch.chosen(op, "auto", inputs[0].device, dtype, (16, 8)).name
     proved = any(proof.model == torch.cuda.get_device_name() for proof in gpu_record.PROOFS)
-    assert serving == ("cuda" if proved and dtype != torch.float64 else "reference")
+    assert backend == ("cuda" if proved and dtype != torch.float64 else "reference")
     results = []
-    for impl in ("auto", serving):
+    for impl in ("auto", backend):
         value = getattr(capsops, op)(*inputs, impl=impl)
         backward = op != "couplings"
         gradients = torch.autograd.grad(value.square().sum(), inputs) if backward else ()
@@ -179,12 +179,12 @@ def test_auto_in_a_compiled_graph() -> None:
     compiled = torch.compile(lambda u, w: 2 * capsops.capsule_routing(u, w), fullgraph=True)
     v = 2 * capsops.capsule_routing(u, weight)
     assert torch.equal(compiled(u, weight), v)
-    ours, theirs = (
+    compiled_grad, eager_grad = (
         torch.autograd.grad(f(u, weight).sum(), u)[0] for f in (compiled, capsops.capsule_routing)
     )
-    assert torch.allclose(ours, 2 * theirs)
+    assert torch.allclose(compiled_grad, 2 * eager_grad)
 
 
-def test_float64_is_refused() -> None:
+def test_float64_is_rejected() -> None:
     with pytest.raises(ValueError, match="impl='cuda' takes float32, bfloat16 or float16"):
         capsops.squash(torch.ones(3, dtype=torch.float64, device="cuda"), impl="cuda")

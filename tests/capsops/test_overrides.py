@@ -1,4 +1,4 @@
-"""What stands for a tensor: proxies of torch.fx, subclasses, modes."""
+"""Calls that __torch_function__ intercepts: proxies of torch.fx, modes, subclasses and other classes."""
 
 from collections.abc import Callable
 
@@ -53,19 +53,19 @@ def test_fx_prepares_a_network_for_quantisation() -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_mode_sees_the_call(name: str) -> None:
-    seen = []
+def test_a_mode_receives_the_call(name: str) -> None:
+    calls = []
 
     class Mode(TorchFunctionMode):
         def __torch_function__(
             self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
         ) -> Tensor:
-            seen.append(function)
+            calls.append(function)
             return function(*args, **(kwargs or {}))
 
     with Mode():
         result = CALLS[name](U, WEIGHT, BIAS)
-    assert getattr(capsops, name) in seen
+    assert getattr(capsops, name) in calls
     assert torch.equal(result, CALLS[name](U, WEIGHT, BIAS))
 
 
@@ -74,22 +74,22 @@ class Plain(torch.Tensor):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_subclass_stays_one(name: str) -> None:
+def test_results_keep_the_subclass(name: str) -> None:
     subclassed = CALLS[name](*(x.as_subclass(Plain) for x in (U, WEIGHT, BIAS)))
     assert type(subclassed) is Plain
     assert torch.equal(subclassed.as_subclass(Tensor), CALLS[name](U, WEIGHT, BIAS))
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_function_may_be_overridden(name: str) -> None:
-    class Own:
+def test_another_class_can_override_a_function(name: str) -> None:
+    class Override:
         @classmethod
         def __torch_function__(
             cls, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
         ) -> str:
             return function.__name__
 
-        def transpose(self, *axes: int) -> "Own":
+        def transpose(self, *axes: int) -> "Override":
             return self
 
-    assert CALLS[name](Own(), Own(), Own()) == name
+    assert CALLS[name](Override(), Override(), Override()) == name

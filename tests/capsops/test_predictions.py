@@ -50,7 +50,7 @@ def test_low_precision(impl: str, shape: Shape, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_number_of_16_bits_passes_unchanged(impl: str, dtype: torch.dtype) -> None:
+def test_every_16_bit_number_passes_unchanged(impl: str, dtype: torch.dtype) -> None:
     u = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     u_hat = capsops.predictions(u.view(64, 1024, 1), torch.ones(1024, 1, 1, 1, dtype=dtype), impl=impl)
     assert torch.equal(
@@ -69,7 +69,7 @@ def test_every_number_of_16_bits_passes_unchanged(impl: str, dtype: torch.dtype)
 def test_products_in_16_bits_are_rounded_to_even(
     impl: str, dtype: torch.dtype, bits: int, steps: tuple[int, int], exponents: list[tuple[int, int]]
 ) -> None:
-    """With K = 1 every product is exact in float32, and many lie midway between two results."""
+    """With K = 1 every product is exact in float32, and many are midway between two results."""
     significands = torch.arange(2 ** (bits - 1), 2**bits) * torch.tensor([1, -1]).repeat(2 ** (bits - 2))
     for pair in exponents:
         u, weight = (
@@ -87,9 +87,9 @@ def test_memory_layout_changes_nothing(impl: str, shape: Shape, layout: str) -> 
     upstream = torch.randn(shape[:4], dtype=torch.float64)
     function, arrange = partial(capsops.predictions, impl=impl), LAYOUTS[layout]
     strided = [arrange(x) for x in (u, weight, upstream)]
-    plain = [x.contiguous() for x in strided]
+    contiguous = [x.contiguous() for x in strided]
     got = value_and_gradients(function, strided[:2], strided[2])
-    want = value_and_gradients(function, plain[:2], plain[2])
+    want = value_and_gradients(function, contiguous[:2], contiguous[2])
     for name, tensor in want.items():
         assert torch.equal(got[name], tensor), name
 
@@ -97,7 +97,7 @@ def test_memory_layout_changes_nothing(impl: str, shape: Shape, layout: str) -> 
 @pytest.mark.parametrize(
     "shape", [Shape(0, 3, 2, 4, 5), Shape(2, 0, 2, 4, 5), Shape(2, 3, 0, 4, 5), Shape(2, 3, 2, 0, 5)], ids=str
 )
-def test_empty(impl: str, shape: Shape) -> None:
+def test_empty_inputs(impl: str, shape: Shape) -> None:
     u, weight, _ = layer_inputs(shape)
     got = value_and_gradients(partial(capsops.predictions, impl=impl), [u, weight])
     assert got["value"].shape == shape[:4]
@@ -117,7 +117,7 @@ def test_capsules_without_components_predict_zero(impl: str) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", [0, 1, 2])
 @pytest.mark.parametrize("shape", [Shape(17, 5, 3, 16, 8), Shape(2, 4, 5, 3, 2)], ids=str)
-def test_what_is_not_finite_stays_so_and_stays_alone(impl: str, shape: Shape, where: int, bad: float) -> None:
+def test_non_finite_values_neither_vanish_nor_spread(impl: str, shape: Shape, where: int, bad: float) -> None:
     u, weight, _ = layer_inputs(shape)
     upstream = torch.randn(shape[:4], dtype=torch.float64)
     broken = (u, weight, upstream)[where]
@@ -138,13 +138,13 @@ def test_first_and_second_derivatives(impl: str) -> None:
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_the_reference_computes_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     u, weight, _ = layer_inputs(Shape(33, 50, 10, 16, 8), bias=False, dtype=dtype)
-    wanted = reference.predictions(u.float(), weight.float()).to(dtype)
-    formula, given = reference.predictions, []
+    want = reference.predictions(u.float(), weight.float()).to(dtype)
+    formula, dtypes = reference.predictions, []
 
-    def noted(*tensors: torch.Tensor) -> torch.Tensor:
-        given.extend(tensor.dtype for tensor in tensors)
+    def recording(*tensors: torch.Tensor) -> torch.Tensor:
+        dtypes.extend(tensor.dtype for tensor in tensors)
         return formula(*tensors)
 
-    monkeypatch.setattr(reference, "predictions", noted)
-    assert torch.equal(capsops.predictions(u, weight, impl="reference"), wanted)
-    assert given == [torch.float32] * 2
+    monkeypatch.setattr(reference, "predictions", recording)
+    assert torch.equal(capsops.predictions(u, weight, impl="reference"), want)
+    assert dtypes == [torch.float32] * 2

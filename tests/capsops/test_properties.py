@@ -1,4 +1,4 @@
-"""Hypothesis: any shape, memory layout, dtype and option, against the reference in float64."""
+"""Random shapes, memory layouts, dtypes and options from hypothesis, against the reference in float64."""
 
 from functools import partial
 
@@ -100,7 +100,7 @@ def test_squash(
 def test_couplings_and_lengths(
     impl: str, shape: Shape, options: Options, dtype: torch.dtype, seed: int
 ) -> None:
-    """Couplings lie in [0, 1] and sum to 1 (with an orphan class to less); capsules are shorter than 1."""
+    """Couplings are in [0, 1] and sum to 1 (to less with an orphan class); capsules are shorter than 1."""
     torch.manual_seed(seed)
     inputs = layer_inputs(shape, options.bias, dtype)
     keywords = {"iterations": options.iterations, "leaky": options.leaky, "impl": impl}

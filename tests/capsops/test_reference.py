@@ -1,4 +1,4 @@
-"""capsops.reference, the specification: by hand, and against the procedure as it stands in the paper."""
+"""capsops.reference, the specification: by hand, and against the procedure of the paper."""
 
 import math
 from collections.abc import Callable
@@ -88,14 +88,14 @@ def test_routing_by_hand() -> None:
 
 
 def test_leaky_first_pass_by_hand() -> None:
-    """An orphan class beside J = 2: every coupling of the first pass is 1/3, s = (1/3, 2/3)."""
+    """With an orphan class and J = 2, every coupling of the first pass is 1/3, s = (1/3, 2/3)."""
     u_hat = torch.tensor([1.0, 2.0], dtype=torch.float64).reshape(1, 1, 2, 1)
     v = reference.dynamic_routing(u_hat, iterations=1, leaky=True)
     want = torch.tensor([(1 / 9) / (10 / 9), (4 / 9) / (13 / 9)], dtype=torch.float64)
     assert_close(v.flatten(), want, tolerance=1e-15)
 
 
-def test_without_routing_it_is_the_squashed_sum() -> None:
+def test_without_routing_the_result_is_the_squashed_sum() -> None:
     u_hat, bias = routing_inputs(Shape(3, 4, 2, 5, 1), bias=True)
     assert torch.equal(
         reference.dynamic_routing(u_hat, bias, iterations=0), reference.squash(u_hat.sum(1) + bias)
@@ -128,7 +128,7 @@ def test_couplings_by_hand() -> None:
     assert reference.couplings(u, weight, iterations=1).tolist() == [[[0.5, 0.5]]]
     want = torch.tensor([1 / (1 + math.exp(0.8)), 1 / (1 + math.exp(-0.8))], dtype=torch.float64)
     assert_close(reference.couplings(u, weight, iterations=2).flatten(), want, tolerance=1e-15)
-    # leaky: v of the first pass is (1/10, 4/13), so the logits are 1/10 and 8/13 beside the orphan's 0
+    # leaky: v of the first pass is (1/10, 4/13), so the logits are 1/10, 8/13 and, for the orphan class, 0
     weights = torch.tensor([0.1, 8 / 13], dtype=torch.float64).exp()
     leaky = reference.couplings(u, weight, iterations=2, leaky=True)
     assert_close(leaky.flatten(), weights / (weights.sum() + 1), tolerance=1e-15)
@@ -144,7 +144,7 @@ def test_couplings_are_those_of_the_last_pass(options: Options) -> None:
 
 
 @pytest.mark.parametrize("iterations", range(4))
-def test_detach_equals_couplings_held_fixed(iterations: int) -> None:
+def test_detach_equals_fixed_couplings(iterations: int) -> None:
     u, weight, bias = layer_inputs(Shape(2, 5, 3, 4, 3), bias=True)
     c = reference.couplings(u, weight, bias, iterations=iterations)
 

@@ -1,4 +1,4 @@
-"""DTensors whose batch two processes share."""
+"""DTensors whose batch is divided between two processes."""
 
 import socket
 
@@ -9,7 +9,7 @@ from tests.tiers import fast_only
 
 WORLD = 2
 
-# Each rank compares every op on shared tensors with itself on whole ones, and prints what it has seen.
+# Each rank compares every op on sharded tensors with the same op on whole ones, and prints a line at the end.
 CODE = """
 import torch, torch.distributed as dist
 import capsops
@@ -33,10 +33,10 @@ cases = {
 }
 for name, (op, inputs, placements) in cases.items():
     whole = [x.clone().requires_grad_() for x in inputs]
-    shared = [distribute_tensor(x, mesh, [p]).requires_grad_() for x, p in zip(inputs, placements)]
+    sharded = [distribute_tensor(x, mesh, [p]).requires_grad_() for x, p in zip(inputs, placements)]
     want = op(*whole)
     with CommDebugMode() as communication:
-        got = op(*shared)
+        got = op(*sharded)
         if name != "couplings":
             got.backward(torch.ones_like(got))
     assert communication.get_total_counts() == 0, (name, communication.get_comm_counts())
@@ -44,23 +44,23 @@ for name, (op, inputs, placements) in cases.items():
     torch.testing.assert_close(got.full_tensor(), want)
     if name != "couplings":
         want.backward(torch.ones_like(want))
-        for mine, theirs, placement in zip(shared, whole, placements):
+        for part, leaf, placement in zip(sharded, whole, placements):
             expected = S if placement == S else Partial()
-            assert mine.grad.placements == (expected,), (name, mine.grad.placements)
-            torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad)
+            assert part.grad.placements == (expected,), (name, part.grad.placements)
+            torch.testing.assert_close(part.grad.full_tensor(), leaf.grad)
 dist.destroy_process_group()
 print("all", len(cases), "are equal")
 """
 
 
-@pytest.mark.parametrize("first", fast_only([""], ["", "import torch.distributed.tensor\n"]))
-def test_the_batch_is_shared_without_communication(first: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+@pytest.mark.parametrize("imports", fast_only([""], ["", "import torch.distributed.tensor\n"]))
+def test_the_batch_is_sharded_without_communication(imports: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD)}
     common |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    ranks = [start_python("-c", first + CODE, RANK=str(rank), **common) for rank in range(WORLD)]
+    ranks = [start_python("-c", imports + CODE, RANK=str(rank), **common) for rank in range(WORLD)]
     for process in ranks:
         out, err = process.communicate(timeout=100)
         assert (process.returncode, out.strip().splitlines()[-1:]) == (0, ["all 6 are equal"]), err

@@ -116,26 +116,26 @@ def test_the_largest_numbers_beside_others_along_another_dim(
         s = sign * torch.finfo(dtype).max
         s[:, 1::3] = torch.randn(n, len(range(1, inner, 3)), dtype=dtype)
         s[:, 0] = 0
-        found = value_and_gradients(partial(capsops.squash, dim=0, impl=impl), [s])
+        got = value_and_gradients(partial(capsops.squash, dim=0, impl=impl), [s])
         want = value_and_gradients(partial(reference.squash, dim=0), [s.double()])
         want["value"] = torch.where(s.abs() == torch.finfo(dtype).max, sign * n**-0.5, want["value"])
         for name, tensor in want.items():
-            assert_close(found[name].double(), tensor.double(), name, tolerance=8 * torch.finfo(dtype).eps)
+            assert_close(got[name].double(), tensor.double(), name, tolerance=8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("size", [1e-17, 1e17, 1e30])
-def test_derivatives_where_the_square_leaves_the_range(impl: str, size: float, dim: int) -> None:
+def test_derivatives_where_the_square_overflows_or_underflows(impl: str, size: float, dim: int) -> None:
     """Value and gradient in float32, of any size, have the relative error of float32."""
     s = torch.randn(9, 7) * size
-    found = value_and_gradients(partial(capsops.squash, dim=dim, impl=impl), [s])
+    got = value_and_gradients(partial(capsops.squash, dim=dim, impl=impl), [s])
     want = value_and_gradients(partial(reference.squash, dim=dim), [s.double()])
     for name, tensor in want.items():
-        assert_close(found[name].double(), tensor, name, tolerance=1e-6, floor=0)
+        assert_close(got[name].double(), tensor, name, tolerance=1e-6, floor=0)
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e-30, 1e-38])
-def test_tiny_vectors_vanish_without_nan(impl: str, size: float) -> None:
+def test_tiny_vectors_underflow_without_nan(impl: str, size: float) -> None:
     """r² underflows in float32 before r does."""
     s = torch.full((17, 8), size, dtype=torch.float32, requires_grad=True)
     v = capsops.squash(s, impl=impl)
@@ -148,7 +148,7 @@ def test_tiny_vectors_vanish_without_nan(impl: str, size: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim_size", [1, 3, 8, 16, 33])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_what_is_not_finite_stays_so_and_stays_alone(
+def test_non_finite_values_neither_vanish_nor_spread(
     impl: str, bad: float, dim_size: int, dtype: torch.dtype
 ) -> None:
     s = torch.randn(35, dim_size).to(dtype)
@@ -164,7 +164,7 @@ def test_what_is_not_finite_stays_so_and_stays_alone(
 
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("where", ["s", "grad"])
-def test_gradient_of_what_is_not_finite(impl: str, where: str, bad: float) -> None:
+def test_gradient_of_non_finite_values(impl: str, where: str, bad: float) -> None:
     inputs = {"s": torch.randn(35, 8), "grad": torch.randn(35, 8)}
     inputs[where][17, 3] = bad
     s = inputs["s"].requires_grad_()
@@ -175,7 +175,7 @@ def test_gradient_of_what_is_not_finite(impl: str, where: str, bad: float) -> No
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 5)])
-def test_empty(impl: str, shape: tuple[int, ...]) -> None:
+def test_empty_inputs(impl: str, shape: tuple[int, ...]) -> None:
     for dim in range(len(shape)):
         s = torch.zeros(shape, requires_grad=True)
         v = capsops.squash(s, dim, impl=impl)
@@ -199,7 +199,7 @@ def test_memory_layout_changes_nothing(
         assert torch.equal(got[name], tensor), name
 
 
-def test_input_is_left_alone(impl: str) -> None:
+def test_input_is_not_changed(impl: str) -> None:
     s = torch.randn(5, 8)
     before = s.clone()
     v = capsops.squash(s, impl=impl)

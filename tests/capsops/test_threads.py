@@ -1,4 +1,4 @@
-"""The same numbers from run to run, for any number of threads (to rounding), from several threads at once."""
+"""The same results in every run, in several Python threads and, to rounding, on any number of threads."""
 
 import os
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def everything(impl: str, shape: Shape, options: Options, dtype: torch.dtype) ->
     torch.manual_seed(0)
     layer, routing = layer_inputs(shape, options.bias, dtype), routing_inputs(shape, options.bias, dtype)
     keywords = {"impl": impl, **options.keywords()}
-    found = {
+    results = {
         "capsule_routing": value_and_gradients(partial(capsops.capsule_routing, **keywords), layer),
         "dynamic_routing": value_and_gradients(partial(capsops.dynamic_routing, **keywords), routing),
         "predictions": value_and_gradients(partial(capsops.predictions, impl=impl), layer[:2]),
@@ -46,7 +46,7 @@ def everything(impl: str, shape: Shape, options: Options, dtype: torch.dtype) ->
         "squash of dim 1": value_and_gradients(partial(capsops.squash, dim=1, impl=impl), [routing[0]]),
         "couplings": {"value": capsops.couplings(*layer, impl=impl)},
     }
-    return {f"{op}: {name}": x for op, result in found.items() for name, x in result.items()}
+    return {f"{op}: {name}": x for op, result in results.items() for name, x in result.items()}
 
 
 def assert_identical(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -69,18 +69,18 @@ def test_runs_are_bitwise_the_same(impl: str, shape: Shape, options: Options, co
     ("shape", "options"), [*CASES, *((shape, OPTIONS[1]) for shape in cases.SHAPES)], ids=str
 )
 def test_number_of_threads_changes_rounding_only(impl: str, shape: Shape, options: Options) -> None:
-    """One thread is what the other tests compare with the reference; seven fit nothing."""
+    """The other tests compare results of one thread with the reference."""
     if impl == "reference":
         pytest.skip("its threads are torch's own")
-    alone = everything(impl, shape, options, torch.float64)
+    single = everything(impl, shape, options, torch.float64)
     for count in (2, 3, 7):
         torch.set_num_threads(count)
-        assert_all_close(everything(impl, shape, options, torch.float64), alone, tolerance=1e-13)
+        assert_all_close(everything(impl, shape, options, torch.float64), single, tolerance=1e-13)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_samples_do_not_meet(impl: str, options: Options) -> None:
-    """A sample's result is that of the batch without the others, to rounding."""
+def test_samples_do_not_affect_each_other(impl: str, options: Options) -> None:
+    """A sample has the same result without the rest of its batch, to rounding."""
     u, weight, bias = layer_inputs(Shape(33, 20, 5, 16, 8), options.bias)
     function = partial(capsops.capsule_routing, impl=impl, **options.keywords())
     whole = function(u, weight, bias)
@@ -106,7 +106,7 @@ def test_several_python_threads_at_once(impl: str) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 def test_forked_workers_of_a_data_loader(impl: str) -> None:
-    """The parent's threads do not exist in a worker, which has one thread: nothing may wait for them."""
+    """A forked worker does not have the threads of its parent, so nothing in it may wait for them."""
     code = f"""
 import torch, capsops
 from torch.utils.data import DataLoader, Dataset
@@ -132,23 +132,23 @@ assert torch.equal(list(loader)[5], want)
     assert done.returncode == 0, done.stderr
 
 
-def test_every_kernel_is_given_the_threads_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kernel_uses_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = pytest.importorskip("capsops._cpu", reason="the C++ extension is not built")
     names = ("squash", "predictions", "routing", "couplings")
-    given = {}
+    received = {}
 
     def spy(name: str) -> Callable:
         kernel = getattr(kernels, name)
 
-        def noted(*arguments: int) -> None:
-            given.setdefault(name, set()).add(arguments[-1])
+        def recording(*arguments: int) -> None:
+            received.setdefault(name, set()).add(arguments[-1])
             kernel(*arguments)
 
-        return noted
+        return recording
 
     for name in (*names, *(f"{name}_backward" for name in names[:3])):
         monkeypatch.setattr(kernels, name, spy(name))
     torch.set_num_threads(3)
     everything("cpu", Shape(3, 5, 4, 3, 2), Options(2), torch.float32)
-    assert len(given) == 7
-    assert all(threads == {3} for threads in given.values()), given
+    assert len(received) == 7
+    assert all(threads == {3} for threads in received.values()), received

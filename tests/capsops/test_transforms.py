@@ -1,4 +1,4 @@
-"""Forward-mode differentiation and torch.func: the reference formula gives them, and nothing gives zeros."""
+"""Forward-mode differentiation and torch.func: the reference formula supports both; no tangent is lost."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -33,7 +33,9 @@ def arguments(name: str) -> list[Tensor]:
     }[name]
 
 
-def ops(name: str, **options: object) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+def op_and_formula(
+    name: str, **options: object
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
     """An op, its formula, and arguments for both."""
     op, formula = getattr(capsops, name), getattr(reference, name)
     return lambda *x: op(*x, **options), lambda *x: formula(*x, **options), arguments(name)
@@ -49,10 +51,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_derivatives_are_those_of_the_formula(name: str, options: dict[str, object]) -> None:
-    op, formula, inputs = ops(name, **options)
+def test_derivatives_agree_with_the_formula(name: str, options: dict[str, object]) -> None:
+    op, formula, inputs = op_and_formula(name, **options)
     tangents = [torch.randn_like(x) for x in inputs]
-    everything = tuple(range(len(inputs)))
+    argnums = tuple(range(len(inputs)))
     value, tangent = torch.func.jvp(op, tuple(inputs), tuple(tangents))
     want_value, want_tangent = torch.func.jvp(formula, tuple(inputs), tuple(tangents))
     assert want_tangent.abs().max() > 1e-3
@@ -63,20 +65,20 @@ def test_derivatives_are_those_of_the_formula(name: str, options: dict[str, obje
         duals = [forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
         assert_close(forward_ad.unpack_dual(op(*duals)).tangent, want_tangent)
 
-    # Backward mode by the op itself is what both modes of torch.func must agree with.
+    # Both modes of torch.func must agree with backward mode, which runs the op itself.
     jacobian = torch.autograd.functional.jacobian(op, tuple(inputs))
     for transform in (torch.func.jacrev, torch.func.jacfwd):
-        for found, want in zip(transform(op, everything)(*inputs), jacobian, strict=True):
-            assert_close(found, want, transform.__name__, tolerance=1e-11)
+        for got, want in zip(transform(op, argnums)(*inputs), jacobian, strict=True):
+            assert_close(got, want, transform.__name__, tolerance=1e-11)
 
 
 @pytest.mark.parametrize("name", ["squash", "capsule_routing"])
 def test_hessian(name: str) -> None:
-    op, formula, (x, *others) = ops(name)
+    op, formula, (x, *others) = op_and_formula(name)
     weights = torch.randn_like(formula(x, *others))
-    found = torch.func.hessian(lambda x: (op(x, *others) * weights).sum())(x)
+    got = torch.func.hessian(lambda x: (op(x, *others) * weights).sum())(x)
     want = torch.autograd.functional.hessian(lambda x: (op(x, *others) * weights).sum(), x)
-    assert_close(found, want, tolerance=1e-10)
+    assert_close(got, want, tolerance=1e-10)
 
 
 def test_gradients_of_each_sample() -> None:
@@ -86,10 +88,10 @@ def test_gradients_of_each_sample() -> None:
         return capsops.capsule_routing(sample[None], weight, bias).square().sum()
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, u)
-    for sample, found in zip(u, each, strict=True):
+    for sample, got in zip(u, each, strict=True):
         leaf = weight.clone().requires_grad_()
         loss(leaf, sample).backward()
-        assert_close(found, leaf.grad, tolerance=1e-11)
+        assert_close(got, leaf.grad, tolerance=1e-11)
 
 
 def test_a_module_under_functional_call() -> None:
@@ -99,21 +101,21 @@ def test_a_module_under_functional_call() -> None:
     def loss(weights: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(layer, weights, (u,)).square().sum()
 
-    found = torch.func.grad(loss)(dict(layer.named_parameters()))
+    got = torch.func.grad(loss)(dict(layer.named_parameters()))
     layer(u).square().sum().backward()
     for name, weight in layer.named_parameters():
-        assert_close(found[name], weight.grad, name, tolerance=1e-5)
+        assert_close(got[name], weight.grad, name, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_numbers_are_summed_in_float32(dtype: torch.dtype) -> None:
     u, weight, bias = (x.to(dtype) for x in arguments("capsule_routing"))
     tangent = torch.randn_like(u)
-    found = torch.func.jvp(lambda u: capsops.capsule_routing(u, weight, bias), (u,), (tangent,))
+    results = torch.func.jvp(lambda u: capsops.capsule_routing(u, weight, bias), (u,), (tangent,))
     want = torch.func.jvp(
         lambda u: reference.capsule_routing(u, weight.float(), bias.float()), (u.float(),), (tangent.float(),)
     )
-    for got, exact in zip(found, want, strict=True):
+    for got, exact in zip(results, want, strict=True):
         assert_close(got, exact.to(dtype), tolerance=torch.finfo(dtype).eps)
 
 
@@ -129,19 +131,19 @@ def test_autocast(with_bias: bool) -> None:
     assert (v.dtype, tangent.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
-def test_a_named_implementation_says_that_it_cannot_and_the_reference_can(impl: str) -> None:
+def test_of_the_named_backends_only_the_reference_supports_torch_func(impl: str) -> None:
     message = f"impl: got {impl!r}, takes 'auto' or 'reference' in forward-mode"
-    answer = nullcontext() if impl == "reference" else pytest.raises(ValueError, match=message)
+    expectation = nullcontext() if impl == "reference" else pytest.raises(ValueError, match=message)
     s = torch.randn(2, 3)
 
     def grad_of_vmap(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return torch.func.grad(lambda s: torch.func.vmap(function)(s).sum())
 
-    for take in (torch.func.grad, torch.func.jacfwd, torch.func.hessian, grad_of_vmap):
-        with answer:
-            found = take(lambda s: capsops.squash(s, impl=impl).sum())(s)
-            assert_close(found, take(lambda s: reference.squash(s).sum())(s), tolerance=1e-5)
-    with answer, capsops.use_impl(impl), forward_ad.dual_level():
+    for transform in (torch.func.grad, torch.func.jacfwd, torch.func.hessian, grad_of_vmap):
+        with expectation:
+            got = transform(lambda s: capsops.squash(s, impl=impl).sum())(s)
+            assert_close(got, transform(lambda s: reference.squash(s).sum())(s), tolerance=1e-5)
+    with expectation, capsops.use_impl(impl), forward_ad.dual_level():
         assert forward_ad.unpack_dual(capsops.squash(forward_ad.make_dual(s, s))).tangent.any()
 
 
@@ -154,20 +156,20 @@ def test_a_named_implementation_says_that_it_cannot_and_the_reference_can(impl: 
         (capsops.capsule_routing, [(2, 3, 7), (3, 5, 6, 7), (6, 5)], r"bias: got shape \[6, 5\], takes"),
     ],
 )
-def test_arguments_that_do_not_fit(
+def test_invalid_arguments_are_rejected(
     function: Callable[..., Tensor], sizes: list[tuple[int, ...]], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         torch.func.grad(lambda *x: function(*x).sum())(*map(torch.zeros, sizes))
 
 
-def test_a_named_kernel_serves_vmap(impl: str) -> None:
+def test_a_named_backend_supports_vmap(impl: str) -> None:
     s = torch.randn(4, 2, 3)
-    found = torch.func.vmap(lambda s: capsops.squash(s, impl=impl))(s)
-    assert_close(found, capsops.squash(s, impl=impl), tolerance=1e-6)
+    got = torch.func.vmap(lambda s: capsops.squash(s, impl=impl))(s)
+    assert_close(got, capsops.squash(s, impl=impl), tolerance=1e-6)
 
 
-def test_tensors_without_a_tangent_are_left_to_the_kernel(
+def test_tensors_without_a_tangent_are_passed_to_the_backend(
     impl: str, change_backend: Callable[..., None]
 ) -> None:
     calls = []
@@ -178,7 +180,7 @@ def test_tensors_without_a_tangent_are_left_to_the_kernel(
     assert calls == [impl]
 
 
-def test_an_op_called_by_name_does_not_lose_a_tangent() -> None:
+def test_an_op_called_by_name_rejects_a_tangent() -> None:
     s = torch.randn(3, 4)
     message = (
         r"^s: got a tensor with a tangent, takes one without: torch.ops.capsops.squash has no derivative"

@@ -1,4 +1,4 @@
-"""Under Triton's interpreter half of the time goes to what need not be done anew: see the fixtures."""
+"""Fixtures that spare Triton's interpreter repeated work, which would take half of the time."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -12,8 +12,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.fixture(scope="session", autouse=True)
 def language_is_replaced_once() -> Iterator[None]:
-    """Every call of a function within a kernel replaces parts of Triton's language anew. Once for each module
-    that has a function of the kernel is enough.
+    """Makes the interpreter replace parts of Triton's language once per module with functions of a kernel.
+
+    By itself it replaces them at every call of a function within a kernel.
     """
     interpreter = INTERPRETED and pytest.importorskip("triton.runtime.interpreter")
     if not hasattr(interpreter, "_LangPatchScope"):
@@ -26,7 +27,7 @@ def language_is_replaced_once() -> Iterator[None]:
         scope.restore()
 
     def replace_once(function: Callable) -> object:
-        # What is replaced follows from the names that the function's module has for the language.
+        # What is replaced depends only on the names under which the function's module imports the language.
         if function.__module__ in replaced:
             return None
         replaced.add(function.__module__)
@@ -40,7 +41,7 @@ def language_is_replaced_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def types_are_made_once() -> Iterator[None]:
-    """Every operation checks and describes its block type anew, and makes a table of NumPy's types."""
+    """Caches block types and NumPy's types, which the interpreter would make again in every operation."""
     interpreter = INTERPRETED and pytest.importorskip("triton.runtime.interpreter")
     if not hasattr(interpreter, "_get_np_dtype"):
         yield

@@ -1,6 +1,6 @@
-"""Every kernel compiles for every target without a GPU, and takes what it should.
+"""Every kernel compiles for every target, without a GPU, and uses the resources that it should.
 
-Under Triton's interpreter (TRITON_INTERPRET) there is nothing to compile.
+Triton's interpreter (TRITON_INTERPRET) compiles nothing.
 """
 
 from itertools import product
@@ -22,7 +22,7 @@ from capsops.backends.triton.launch import unit  # noqa: E402
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton's interpreter is on", allow_module_level=True)
 
-# Kernels with products; the others sum and multiply numbers.
+# Kernels with matrix products; the others only add and multiply element by element.
 PRODUCTS = {
     "predictions",
     "predictions_gradient_u",
@@ -84,8 +84,8 @@ def test_sizes_of_one_compile(leaky: bool, detach: bool) -> None:
 
 
 @pytest.mark.parametrize(("inputs", "spills"), [(8, False), (32, True)])
-def test_spills_are_found(inputs: int, spills: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table tells a kernel that spills from one that does not."""
+def test_spills_are_counted(inputs: int, spills: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the larger tile needs more registers than there are."""
     from capsops.backends import triton as kernels
     from capsops.backends.triton import launch_configs
 
@@ -93,12 +93,12 @@ def test_spills_are_found(inputs: int, spills: bool, monkeypatch: pytest.MonkeyP
         launch_configs, "tile", lambda *sizes: launch_configs.Tile(64, inputs, 16, 8, 4, 1, None)
     )
     u, weight = torch.empty(64, 32, 8, device="meta"), torch.empty(32, 10, 16, 8, device="meta")
-    with compiling("sm_90", tf32=True) as found:
+    with compiling("sm_90", tf32=True) as launched:
         kernels.couplings(u, weight, None, 2, False)
-    assert (resources(found[-1]).spills > 0) == spills
+    assert (resources(launched[-1]).spills > 0) == spills
 
 
-def test_what_torch_allows_decides_the_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_settings_of_torch_decide_the_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1)
     matmul = torch.backends.cuda.matmul
     before = torch.get_float32_matmul_precision()
@@ -125,7 +125,7 @@ def test_what_torch_allows_decides_the_unit(monkeypatch: pytest.MonkeyPatch) -> 
         torch.set_float32_matmul_precision(before)
 
 
-def test_units_of_16_bit_do_not_hang_on_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_units_of_16_bit_do_not_depend_on_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     brain, half = torch.zeros(1).bfloat16(), torch.zeros(1).half()
     assert (unit(brain), unit(half)) == ("bf16", "tf32")
     monkeypatch.setattr(torch.version, "hip", "6.0")
@@ -135,24 +135,24 @@ def test_units_of_16_bit_do_not_hang_on_the_setting(monkeypatch: pytest.MonkeyPa
 def test_nothing_is_launched_while_compiling() -> None:
     from capsops.backends import triton as kernels
 
-    with compiling("sm_90") as found:
+    with compiling("sm_90") as launched:
         kernels.squash(torch.empty(3, 4, device="meta"), 1)
-    (launch,) = found
+    (launch,) = launched
     assert launch.kernel == "squash_kernel"
     assert launch.artifact.asm["cubin"]
 
 
-class Made(TorchDispatchMode):
-    """How many numbers each tensor has that is made inside."""
+class SizeRecorder(TorchDispatchMode):
+    """Records the number of elements of every tensor that is made inside."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: list[int] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = op(*args, **(kwargs or {}))
-        self.sizes += [x.numel() for x in pytree.tree_leaves(found) if isinstance(x, Tensor)]
-        return found
+        results = op(*args, **(kwargs or {}))
+        self.sizes += [x.numel() for x in pytree.tree_leaves(results) if isinstance(x, Tensor)]
+        return results
 
 
 @pytest.mark.parametrize(("B", "share"), [(1024, 1 / 16), (16, 1 / 2)])
@@ -161,7 +161,7 @@ class Made(TorchDispatchMode):
 def test_predictions_are_not_stored(
     B: int, share: float, K: int, detach: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside results nothing is made near the size of û, nor in a large batch of that of the couplings."""
+    """Apart from results, no tensor is nearly as large as û or, in a large batch, as the couplings."""
     from capsops.backends import triton as kernels
 
     monkeypatch.setattr(triton.JITFunction, "run", lambda *args, **options: None)
@@ -169,16 +169,16 @@ def test_predictions_are_not_stored(
     u, weight, grad, u_hat = (
         torch.empty(n, device="meta") for n in ((B, I, K), (I, J, D, K), (B, J, D), (B, I, J, D))
     )
-    with Made() as made:
+    with SizeRecorder() as recorder:
         v, s = kernels.capsule_routing(u, weight, None, 3, False, True)
         gradients = kernels.capsule_routing_backward(grad, u, weight, s, 3, False, detach, True, True, True)
     results = {x.numel() for x in (v, s, *gradients)}
-    assert results <= set(made.sizes)
-    assert max(size for size in made.sizes if size not in results) < u_hat.numel() * share
-    with Made() as made:
+    assert results <= set(recorder.sizes)
+    assert max(size for size in recorder.sizes if size not in results) < u_hat.numel() * share
+    with SizeRecorder() as recorder:
         kernels.couplings(u, weight, None, 3, False)
-    assert B * I * J in made.sizes
-    assert max(made.sizes) <= u_hat.numel() * share
-    with Made() as made:
+    assert B * I * J in recorder.sizes
+    assert max(recorder.sizes) <= u_hat.numel() * share
+    with SizeRecorder() as recorder:
         kernels.dynamic_routing_backward(grad, u_hat, s, 3, False, detach, True)
-    assert u_hat.numel() in made.sizes
+    assert u_hat.numel() in recorder.sizes

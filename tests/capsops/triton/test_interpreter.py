@@ -1,4 +1,4 @@
-"""Runs test_kernels.py under Triton's interpreter, in processes of their own."""
+"""Runs test_kernels.py under Triton's interpreter, in separate processes."""
 
 import os
 import re
@@ -16,7 +16,7 @@ FILE = "tests/capsops/triton/test_kernels.py"
 
 
 def run(selection: str, processes: int) -> int:
-    """How many tests passed."""
+    """Runs the selected tests and returns how many passed."""
     done = run_python(
         "-W",
         "ignore::RuntimeWarning",
@@ -42,8 +42,8 @@ def run(selection: str, processes: int) -> int:
     return int(passed[1])
 
 
-FAILS = why_interpreter_fails(triton.__version__, numpy.__version__)
-runs = pytest.mark.skipif(bool(FAILS), reason=FAILS)
+FAILURE = why_interpreter_fails(triton.__version__, numpy.__version__)
+needs_interpreter = pytest.mark.skipif(bool(FAILURE), reason=FAILURE)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ runs = pytest.mark.skipif(bool(FAILS), reason=FAILS)
         ("3.10.0", "2.4.0", False),
     ],
 )
-def test_where_the_interpreter_fails(triton: str, numpy: str, fails: bool) -> None:
+def test_versions_with_which_the_interpreter_fails(triton: str, numpy: str, fails: bool) -> None:
     why = why_interpreter_fails(triton, numpy)
     assert bool(why) == fails
     if fails:
@@ -65,7 +65,7 @@ def test_where_the_interpreter_fails(triton: str, numpy: str, fails: bool) -> No
         assert f"got {numpy};" in why
 
 
-def test_a_call_says_why_the_interpreter_fails() -> None:
+def test_the_error_of_a_call_explains_why_the_interpreter_fails() -> None:
     code = (
         "import numpy, torch, triton\n"
         "triton.__version__, numpy.__version__ = '3.6.0', '2.4.0'\n"
@@ -78,13 +78,13 @@ def test_a_call_says_why_the_interpreter_fails() -> None:
     assert done.stdout.startswith(message), done.stderr
 
 
-@runs
+@needs_interpreter
 @pytest.mark.timeout(900)
 def test_every_kernel_equals_the_reference() -> None:
-    assert run("not slow", 0) > 200  # more processes would each import all
+    assert run("not slow", 0) > 200  # each further process would import everything again
 
 
-@runs
+@needs_interpreter
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_every_kernel_in_every_dtype() -> None:

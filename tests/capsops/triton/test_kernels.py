@@ -1,6 +1,7 @@
-"""Every kernel against the reference under Triton's interpreter, which is chosen before Triton is imported.
+"""Every kernel against the reference, under Triton's interpreter.
 
-So these run in a process of its own, started by test_interpreter.py, or by hand:
+The interpreter is switched on before Triton is imported, so these tests need a separate process, started by
+test_interpreter.py or by hand:
 `TRITON_INTERPRET=1 pytest tests/capsops/triton/test_kernels.py`.
 """
 
@@ -42,7 +43,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from capsops.backends.triton import capsules, launch  # noqa: E402
 
-# Sizes that divide nothing; D, K and J below and above what a block holds; several blocks of each axis.
+# Sizes that no block size divides; D, K and J smaller and larger than a block; several blocks of each axis.
 SHAPES = [
     Shape(5, 9, 10, 16, 8),
     Shape(3, 17, 3, 4, 4),
@@ -65,7 +66,7 @@ SMALL = Shape(3, 5, 3, 4, 4)
 
 
 def dtypes_by_shape(shapes: list[Shape]) -> list[Any]:
-    """Every shape in float32, the first in every dtype; the others in 16 bit are slow."""
+    """Every shape in every dtype; in 16 bits all shapes but the first are slow."""
     return [
         slow(shape, dtype) if dtype != torch.float32 and n > 0 else (shape, dtype)
         for n, shape in enumerate(shapes)
@@ -74,7 +75,7 @@ def dtypes_by_shape(shapes: list[Shape]) -> list[Any]:
 
 
 def routing_cases(shapes: list[Shape]) -> list[Any]:
-    """The same with few options. Three passes take the most time: they are fast in float32 and two shapes."""
+    """The same with FEW_OPTIONS. Three passes take the most time: all but two shapes in float32 are slow."""
 
     def is_slow(n: int, dtype: torch.dtype, options: Options) -> bool:
         wide, three = dtype == torch.float32, options.iterations == 3
@@ -92,7 +93,7 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
-    """Memory that nothing was written to is NaN."""
+    """Fills uninitialised memory with NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -101,20 +102,20 @@ def poison() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TF32 products as a matrix unit makes them, which cuts 13 bits off its operands.
+    """Cuts 13 bits off the operands of TF32 products, as a matrix unit does.
 
-    Those of the interpreter keep all bits, so that a kernel which does not round would seem to be right.
+    The interpreter keeps all bits, so that a kernel that does not round its operands would seem to be right.
     """
 
     def cut(x: Any) -> Any:
         return interpreter.TensorHandle((x.data.view(np.int32) & -0x2000).view(np.float32), x.dtype)
 
-    def create_dot(self: Any, x: Any, y: Any, found: Any, precision: Any, *rest: Any) -> Any:
+    def create_dot(self: Any, x: Any, y: Any, sums: Any, precision: Any, *rest: Any) -> Any:
         if precision.name == "TF32":
             x, y = cut(x), cut(y)
-        return whole(self, x, y, found, precision, *rest)
+        return original(self, x, y, sums, precision, *rest)
 
-    whole = interpreter.InterpreterBuilder.create_dot
+    original = interpreter.InterpreterBuilder.create_dot
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
@@ -165,7 +166,7 @@ def test_memory_is_poisoned() -> None:
         assert x.isnan().all()
 
 
-def test_triton_serves_cpu_tensors_here() -> None:
+def test_the_interpreter_supports_cpu_tensors() -> None:
     assert ("triton", "cpu", True, "") in dispatch.describe()
     assert dispatch.requested("triton", "cpu") == "triton"
 
@@ -238,7 +239,7 @@ def test_couplings_of_input_capsules_of_several_blocks() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e-6])
-@pytest.mark.parametrize("wanted", ["u", "weight"])
+@pytest.mark.parametrize("needed", ["u", "weight"])
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [
@@ -250,17 +251,18 @@ def test_couplings_of_input_capsules_of_several_blocks() -> None:
     ids=str,
 )
 def test_gradients_near_the_ends_of_float16(
-    options: Options, wanted: str, scale: float, dtype: torch.dtype
+    options: Options, needed: str, scale: float, dtype: torch.dtype
 ) -> None:
-    """Gradients inside may be larger, or smaller, than float16 holds, while the result fits: W and u are
-    scaled so that it does.
+    """Intermediate gradients may leave the range of float16 while the result is in it.
+
+    W and u are scaled for that.
     """
     shape = Shape(5, 17, 3, 16, 8)
     u, weight, _ = layer_inputs(shape, dtype=torch.float64)
-    by = 2.0**8 if (wanted == "u") == (scale > 1) else 2.0**-8
-    inputs = [(u * by).to(dtype), (weight / by).to(dtype)]
+    scaling = 2.0**8 if (needed == "u") == (scale > 1) else 2.0**-8
+    inputs = [(u * scaling).to(dtype), (weight / scaling).to(dtype)]
     upstream = (torch.randn(shape.B, shape.J, shape.D) * scale).to(dtype)
-    needs = (wanted == "u", wanted == "weight")
+    needs = (needed == "u", needed == "weight")
     got = value_and_gradients(layer(options), inputs, upstream, needs)
     wide = value_and_gradients(plain_layer(options), [x.float() for x in inputs], upstream.float(), needs)
     exact = value_and_gradients(plain_layer(options), double(inputs), upstream.double(), needs)
@@ -271,16 +273,16 @@ def test_gradients_near_the_ends_of_float16(
 
 
 @triton.jit
-def rounding_kernel(p_x, p_found, count, SIZE: tl.constexpr):
+def rounding_kernel(p_x, p_rounded, count, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
     b_x = tl.load(p_x + at, mask=at < count, other=0.0)
-    tl.store(p_found + at, capsules.to_tf32(b_x), mask=at < count)
+    tl.store(p_rounded + at, capsules.to_tf32(b_x), mask=at < count)
 
 
 def rounded(x: Tensor) -> Tensor:
-    found = torch.empty_like(x)
-    launch.launch(rounding_kernel, 1, x, found, len(x), SIZE=triton.next_power_of_2(len(x)))
-    return found
+    result = torch.empty_like(x)
+    launch.launch(rounding_kernel, 1, x, result, len(x), SIZE=triton.next_power_of_2(len(x)))
+    return result
 
 
 def test_rounding_to_tf32() -> None:
@@ -293,19 +295,19 @@ def test_rounding_to_tf32() -> None:
 
 
 def test_rounding_to_tf32_of_extremes() -> None:
-    """Zeros keep their sign, what is near infinity becomes infinite, and NaN of any bits stays NaN.
+    """Zeros keep their sign, the largest numbers become infinite, and every NaN stays NaN.
 
-    So it does without the 13 bits that a matrix unit cuts off.
+    It stays NaN even without the 13 bits that a matrix unit cuts off.
     """
     largest = (2 - 2.0**-10) * 2.0**127
     x = torch.tensor([0.0, -0.0, 1e-45, INF, -INF, largest, -largest, 3.4028e38, -3.4028e38])
-    found = rounded(x)
-    assert found.tolist() == [0, 0, 0, INF, -INF, largest, -largest, INF, -INF]
-    assert torch.equal(found.signbit(), x.signbit())
+    got = rounded(x)
+    assert got.tolist() == [0, 0, 0, INF, -INF, largest, -largest, INF, -INF]
+    assert torch.equal(got.signbit(), x.signbit())
     bits = [0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0x7F801000, -1, -0x400000, -0x7FFFFF]
-    found = rounded(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
-    assert found.isnan().all()
-    assert (found.view(torch.int32) & -0x2000).view(torch.float32).isnan().all()
+    got = rounded(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+    assert got.isnan().all()
+    assert (got.view(torch.int32) & -0x2000).view(torch.float32).isnan().all()
 
 
 TF32_SHAPES = [Shape(1, 7, 3, 4, 8), Shape(3, 33, 10, 16, 8), Shape(17, 3, 3, 20, 20), *SHAPES]
@@ -320,7 +322,7 @@ TF32_SHAPES = [Shape(1, 7, 3, 4, 8), Shape(3, 33, 10, 16, 8), Shape(17, 3, 3, 20
     ids=str,
 )
 def test_capsule_routing_in_tf32(shape: Shape, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where torch's setting allows TF32: the error is that of plain torch on inputs rounded to it."""
+    """If torch's setting allows TF32, the error is that of plain torch on inputs rounded to TF32."""
     monkeypatch.setattr(launch, "_tf32_allowed", lambda: True)
     inputs, upstream = layer_inputs(shape, options.bias, torch.float32), upstream_of(shape, torch.float32)
 
@@ -330,7 +332,7 @@ def test_capsule_routing_in_tf32(shape: Shape, options: Options, monkeypatch: py
     got = value_and_gradients(layer(options), inputs, upstream)
     exact = value_and_gradients(plain_layer(options), double(inputs), upstream.double())
     assert_all_low_precision(got, runs_in_other_orders(plain, inputs, (1, 0, None), upstream), exact)
-    assert (got["value"] - exact["value"]).abs().max() > 1e-5  # it is TF32 that was tested
+    assert (got["value"] - exact["value"]).abs().max() > 1e-5  # so TF32 was used
 
 
 @pytest.mark.parametrize("shape", [SMALL, Shape(33, 3, 3, 20, 20)], ids=str)
@@ -365,7 +367,7 @@ def test_squash(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "options", [Options(1, bias=True), Options(3, bias=True), Options(2, detach=True)], ids=str
 )
-def test_gradients_that_are_not_needed(options: Options, needs: tuple[bool, ...]) -> None:
+def test_gradients_of_some_inputs_only(options: Options, needs: tuple[bool, ...]) -> None:
     inputs = layer_inputs(SMALL, True, torch.float32)
     got = value_and_gradients(layer(options), inputs, None, needs)
     want = value_and_gradients(layer(options), inputs)
@@ -405,7 +407,7 @@ def test_the_same_bits_every_time() -> None:
     ],
     ids=str,
 )
-def test_what_is_not_finite_stays_so_and_stays_alone(options: Options, where: str, bad: float) -> None:
+def test_non_finite_values_neither_vanish_nor_spread(options: Options, where: str, bad: float) -> None:
     shape = Shape(17, 5, 3, 4, 3)
     u, weight, bias = layer_inputs(shape, True, torch.float32)
     upstream = upstream_of(shape, torch.float32)
@@ -428,7 +430,7 @@ def test_large_logits(leaky: bool) -> None:
     assert all(x.isfinite().all() for x in got.values())
 
 
-def test_a_coupling_that_vanishes_is_zero() -> None:
+def test_a_coupling_that_underflows_is_zero() -> None:
     u_hat = torch.zeros(5, 40, 2, 1)
     u_hat[:, :, 0], u_hat[:, :, 1] = 1e35, 3e34
     want = reference.dynamic_routing(u_hat, iterations=2)
@@ -452,7 +454,7 @@ def test_squash_of_zero() -> None:
     assert torch.equal(s.grad, torch.zeros(3, 4))
 
 
-def test_float64_is_not_served() -> None:
+def test_float64_is_not_supported() -> None:
     message = r"^impl='triton' serves float32, bfloat16 and float16, got torch.float64$"
     u, weight, bias = layer_inputs(SMALL, True)
     for call in (
@@ -498,7 +500,7 @@ def test_opcheck(name: str) -> None:
 
 
 def test_whole_graph_compiles() -> None:
-    """The op is opaque to torch.compile: one graph, the same bits."""
+    """The op is opaque to torch.compile: one graph that computes the same bits."""
     inputs = layer_inputs(SMALL, True, torch.float32)
     compiled = torch.compile(layer(Options(2)), fullgraph=True, backend="aot_eager")
     got, want = (value_and_gradients(function, inputs) for function in (compiled, layer(Options(2))))
