@@ -52,12 +52,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch, change_backend: Callable[..., None]) ->
     monkeypatch.setattr(cuda, "_cuda", SimpleNamespace(device_count=lambda: card.devices))
     monkeypatch.setattr(cuda, "_built_for", lambda: card.archs)
     monkeypatch.setattr(triton, "_release", lambda version: tuple(map(int, card.triton.split("."))))
-    monkeypatch.setattr("capsops.backends.triton.launch.INTERPRETED", False)
+    # The installed Triton may be too old, or missing.
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="patched above"))
+    launch = SimpleNamespace(INTERPRETED=False)
+    monkeypatch.setitem(sys.modules, "capsops.backends.triton.launch", launch)
     monkeypatch.setenv("CC", "a compiler")
     change_backend("cuda", unavailable="")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     change_backend(
         "triton",
+        functions=dispatch.BACKENDS["cuda"].functions,
         unavailable="",
         devices=("cuda",),
         dtypes=dtypes,
@@ -128,7 +132,6 @@ def test_auto_takes_no_kernels_that_are_not_proved_on_the_gpu(
 
 
 def test_triton_must_run_as_it_was_proved(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
     why = partial(dispatch.why_not_proved, dispatch.BACKENDS["triton"], gpu.name, gpu.capability)
     assert why() == ""
     gpu.triton = "3.7"
@@ -136,7 +139,7 @@ def test_triton_must_run_as_it_was_proved(gpu: SimpleNamespace, monkeypatch: pyt
     monkeypatch.delenv("CC")
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert why().startswith("Triton needs a C compiler")
-    monkeypatch.setattr("capsops.backends.triton.launch.INTERPRETED", True)
+    sys.modules["capsops.backends.triton.launch"].INTERPRETED = True
     assert why() == "Triton runs its interpreter"
     gpu.archs = []
     assert on_gpu() == "reference"
@@ -444,6 +447,5 @@ def test_environment_variable_with_an_unavailable_backend() -> None:
 def test_cuda_kernels_round_to_tf32_only_where_torch_allows_it(
     setting: dict[str, str | bool], allowed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels = pytest.importorskip("capsops.backends.cuda", exc_type=ImportError)
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(**setting))
-    assert kernels._allows_tf32() == allowed
+    assert cuda._allows_tf32() == allowed
