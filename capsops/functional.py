@@ -182,9 +182,9 @@ def dynamic_routing(
         v [B, J, D], output capsules of length below 1.
 
     Raises:
-        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type. ValueError:
-        shapes, dtypes, devices or `iterations` do not fit, or `impl` does not take tensors of this
-            device or dtype, or names a kernel in forward mode or under torch.func.
+        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type.
+        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not take tensors of
+            this device or dtype, or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
     if has_torch_function((u_hat, bias)):
@@ -252,9 +252,9 @@ def capsule_routing(
         v [B, J, D], output capsules of length below 1.
 
     Raises:
-        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type. ValueError:
-        shapes, dtypes, devices or `iterations` do not fit, or `impl` does not take tensors of this
-            device or dtype, or names a kernel in forward mode or under torch.func.
+        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type.
+        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not take tensors of
+            this device or dtype, or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
     if has_torch_function((u, weight, bias)):
@@ -320,9 +320,9 @@ def couplings(
         c [B, I, J].
 
     Raises:
-        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type. ValueError:
-        shapes, dtypes, devices or `iterations` do not fit, or `impl` does not take tensors of this
-            device or dtype.
+        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type.
+        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not take tensors of
+            this device or dtype.
         RuntimeError: `impl` is not available here.
     """
     if has_torch_function((u, weight, bias)):

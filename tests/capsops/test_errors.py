@@ -178,7 +178,7 @@ def test_unknown_impl(function: Callable, args: tuple) -> None:
 def test_a_backend_that_cannot_compute_a_call_is_never_replaced(function: Callable, args: tuple) -> None:
     """There are no CUDA kernels for CPU tensors, whether the extension is built or not."""
     with pytest.raises(
-        (ValueError, RuntimeError), match=r"impl='cuda' (is not available: .|serves tensors on cuda)"
+        (ValueError, RuntimeError), match=r"impl='cuda' (is not available: .|takes tensors on cuda)"
     ):
         function(*args, impl="cuda")
 

@@ -198,7 +198,7 @@ def test_from_weight_with_one_axis_for_out_capsules_and_their_dimension(layout: 
         ("IK(JD)", None, r"out_capsules: got None, takes J: in layout 'IK\(JD\)' it shares an axis with D"),
         ("IK(JD)", 4, r"out_capsules: got 4, takes a divisor of 15, the size of the axis of J and D"),
         ("IK(JD)", 0, "out_capsules: got 0, takes 1 or more"),
-        ("IKJD", 3, "out_capsules: got 3, takes None: in layout 'IKJD' J has an axis of its own"),
+        ("IKJD", 3, "out_capsules: got 3, takes None: in layout 'IKJD' J is an axis by itself"),
         ("1IK(JD)", 3, r"layout: got '1IK\(JD\)' for a weight of shape \[7, 4, 15\]"),
         ("IK(JK)", None, r"layout: got 'IK\(JK\)'"),
     ],

@@ -186,5 +186,5 @@ def test_auto_in_a_compiled_graph() -> None:
 
 
 def test_float64_is_rejected() -> None:
-    with pytest.raises(ValueError, match="impl='cuda' takes float32, bfloat16 or float16"):
+    with pytest.raises(ValueError, match="impl='cuda' takes tensors of float32, bfloat16, float16"):
         capsops.squash(torch.ones(3, dtype=torch.float64, device="cuda"), impl="cuda")

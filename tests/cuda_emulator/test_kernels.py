@@ -315,9 +315,9 @@ def test_values_that_are_not_finite(emulated: Emulated, bad: float) -> None:
     assert not got["gradient 1"].isfinite().any()
 
 
-def test_float64_is_an_error(emulated: Emulated) -> None:
-    with pytest.raises(ValueError, match="impl='cuda' takes float32, bfloat16 or float16, got torch.float64"):
-        emulated.call("squash", torch.randn(3, 4, dtype=torch.float64), 1)
+def test_float64_is_declined(emulated: Emulated) -> None:
+    reason = emulated.implementation.BACKEND.why_declined("squash", torch.float64, frozenset())
+    assert reason == "impl='cuda' takes tensors of float32, bfloat16, float16, got torch.float64"
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)

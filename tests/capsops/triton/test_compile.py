@@ -4,6 +4,7 @@ Triton's interpreter (TRITON_INTERPRET) compiles nothing.
 """
 
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +18,13 @@ triton = pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or n
 from benchmarks.cases import RoutingCase  # noqa: E402
 from benchmarks.triton_compile import SHARED_LIMIT, TARGETS, compiling, resources  # noqa: E402
 from benchmarks.triton_resources import CLASSES, PRECISIONS, launches, rows  # noqa: E402
+from capsops.backends import BACKENDS  # noqa: E402
 from capsops.backends.triton.launch import unit  # noqa: E402
 
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton's interpreter is on", allow_module_level=True)
+
+KERNELS = SimpleNamespace(**BACKENDS["triton"].functions)
 
 # Kernels with matrix products; the others only add and multiply element by element.
 PRODUCTS = {
@@ -86,7 +90,6 @@ def test_sizes_of_one_compile(leaky: bool, detach: bool) -> None:
 @pytest.mark.parametrize(("inputs", "spills"), [(8, False), (32, True)])
 def test_spills_are_counted(inputs: int, spills: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the larger tile needs more registers than there are."""
-    from capsops.backends import triton as kernels
     from capsops.backends.triton import launch_configs
 
     monkeypatch.setattr(
@@ -94,7 +97,7 @@ def test_spills_are_counted(inputs: int, spills: bool, monkeypatch: pytest.Monke
     )
     u, weight = torch.empty(64, 32, 8, device="meta"), torch.empty(32, 10, 16, 8, device="meta")
     with compiling("sm_90", tf32=True) as launched:
-        kernels.couplings(u, weight, None, 2, False)
+        KERNELS.couplings(u, weight, None, 2, False)
     assert (resources(launched[-1]).spills > 0) == spills
 
 
@@ -133,10 +136,9 @@ def test_the_units_of_16_bit_do_not_depend_on_the_settings(monkeypatch: pytest.M
 
 
 def test_nothing_is_launched_while_compiling() -> None:
-    from capsops.backends import triton as kernels
 
     with compiling("sm_90") as launched:
-        kernels.squash(torch.empty(3, 4, device="meta"), 1)
+        KERNELS.squash(torch.empty(3, 4, device="meta"), 1)
     (launch,) = launched
     assert launch.kernel == "squash_kernel"
     assert launch.artifact.asm["cubin"]
@@ -162,7 +164,6 @@ def test_predictions_are_not_stored(
     B: int, share: float, K: int, detach: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Apart from results, no tensor is nearly as large as û or, in a large batch, as the couplings."""
-    from capsops.backends import triton as kernels
 
     monkeypatch.setattr(triton.JITFunction, "run", lambda *args, **options: None)
     I, J, D = 1152, 32, 16  # noqa: E741
@@ -170,15 +171,15 @@ def test_predictions_are_not_stored(
         torch.empty(n, device="meta") for n in ((B, I, K), (I, J, D, K), (B, J, D), (B, I, J, D))
     )
     with SizeRecorder() as recorder:
-        v, s = kernels.capsule_routing(u, weight, None, 3, False, True)
-        gradients = kernels.capsule_routing_backward(grad, u, weight, s, 3, False, detach, True, True, True)
+        v, s = KERNELS.capsule_routing(u, weight, None, 3, False, True)
+        gradients = KERNELS.capsule_routing_backward(grad, u, weight, s, 3, False, detach, True, True, True)
     results = {x.numel() for x in (v, s, *gradients)}
     assert results <= set(recorder.sizes)
     assert max(size for size in recorder.sizes if size not in results) < u_hat.numel() * share
     with SizeRecorder() as recorder:
-        kernels.couplings(u, weight, None, 3, False)
+        KERNELS.couplings(u, weight, None, 3, False)
     assert B * I * J in recorder.sizes
     assert max(recorder.sizes) <= u_hat.numel() * share
     with SizeRecorder() as recorder:
-        kernels.dynamic_routing_backward(grad, u_hat, s, 3, False, detach, True)
+        KERNELS.dynamic_routing_backward(grad, u_hat, s, 3, False, detach, True)
     assert u_hat.numel() in recorder.sizes
