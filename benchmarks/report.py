@@ -46,6 +46,7 @@ def _target(target: Target) -> str:
     what = {
         "share": " of ceiling",
         "memory ratio": " leaner",
+        "overhead": " as long",
         "routing share": " routing",
         "eager": " eager",
         "compiled": " compiled",

@@ -1,0 +1,56 @@
+"""What a call costs besides its arithmetic: a tiny capsule_routing beside torch's attention, on one thread.
+
+Both are so small that dispatch and autograd take nearly all of their time. Targets, printed and not asserted:
+at most 3.5 times attention's time forward, 4 forward with the gradient recorded, 2 forward and backward.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.cases import RoutingCase, bound, exact, plain
+from benchmarks.check import check
+from benchmarks.measure import Start
+from benchmarks.passes import FORWARD, FORWARD_BACKWARD, run
+from benchmarks.rows import Row, Target
+from benchmarks.test_routing_cpu import ours
+from capsops import dispatch
+
+RECORDED = "forward, gradient recorded"
+TARGETS = {FORWARD: 3.5, RECORDED: 4, FORWARD_BACKWARD: 2}  # times as long as attention, at most
+CASE = RoutingCase(batch=1, in_capsules=8)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("passes", TARGETS)
+@pytest.mark.usefixtures("one_thread")
+def test_overhead(passes: str, race: Start, report: Callable[[Row], None]) -> None:
+    layer, (inputs, grad) = bound(ours, CASE), CASE.inputs()
+    query, key, value, upstream = torch.randn(4, 1, 1, 8, 16).unbind()
+    attended = [x.requires_grad_() for x in (query, key, value)]
+    if passes == RECORDED:
+        calls = partial(layer, *inputs), partial(scaled_dot_product_attention, *attended)
+    else:
+        calls = (
+            partial(run, layer, passes, inputs, grad),
+            partial(run, scaled_dot_product_attention, passes, attended, upstream),
+        )
+    checked = FORWARD if passes == FORWARD else FORWARD_BACKWARD
+    row = Row("overhead", "capsule_routing", str(CASE), passes, impl=dispatch.resolve("auto", "cpu"))
+    results, terms = run(layer, checked, inputs, grad), CASE.in_capsules * CASE.in_dim
+    row.error = check("capsops", results, plain(CASE, checked), exact(CASE, checked), terms)
+    timed = race(calls[0], {"attention": calls[1]})
+    row.peers = timed.medians()
+    row.seconds, row.spread = row.peers.pop("ours"), timed.spread("ours")
+    row.targets = [Target("overhead", TARGETS[passes], 1 / row.ratio, most=True)]
+    report(row)
