@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.cases import RoutingCase, bound, exact, plain
+import capsops
+from benchmarks.cases import Case, exact, plain
 from benchmarks.check import check
-from benchmarks.measure import Start
+from benchmarks.measure import StartRace
 from benchmarks.passes import FORWARD, FORWARD_BACKWARD, run
 from benchmarks.rows import Row, Target
-from benchmarks.test_routing_cpu import ours
 from capsops import dispatch
 
 RECORDED = "forward, gradient recorded"
 TARGETS = {FORWARD: 3.5, RECORDED: 4, FORWARD_BACKWARD: 2}  # times as long as attention, at most
-CASE = RoutingCase(batch=1, in_capsules=8)
+CASE = Case(batch=1, in_capsules=8)
 
 
 @pytest.fixture
@@ -34,10 +34,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize("passes", TARGETS)
 @pytest.mark.usefixtures("one_thread")
-def test_overhead(passes: str, race: Start, report: Callable[[Row], None]) -> None:
-    layer, (inputs, grad) = bound(ours, CASE), CASE.inputs()
-    query, key, value, upstream = torch.randn(4, 1, 1, 8, 16).unbind()
-    attended = [x.requires_grad_() for x in (query, key, value)]
+def test_overhead(passes: str, race: StartRace, report: Callable[[Row], None]) -> None:
+    layer, (inputs, grad) = CASE.bind(capsops.capsule_routing), CASE.inputs()
+    *attended, upstream = torch.randn(4, 1, 1, 8, 16).unbind()
+    attended = [x.requires_grad_() for x in attended]
     if passes == RECORDED:
         calls = partial(layer, *inputs), partial(scaled_dot_product_attention, *attended)
     else:
@@ -46,11 +46,9 @@ def test_overhead(passes: str, race: Start, report: Callable[[Row], None]) -> No
             partial(run, scaled_dot_product_attention, passes, attended, upstream),
         )
     checked = FORWARD if passes == FORWARD else FORWARD_BACKWARD
-    row = Row("overhead", "capsule_routing", str(CASE), passes, impl=dispatch.resolve("auto", "cpu"))
-    results, terms = run(layer, checked, inputs, grad), CASE.in_capsules * CASE.in_dim
-    row.error = check("capsops", results, plain(CASE, checked), exact(CASE, checked), terms)
-    timed = race(calls[0], {"attention": calls[1]})
-    row.peers = timed.medians()
-    row.seconds, row.spread = row.peers.pop("ours"), timed.spread("ours")
+    row = Row("overhead", CASE.op, str(CASE), passes, impl=dispatch.resolve("auto", "cpu"))
+    results = run(layer, checked, inputs, grad)
+    row.error = check("capsops", results, plain(CASE, checked), exact(CASE, checked), CASE.terms)
+    row.take_times(race({"ours": calls[0], "attention": calls[1]}))
     row.targets = [Target("overhead", TARGETS[passes], 1 / row.ratio, most=True)]
     report(row)

@@ -3,17 +3,13 @@
 from collections.abc import Callable
 
 import pytest
-from torch import Tensor
 
 import capsops
 from benchmarks import memory, peers
-from benchmarks.cases import Routing, RoutingCase, bound, exact, plain
-from benchmarks.ceiling import Ceiling
-from benchmarks.measure import Start, measure
-from benchmarks.operations import routing_operations
+from benchmarks.cases import Case
+from benchmarks.measure import StartRace, forms, measure
 from benchmarks.passes import BOTH, FORWARD, FORWARD_BACKWARD
 from benchmarks.rows import Row, Target
-from capsops import dispatch
 
 RATIOS = {  # to be reached, by batch and passes
     (128, FORWARD): 10,
@@ -23,41 +19,22 @@ RATIOS = {  # to be reached, by batch and passes
     (1, FORWARD): 1,
     (1, FORWARD_BACKWARD): 1,
 }
-LARGE = RoutingCase(batch=16, in_capsules=3872, out_capsules=196)
+LARGE = Case(batch=16, in_capsules=3872, out_capsules=196)
 LARGE_BYTES = 128 << 20
 
 
-def ours(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int) -> Tensor:
-    return capsops.capsule_routing(u, weight, bias, iterations=iterations)
-
-
-def measured(case: RoutingCase, passes: str, forms: dict[str, Routing], race: Start, ceiling: Ceiling) -> Row:
-    """The row of a case, without memory and targets."""
-    impl = dispatch.resolve("auto", "cpu")
-    row = Row("routing", "capsule_routing", str(case), passes, case.dtype, impl)
-    functions = {name: bound(form, case) for name, form in forms.items()}
-    inputs, grad = case.inputs()
-    truth = plain(case, passes), exact(case, passes), case.in_capsules * case.in_dim
-    measure(row, bound(ours, case), functions, inputs, grad, *truth, race)
-    row.operations = routing_operations(case, passes)
-    row.share = row.operations / row.seconds / ceiling.flops
-    return row
-
-
-def add_memory(row: Row, case: RoutingCase, threads: int, *names: str) -> None:
+def add_memory(row: Row, case: Case) -> None:
     if memory.available():
-        row.memory = memory.peak_memory(memory.CAPSOPS, case, row.passes, threads)
-        row.peers_memory = {name: memory.peak_memory(name, case, row.passes, threads) for name in names}
+        row.memory = memory.peak_memory(memory.CAPSOPS, case, row.passes)
+        row.peers_memory = {"einsum": memory.peak_memory("einsum", case, row.passes)}
 
 
 @pytest.mark.parametrize("passes", BOTH)
 @pytest.mark.parametrize("batch", [128, 16, 1])
-def test_routing(
-    batch: int, passes: str, race: Start, ceiling: Ceiling, threads: int, report: Callable[[Row], None]
-) -> None:
-    case = RoutingCase(batch)
-    row = measured(case, passes, peers.with_compiled(peers.ROUTING), race, ceiling)
-    add_memory(row, case, threads, "einsum")
+def test_routing(batch: int, passes: str, race: StartRace, report: Callable[[Row], None]) -> None:
+    case = Case(batch)
+    row = measure("routing", case, passes, forms(case), race)
+    add_memory(row, case)
     row.targets.append(Target("ratio", RATIOS[batch, passes], row.ratio))
     if (batch, passes) == (128, FORWARD):
         row.targets.append(Target("share", 0.5, row.share))
@@ -67,18 +44,17 @@ def test_routing(
 
 
 @pytest.mark.parametrize("passes", BOTH)
-def test_routing_bfloat16(passes: str, race: Start, ceiling: Ceiling, report: Callable[[Row], None]) -> None:
+def test_routing_bfloat16(passes: str, race: StartRace, report: Callable[[Row], None]) -> None:
     """16 bits are storage here: the arithmetic is float32, and so is the ceiling."""
-    case = RoutingCase(128, dtype="bfloat16")
-    report(measured(case, passes, peers.with_compiled(peers.ROUTING), race, ceiling))
+    case = Case(128, dtype="bfloat16")
+    report(measure("routing", case, passes, forms(case), race))
 
 
-def test_routing_of_many_output_capsules(
-    race: Start, ceiling: Ceiling, threads: int, report: Callable[[Row], None]
-) -> None:
+def test_routing_of_many_output_capsules(race: StartRace, report: Callable[[Row], None]) -> None:
     """A shape at which people run out of memory; û alone has 741 MiB. The only peer is einsum, eager."""
-    row = measured(LARGE, FORWARD_BACKWARD, {"einsum": peers.einsum}, race, ceiling)
-    add_memory(row, LARGE, threads, "einsum")
+    candidates = {"ours": capsops.capsule_routing, "einsum": peers.einsum}
+    row = measure("routing", LARGE, FORWARD_BACKWARD, candidates, race)
+    add_memory(row, LARGE)
     if row.memory is not None:
         row.targets.append(Target("memory", LARGE_BYTES, row.memory, most=True))
     report(row)

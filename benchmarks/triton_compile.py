@@ -4,7 +4,6 @@ The call itself runs, on tensors without memory; each launch compiles its kernel
 """
 
 import re
-import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -90,15 +89,15 @@ class _Driver:
 def compiling(target: str, tf32: bool = False) -> Iterator[list[Compiled]]:
     """Launches inside compile for the target and are listed; nothing runs. TF32 is allowed or not."""
     if triton.knobs.runtime.interpret:
-        raise RuntimeError("Triton's interpreter is on (TRITON_INTERPRET): there is nothing to compile")
-    found: list[Compiled] = []
+        raise RuntimeError("Triton's interpreter is on (TRITON_INTERPRET), which compiles nothing")
+    compiled: list[Compiled] = []
     run = JITFunction.run
 
     def compile_only(
         self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any
     ) -> None:
         artifact = run(self, *args, grid=grid, warmup=True, **options)
-        found.append(Compiled(self.fn.__name__, grid[0], options, artifact))
+        compiled.append(Compiled(self.fn.__name__, grid[0], options, artifact))
 
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -109,18 +108,16 @@ def compiling(target: str, tf32: bool = False) -> Iterator[list[Compiled]]:
             mock.patch.object(JITFunction, "run", compile_only),
             mock.patch.object(torch.version, "hip", hip),
         ):
-            yield found
+            yield compiled
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _tool(name: str) -> str:
-    """A program of the CUDA toolkit: the one that Triton carries, else the one on the path."""
-    carried = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    found = str(carried) if carried.exists() else shutil.which(name)
-    if found is None:
-        raise FileNotFoundError(f"{name} comes neither with this Triton nor with a CUDA toolkit on the path")
-    return found
+def _cuobjdump(option: str, cubin: str) -> str:
+    """What the tool of the CUDA toolkit prints: the one that Triton carries, else the one on the path."""
+    carried = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = carried if carried.exists() else "cuobjdump"
+    return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def resources(compiled: Compiled) -> Resources:
@@ -133,29 +130,19 @@ def _nvidia_resources(compiled: Compiled) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.artifact.asm["cubin"])
         file.flush()
-        tool = _tool("cuobjdump")
-        usage, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
+        usage, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
     numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if numbers is None:
-        raise ValueError(f"cuobjdump -res-usage says nothing of registers: {usage!r}")
-    found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE)
-    names = Counter(found)
+        raise ValueError(f"cuobjdump -res-usage names no registers: {usage!r}")
+    instruction = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)"
+    names = Counter(re.findall(instruction, code, re.MULTILINE))
     shared = compiled.artifact.metadata.shared
     return Resources(int(numbers[1]), int(numbers[2]), names["LDL"] + names["STL"], shared, names)
 
 
 def _amd_resources(compiled: Compiled) -> Resources:
     code = compiled.artifact.asm["amdgcn"]
-
-    def number(key: str) -> int:
-        found = re.search(rf"^\s*\.{key}:\s+(\d+)", code, re.MULTILINE)
-        if found is None:
-            raise ValueError(f"the assembly says nothing of {key}")
-        return int(found[1])
-
+    numbers = {key: int(n) for key, n in re.findall(r"^\s*\.(\w+):\s+(\d+)", code, re.MULTILINE)}
     names = Counter(re.findall(r"^\s+((?:s|v|ds|global|buffer|flat|scratch)_\w+)", code, re.MULTILINE))
-    stack, spills = number("private_segment_fixed_size"), number("vgpr_spill_count")
-    return Resources(number("vgpr_count"), stack, spills, compiled.artifact.metadata.shared, names)
+    keys = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+    return Resources(*(numbers[key] for key in keys), compiled.artifact.metadata.shared, names)

@@ -1,4 +1,4 @@
-"""The command runs, checks what it compares, and finds the parts of a step."""
+"""The command runs, checks what it compares, and splits a step into its parts."""
 
 import sys
 from pathlib import Path
@@ -9,12 +9,12 @@ import torch
 from benchmarks import systems
 from benchmarks.report import main as report
 from benchmarks.rows import load
-from benchmarks.system_step import EinsumCapsules, SystemStep, parts
+from benchmarks.system_step import EinsumCapsules, SystemStep, check_equal, parts, profiled
 from capsops.nn import RoutingCapsules
 from infocapsgan.systems import CapsNet
 
 
-def test_the_table_of_two_systems(
+def test_the_rows_of_two_systems(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     words = "capsnet dcgan --width 8 --batch-size 8 --steps 2 --warm-up 1 --threads 1 --save-results"
@@ -36,10 +36,10 @@ def test_the_table_of_two_systems(
     report()
     shown = capsys.readouterr().out
     for part in (
-        "| system | step | routing |",
-        "| capsnet, published, B=8, width 8, fp32 | ours | einsum |",
-        "| whole step |",
-        "| its share of the step |",
+        "- capsnet, published, B=8, width 8, fp32: step",
+        "s: routing ",
+        ", einsum ",
+        "einsum's routing alone",
     ):
         assert part in shown
 
@@ -50,7 +50,7 @@ def test_bfloat16(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["systems", *words.split(), "--threads", str(threads)])
     systems.main()
-    assert "| capsnet, published, B=8, width 8, bf16 | ours | einsum | ratio |" in capsys.readouterr().out
+    assert "- capsnet, published, B=8, width 8, bf16: step" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("words", "message"), [("resnet", "SYSTEM: got resnet"), ("--steps 1", "at least")])
@@ -74,13 +74,13 @@ def test_the_einsum_layer_is_the_routing_layer() -> None:
 def test_models_that_differ_are_not_compared() -> None:
     ours, other = CapsNet(width=8), CapsNet(width=8)
     with pytest.raises(AssertionError, match="the two models differ"):
-        systems.check_equal(ours, other, ours.load_data())
+        check_equal(ours, other, ours.load_data())
 
 
 def test_the_parts_of_a_step_add_up() -> None:
     system = CapsNet(width=8, batch_size=8)
     step = SystemStep(system, system.load_data())
-    found = parts(step, 3, step.device)
+    seconds = parts(*profiled(step, 3, step.device), 3, step.device)
     assert step.training.step == 3
-    assert sum(found.values()) < 1
-    assert found["loader"] < sum(found.values()) / 2
+    assert sum(seconds.values()) < 1
+    assert seconds["loader"] < sum(seconds.values()) / 2
