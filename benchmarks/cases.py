@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.passes import run
+from benchmarks.precisions import PRECISIONS
 from capsops import reference
 
 Form = Callable[..., Tensor]  # an op of capsops, its reference, or a peer
@@ -26,14 +27,18 @@ class Case:
     out_dim: int = 16
     in_dim: int = 8
     iterations: int = 3
-    dtype: str = "float32"
+    precision: str = "float32"  # of PRECISIONS
     op: str = "capsule_routing"
 
     def __str__(self) -> str:
         name = f"B={self.batch} {self.in_capsules}×{self.out_capsules}"
         if (self.out_dim, self.in_dim, self.iterations) != (16, 8, 3):
             name += f" D={self.out_dim} K={self.in_dim} T={self.iterations}"
-        return name if self.dtype == "float32" else f"{name} {self.dtype}"
+        return name if self.precision == "float32" else f"{name} {self.precision}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision][0]
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -60,8 +65,7 @@ class Case:
         B, I, J, D, K = self.sizes  # noqa: E741
 
         def numbers(*shape: int, scale: float = 1.0) -> Tensor:
-            x = torch.randn(*shape, generator=rng, device=device) * scale
-            return x.to(getattr(torch, self.dtype))
+            return (torch.randn(*shape, generator=rng, device=device) * scale).to(self.dtype)
 
         if self.op == "dynamic_routing":
             inputs = (numbers(B, I, J, D, scale=0.1),)
@@ -101,4 +105,4 @@ def exact(case: Case, passes: str) -> tuple[Tensor, ...]:
 @lru_cache(maxsize=1)
 def plain(case: Case, passes: str) -> tuple[Tensor, ...]:
     """What `run` returns in the case's own dtype, by the reference: how inexact that dtype is by itself."""
-    return _by_reference(case, passes, getattr(torch, case.dtype))
+    return _by_reference(case, passes, case.dtype)

@@ -12,7 +12,6 @@ from benchmarks.rows import RESULTS, Row, save
 from benchmarks.timing import Race
 
 _rows = pytest.StashKey[list[Row]]()
-_load = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,17 +25,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_rows], config.stash[_load] = [], machine.load()
+    config.stash[_rows] = []
     config.option.benchmark_quiet = True  # our table replaces the plugin's, which -v brings back
     # torch's own, from within torch.compile
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")
     torch.set_num_threads(config.getoption("--threads"))
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("timeout"):
-        for item in items:
-            item.add_marker(pytest.mark.timeout(0))  # a case takes as long as it takes
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.timeout(0))  # a case takes as long as it takes
 
 
 @pytest.fixture
@@ -69,7 +67,7 @@ def pytest_terminal_summary(
     rows = config.stash[_rows]
     if not rows:
         return
-    header = machine.header(["pytest", *map(str, config.invocation_params.args)], config.stash[_load])
+    header = machine.header(["pytest", *map(str, config.invocation_params.args)])
     write = terminalreporter.write_line
     terminalreporter.section("capsops against plain PyTorch")
     for suite in dict.fromkeys(row.suite for row in rows):

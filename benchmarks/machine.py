@@ -16,6 +16,7 @@ import capsops
 from benchmarks.ceiling import measured_ceiling
 
 ROOT = Path(__file__).resolve().parents[1]
+LOAD_BEFORE = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
 def cpu_model() -> str:
@@ -23,11 +24,6 @@ def cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def load() -> float:
-    """How many processes were running or ready to run during the last minute."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
 def slug(name: str) -> str:
@@ -62,7 +58,7 @@ def provenance(command: Sequence[str]) -> dict[str, object]:
     }
 
 
-def header(command: Sequence[str], load_before: float) -> dict[str, object]:
+def header(command: Sequence[str]) -> dict[str, object]:
     """The head of a file of results that were measured on the CPU."""
     ceiling = measured_ceiling()
     device = {
@@ -72,6 +68,6 @@ def header(command: Sequence[str], load_before: float) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "isa": ceiling.isa,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "load_before": load_before,
+        "load_before": LOAD_BEFORE,
     }
     return {**provenance(command), "device": device, "ceiling": ceiling._asdict()}

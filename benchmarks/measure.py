@@ -28,7 +28,7 @@ def measure(suite: str, case: Case, passes: str, candidates: Mapping[str, Form],
     calls = {name: partial(run, case.bind(form), passes, inputs, grad) for name, form in candidates.items()}
     truth = plain(case, passes), exact(case, passes), case.terms
     errors = {name: check(name, call(), *truth) for name, call in calls.items()}
-    row = Row(suite, case.op, str(case), passes, case.dtype, dispatch.resolve("auto", "cpu"))
+    row = Row(suite, case.op, str(case), passes, case.precision, dispatch.resolve("auto", "cpu"))
     row.error = errors["ours"]
     row.take_times(race(calls))
     if case.op == "capsule_routing":

@@ -23,7 +23,6 @@ from benchmarks.cases import Case
 from benchmarks.passes import FORWARD, run
 
 ROOT = Path(__file__).resolve().parents[1]
-CAPSOPS = "capsops"
 
 
 class HighWater:
@@ -52,7 +51,7 @@ def available() -> bool:
 
 
 def peak_memory(form: str, case: Case, passes: str) -> int:
-    """Bytes beyond inputs and gradients; `form` is "capsops" or the name of a peer. The result v counts."""
+    """Bytes beyond inputs and gradients; `form` is "ours" or the name of a peer. The result v counts."""
     threads = torch.get_num_threads()
     request = {"form": form, "case": asdict(case), "passes": passes, "threads": threads}
     command = [sys.executable, "-m", "benchmarks.memory", json.dumps(request)]
@@ -65,7 +64,7 @@ def peak_memory(form: str, case: Case, passes: str) -> int:
 def main(form: str, case: dict, passes: str, threads: int) -> None:
     torch.set_num_threads(threads)
     case = Case(**case)
-    function = case.bind({CAPSOPS: getattr(capsops, case.op), **peers.FORMS[case.op]}[form])
+    function = case.bind({"ours": getattr(capsops, case.op), **peers.FORMS[case.op]}[form])
     run(function, passes, *replace(case, batch=2, in_capsules=3, out_capsules=2).inputs())  # loads the code
     inputs, grad = case.inputs()
     mark = HighWater()

@@ -9,7 +9,6 @@ as well, on the tensors that it has in the step.
 
 import argparse
 import os
-import statistics
 import sys
 from functools import partial
 
@@ -22,22 +21,24 @@ from benchmarks.passes import FORWARD_BACKWARD, run
 from benchmarks.report import describe, steps_list
 from benchmarks.rows import RESULTS, Row, save
 from benchmarks.system_step import EinsumCapsules, SystemStep, check_equal, parts, profiled
-from benchmarks.timing import CPU, Race, clock, spread
+from benchmarks.timing import CPU, Race
 from capsops import dispatch
 from infocapsgan.systems import SYSTEMS, CapsNet
 from infocapsgan.systems.class_code import ClassCodeGAN
 from infocapsgan.systems.system import System
 
+PROFILED_STEPS = 3
+
 
 def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads)
-    load, rows = machine.load(), []
+    rows = []
     for name in args.systems or SYSTEMS:
         new = [step_row(name, args)] + ([einsum_row(args)] if name == "capsnet" else [])
         print(*steps_list(new), sep="\n", flush=True)
         rows += new
-    header = machine.header(["python", "-m", "benchmarks.systems", *sys.argv[1:]], load)
+    header = machine.header(["python", "-m", "benchmarks.systems", *sys.argv[1:]])
     print("", describe(header), sep="\n")
     if args.save_results:
         path = RESULTS / f"systems-cpu-{machine.slug(machine.cpu_model())}.json"
@@ -55,40 +56,32 @@ def build(name: str, args: argparse.Namespace) -> System:
     return SYSTEMS[name](recipe=args.recipe, **options)
 
 
-def _row(name: str, system: System, samples: list[float]) -> Row:
-    s = system.settings
+def timed(name: str, systems: dict[str, System]) -> tuple[Row, SystemStep]:
+    """A row with the times of a system's step, "ours", and of its peers' in turns; and that step."""
+    steps = {kind: SystemStep(system, system.load_data()) for kind, system in systems.items()}
+    s = systems["ours"].settings
     case = f"{s.recipe}, B={s.batch_size}, width {s.width}"
     row = Row("systems", name, case, "training step", s.precision, dispatch.resolve("auto", "cpu"))
-    row.seconds, row.spread = statistics.median(samples), spread(samples)
-    return row
+    race = Race(steps)
+    race.run()
+    row.take_times(race)
+    return row, steps["ours"]
 
 
 def step_row(name: str, args: argparse.Namespace) -> Row:
     """Times the step of one system, then has it profiled."""
-    system = build(name, args)
-    step = SystemStep(system, system.load_data())
-    clock(step, args.warm_up)
-    row = _row(name, system, [clock(step, 1) for _ in range(args.steps)])
-    calls = max(2, args.steps // 2)
-    row.details = parts(*profiled(step, calls, CPU), calls, CPU)
+    row, step = timed(name, {"ours": build(name, args)})
+    row.details = parts(*profiled(step, PROFILED_STEPS, CPU), PROFILED_STEPS, CPU)
     return row
 
 
 def einsum_row(args: argparse.Namespace) -> Row:
-    """CapsNet beside the same model with the einsum routing, in turns."""
-    systems = {"ours": build("capsnet", args), "einsum": build("capsnet", args)}
-    encoder = systems["einsum"].model.encoder
-    encoder.classes = EinsumCapsules(encoder.classes)
-    steps = {kind: SystemStep(system, system.load_data()) for kind, system in systems.items()}
-    check_equal(*systems.values(), steps["ours"].dataset)
-    samples = {kind: [] for kind in steps}
-    for _ in range(args.warm_up + args.steps):
-        for kind, step in steps.items():
-            samples[kind].append(clock(step, 1))
-    ours, einsum = (samples[kind][args.warm_up :] for kind in ("ours", "einsum"))
-    row = _row("capsnet", systems["ours"], ours)
-    row.peers = {"einsum": statistics.median(einsum)}
-    row.details = routing_alone(systems["ours"], steps["ours"])
+    """CapsNet beside the same model with the einsum routing."""
+    ours, einsum = build("capsnet", args), build("capsnet", args)
+    einsum.model.encoder.classes = EinsumCapsules(einsum.model.encoder.classes)
+    check_equal(ours, einsum, ours.load_data())
+    row, step = timed("capsnet", {"ours": ours, "einsum": einsum})
+    row.details = routing_alone(ours, step)
     return row
 
 
@@ -118,14 +111,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="[that of the recipe]")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of torch [2]")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps before the first that counts [2]")
-    parser.add_argument("--steps", type=int, default=7, help="that are timed; the median counts [7]")
     parser.add_argument("--save-results", action="store_true", help="write benchmarks/results/systems-*.json")
     args = parser.parse_args()
     if unknown := set(args.systems) - set(SYSTEMS):
         parser.error(f"SYSTEM: got {', '.join(sorted(unknown))}, takes {', '.join(SYSTEMS)}")
-    if args.steps < 2:
-        parser.error(f"--steps: got {args.steps}, takes at least 2")
     return args
 
 

@@ -15,11 +15,10 @@ import capsops
 from benchmarks.cases import Case, exact, plain
 from benchmarks.check import check
 from benchmarks.measure import StartRace
-from benchmarks.passes import FORWARD, FORWARD_BACKWARD, run
+from benchmarks.passes import FORWARD, FORWARD_BACKWARD, RECORDED, run
 from benchmarks.rows import Row, Target
 from capsops import dispatch
 
-RECORDED = "forward, gradient recorded"
 TARGETS = {FORWARD: 3.5, RECORDED: 4, FORWARD_BACKWARD: 2}  # times as long as attention, at most
 CASE = Case(batch=1, in_capsules=8)
 
@@ -38,17 +37,11 @@ def test_overhead(passes: str, race: StartRace, report: Callable[[Row], None]) -
     layer, (inputs, grad) = CASE.bind(capsops.capsule_routing), CASE.inputs()
     *attended, upstream = torch.randn(4, 1, 1, 8, 16).unbind()
     attended = [x.requires_grad_() for x in attended]
-    if passes == RECORDED:
-        calls = partial(layer, *inputs), partial(scaled_dot_product_attention, *attended)
-    else:
-        calls = (
-            partial(run, layer, passes, inputs, grad),
-            partial(run, scaled_dot_product_attention, passes, attended, upstream),
-        )
-    checked = FORWARD if passes == FORWARD else FORWARD_BACKWARD
     row = Row("overhead", CASE.op, str(CASE), passes, impl=dispatch.resolve("auto", "cpu"))
-    results = run(layer, checked, inputs, grad)
-    row.error = check("capsops", results, plain(CASE, checked), exact(CASE, checked), CASE.terms)
-    row.take_times(race({"ours": calls[0], "attention": calls[1]}))
+    results = run(layer, passes, inputs, grad)
+    row.error = check("capsops", results, plain(CASE, passes), exact(CASE, passes), CASE.terms)
+    ours = partial(run, layer, passes, inputs, grad)
+    attention = partial(run, scaled_dot_product_attention, passes, attended, upstream)
+    row.take_times(race({"ours": ours, "attention": attention}))
     row.targets = [Target("overhead", TARGETS[passes], 1 / row.ratio, most=True)]
     report(row)

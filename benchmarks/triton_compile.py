@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+from benchmarks.precisions import matrix_precision
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,14 +53,12 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a program takes: registers and stack bytes of a thread, loads and stores of spilled registers (on
-    AMD the registers spilled), shared bytes, code.
-    """
+    """What a program takes: registers, stack and spills of a thread, shared memory, code."""
 
     registers: int
-    stack: int
-    spills: int
-    shared: int
+    stack: int  # bytes
+    spills: int  # loads and stores of spilled registers, on AMD the registers spilled
+    shared: int  # bytes
     instructions: Counter[str]
 
     @property
@@ -67,22 +68,6 @@ class Resources:
 
 
 _MATRIX_UNIT = re.compile(r"(HMMA|HGMMA|UTCHMMA|OMMA)$|v_mfma_")
-
-
-class _Driver:
-    """What Triton asks of a driver before it launches."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.target]
-
-    def get_current_device(self) -> str:
-        return self.target  # the key under which Triton keeps what it compiled
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
 
 
 @contextmanager
@@ -99,18 +84,19 @@ def compiling(target: str, tf32: bool = False) -> Iterator[list[Compiled]]:
         artifact = run(self, *args, grid=grid, warmup=True, **options)
         compiled.append(Compiled(self.fn.__name__, grid[0], options, artifact))
 
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    driver = SimpleNamespace(  # what Triton asks of a driver before it launches
+        get_current_target=lambda: TARGETS[target],
+        get_current_device=lambda: target,  # the key under which Triton keeps what it compiled
+        get_current_stream=lambda device: 0,
+    )
     hip = "AMD" if TARGETS[target].backend == "hip" else None
-    try:
-        with (
-            mock.patch.object(triton.runtime.driver, "_active", _Driver(target)),
-            mock.patch.object(JITFunction, "run", compile_only),
-            mock.patch.object(torch.version, "hip", hip),
-        ):
-            yield compiled
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    with (
+        matrix_precision(tf32),
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(torch.version, "hip", hip),
+    ):
+        yield compiled
 
 
 def _cuobjdump(option: str, cubin: str) -> str:
@@ -122,8 +108,7 @@ def _cuobjdump(option: str, cubin: str) -> str:
 
 def resources(compiled: Compiled) -> Resources:
     """Reads registers, stack, spills and instructions from the binary, or from AMD's assembly."""
-    by_target = _nvidia_resources if "cubin" in compiled.artifact.asm else _amd_resources
-    return by_target(compiled)
+    return (_nvidia_resources if "cubin" in compiled.artifact.asm else _amd_resources)(compiled)
 
 
 def _nvidia_resources(compiled: Compiled) -> Resources:

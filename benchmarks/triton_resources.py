@@ -7,7 +7,6 @@ bytes of a thread, spills, shared bytes of a program, instructions in all and of
 import argparse
 from collections.abc import Iterator
 from itertools import product
-from typing import NamedTuple
 
 import torch
 
@@ -24,16 +23,6 @@ CLASSES = {
     "odd": Case(65, 3, 11, 17, 5),
     "large vectors": Case(64, 10, 3, 100, 200),
 }
-
-
-class Row(NamedTuple):
-    """One kernel as compiled, and what it takes."""
-
-    shape: str
-    precision: str
-    target: str
-    compiled: Compiled
-    resources: Resources
 
 
 def launches(
@@ -58,14 +47,16 @@ def launches(
     return list({id(launch.artifact): launch for launch in launched}.values())
 
 
-def rows(shapes: list[str], precisions: list[str], targets: list[str]) -> Iterator[Row]:
-    """A kernel that works in float32 whatever the dtype comes once."""
+def rows(
+    shapes: list[str], precisions: list[str], targets: list[str]
+) -> Iterator[tuple[str, str, str, Compiled, Resources]]:
+    """Each kernel as compiled, and what it takes; one that works in float32 whatever the dtype comes once."""
     for shape, target in product(shapes, targets):
         seen = {}
         for precision in precisions:
             for launch in launches(CLASSES[shape], precision, target):
                 if seen.setdefault(launch.artifact.hash, launch) is launch:
-                    yield Row(shape, precision, target, launch, resources(launch))
+                    yield shape, precision, target, launch, resources(launch)
 
 
 def main() -> None:

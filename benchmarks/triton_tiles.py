@@ -42,7 +42,6 @@ def candidates(batch: int) -> list[tiles.Entry]:
 
 def measure(
     case: Case,
-    precision: str,
     programs: int,
     entries: Sequence[tiles.Entry],
     device: str = "cuda",
@@ -50,19 +49,18 @@ def measure(
 ) -> list[dict[str, object]]:
     """Milliseconds of every entry."""
     kernels = capsops.dispatch.module("triton")
-    dtype, tf32 = PRECISIONS[precision]
     (u, weight), grad = case.inputs(device)
-    u, weight, grad = (x.detach().to(dtype) for x in (u, weight, grad))
+    u, weight = u.detach(), weight.detach()
     options = (case.iterations, False, False, True)  # leaky, detach, squash_output
     rows = []
-    with matrix_precision(tf32), mock.patch.object(tiles, "PROGRAMS", programs):
+    with matrix_precision(PRECISIONS[case.precision][1]), mock.patch.object(tiles, "PROGRAMS", programs):
         kind = tiles.kind(unit(u), case.batch, case.out_dim, case.in_dim)
         forward = partial(kernels.capsule_routing, u, weight, None, case.iterations, False, True)
         _, s = forward()
         backward = partial(kernels.capsule_routing_backward, grad, u, weight, s, *options, True, True)
         calls = {"forward": (forward, tiles.ROUTED), "backward": (backward, tiles.GRADIENT)}
         for entry in entries:
-            row = {"case": str(case), "precision": precision, "programs": programs, "entry": entry}
+            row = {"case": str(case), "precision": case.precision, "programs": programs, "entry": entry}
             for name, (call, table) in calls.items():
                 with mock.patch.dict(table, {kind: entry}):
                     try:
@@ -82,7 +80,7 @@ def main() -> None:
     chosen = parser.parse_args()
     everything = []
     for programs, precision, batch in itertools.product(chosen.programs, chosen.precisions, chosen.batches):
-        rows = measure(Case(batch), precision, programs, candidates(batch))
+        rows = measure(Case(batch, precision=precision), programs, candidates(batch))
         for name in ("forward", "backward"):
             for row in sorted(rows, key=lambda row: row[name])[:3]:
                 print(f"B={batch} {precision} {programs} programs: {name} {row[name]:.4f} ms {row['entry']}")

@@ -1,4 +1,4 @@
-"""The parts of first_contact.sh, which tells what each is for. Each adds lines to $OUT/results.jsonl.
+"""The parts of first_contact.sh that need Python. Each adds lines to $OUT/results.jsonl.
 
     python -m benchmarks.gpu.first_contact PART [options]
 
@@ -48,17 +48,17 @@ def env(args: argparse.Namespace) -> None:
         build=dispatch.build_record().get("cuda"),
         fingerprints={impl: fingerprint.fingerprint(impl) for impl in ("cuda", "triton")},
         cores=os.cpu_count(),
-        load=machine.load(),
+        load=machine.LOAD_BEFORE,
         **machine.provenance(["first_contact"]),
     )
     record("ceilings", rates=measured_ceilings(args.device))
 
 
 def times(args: argparse.Namespace) -> None:
-    chosen = None
+    chosen = op_times.cases()
     if args.device.type == "cpu":
         chosen = [
-            op_times.TimedCase(Case(2, 9, 3, 4, 8, op=op), passes)
+            (Case(2, 9, 3, 4, 8, op=op), passes)
             for op, passes in product(op_times.OPS, BOTH)
             if op != "couplings" or passes == FORWARD
         ]
@@ -88,7 +88,7 @@ def systems(args: argparse.Namespace) -> None:
             dataset = system.load_data().to(args.device)
             step = SystemStep(system.to(args.device), dataset)
             begin = time.monotonic()
-            for _ in range(args.steps):
+            for _ in range(20):
                 losses = step()
             step.training.check()
             seconds = round(time.monotonic() - begin, 2)
@@ -97,7 +97,7 @@ def systems(args: argparse.Namespace) -> None:
 
 
 def checks(folder: Path) -> None:
-    """Records what pytest's reports in XML say."""
+    """Records the counts and errors in pytest's XML reports."""
     for path in sorted(folder.glob("*.xml")):
         suite, compared, largest = ElementTree.parse(path).getroot().find("testsuite"), 0, {}
         for properties in suite.iter("properties"):
@@ -146,7 +146,6 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default="cuda")
     parser.add_argument("--impls", nargs="+", default=["cuda", "triton"])
     parser.add_argument("--seconds", type=float, default=60, help="after which nothing new is begun")
-    parser.add_argument("--steps", type=int, default=20, help="of each system")
     parser.add_argument("--compiled", action="store_true", help="warm up what torch.compile makes")
     parser.add_argument("--share", default="0/1", help="of warm-up: which cases, such as 1/4")
     parser.add_argument("--checks", type=Path, default=".", help="of table: folder of pytest's reports")

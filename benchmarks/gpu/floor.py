@@ -37,9 +37,7 @@ def measured_ceilings(device: torch.device) -> dict[str, float]:
     return {"bandwidth": bandwidth, **rates, "exponentials": exponentials}
 
 
-def floor_seconds(
-    case: Case, passes: str, ceilings: Mapping[str, float], precision: str
-) -> tuple[float, str]:
+def floor_seconds(case: Case, passes: str, ceilings: Mapping[str, float]) -> tuple[float, str]:
     """The least time of a call, and the unit of the device that needs it.
 
     û, ∂u and ∂W go to matrix units where the mode has them; logits and sums are multiply-adds of float32.
@@ -48,12 +46,12 @@ def floor_seconds(
     work, (B, I, J, D, K) = operations(case, passes), case.sizes  # noqa: E741
     numbers = (1 if passes == FORWARD else 3) * (B * I * K + I * J * D * K + B * J * D)
     times = {
-        "matrix products": work.products / ceilings[precision],
+        "matrix products": work.products / ceilings[case.precision],
         "sums": work.sums / ceilings["float32"],
-        "bytes": numbers * getattr(torch, case.dtype).itemsize / ceilings["bandwidth"],
+        "bytes": numbers * case.dtype.itemsize / ceilings["bandwidth"],
         "exponentials": work.exponentials / (ceilings["exponentials"] or torch.inf),
     }
-    if precision == "float32":  # one unit makes both
+    if case.precision == "float32":  # one unit makes both
         times["sums"] += times.pop("matrix products")
     unit = max(times, key=times.__getitem__)
     return times[unit], unit

@@ -7,8 +7,6 @@ use the device, the same command continues with the next case.
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
@@ -22,7 +20,7 @@ from benchmarks.check import relative_error
 from benchmarks.gpu.floor import floor_seconds, measured_ceilings
 from benchmarks.gpu.record import failure_recorded, record, recorded
 from benchmarks.passes import BOTH, FORWARD, FORWARD_BACKWARD, run
-from benchmarks.precisions import PRECISIONS, matrix_precision
+from benchmarks.precisions import matrix_precision
 from benchmarks.timing import Race, clock, replay_seconds
 
 SAMPLE_SECONDS, RACE_SECONDS = 2e-3, 0.2
@@ -30,66 +28,52 @@ HOPELESS = 6  # what takes so many times as long as the fastest is timed once by
 COMPILED = ("einsum + sums", "matmul")  # the forms that gain by it
 FP32, TF32, BF16 = "float32", "float32, TF32 allowed", "bfloat16"
 MNIST = (1152, 10, 16, 8)
+WITH_COMPILED = (Case(128, precision=TF32), Case(128, precision=BF16))  # compiling peers takes a while
 OPS = ("capsule_routing", "dynamic_routing", "couplings", "predictions", "squash")
 
 
-@dataclass(frozen=True)
-class TimedCase:
-    """A case in one mode and direction; `compiles`: beside peers under torch.compile too."""
-
-    case: Case
-    passes: str
-    precision: str = FP32
-    compiles: bool = False
-
-    def __str__(self) -> str:
-        tf32 = " TF32" if self.precision == TF32 else ""
-        return f"{self.case.op} {self.case}{tf32}, {self.passes}"
-
-    def allowed(self) -> AbstractContextManager:
-        """The context in which the case runs."""
-        return matrix_precision(PRECISIONS[self.precision][1])
-
-
-def timed_cases(
-    batch: int, sizes: tuple, modes: Sequence[str], compiled: Sequence[str] = (), op: str = OPS[0]
-) -> Iterator[TimedCase]:
+def in_modes(batch: int, sizes: tuple, modes: Sequence[str], op: str = OPS[0]) -> Iterator[tuple[Case, str]]:
     """Both directions of an op in each mode."""
-    for mode, passes in product(modes, (FORWARD,) if op == "couplings" else BOTH):
-        case = Case(batch, *sizes, dtype=mode.partition(",")[0], op=op)
-        yield TimedCase(case, passes, mode, mode in compiled)
+    for precision, passes in product(modes, (FORWARD,) if op == "couplings" else BOTH):
+        yield Case(batch, *sizes, precision=precision, op=op), passes
 
 
-def cases() -> list[TimedCase]:
+def cases() -> list[tuple[Case, str]]:
     """The headline first, then small batches, the other ops, other shapes, large batches."""
 
-    def others(batch: int) -> Iterator[TimedCase]:
+    def others(batch: int) -> Iterator[tuple[Case, str]]:
         for op in OPS[1:]:
             modes = (TF32, BF16, FP32) if op in ("couplings", "predictions") else (BF16, FP32)
-            yield from timed_cases(batch, MNIST, modes, op=op)
+            yield from in_modes(batch, MNIST, modes, op)
 
     return [
-        *timed_cases(128, MNIST, (TF32, BF16, FP32), (TF32, BF16)),
-        *timed_cases(16, MNIST, (TF32, BF16, FP32)),
+        *in_modes(128, MNIST, (TF32, BF16, FP32)),
+        *in_modes(16, MNIST, (TF32, BF16, FP32)),
         *others(128),
-        *timed_cases(1, MNIST, (TF32, BF16)),
+        *in_modes(1, MNIST, (TF32, BF16)),
         *others(16),
-        *timed_cases(64, (288, 10, 52, 16), (TF32, BF16)),
-        *timed_cases(64, (288, 10, 17, 7), (TF32, BF16)),
-        *timed_cases(64, (128, 10, 32, 32), (TF32, BF16)),
-        *timed_cases(16, (3872, 196, 16, 8), (BF16, TF32)),
-        *timed_cases(1024, MNIST, (TF32, BF16, FP32)),
-        *timed_cases(256, (512, 8, 16, 16), (TF32, BF16)),
+        *in_modes(64, (288, 10, 52, 16), (TF32, BF16)),
+        *in_modes(64, (288, 10, 17, 7), (TF32, BF16)),
+        *in_modes(64, (128, 10, 32, 32), (TF32, BF16)),
+        *in_modes(16, (3872, 196, 16, 8), (BF16, TF32)),
+        *in_modes(1024, MNIST, (TF32, BF16, FP32)),
+        *in_modes(256, (512, 8, 16, 16), (TF32, BF16)),
         *others(1024),
-        *timed_cases(512, MNIST, (TF32, BF16)),
+        *in_modes(512, MNIST, (TF32, BF16)),
     ]
 
 
-def forms(timed: TimedCase, impls: Sequence[str]) -> dict[str, Form]:
+def title(case: Case, passes: str) -> str:
+    return f"{case.op} {case}, {passes}"
+
+
+def forms(case: Case, impls: Sequence[str]) -> dict[str, Form]:
     """By name: ours, the reference, and plain PyTorch as in benchmarks/peers.py."""
-    op, plain = getattr(capsops, timed.case.op), peers.FORMS[timed.case.op]
+    op, plain = getattr(capsops, case.op), peers.FORMS[case.op]
     candidates = {impl: partial(op, impl=impl) for impl in (*impls, "reference")} | plain
-    return candidates | (peers.with_compiled({x: plain[x] for x in COMPILED}) if timed.compiles else {})
+    return candidates | (
+        peers.with_compiled({x: plain[x] for x in COMPILED}) if case in WITH_COMPILED else {}
+    )
 
 
 def input_sets(case: Case, device: torch.device) -> list[tuple[tuple[Tensor, ...], Tensor]]:
@@ -121,18 +105,18 @@ def summary(seconds: Mapping[str, Sequence[float]], sets: int) -> dict[str, list
 
 
 def measure(
-    timed: TimedCase, impls: Sequence[str], device: torch.device, ceilings: Mapping[str, float]
+    case: Case, passes: str, impls: Sequence[str], device: torch.device, ceilings: Mapping[str, float]
 ) -> dict[str, object]:
     """Seconds by replay and by calls, differences from the reference, and memory of each form.
 
     A form that failed in part keeps what is known of it.
     """
-    case, cuda, sets = timed.case, device.type == "cuda", input_sets(timed.case, device)
+    cuda, sets = device.type == "cuda", input_sets(case, device)
     calls, replays, differences, memory, failed = {}, {}, {}, {}, {}
     reference = case.bind(partial(getattr(capsops, case.op), impl="reference"))
-    expected = run(reference, timed.passes, *sets[0])
-    for name, form in forms(timed, impls).items():
-        one = partial(run, case.bind(form), timed.passes)
+    expected = run(reference, passes, *sets[0])
+    for name, form in forms(case, impls).items():
+        one = partial(run, case.bind(form), passes)
         try:
             results = one(*sets[0])
             differences[name] = max(relative_error(x, y) for x, y in zip(results, expected, strict=True))
@@ -149,12 +133,12 @@ def measure(
     race.run(HOPELESS)
     times = {"calls": summary(race.seconds, len(sets)), "replay": summary(replays, len(sets))}
     if case.op == "capsule_routing":
-        times["floor"], times["unit"] = floor_seconds(case, timed.passes, ceilings, timed.precision)
+        times["floor"], times["unit"] = floor_seconds(case, passes, ceilings)
     return {**times, "differences": differences, "memory": memory, "sets": len(sets), "failures": failed}
 
 
 def time_all(
-    impls: Sequence[str], device: torch.device, seconds: float, chosen: Sequence[TimedCase] | None = None
+    impls: Sequence[str], device: torch.device, seconds: float, chosen: Sequence[tuple[Case, str]]
 ) -> None:
     """A line for each case; one line names those that are not begun after `seconds`, or are cut short.
 
@@ -165,31 +149,29 @@ def time_all(
         record("ceilings", rates=measured_ceilings(device))
     ceilings = recorded("ceilings")[-1]["rates"]
     done = {row["case"] for row in recorded("times begun")}
-    left = [timed for timed in (cases() if chosen is None else chosen) if str(timed) not in done]
+    left = [one for one in chosen if title(*one) not in done]
     try:
         while left and time.monotonic() - began <= seconds:
-            timed = left[0]
-            labels = {"op": timed.case.op, "batch": timed.case.batch, "precision": timed.precision}
-            labels = {"case": str(timed), **labels, "passes": timed.passes}
-            record("times begun", case=str(timed))
-            with failure_recorded("times", **labels), timed.allowed():
-                record("times", **labels, **measure(timed, impls, device, ceilings))
+            case, passes = left[0]
+            labels = {"case": title(case, passes), "op": case.op, "batch": case.batch, "passes": passes}
+            record("times begun", case=labels["case"])
+            with failure_recorded("times", **labels), matrix_precision(case.precision == TF32):
+                record("times", **labels, **measure(case, passes, impls, device, ceilings))
             left.pop(0)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # ends the process where the device is lost
                 torch.cuda.empty_cache()
     finally:
         if left:
-            record("not timed", cases=[str(timed) for timed in left])
+            record("not timed", cases=[title(*one) for one in left])
 
 
 def headline_calls(impl: str, device: torch.device) -> None:
     """CapsNet's routing at B = 128, forward and backward, in each mode: to be run under Nsight Compute."""
-    for timed in timed_cases(128, MNIST, (TF32, BF16, FP32)):
-        if timed.passes == FORWARD_BACKWARD:
-            with timed.allowed():
-                form = timed.case.bind(forms(timed, [impl])[impl])
-                run(form, timed.passes, *timed.case.inputs(device))
+    for precision in (TF32, BF16, FP32):
+        case = Case(128, precision=precision)
+        with matrix_precision(precision == TF32):
+            run(partial(capsops.capsule_routing, impl=impl), FORWARD_BACKWARD, *case.inputs(device))
     torch.cuda.synchronize(device)
 
 
@@ -197,13 +179,13 @@ def warm_up(impls: Sequence[str], compiled: bool, share: str, seconds: float) ->
     """Compiles what the cases need, into the caches on disk; share 1/4: every fourth case from the second."""
     began, device = time.monotonic(), torch.device("cuda")
     first, shares = map(int, share.split("/"))
-    chosen = [timed for timed in cases() if timed.compiles or not compiled]
-    for timed in chosen[first::shares]:
+    chosen = [(case, passes) for case, passes in cases() if case in WITH_COMPILED or not compiled]
+    for case, passes in chosen[first::shares]:
         if time.monotonic() - began > seconds:
             break
-        names = [f"{name}, compiled" for name in COMPILED] if compiled else impls
-        inputs = timed.case.inputs(device)
-        for name in names:
-            with failure_recorded("warm-up", case=str(timed), impl=name), timed.allowed():
-                run(timed.case.bind(forms(timed, impls)[name]), timed.passes, *inputs)
+        inputs = case.inputs(device)
+        for name in [f"{name}, compiled" for name in COMPILED] if compiled else impls:
+            labels = {"case": title(case, passes), "impl": name}
+            with failure_recorded("warm-up", **labels), matrix_precision(case.precision == TF32):
+                run(case.bind(forms(case, impls)[name]), passes, *inputs)
         torch.cuda.synchronize()

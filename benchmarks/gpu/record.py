@@ -19,7 +19,7 @@ def folder() -> Path:
 def record(part: str, **values: object) -> None:
     """Adds a line, and prints its beginning. Several processes may write at the same time.
 
-    A line with `failed` tells what went wrong, and makes the process's part fail.
+    A line with `failed` has an error message, and makes the process's part fail.
     """
     if "failed" in values:
         failures.append(str(values["failed"]))

@@ -12,6 +12,7 @@ from torch import Tensor
 import capsops
 from benchmarks.gpu.record import folder
 from benchmarks.system_step import EinsumCapsules, SystemStep, check_equal, parts, profiled
+from benchmarks.timing import clock
 from infocapsgan.data import Dataset
 from infocapsgan.systems import CapsNet
 
@@ -79,19 +80,15 @@ def epoch(
         if captured:
             call = CapturedStep(step)
         else:
-            for _ in range(WARM_UP_STEPS):
-                step()
-        _wait(device)
-        ready, accuracies = time.perf_counter(), []
-        for _ in range(step.batches.per_epoch):
-            accuracies.append(call()["batch_accuracy"].clone())
-        _wait(device)
-        seconds = time.perf_counter() - ready
+            clock(step, WARM_UP_STEPS, device)
+        preparation, accuracies = time.perf_counter() - begin, []
+        per_epoch = step.batches.per_epoch
+        seconds = clock(lambda: accuracies.append(call()["batch_accuracy"].clone()), per_epoch, device)
         step.training.check()
         accuracy = torch.stack(accuracies[-20:]).mean().item()
         if len(dataset.train_labels) >= 60_000 and not accuracy > 0.9:
             raise AssertionError(f"at the end of the epoch {accuracy:.3f} of the images are right")
-        results = {"seconds": seconds, "preparation": ready - begin, "accuracy of the last batches": accuracy}
+        results = {"seconds": seconds, "preparation": preparation, "accuracy of the last batches": accuracy}
         if not captured:
             calls = 20 if device.type == "cuda" else 2
             events, wall = profiled(step, calls, device)
@@ -100,8 +97,3 @@ def epoch(
                 order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
                 print(impl, precision, events.table(sort_by=order, row_limit=25), sep="\n", file=file)
     return results
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

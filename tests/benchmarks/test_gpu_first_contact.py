@@ -95,12 +95,12 @@ def test_on_a_gpu_every_part_runs_and_what_fails_runs_again(out: Path, tmp_path:
 def test_earlier_results_are_not_mixed_with_others(out: Path) -> None:
     record("env", device="another")
     script = ROOT / "benchmarks/gpu/first_contact.sh"
-    for settings, said in (({}, "name another OUT"), ({"PARTS": "time"}, "PARTS: got time, takes env")):
+    for settings, message in (({}, "name another OUT"), ({"PARTS": "time"}, "PARTS: got time, takes env")):
         done = subprocess.run(
             ["bash", script], env=os.environ | settings, capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 2
-        assert said in done.stderr
+        assert message in done.stderr
 
 
 def test_no_part_begins_when_the_time_is_over(out: Path) -> None:
@@ -116,17 +116,17 @@ def test_cases_are_timed_once_and_failures_stay_in_the_table(
 ) -> None:
     monkeypatch.setattr(op_times, "SAMPLE_SECONDS", 1e-5)
     small = [
-        op_times.TimedCase(Case(2, 5, 3, 4, 8), FORWARD_BACKWARD),
-        op_times.TimedCase(Case(2, 5, 3, 4, 8, dtype="bfloat16", op="squash"), FORWARD),
+        (Case(2, 5, 3, 4, 8), FORWARD_BACKWARD),
+        (Case(2, 5, 3, 4, 8, precision="bfloat16", op="squash"), FORWARD),
     ]
     for _ in range(2):
         op_times.time_all(["cpu", "cuda"], CPU, 60, small)
     rows = recorded("times")
-    assert [row["case"] for row in rows] == [str(timed) for timed in small]
+    assert [row["case"] for row in rows] == [op_times.title(*one) for one in small]
     assert set(rows[0]["calls"]) == {"cpu", "reference", "matmul", "einsum", "einsum + sums"}
     assert rows[0]["differences"]["cpu"] < 1e-5
     assert "not available" in rows[0]["failures"]["cuda"]
-    op_times.time_all(["cpu"], CPU, 0, [op_times.TimedCase(Case(3, 5, 3, 4, 8, op="squash"), FORWARD)])
+    op_times.time_all(["cpu"], CPU, 0, [(Case(3, 5, 3, 4, 8, op="squash"), FORWARD)])
     assert recorded("not timed")[0]["cases"] == ["squash B=3 5×3 D=4 K=8 T=3, forward"]
     monkeypatch.setattr(sys, "argv", ["first_contact", "table", "--impls", "cpu", "cuda"])
     first_contact.main()
@@ -136,9 +136,9 @@ def test_cases_are_timed_once_and_failures_stay_in_the_table(
 
 
 def test_every_case_has_a_name_of_its_own() -> None:
-    names = [str(timed) for timed in op_times.cases()]
+    names = [op_times.title(*one) for one in op_times.cases()]
     assert len(set(names)) == len(names)
-    assert {timed.case.op for timed in op_times.cases()} == set(op_times.OPS)
+    assert {case.op for case, _ in op_times.cases()} == set(op_times.OPS)
 
 
 def test_a_part_goes_on_after_a_failure_and_fails_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
