@@ -1,46 +1,37 @@
 """The machine's float32 ceiling, measured: operations per second on the threads that torch uses."""
 
-import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.timing import CPU, fastest
+
 
 class Ceiling(NamedTuple):
-    """Attained floating-point operations per second, and by what they were attained."""
+    """Attained floating-point operations per second, and how they were attained."""
 
     flops: float
     how: str
+    isa: str = "none: capsops._cpu is not built"  # the instruction set of the kernels
 
 
-def _by_registers(seconds: float, threads: int) -> Ceiling | None:
-    """Multiply-adds on registers only, in the kernels' own instruction set; None without that loop."""
-    try:
-        from capsops import _cpu
-    except ImportError:
-        return None
-    loop = getattr(_cpu, "fma_flops", None)
-    if loop is None:
-        return None
-    return Ceiling(max(loop(seconds, threads) for _ in range(20)), f"FMA loop on registers, {_cpu.isa()}")
-
-
-def _by_products(seconds: float) -> Ceiling:
-    """The best of torch's own float32 matrix products: what plain tools attain, below the ceiling."""
-    best = Ceiling(0.0, "")
-    for m, k, n in ((512, 512, 512), (1024, 1024, 1024), (2048, 1024, 1024)):
-        a, b, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            begin = time.perf_counter()
-            torch.mm(a, b, out=out)
-            flops = 2 * m * k * n / (time.perf_counter() - begin)
-            best = max(best, Ceiling(flops, f"torch.mm [{m}, {k}] @ [{k}, {n}]"))
-    return best
+def product_flops(n: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> float:
+    """Operations per second of torch's product of two n × n matrices of random numbers."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / fastest(partial(torch.mm, a, b), device)
 
 
 @lru_cache(maxsize=1)
-def measured_ceiling(threads: int) -> Ceiling:
-    """The ceiling for `threads` threads, which are torch's at this moment. Measured once in a process."""
-    return _by_registers(0.05, threads) or _by_products(0.3)
+def measured_ceiling() -> Ceiling:
+    """The ceiling for the threads that torch uses at the first call. Measured once in a process.
+
+    Multiply-adds on registers, in the instruction set of the kernels; without the extension a matrix product,
+    which stays below the ceiling.
+    """
+    try:
+        from capsops import _cpu
+    except ImportError:
+        return Ceiling(max(product_flops(1024) for _ in range(5)), "torch.mm, 1024 × 1024")
+    flops = max(_cpu.fma_flops(0.05, torch.get_num_threads()) for _ in range(20))
+    return Ceiling(flops, f"FMA loop on registers, {_cpu.isa()}", _cpu.isa())

@@ -1,11 +1,10 @@
-"""Where and of what something was measured: device, versions, commit, command, date."""
+"""What was measured, and where: device, versions, commit, command, date."""
 
 import os
 import platform
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,38 +13,17 @@ import numpy
 import torch
 
 import capsops
+from benchmarks.ceiling import measured_ceiling
 
 ROOT = Path(__file__).resolve().parents[1]
+LOAD_BEFORE = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
 def cpu_model() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
-
-
-def isa() -> str:
-    """The instruction set that capsops' kernels take here."""
-    try:
-        from capsops import _cpu
-    except ImportError:
-        return "none: capsops._cpu is not built"
-    return _cpu.isa()
-
-
-def cpu() -> dict[str, object]:
-    return {
-        "type": "cpu",
-        "model": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": isa(),
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
-    }
+    """The processor's name as the system reports it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def slug(name: str) -> str:
@@ -63,7 +41,7 @@ def _git(*args: str) -> str:
 
 
 def provenance(command: Sequence[str]) -> dict[str, object]:
-    """Everything but the device. Results themselves do not make the tree dirty: they are what is written."""
+    """Everything but the device. Changed results do not make the tree dirty: they are what is written."""
     changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!results")
     return {
         "command": shlex.join(command),
@@ -77,5 +55,19 @@ def provenance(command: Sequence[str]) -> dict[str, object]:
             "capsops": capsops.__version__,
             "system": f"{platform.system()} {platform.machine()}",
         },
-        "interpreter": sys.implementation.name,
     }
+
+
+def header(command: Sequence[str]) -> dict[str, object]:
+    """The head of a file of results that were measured on the CPU."""
+    ceiling = measured_ceiling()
+    device = {
+        "type": "cpu",
+        "model": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": ceiling.isa,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "load_before": LOAD_BEFORE,
+    }
+    return {**provenance(command), "device": device, "ceiling": ceiling._asdict()}

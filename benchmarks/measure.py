@@ -1,38 +1,37 @@
-"""One row: every candidate is checked, then all are timed in turns."""
+"""A row of results: every form is checked, then all take turns at being timed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 
-from torch import Tensor
-
+import capsops
+from benchmarks import peers
+from benchmarks.cases import Case, Form, exact, plain
+from benchmarks.ceiling import measured_ceiling
 from benchmarks.check import check
+from benchmarks.operations import operations
 from benchmarks.passes import run
 from benchmarks.rows import Row
 from benchmarks.timing import Race
+from capsops import dispatch
 
-Function = Callable[..., Tensor]
-Start = Callable[..., Race]  # (ours, peers) -> a race that was run
+StartRace = Callable[..., Race]  # runs a race between candidates, of which one is "ours"
 
 
-def measure(
-    row: Row,
-    ours: Function,
-    peers: Mapping[str, Function],
-    inputs: Sequence[Tensor],
-    grad: Tensor,
-    plain: Sequence[Tensor],
-    exact: Sequence[Tensor],
-    terms: int,
-    race: Start,
-) -> None:
-    """Fills in errors and times; `plain`, `exact` and `terms` are those of `check`."""
-    calls = {
-        name: partial(run, function, row.passes, inputs, grad)
-        for name, function in {"capsops": ours, **peers}.items()
-    }
-    errors = {name: check(name, call(), plain, exact, terms) for name, call in calls.items()}
-    row.error = errors["capsops"]
-    timed = race(calls.pop("capsops"), calls)
-    row.peers = timed.medians()
-    row.seconds = row.peers.pop("ours")
-    row.spread = timed.spread("ours")
+def forms(case: Case) -> dict[str, Form]:
+    """ "ours" and the peers, eager and under torch.compile."""
+    return {"ours": getattr(capsops, case.op), **peers.with_compiled(peers.FORMS[case.op])}
+
+
+def measure(suite: str, case: Case, passes: str, candidates: Mapping[str, Form], race: StartRace) -> Row:
+    """Errors, times and share of the ceiling. Nothing is timed unless every candidate is right."""
+    inputs, grad = case.inputs()
+    calls = {name: partial(run, case.bind(form), passes, inputs, grad) for name, form in candidates.items()}
+    truth = plain(case, passes), exact(case, passes), case.terms
+    errors = {name: check(name, call(), *truth) for name, call in calls.items()}
+    row = Row(suite, case.op, str(case), passes, case.precision, dispatch.automatic("cpu"))
+    row.error = errors["ours"]
+    row.take_times(race(calls))
+    if case.op == "capsule_routing":
+        row.operations = operations(case, passes).flops
+        row.share = row.operations / row.seconds / measured_ceiling().flops
+    return row

@@ -1,11 +1,11 @@
-"""What is run and timed: a function forward without a graph, or forward and backward."""
+"""What is run and timed: a function forward, forward with its gradient recorded, or forward and backward."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-FORWARD, FORWARD_BACKWARD = "forward", "forward + backward"
+FORWARD, RECORDED, FORWARD_BACKWARD = "forward", "forward, gradient recorded", "forward + backward"
 BOTH = (FORWARD, FORWARD_BACKWARD)
 
 
@@ -17,4 +17,6 @@ def run(
         with torch.no_grad():
             return (function(*inputs),)
     value = function(*inputs)
+    if passes == RECORDED:
+        return (value.detach(),)
     return value.detach(), *torch.autograd.grad(value, inputs, grad)

@@ -10,14 +10,10 @@ case's peer.
   einsum, which are batched matrix products.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Routing
-
-Op = Callable[..., Tensor]
+from benchmarks.cases import Form
 
 
 def squash(s: Tensor) -> Tensor:
@@ -64,37 +60,37 @@ def predictions_by_einsum(u: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("bik,ijdk->bijd", u, weight)
 
 
-def matmul(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int) -> Tensor:
-    """The broadcast form throughout."""
-    return route_by_sums(predictions_by_matmul(u, weight), bias, iterations)
-
-
 def einsum(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int) -> Tensor:
     """The einsum form throughout. The one copy of û, into the layout of the routing, saves one a pass."""
     u_hat = torch.einsum("bik,ijdk->bjid", u, weight).contiguous()
     return route_by_einsum(u_hat, bias, iterations)
 
 
-def einsum_sums(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int) -> Tensor:
-    """û by einsum, routed by sums: mostly the fastest under torch.compile, never without."""
-    return route_by_sums(predictions_by_einsum(u, weight), bias, iterations)
+def by_sums(predictions: Form) -> Form:
+    """Routing by sums of û as `predictions` makes it."""
+    return lambda u, weight, bias, iterations: route_by_sums(predictions(u, weight), bias, iterations)
 
 
-ROUTING: dict[str, Routing] = {"matmul": matmul, "einsum": einsum, "einsum + sums": einsum_sums}
-PREDICTIONS: dict[str, Op] = {"matmul": predictions_by_matmul, "einsum": predictions_by_einsum}
-
-
-def einsum_given(u_hat: Tensor, bias: Tensor | None, iterations: int) -> Tensor:
-    """Routing of a given û [B, I, J, D] by einsum, in the layout that saves a copy a pass."""
+def einsum_of_predictions(u_hat: Tensor, bias: Tensor | None, iterations: int) -> Tensor:
+    """Routing of û [B, I, J, D] by einsum, in the layout that saves a copy a pass."""
     return route_by_einsum(u_hat.transpose(1, 2).contiguous(), bias, iterations)
 
 
-DYNAMIC_ROUTING: dict[str, Op] = {"sums": route_by_sums, "einsum": einsum_given}
-SQUASH: dict[str, Op] = {"plain": squash}
+FORMS: dict[str, dict[str, Form]] = {
+    "capsule_routing": {
+        "matmul": by_sums(predictions_by_matmul),
+        "einsum": einsum,
+        "einsum + sums": by_sums(predictions_by_einsum),
+    },
+    "dynamic_routing": {"sums": route_by_sums, "einsum": einsum_of_predictions},
+    "predictions": {"matmul": predictions_by_matmul, "einsum": predictions_by_einsum},
+    "squash": {"plain": squash},
+    "couplings": {},
+}
 
 
-def with_compiled(forms: dict[str, Op], mode: str | None = None) -> dict[str, Op]:
-    """Each form eager and under torch.compile, for one shape: what was compiled for another is forgotten."""
+def with_compiled(forms: dict[str, Form]) -> dict[str, Form]:
+    """Each form eager and under torch.compile, for one shape: code compiled for another is dropped."""
     torch.compiler.reset()
-    compiled = {f"{name}, compiled": torch.compile(f, dynamic=False, mode=mode) for name, f in forms.items()}
+    compiled = {f"{name}, compiled": torch.compile(form, dynamic=False) for name, form in forms.items()}
     return {**forms, **compiled}

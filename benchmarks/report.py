@@ -1,6 +1,6 @@
-"""Tables of measured rows: for the terminal, and for the README from a file of benchmarks/results/.
+"""Tables of measured rows, in Markdown that a terminal shows well too.
 
-python -m benchmarks.report [FILE ...] [--all]      the README's table (with --all every row) in Markdown
+python -m benchmarks.report [FILE ...] [--all]      the README's table (with --all every row)
 """
 
 import argparse
@@ -11,19 +11,16 @@ from benchmarks.rows import RESULTS, Row, Target, load
 
 MIB = 1 << 20
 _COLUMNS = ("case", "ours", "peer", "which", "ratio", "share", "beyond inputs, MiB", "einsum's", "target")
+_COMPARED_WITH = {"share": " of ceiling", "memory ratio": " leaner", "overhead": " as long"}
 
 
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
+def _time(seconds: float) -> str:
     if seconds < 1e-4:
         return f"{seconds * 1e6:.3g} µs"
     return f"{seconds * 1e3:.3g} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"
 
 
-def _times(ratio: float | None) -> str:
-    if ratio is None:
-        return "–"
+def _times(ratio: float) -> str:
     return f"{ratio:.0f} ×" if ratio >= 99.5 else f"{ratio:.3g} ×" if ratio >= 1 else f"{ratio:.2f} ×"
 
 
@@ -33,34 +30,23 @@ def _mib(size: int | None) -> str:
     return f"{size / MIB:.1f}" if size < 100 * MIB else f"{size / MIB:.0f}"
 
 
-def _number(target: Target, value: float) -> str:
-    if target.what in ("share", "routing share"):
-        return f"{value:.0%}"
-    if target.what == "seconds":
-        return _time(value)
-    return f"{value / MIB:.0f} MiB" if target.what == "memory" else _times(value)
-
-
 def _target(target: Target) -> str:
-    sign = "≤" if target.most else "≥"
-    what = {
-        "share": " of ceiling",
-        "memory ratio": " leaner",
-        "routing share": " routing",
-        "eager": " eager",
-        "compiled": " compiled",
-    }.get(target.what, "")
-    verdict = "met" if target.met else f"MISSED, {_number(target, target.got)}"
-    return f"{sign} {_number(target, target.wanted)}{what}: {verdict}"
+    def number(value: float) -> str:
+        if target.what == "share":
+            return f"{value:.0%}"
+        return f"{value / MIB:.0f} MiB" if target.what == "memory" else _times(value)
+
+    verdict = "met" if target.met else f"MISSED, {number(target.got)}"
+    what = _COMPARED_WITH.get(target.what, "")
+    return f"{'≤' if target.most else '≥'} {number(target.wanted)}{what}: {verdict}"
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """One line of the table, as _COLUMNS."""
+def _cells(row: Row) -> tuple[str, ...]:
     return (
         f"{row.op}, {row.case}, {row.passes}",
         _time(row.seconds),
-        _time(row.peers[row.peer] if row.peer else None),
-        row.peer or "–",
+        _time(row.peers[row.peer]),
+        row.peer,
         _times(row.ratio),
         "–" if row.share is None else f"{row.share:.0%}",
         _mib(row.memory),
@@ -69,61 +55,34 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def plain_table(rows: Sequence[Row]) -> list[str]:
-    """Lines for a terminal."""
-    table = [_COLUMNS, *map(cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in table]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+def table(rows: Sequence[Row]) -> list[str]:
+    """A line for each row: time, the fastest peer, share of the ceiling, memory, targets."""
+    cells = [_COLUMNS, *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, tuple("-" * width for width in widths))
+    padded = ([x.ljust(width) for x, width in zip(line, widths, strict=True)] for line in cells)
+    return [f"| {' | '.join(line)} |" for line in padded]
 
 
-def markdown_table(rows: Sequence[Row]) -> list[str]:
-    table = [_COLUMNS, ("---",) * len(_COLUMNS), *map(cells, rows)]
-    return [f"| {' | '.join(line)} |" for line in table]
-
-
-_PARTS = ("routing", "squash", "convolutions", "loader", "optimiser", "other", "idle")
-
-
-def parts_table(rows: Sequence[Row]) -> list[str]:
-    """Lines of Markdown: seconds of each system's training step, and the share of each part of it."""
-    lines = [f"| system | step | {' | '.join(_PARTS)} |", "|---" * (len(_PARTS) + 2) + "|"]
+def steps_list(rows: Sequence[Row]) -> list[str]:
+    """An item for each training step: its time, and each part of it with its share of the step."""
+    lines = []
     for row in rows:
-        whole = sum(row.details.values())
-        shares = [f"{row.details[part] / whole:.1%}" if part in row.details else "–" for part in _PARTS]
-        lines.append(f"| {row.op}, {row.case}, {row.dtype} | {_time(row.seconds)} | {' | '.join(shares)} |")
+        steps = f"step {_time(row.seconds)}" + "".join(
+            f", {peer} {_time(seconds)} ({_times(seconds / row.seconds)})"
+            for peer, seconds in row.peers.items()
+        )
+        whole = row.seconds if row.peers else sum(row.details.values())  # those of the profiler add up
+        parts = [
+            f"{part} {_time(seconds)} ({seconds / (row.peers['einsum'] if 'einsum' in part else whole):.1%})"
+            for part, seconds in row.details.items()
+        ]
+        lines.append(f"- {row.op}, {row.case}, {row.dtype}: {steps}: {', '.join(parts)}")
     return lines
-
-
-def turns_table(row: Row) -> list[str]:
-    """Lines of Markdown: a training step in turns with that of the same model routed by a peer."""
-    steps, routing = (row.seconds, row.peers[row.peer]), tuple(row.details.values())
-    lines = [f"| {row.op}, {row.case}, {row.dtype} | ours | {row.peer} | ratio |", "|---" * 4 + "|"]
-    for name, (ours, theirs) in (("whole step", steps), ("routing alone, forward + backward", routing)):
-        lines.append(f"| {name} | {_time(ours)} | {_time(theirs)} | {_times(theirs / ours)} |")
-    shares = [alone / whole for alone, whole in zip(routing, steps, strict=True)]
-    lines.append(
-        f"| its share of the step | {shares[0]:.1%} | {shares[1]:.1%} | {_times(shares[1] / shares[0])} |"
-    )
-    return lines
-
-
-def systems_tables(rows: Sequence[Row]) -> list[str]:
-    """Lines of Markdown: all that benchmarks.systems measures."""
-    lines = parts_table([row for row in rows if not row.peers])
-    for row in rows:
-        lines += ["", *turns_table(row)] if row.peers else []
-    return lines
-
-
-def parts_line(row: Row) -> str:
-    """What a step consists of, in words."""
-    seconds = ", ".join(f"{part} {_time(value)}" for part, value in row.details.items())
-    return f"{row.op}, {row.case}, {row.impl}: {seconds}"
 
 
 def describe(header: dict) -> str:
-    """One line that says what the rows were measured on."""
+    """One line with what the rows were measured on."""
     device, versions, ceiling = header["device"], header["versions"], header["ceiling"]
     commit = header["commit"][:9] + (" with changes" if header["dirty"] else "")
     return (
@@ -143,7 +102,7 @@ def main() -> None:
         header, rows = load(path)
         steps = [row for row in rows if row.suite == "systems"]
         others = [row for row in rows if row not in steps and (args.all or row.targets)]
-        tables = [table(part) for table, part in ((systems_tables, steps), (markdown_table, others)) if part]
+        tables = [show(part) for show, part in ((steps_list, steps), (table, others)) if part]
         print("\n\n".join("\n".join(lines) for lines in tables))
         print(f"\n{describe(header)}\n")
 

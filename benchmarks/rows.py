@@ -1,20 +1,21 @@
-"""What one benchmark found, and the file in which the rows of one run lie."""
+"""The result of one benchmark, and the file with the rows of one run."""
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from benchmarks.timing import Race, spread
+from infocapsgan.atomic import atomic_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)
 class Target:
-    """A number that was to be reached: at least `wanted`, or at most where `most`."""
+    """A number to be reached: at least `wanted`, or at most where `most`."""
 
-    what: str  # "ratio", "share", "memory ratio", "memory"
+    what: str  # "ratio", "share", "memory ratio", "memory", "overhead"
     wanted: float
     got: float
     most: bool = False
@@ -26,7 +27,7 @@ class Target:
 
 @dataclass
 class Row:
-    """One case: seconds of one call of ours and of each peer, and what else is known of it."""
+    """One case: seconds of one call of ours and of each peer, and what else was measured."""
 
     suite: str
     op: str
@@ -37,7 +38,7 @@ class Row:
     seconds: float | None = None
     spread: float | None = None  # half the distance between the quartiles, over the median
     peers: dict[str, float] = field(default_factory=dict)
-    details: dict[str, float] = field(default_factory=dict)  # seconds of what else was timed beside them
+    details: dict[str, float] = field(default_factory=dict)  # seconds of what else was timed
     error: float | None = None  # the largest relative error against float64
     operations: int | None = None
     share: float | None = None  # of the measured ceiling
@@ -55,6 +56,11 @@ class Row:
         """How many times as long the fastest peer takes."""
         return self.peers[self.peer] / self.seconds if self.peers and self.seconds else None
 
+    def take_times(self, race: Race) -> None:
+        """The times of a race: of "ours", and of the others as peers."""
+        self.peers = race.medians()
+        self.seconds, self.spread = self.peers.pop("ours"), spread(race.seconds["ours"])
+
     def as_json(self) -> dict[str, object]:
         """With what follows from the rest, so that a reader of the file need not compute it."""
         targets = [{**asdict(target), "met": target.met} for target in self.targets]
@@ -62,27 +68,21 @@ class Row:
 
     @classmethod
     def from_json(cls, values: dict) -> "Row":
-        known = {k: v for k, v in values.items() if k not in ("peer", "ratio", "targets")}
+        fields = {k: v for k, v in values.items() if k not in ("peer", "ratio", "targets")}
         targets = [Target(**{k: v for k, v in x.items() if k != "met"}) for x in values["targets"]]
-        return cls(**known, targets=targets)
+        return cls(**fields, targets=targets)
 
 
 def save(path: Path, header: dict[str, object], rows: Sequence[Row]) -> None:
     """Writes the file whole or not at all."""
     text = json.dumps({**header, "rows": [row.as_json() for row in rows]}, indent=1, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with atomic_file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def load(path: Path) -> tuple[dict, list[Row]]:
     """Header and rows."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return {k: v for k, v in found.items() if k != "rows"}, [Row.from_json(x) for x in found["rows"]]
+    header = json.loads(path.read_text(encoding="utf-8"))
+    rows = header.pop("rows")
+    return header, [Row.from_json(row) for row in rows]

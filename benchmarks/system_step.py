@@ -1,20 +1,22 @@
 """A system's training step as the training loop takes it, and where its time goes."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
-from torch.autograd.profiler_util import FunctionEventAvg
+from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import peers
+from benchmarks.check import relative_error
+from benchmarks.timing import clock
 from capsops.nn import RoutingCapsules
 from infocapsgan import checkpoint
 from infocapsgan.data import Dataset
 from infocapsgan.data.batches import Batches
 from infocapsgan.draw import Draw
+from infocapsgan.systems import CapsNet
 from infocapsgan.systems.system import System
 from infocapsgan.training import Training
 
@@ -42,7 +44,7 @@ class EinsumCapsules(nn.Module):
 
 
 class SystemStep:
-    """Each call is one step of the training loop, without what is written; it returns the named losses.
+    """Each call is one step of the training loop, with nothing written; it returns the named losses.
 
     Args:
         system: on its device.
@@ -74,57 +76,36 @@ class SystemStep:
         return named
 
 
-def clock(call: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Seconds that so many calls take together, until the device is done."""
-    synchronise(device)
-    begin = time.perf_counter()
-    for _ in range(calls):
-        call()
-    synchronise(device)
-    return time.perf_counter() - begin
+def check_equal(ours: CapsNet, einsum: CapsNet, dataset: Dataset, bound: float = 1e-4) -> None:
+    """Raises AssertionError unless both models have the same class capsules for a few images."""
+    batch = dataset.train_images[:8].float() / 255
+    with torch.no_grad():
+        capsules, expected = (system.model.encoder(batch).classes for system in (ours, einsum))
+    error = relative_error(capsules, expected)
+    if not error < bound:
+        raise AssertionError(f"the two models differ by {error:.2e} of the class capsules")
 
 
-def synchronise(device: torch.device) -> None:
-    """Waits until a GPU is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def profiled(call: Callable[[], object], calls: int, device: torch.device) -> tuple[EventList, float]:
+    """The profiler's averages over `calls` calls, and the seconds of one of them under it."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        seconds = clock(call, calls, device) / calls
+    return profiler.key_averages(), seconds
 
 
-def parts(call: Callable[[], object], calls: int, device: torch.device) -> dict[str, float]:
-    """Seconds of one call by part, as torch's profiler sees them: on a GPU the time of kernels.
+def parts(events: EventList, seconds: float, calls: int, device: torch.device) -> dict[str, float]:
+    """Seconds of one call by part, from what `profiled` returns: on a GPU the time of kernels.
 
     "other" is what else the device did; on a GPU "idle" is the time in which no kernel ran, which includes
     what the profiler itself takes.
     """
-    found, wall = profiled(call, calls, device)
-    cuda = device.type == "cuda"
-    ops = [event for event in found if event.device_type == DeviceType.CPU]
+    cuda, busy = device.type == "cuda", seconds
+    ops = [event for event in events if event.device_type == DeviceType.CPU]
     total = {event.key: event.device_time_total if cuda else event.cpu_time_total for event in ops}
-    seconds = {
-        part: sum(total.get(name, 0.0) for name in names) / 1e6 / calls for part, names in PARTS.items()
-    }
-    busy = sum(time for _, time in kernels(found)) / calls if cuda else wall
-    seconds["other"] = busy - sum(seconds.values())
-    return {**seconds, "idle": wall - busy} if cuda else seconds
-
-
-def kernels(found: Sequence[FunctionEventAvg]) -> list[tuple[str, float]]:
-    """Name and seconds of each kernel of a GPU that the profiler saw, longest first."""
-    seen = [
-        (event.key, event.self_device_time_total / 1e6)
-        for event in found
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
-    ]
-    return sorted(seen, key=lambda kernel: -kernel[1])
-
-
-def profiled(
-    call: Callable[[], object], calls: int, device: torch.device
-) -> tuple[list[FunctionEventAvg], float]:
-    """The profiler's averages over so many calls, and the seconds of one of them under it."""
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
-        wall = clock(call, calls, device) / calls
-    return list(profiler.key_averages()), wall
+    by_part = {part: sum(total.get(x, 0.0) for x in names) / 1e6 / calls for part, names in PARTS.items()}
+    if cuda:
+        kernels = [x for x in events if x.device_type == DeviceType.CUDA and not x.is_user_annotation]
+        busy = sum(kernel.self_device_time_total for kernel in kernels) / 1e6 / calls
+    by_part["other"] = busy - sum(by_part.values())
+    return {**by_part, "idle": seconds - busy} if cuda else by_part

@@ -1,61 +1,60 @@
-"""squash, predictions and dynamic_routing on the CPU against plain PyTorch, at the sizes of the paper."""
+"""The ops on the CPU against plain PyTorch, as a rule at the sizes of the paper: time, ceiling, memory."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
-import torch
-from torch import Tensor
 
 import capsops
-from benchmarks import peers
-from benchmarks.measure import Function, Start, measure
-from benchmarks.passes import BOTH, run
-from benchmarks.rows import Row
-from capsops import dispatch, reference
+from benchmarks import memory, peers
+from benchmarks.cases import Case
+from benchmarks.measure import StartRace, forms, measure
+from benchmarks.passes import BOTH, FORWARD, FORWARD_BACKWARD
+from benchmarks.rows import Row, Target
 
-CASE = "B=128 1152×10"
-U, WEIGHT, U_HAT = (128, 1152, 8), (1152, 10, 16, 8), (128, 1152, 10, 16)
+RATIOS = {128: (10, 5), 16: (2, 2), 1: (1, 1)}  # to be reached, by batch: forward, forward and backward
+LARGE = Case(batch=16, in_capsules=3872, out_capsules=196)
+LARGE_BYTES = 128 << 20
 
 
-def report_op(
-    op: str,
-    passes: str,
-    shapes: tuple[tuple[int, ...], ...],
-    terms: int,
-    functions: tuple[Function, Function, dict[str, Function]],
-    race: Start,
-    report: Callable[[Row], None],
-) -> None:
-    """`functions`: ours, the reference, the peers; `terms`: of the longest sum."""
-    ours, formula, forms = functions
-    inputs = [torch.randn(shape) * 0.3 for shape in shapes]
-    grad = torch.randn_like(formula(*inputs))
+def add_memory(row: Row, case: Case) -> None:
+    if memory.available():
+        row.memory = memory.peak_memory("ours", case, row.passes)
+        row.peers_memory = {"einsum": memory.peak_memory("einsum", case, row.passes)}
 
-    def by_reference(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return run(formula, passes, [x.to(dtype).requires_grad_() for x in inputs], grad.to(dtype))
 
-    row = Row("ops", op, CASE, passes, impl=dispatch.automatic("cpu"))
-    truth = by_reference(torch.float32), by_reference(torch.float64), terms
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    measure(row, ours, peers.with_compiled(forms), leaves, grad, *truth, race)
+@pytest.mark.parametrize("passes", BOTH)
+@pytest.mark.parametrize("op", ["squash", "predictions", "dynamic_routing"])
+def test_op(op: str, passes: str, race: StartRace, report: Callable[[Row], None]) -> None:
+    case = Case(128, op=op)
+    report(measure("ops", case, passes, forms(case), race))
+
+
+@pytest.mark.parametrize("passes", BOTH)
+@pytest.mark.parametrize("batch", [128, 16, 1])
+def test_routing(batch: int, passes: str, race: StartRace, report: Callable[[Row], None]) -> None:
+    case = Case(batch)
+    row = measure("routing", case, passes, forms(case), race)
+    add_memory(row, case)
+    row.targets.append(Target("ratio", RATIOS[batch][BOTH.index(passes)], row.ratio))
+    if (batch, passes) == (128, FORWARD):
+        row.targets.append(Target("share", 0.5, row.share))
+    if (batch, passes) == (128, FORWARD_BACKWARD) and row.memory is not None:
+        row.targets.append(Target("memory ratio", 25, row.peers_memory["einsum"] / max(row.memory, 1)))
     report(row)
 
 
 @pytest.mark.parametrize("passes", BOTH)
-def test_squash(passes: str, race: Start, report: Callable[[Row], None]) -> None:
-    functions = capsops.squash, reference.squash, peers.SQUASH
-    report_op("squash", passes, (U,), U[-1], functions, race, report)
+def test_routing_bfloat16(passes: str, race: StartRace, report: Callable[[Row], None]) -> None:
+    """16 bits are storage here: the arithmetic is float32, and so is the ceiling."""
+    case = Case(128, precision="bfloat16")
+    report(measure("routing", case, passes, forms(case), race))
 
 
-@pytest.mark.parametrize("passes", BOTH)
-def test_predictions(passes: str, race: Start, report: Callable[[Row], None]) -> None:
-    functions = capsops.predictions, reference.predictions, peers.PREDICTIONS
-    report_op("predictions", passes, (U, WEIGHT), 160, functions, race, report)
-
-
-@pytest.mark.parametrize("passes", BOTH)
-def test_dynamic_routing(passes: str, race: Start, report: Callable[[Row], None]) -> None:
-    forms = {name: partial(f, bias=None, iterations=3) for name, f in peers.DYNAMIC_ROUTING.items()}
-    functions = capsops.dynamic_routing, reference.dynamic_routing, forms
-    report_op("dynamic_routing", passes, (U_HAT,), U_HAT[1], functions, race, report)
+def test_routing_of_many_output_capsules(race: StartRace, report: Callable[[Row], None]) -> None:
+    """A shape at which people run out of memory; û alone has 741 MiB. The only peer is einsum, eager."""
+    candidates = {"ours": capsops.capsule_routing, "einsum": peers.einsum}
+    row = measure("routing", LARGE, FORWARD_BACKWARD, candidates, race)
+    add_memory(row, LARGE)
+    if row.memory is not None:
+        row.targets.append(Target("memory", LARGE_BYTES, row.memory, most=True))
+    report(row)

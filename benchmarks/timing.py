@@ -1,80 +1,105 @@
 """Interleaved timing: the candidates take turns, so that what disturbs the machine disturbs all of them."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+import torch
+
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 31
-RACE_SECONDS = 5
-SAMPLE_SECONDS = 0.02
+CPU = torch.device("cpu")
 
 Call = Callable[[], object]
-Clock = Callable[[Call, int], float]
 
 
-def wall_clock(call: Call, calls: int) -> float:
-    """Seconds that `calls` calls take together."""
+def clock(call: Call, calls: int, device: torch.device = CPU) -> float:
+    """Seconds that `calls` calls take together, until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     begin = time.perf_counter()
     for _ in range(calls):
         call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - begin
+
+
+def fastest(call: Call, device: torch.device = CPU) -> float:
+    """Seconds of one call, the best of a few samples."""
+    clock(call, 3, device)
+    return min(clock(call, 5, device) / 5 for _ in range(3))
+
+
+def replay_seconds(call: Call) -> list[float]:
+    """Samples of the seconds that a call takes in a CUDA graph."""
+    from triton.testing import do_bench_cudagraph
+
+    torch.cuda.synchronize()
+    return [milliseconds / 1e3 for milliseconds in do_bench_cudagraph(call, rep=5, return_mode="all")]
+
+
+def spread(samples: Iterable[float]) -> float:
+    """Half the distance between the quartiles, over the median."""
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return (high - low) / 2 / middle
 
 
 class Race:
     """Candidates by name, timed alternately. Each lap takes one sample of each: the calls that fill `sample`.
 
-    Another device brings its own `clock`.
+    Args:
+        candidates: what to call.
+        clock: takes a call and how often to make it, returns seconds.
+        sample: seconds of one sample, at least.
+        length: seconds of the whole race, within the bounds on its rounds.
     """
 
     def __init__(
         self,
         candidates: Mapping[str, Call],
-        clock: Clock = wall_clock,
-        sample: float = SAMPLE_SECONDS,
-        seconds: float | None = None,
+        clock: Callable[[Call, int], float] = clock,
+        sample: float = 0.02,
+        length: float = 5,
     ) -> None:
         self.candidates = dict(candidates)
-        self.clock = clock
-        self.sample = sample
-        self.race_seconds = RACE_SECONDS if seconds is None else seconds
+        self.clock, self.sample, self.length = clock, sample, length
         self.calls: dict[str, int] = {}
-        self.first: dict[str, float] = {}
         self.seconds: dict[str, list[float]] = {name: [] for name in candidates}
 
-    def warm_up(self) -> None:
-        """Calls each until it is compiled and its threads run, then settles the calls in a sample."""
+    def warm_up(self, hopeless: float = math.inf) -> None:
+        """Calls each until it is compiled and its threads run, and chooses how many calls make a sample.
+
+        Candidates other than "ours" that take `hopeless` times as long as the fastest of them stop here.
+        """
+        first: dict[str, float] = {}
         for name, call in self.candidates.items():
-            first = self.clock(call, 1)
-            calls = 1
-            while (seconds := self.clock(call, calls)) < self.sample:
+            once, calls = self.clock(call, 1), 1
+            seconds = once if once > 1 else self.clock(call, 1)  # slow calls need no second look
+            while seconds < self.sample:
                 calls = max(2 * calls, int(1.1 * calls * self.sample / max(seconds, self.sample / 100)))
-            self.calls[name] = calls
-            self.first[name] = min(first, seconds / calls)
-
-    def drop(self, names: Iterable[str], times: float) -> None:
-        """Those of `names` that took so many times as long as the fastest of them race no further."""
-        names = list(names)
-        fastest = min((self.first[name] for name in names), default=0.0)
-        for name in names:
-            if self.first[name] > times * fastest:
+                seconds = self.clock(call, calls)
+            self.calls[name], first[name] = calls, min(once, seconds / calls)
+        least = min((seconds for name, seconds in first.items() if name != "ours"), default=0.0)
+        for name, seconds in first.items():
+            if name != "ours" and seconds > hopeless * least:
                 del self.candidates[name]
-                self.seconds[name].append(self.first[name])
-
-    def rounds(self) -> int:
-        """As many as fill the seconds of the race, RACE_SECONDS by default, within bounds."""
-        lap = sum(self.first[name] * self.calls[name] for name in self.candidates)
-        return min(max(int(self.race_seconds / lap), FEWEST_ROUNDS), MOST_ROUNDS)
+                self.seconds[name].append(seconds)
+        lap = sum(first[name] * self.calls[name] for name in self.candidates)
+        self.rounds = min(max(int(self.length / lap), FEWEST_ROUNDS), MOST_ROUNDS)
 
     def lap(self, names: Iterable[str]) -> None:
         """One sample of each of these."""
         for name in names:
             self.seconds[name].append(self.clock(self.candidates[name], self.calls[name]) / self.calls[name])
 
+    def run(self, hopeless: float = math.inf) -> dict[str, float]:
+        """The whole race; the medians."""
+        self.warm_up(hopeless)
+        for _ in range(self.rounds):
+            self.lap(self.candidates)
+        return self.medians()
+
     def medians(self) -> dict[str, float]:
         """Seconds of one call of each."""
         return {name: statistics.median(seconds) for name, seconds in self.seconds.items()}
-
-    def spread(self, name: str) -> float:
-        """Half the distance between the quartiles over the median: how far the samples lie apart."""
-        low, middle, high = statistics.quantiles(self.seconds[name], n=4)
-        return (high - low) / 2 / middle

@@ -4,7 +4,6 @@ The call itself runs, on tensors without memory; each launch compiles its kernel
 """
 
 import re
-import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,6 +19,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+from benchmarks.precisions import matrix_precision
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -51,14 +53,12 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a program takes: registers and stack bytes of a thread, loads and stores of spilled registers (on
-    AMD the registers spilled), shared bytes, code.
-    """
+    """What a program takes: registers, stack and spills of a thread, shared memory, code."""
 
     registers: int
-    stack: int
-    spills: int
-    shared: int
+    stack: int  # bytes
+    spills: int  # loads and stores of spilled registers, on AMD the registers spilled
+    shared: int  # bytes
     instructions: Counter[str]
 
     @property
@@ -70,92 +70,64 @@ class Resources:
 _MATRIX_UNIT = re.compile(r"(HMMA|HGMMA|UTCHMMA|OMMA)$|v_mfma_")
 
 
-class _Driver:
-    """What Triton asks of a driver before it launches."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.target]
-
-    def get_current_device(self) -> str:
-        return self.target  # the key under which Triton keeps what it compiled
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
 @contextmanager
 def compiling(target: str, tf32: bool = False) -> Iterator[list[Compiled]]:
     """Launches inside compile for the target and are listed; nothing runs. TF32 is allowed or not."""
     if triton.knobs.runtime.interpret:
-        raise RuntimeError("Triton's interpreter is on (TRITON_INTERPRET): there is nothing to compile")
-    found: list[Compiled] = []
+        raise RuntimeError("Triton's interpreter is on (TRITON_INTERPRET), which compiles nothing")
+    compiled: list[Compiled] = []
     run = JITFunction.run
 
     def compile_only(
         self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any
     ) -> None:
         artifact = run(self, *args, grid=grid, warmup=True, **options)
-        found.append(Compiled(self.fn.__name__, grid[0], options, artifact))
+        compiled.append(Compiled(self.fn.__name__, grid[0], options, artifact))
 
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    driver = SimpleNamespace(  # what Triton asks of a driver before it launches
+        get_current_target=lambda: TARGETS[target],
+        get_current_device=lambda: target,  # the key under which Triton keeps what it compiled
+        get_current_stream=lambda device: 0,
+    )
     hip = "AMD" if TARGETS[target].backend == "hip" else None
-    try:
-        with (
-            mock.patch.object(triton.runtime.driver, "_active", _Driver(target)),
-            mock.patch.object(JITFunction, "run", compile_only),
-            mock.patch.object(torch.version, "hip", hip),
-        ):
-            yield found
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    with (
+        matrix_precision(tf32),
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(torch.version, "hip", hip),
+    ):
+        yield compiled
 
 
-def _tool(name: str) -> str:
-    """A program of the CUDA toolkit: the one that Triton carries, else the one on the path."""
-    carried = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    found = str(carried) if carried.exists() else shutil.which(name)
-    if found is None:
-        raise FileNotFoundError(f"{name} comes neither with this Triton nor with a CUDA toolkit on the path")
-    return found
+def _cuobjdump(option: str, cubin: str) -> str:
+    """What the tool of the CUDA toolkit prints: the one that Triton carries, else the one on the path."""
+    carried = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = carried if carried.exists() else "cuobjdump"
+    return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def resources(compiled: Compiled) -> Resources:
     """Reads registers, stack, spills and instructions from the binary, or from AMD's assembly."""
-    by_target = _nvidia_resources if "cubin" in compiled.artifact.asm else _amd_resources
-    return by_target(compiled)
+    return (_nvidia_resources if "cubin" in compiled.artifact.asm else _amd_resources)(compiled)
 
 
 def _nvidia_resources(compiled: Compiled) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.artifact.asm["cubin"])
         file.flush()
-        tool = _tool("cuobjdump")
-        usage, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
+        usage, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
     numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if numbers is None:
-        raise ValueError(f"cuobjdump -res-usage says nothing of registers: {usage!r}")
-    found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE)
-    names = Counter(found)
+        raise ValueError(f"cuobjdump -res-usage names no registers: {usage!r}")
+    instruction = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)"
+    names = Counter(re.findall(instruction, code, re.MULTILINE))
     shared = compiled.artifact.metadata.shared
     return Resources(int(numbers[1]), int(numbers[2]), names["LDL"] + names["STL"], shared, names)
 
 
 def _amd_resources(compiled: Compiled) -> Resources:
     code = compiled.artifact.asm["amdgcn"]
-
-    def number(key: str) -> int:
-        found = re.search(rf"^\s*\.{key}:\s+(\d+)", code, re.MULTILINE)
-        if found is None:
-            raise ValueError(f"the assembly says nothing of {key}")
-        return int(found[1])
-
+    numbers = {key: int(n) for key, n in re.findall(r"^\s*\.(\w+):\s+(\d+)", code, re.MULTILINE)}
     names = Counter(re.findall(r"^\s+((?:s|v|ds|global|buffer|flat|scratch)_\w+)", code, re.MULTILINE))
-    stack, spills = number("private_segment_fixed_size"), number("vgpr_spill_count")
-    return Resources(number("vgpr_count"), stack, spills, compiled.artifact.metadata.shared, names)
+    keys = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+    return Resources(*(numbers[key] for key in keys), compiled.artifact.metadata.shared, names)

@@ -1,7 +1,7 @@
 """Fingerprints of the kernels' sources, which a proof on a GPU is about.
 
 python -m benchmarks.gpu.fingerprint                    that of each set of kernels
-python -m benchmarks.gpu.fingerprint --same OLD NEW     whether two builds hold the same machine code
+python -m benchmarks.gpu.fingerprint --same OLD NEW     whether two builds have the same machine code
 
 Comments, docstrings, white space, imports and the names of files do not count. Where sources change but the
 machine code stays the same, instruction for instruction, the proof holds for the new fingerprint too.
@@ -11,7 +11,6 @@ import argparse
 import ast
 import hashlib
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -61,12 +60,8 @@ def fingerprint(impl: str) -> str:
 
 def machine_code(library: Path) -> Counter[str]:
     """The instructions of each kernel for each architecture, without the kernels' names."""
-    tool = shutil.which("cuobjdump")
-    if tool is None:
-        raise FileNotFoundError(
-            "cuobjdump is not on the path: it comes with the CUDA toolkit and with Triton"
-        )
-    printed = subprocess.run([tool, "-sass", library], capture_output=True, text=True, check=True).stdout
+    command = ["cuobjdump", "-sass", library]  # of the CUDA toolkit; Triton carries it too
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kernels: Counter[str] = Counter()
     for arch in re.split(r"\narch = ", printed)[1:]:
         for kernel in re.split(r"\n\s*Function : ", arch)[1:]:

@@ -7,9 +7,9 @@
 #
 # Results go to $OUT (default build/gpu), at most eight files: results.jsonl (a line as soon as something is
 # known), log.txt, build.log, sanitizer.txt, train-profile.txt, counters.txt, sketches.jsonl, table.txt. A part that
-# fails stops no other; the status is 1 if one did. With RESUME=1 cases that results.jsonl holds are not timed again.
-# MNIST's four gz files lie in $INFOCAPSGAN_DATA/mnist (default: .data/mnist, which git ignores). Needed: torch for
-# CUDA, nvcc, ninja and pybind11 (or a capsops._cuda that is built); no network.
+# fails stops no other; the status is 1 if one did. With RESUME=1 cases that are in results.jsonl are not timed again.
+# MNIST's four gz files are in $INFOCAPSGAN_DATA/mnist (default: .data/mnist, which git ignores). Needed: torch for
+# CUDA, pytest with pytest-xdist and pytest-timeout, nvcc, ninja and pybind11 (or a built capsops._cuda); no network.
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 export OUT=${OUT:-$PWD/build/gpu} PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-16}
 export INFOCAPSGAN_DATA=${INFOCAPSGAN_DATA:-$PWD/.data} PATH=$PATH:/usr/local/cuda/bin
@@ -21,75 +21,73 @@ for name in $parts; do
 done
 read -ra impls <<<"${IMPLS:-cuda triton}"
 if [ -s "$OUT/results.jsonl" ] && [ "${RESUME:-0}" != 1 ]; then
-    echo "$OUT/results.jsonl is there already: name another OUT, or RESUME=1 to go on with it" >&2 && exit 2
+    echo "$OUT/results.jsonl exists: name another OUT, or RESUME=1 to go on with it" >&2 && exit 2
 fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$OUT" && : >>"$OUT/results.jsonl"
 exec > >(tee -a "$OUT/log.txt") 2>&1
-failures=$work/failures
 . benchmarks/gpu/build.sh
 
+on_gpu() { [ "$device" = cuda ]; }
 wanted() { [[ $parts == *" $1 "* ]]; }
-serves() { [[ " ${impls[*]} " == *" $1 "* ]]; }
-left() { echo $((limit - 12 - SECONDS)); }
+uses() { [[ " ${impls[*]} " == *" $1 "* ]]; }
 failed() {
-    echo "{\"part\": \"failed\", \"name\": \"$1\", \"status\": $2, \"at\": $SECONDS}" | tee -a "$OUT/results.jsonl" "$failures"
+    echo "{\"part\": \"failed\", \"name\": \"$1\", \"status\": $2, \"at\": $SECONDS}" |
+        tee -a "$OUT/results.jsonl" "$work/failures" >&2
 }
-# for_at_most SECONDS COMMAND...: and never beyond the limit; 124 where there is no time for it, or too little.
-for_at_most() {
-    local most
-    most=$(($(left) < $1 ? $(left) : $1))
-    shift
-    [ "$most" -ge 8 ] || { echo "no time is left" && return 124; }
-    timeout --kill-after=5 "$most" "$@"
+# at_most SECONDS: as many of them as are left.
+at_most() {
+    local left=$((limit - 12 - SECONDS))
+    echo $((left < $1 ? left : $1))
+}
+# step SECONDS NAME COMMAND...: for at most so long, and never beyond the limit. A failure is recorded; 124: no time.
+step() {
+    local seconds name=$2 status=124
+    seconds=$(at_most "$1")
+    shift 2
+    echo "---- $SECONDS s: $name (at most $seconds s)" >&2
+    [ "$seconds" -lt 8 ] || { timeout --kill-after=5 "$seconds" "$@" && status=0 || status=$?; }
+    [ "$status" = 0 ] || failed "$name" "$status"
+    return "$status"
 }
 # part SECONDS NAME [options]: one of benchmarks.gpu.first_contact; begins nothing new in its last seconds.
 part() {
-    local name=$2 seconds=$1 status
+    local most=$1 name=$2
     shift 2
-    seconds=$(($(left) < seconds ? $(left) : seconds))
-    echo "---- $SECONDS s: $name $* (at most $seconds s)"
-    for_at_most "$seconds" "$python" -m benchmarks.gpu.first_contact "$name" --device "$device" \
-        --seconds $((seconds - 5)) "$@"
-    status=$?
-    [ "$status" = 0 ] || failed "$name $*" "$status"
-    return "$status"
+    step "$most" "$name $*" "$python" -m benchmarks.gpu.first_contact "$name" --device "$device" \
+        --seconds $(($(at_most "$most") - 5)) "$@"
 }
-
-declare -A jobs
-# behind KEY COMMAND...: in the background, with its output in a file.
-behind() {
-    local key=$1
-    shift
-    "$@" >"$work/$key.log" 2>&1 &
-    jobs[$key]=$!
+# checks SECONDS NAME PROCESSES FILE [options]: of pytest; the table says how many passed.
+checks() {
+    local most=$1 name=$2 processes=$3
+    shift 3
+    step "$most" "$name" "$python" -m pytest "$@" -n "$processes" -q -p no:cacheprovider --no-header -rf --tb=short \
+        --junitxml "$work/$name.xml"
 }
-# finish KEY...: waits for them, and shows the end of what they printed, more of it where they failed.
-finish() {
-    local key status
-    for key in "$@"; do
-        [ -n "${jobs[$key]:-}" ] || continue
-        wait "${jobs[$key]}"
-        status=$?
-        echo "---- $SECONDS s: $key ended with $status"
-        tail -n $((status ? 40 : 4)) "$work/$key.log" | cut -c1-400
-        unset "jobs[$key]"
-    done
+every_op=tests/capsops/test_every_op_on_gpu.py edges=tests/capsops/test_edges_on_gpu.py
+correct_and_tests() {
+    ! wanted correct || checks 130 correct-cuda 3 $every_op::test_compared -k cuda
+    ! wanted tests || checks 100 tests 6 tests/capsops/test_on_gpu.py
 }
-
-# sanitize TOOL SHARE: its log. Racecheck takes minutes for all calls: eight processes share them.
+# sanitize TOOL KEYWORDS. Without torch's cache every tensor is an allocation of its own, whose ends the tools know.
 sanitize() {
-    local log=$work/cuda-$1-${2%/*}.log
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 for_at_most 130 compute-sanitizer --tool "$1" --print-limit 20 \
-        "$python" -m benchmarks.gpu.exercise --impl cuda --share "$2" >"$log" 2>&1
-    echo "exit $?" >>"$log"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step 130 "sanitizer $1 $2" compute-sanitizer --tool "$1" --print-limit 20 \
+        --error-exitcode 9 "$python" -m pytest $every_op::test_called -k "$2" -q -p no:cacheprovider --no-header
+}
+# behind NAME COMMAND...: in the background, with its output in a file.
+background=()
+behind() {
+    local log=$work/$1.log
+    shift
+    "$@" >"$log" 2>&1 &
+    background+=($!)
 }
 
-if [ "$device" = cuda ]; then
+if on_gpu; then
     nvidia-smi --query-gpu=name,driver_version,memory.used,clocks.sm,clocks.max.sm,power.limit --format=csv
     # The CUDA kernels as they are, where they work and their build left a record.
-    if "$python" -c 'from capsops import dispatch; dispatch.module("cuda"); assert dispatch.build_record()["cuda"]["built"]' \
+    if "$python" -c 'from capsops.backends import cuda, extension; assert not cuda.BACKEND.unavailable and extension.build_record()["cuda"]["built"]' \
         2>"$OUT/build.log"; then
         echo "capsops._cuda is built" >"$OUT/build.log"
     else
@@ -98,55 +96,49 @@ if [ "$device" = cuda ]; then
 fi
 ! wanted env || part 60 env
 
-# Everything that compiles or compares, at once: what is timed comes later, with the GPU to itself.
-if [ "$device" = cuda ]; then
+# Everything that compiles or compares, at once: what is timed comes later, with nothing beside it on the GPU.
+if on_gpu; then
     if wanted sketches; then
         for sketch in forward_pass backward_passes; do
-            behind $sketch for_at_most 120 nvcc -O3 -std=c++17 -arch=native \
+            behind $sketch step 120 "compile $sketch" nvcc -O3 -std=c++17 -arch=native \
                 benchmarks/gpu/sketches/$sketch.cu -o "$work/$sketch"
         done
     fi
     ! wanted systems || behind systems part 90 systems
-    tools=()
-    if wanted sanitizer && serves cuda && command -v compute-sanitizer >/dev/null; then
-        for tool in memcheck synccheck initcheck; do behind "$tool" sanitize "$tool" 0/1; done
-        for n in 0 1 2 3 4 5 6 7; do behind "racecheck-$n" sanitize racecheck "$n/8"; done
-        tools=(memcheck synccheck initcheck racecheck-{0..7})
-    fi
-    if wanted correct; then
-        for impl in "${impls[@]}"; do
-            behind "correct-$impl" part 130 correct --impl "$impl" --workers "$([ "$impl" = triton ] && echo 7 || echo 3)"
+    if wanted sanitizer && uses cuda && command -v compute-sanitizer >/dev/null; then
+        for tool in memcheck synccheck initcheck; do behind "sanitizer-$tool" sanitize "$tool" cuda; done
+        for some in {B1-I7,B3-I33,B17-I19,B2-I5}" and float"{32,16}; do # racecheck takes minutes for all
+            behind "sanitizer-racecheck-${some// /-}" sanitize racecheck "cuda and $some"
         done
+    fi
+    ! uses cuda || behind correct-cuda correct_and_tests
+    if wanted correct && uses triton; then # its kernels compile for seconds
+        behind correct-triton checks 130 correct-triton 7 $every_op::test_compared -k triton
     fi
     if wanted times; then
         for n in 0 1; do
             behind "compiled-$n" part 110 warm-up --compiled --share "$n/2"
-            ! serves triton || behind "triton-$n" part 120 warm-up --impls triton --share "$n/2"
+            ! uses triton || behind "triton-$n" part 120 warm-up --impls triton --share "$n/2"
         done
     fi
     if wanted edge; then
         for impl in "${impls[@]}"; do
-            part 30 edge --impl "$impl" --first
-            part 60 edge --impl "$impl"
+            checks 30 "edge-first-$impl" 0 $edges::test_first_call_in_a_capture -k "$impl"
+            checks 60 "edge-$impl" 0 $edges -k "$impl and not first_call"
         done
     fi
-    finish correct-cuda
-    if wanted tests && serves cuda; then
-        behind tests for_at_most 100 "$python" -m pytest tests/capsops/test_on_gpu.py -q -n 6 \
-            -p no:cacheprovider --no-header -rf --tb=line
-    fi
-    finish "${!jobs[@]}"
-    if [ ${#tools[@]} != 0 ]; then
-        for log in "$work"/cuda-*.log; do
-            { echo "==== ${log##*/}" && tail -c 20000 "$log"; } >>"$OUT/sanitizer.txt"
-        done
-        part 10 sanitizer --logs "$work"
-    fi
+    [ ${#background[@]} = 0 ] || wait "${background[@]}"
+    for log in "$work"/*.log; do
+        [ -e "$log" ] || continue
+        echo "---- ${log##*/}"
+        tail -n 40 "$log" | cut -c1-400
+        [[ $log != */sanitizer-* ]] || { echo "==== ${log##*/}" && tail -c 20000 "$log"; } >>"$OUT/sanitizer.txt"
+    done
 else
-    ! wanted correct || part 100 correct --impl "${impls[0]}" --few
+    ! wanted correct || checks 100 "correct-${impls[0]}" 0 $every_op::test_compared -k "${impls[0]}"
 fi
 
-# The GPU to itself. A fault of a kernel can end the process: the same command continues after it.
+# The GPU for one process at a time. A fault of a kernel can end it: the same command continues after it.
 if wanted times; then
     for _ in 1 2 3; do
         part "${TIMES_SECONDS:-170}" times --impls "${impls[@]}"
@@ -155,20 +147,18 @@ if wanted times; then
     done
 fi
 for sketch in forward_pass backward_passes; do
-    [ -x "$work/$sketch" ] || continue
-    for_at_most 40 "$work/$sketch" >>"$OUT/sketches.jsonl" || failed "$sketch" $?
+    [ ! -x "$work/$sketch" ] || step 40 "$sketch" "$work/$sketch" >>"$OUT/sketches.jsonl"
 done
 ! wanted train || part 90 train --impls "${impls[@]}"
-if wanted counters && [ "$device" = cuda ] && serves cuda && command -v ncu >/dev/null; then
-    for_at_most 60 ncu --clock-control none --kernel-name "regex:passes_kernel|gradients_kernel|fused" \
+if wanted counters && on_gpu && uses cuda && command -v ncu >/dev/null; then
+    step 60 counters ncu --clock-control none --kernel-name "regex:passes_kernel|gradients_kernel|fused" \
         --section SpeedOfLight --section LaunchStats --section Occupancy --section SchedulerStats \
         --section WarpStateStats --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis \
-        "$python" -m benchmarks.gpu.first_contact counters --impl cuda >"$OUT/counters.txt" 2>&1 || failed counters $?
+        "$python" -m benchmarks.gpu.first_contact counters --impls cuda >"$OUT/counters.txt" 2>&1
     echo "counters: $(grep -c Registers "$OUT/counters.txt") kernels"
 fi
-limit=$((SECONDS + 22)) # the table, whatever the time
-part 10 table --impls "${impls[@]}" >"$OUT/table.txt" 2>&1
-rm -rf "$OUT/train"
+limit=$((SECONDS + 32)) # the table, whatever the time
+part 20 table --checks "$work" >"$OUT/table.txt" 2>&1
 cat "$OUT/table.txt"
 echo "---- $SECONDS s: done"
-[ ! -s "$failures" ]
+[ ! -s "$work/failures" ]

@@ -6,9 +6,7 @@ use the device, the same command continues with the next case.
 
 import statistics
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 
@@ -17,251 +15,177 @@ from torch import Tensor
 
 import capsops
 from benchmarks import peers
-from benchmarks.cases import RoutingCase
+from benchmarks.cases import Case, Form
 from benchmarks.check import relative_error
-from benchmarks.gpu.breakdown import kernel_seconds
-from benchmarks.gpu.clock import captured, device_clock, in_turns, input_sets
-from benchmarks.gpu.floor import Ceilings, floor_seconds, matrix_precision, measured_ceilings
-from benchmarks.gpu.kernels import memory_of
-from benchmarks.gpu.record import record, recorded
+from benchmarks.gpu.floor import floor_seconds, measured_ceilings
+from benchmarks.gpu.record import failure_recorded, record, recorded
 from benchmarks.passes import BOTH, FORWARD, FORWARD_BACKWARD, run
+from benchmarks.precisions import matrix_precision
+from benchmarks.timing import Race, clock, replay_seconds
 
-ROUNDS, SAMPLE_SECONDS = 11, 2e-3
-# What takes HOPELESS times as long as the fastest is timed only by calls, in FEW_ROUNDS.
-HOPELESS, FEW_ROUNDS = 6, 2
+SAMPLE_SECONDS, RACE_SECONDS = 2e-3, 0.2
+HOPELESS = 6  # what takes so many times as long as the fastest is timed once by calls
 COMPILED = ("einsum + sums", "matmul")  # the forms that gain by it
-TF32, BF16, FP32 = ("float32", True), ("bfloat16", False), ("float32", False)
-LABELS = ("op", "batch", "dtype", "tf32", "passes")
+FP32, TF32, BF16 = "float32", "float32, TF32 allowed", "bfloat16"
+MNIST = (1152, 10, 16, 8)
+WITH_COMPILED = (Case(128, precision=TF32), Case(128, precision=BF16))  # compiling peers takes a while
 OPS = ("capsule_routing", "dynamic_routing", "couplings", "predictions", "squash")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One op on one shape in one dtype."""
-
-    op: str
-    batch: int
-    in_capsules: int
-    out_capsules: int
-    out_dim: int
-    in_dim: int
-    dtype: str
-    tf32: bool
-    passes: str
-    compiles: bool = False
-
-    @property
-    def key(self) -> str:
-        sizes = f"B={self.batch} {self.in_capsules}×{self.out_capsules}"
-        if (self.out_dim, self.in_dim) != (16, 8):
-            sizes += f" D={self.out_dim} K={self.in_dim}"
-        return f"{self.op} {sizes} {'TF32' if self.tf32 else self.dtype}, {self.passes}"
-
-    def inputs(self, device: str) -> tuple[tuple[Tensor, ...], Tensor]:
-        """What the op takes, requiring gradients, and an upstream gradient; of lengths as in RoutingCase."""
-        rng = torch.Generator(device).manual_seed(0)
-        B, I, J, D, K = self.batch, self.in_capsules, self.out_capsules, self.out_dim, self.in_dim  # noqa: E741
-
-        def numbers(*shape: int, scale: float = 1.0) -> Tensor:
-            x = torch.randn(*shape, generator=rng, device=device) * scale
-            return x.to(getattr(torch, self.dtype))
-
-        u, out = partial(numbers, B, I, K, scale=0.3), partial(numbers, B, J, D)
-        weight = partial(numbers, I, J, D, K, scale=0.1)
-        if self.op == "squash":
-            tensors, grad = (u(),), u()
-        elif self.op == "dynamic_routing":
-            tensors, grad = (numbers(B, I, J, D, scale=0.1),), out()
-        else:
-            tensors = u(), weight()
-            grad = numbers(B, I, J, D) if self.op == "predictions" else out()
-        return tuple(x.requires_grad_() for x in tensors), grad
+def in_modes(batch: int, sizes: tuple, modes: Sequence[str], op: str = OPS[0]) -> Iterator[tuple[Case, str]]:
+    """Both directions of an op in each mode."""
+    for precision, passes in product(modes, (FORWARD,) if op == "couplings" else BOTH):
+        yield Case(batch, *sizes, precision=precision, op=op), passes
 
 
-def cases() -> list[Case]:
+def cases() -> list[tuple[Case, str]]:
     """The headline first, then small batches, the other ops, other shapes, large batches."""
-    mnist = (1152, 10, 16, 8)
 
-    def routing(batch: int, sizes: tuple, modes: tuple, compiled: tuple = ()) -> Iterator[Case]:
-        for mode, passes in product(modes, BOTH):
-            yield Case("capsule_routing", batch, *sizes, *mode, passes, mode in compiled)
-
-    def others(batch: int) -> Iterator[Case]:
+    def others(batch: int) -> Iterator[tuple[Case, str]]:
         for op in OPS[1:]:
             modes = (TF32, BF16, FP32) if op in ("couplings", "predictions") else (BF16, FP32)
-            for mode, passes in product(modes, (FORWARD,) if op == "couplings" else BOTH):
-                yield Case(op, batch, *mnist, *mode, passes)
+            yield from in_modes(batch, MNIST, modes, op)
 
     return [
-        *routing(128, mnist, (TF32, BF16, FP32), (TF32, BF16)),
-        *routing(16, mnist, (TF32, BF16, FP32)),
+        *in_modes(128, MNIST, (TF32, BF16, FP32)),
+        *in_modes(16, MNIST, (TF32, BF16, FP32)),
         *others(128),
-        *routing(1, mnist, (TF32, BF16)),
+        *in_modes(1, MNIST, (TF32, BF16)),
         *others(16),
-        *routing(64, (288, 10, 52, 16), (TF32, BF16)),
-        *routing(64, (288, 10, 17, 7), (TF32, BF16)),
-        *routing(64, (128, 10, 32, 32), (TF32, BF16)),
-        *routing(16, (3872, 196, 16, 8), (BF16, TF32)),
-        *routing(1024, mnist, (TF32, BF16, FP32)),
-        *routing(256, (512, 8, 16, 16), (TF32, BF16)),
+        *in_modes(64, (288, 10, 52, 16), (TF32, BF16)),
+        *in_modes(64, (288, 10, 17, 7), (TF32, BF16)),
+        *in_modes(64, (128, 10, 32, 32), (TF32, BF16)),
+        *in_modes(16, (3872, 196, 16, 8), (BF16, TF32)),
+        *in_modes(1024, MNIST, (TF32, BF16, FP32)),
+        *in_modes(256, (512, 8, 16, 16), (TF32, BF16)),
         *others(1024),
-        *routing(512, mnist, (TF32, BF16)),
+        *in_modes(512, MNIST, (TF32, BF16)),
     ]
 
 
-def forms(case: Case, impls: list[str], compiled: bool) -> dict[str, Callable[..., Tensor]]:
+def title(case: Case, passes: str) -> str:
+    return f"{case.op} {case}, {passes}"
+
+
+def forms(case: Case, impls: Sequence[str]) -> dict[str, Form]:
     """By name: ours, the reference, and plain PyTorch as in benchmarks/peers.py."""
-    op = getattr(capsops, case.op)
-    candidates = {impl: partial(op, impl=impl) for impl in (*impls, "reference")}
-    plain = {
-        "capsule_routing": {n: partial(f, bias=None, iterations=3) for n, f in peers.ROUTING.items()},
-        "dynamic_routing": {n: partial(f, bias=None, iterations=3) for n, f in peers.DYNAMIC_ROUTING.items()},
-        "predictions": peers.PREDICTIONS,
-        "squash": peers.SQUASH,
-    }.get(case.op, {})
-    candidates |= plain
-    if compiled and case.compiles:
-        torch.compiler.reset()
-        for name in COMPILED:
-            candidates[f"{name}, compiled"] = torch.compile(plain[name], dynamic=False)
-    return candidates
+    op, plain = getattr(capsops, case.op), peers.FORMS[case.op]
+    candidates = {impl: partial(op, impl=impl) for impl in (*impls, "reference")} | plain
+    return candidates | (
+        peers.with_compiled({x: plain[x] for x in COMPILED}) if case in WITH_COMPILED else {}
+    )
 
 
-def medians(
-    calls: dict[str, Callable[[], object]], device: torch.device, sets: int, first: dict[str, float]
-) -> dict[str, list[float]]:
-    """Of each: median, least and greatest seconds of one call, the candidates in turns.
-
-    `first` are the seconds that each took once.
-    """
-    clock, samples = device_clock(device), {name: [] for name in calls}
-    repeats = {name: max(1, min(50, int(SAMPLE_SECONDS / max(first[name], 1e-6)) + 1)) for name in calls}
-    for call in calls.values():
-        clock(call, 1)
-    for round_ in range(ROUNDS):
-        for name, call in calls.items():
-            if round_ < FEW_ROUNDS or first[name] <= HOPELESS * min(first.values()):
-                samples[name].append(clock(call, repeats[name]) / repeats[name] / sets)
-    return {name: [statistics.median(x), min(x), max(x)] for name, x in samples.items()}
+def input_sets(case: Case, device: torch.device) -> list[tuple[tuple[Tensor, ...], Tensor]]:
+    """Copies of a case's inputs, so many that one round of them is twice the device's last-level cache."""
+    inputs, grad = case.inputs(device)
+    size = sum(x.nbytes for x in (*inputs, grad))
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    copies = min(max(-(-2 * cache // size), 2), 16)
+    return [(tuple(x.detach().clone().requires_grad_() for x in inputs), grad.clone()) for _ in range(copies)]
 
 
-def measure(case: Case, impls: list[str], device: torch.device, ceilings: Ceilings) -> dict[str, object]:
-    """What is known of a case: seconds by replay and by calls, differences from the reference, memory.
+def call_each(call: Callable[..., object], sets: Sequence[tuple]) -> None:
+    """One call for each set of inputs."""
+    for inputs, grad in sets:
+        call(inputs, grad)
+
+
+def memory_of(call: Callable[[], Sequence[Tensor]], device: torch.device) -> int:
+    """Bytes at the peak of a call beyond those before it, less the gradients that it returns."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    results = call()
+    return torch.cuda.max_memory_allocated(device) - before - sum(x.nbytes for x in results[1:])
+
+
+def summary(seconds: Mapping[str, Sequence[float]], sets: int) -> dict[str, list[float]]:
+    """Median, least and greatest seconds of one call of each."""
+    return {name: [f(x) / sets for f in (statistics.median, min, max)] for name, x in seconds.items()}
+
+
+def measure(
+    case: Case, passes: str, impls: Sequence[str], device: torch.device, ceilings: Mapping[str, float]
+) -> dict[str, object]:
+    """Seconds by replay and by calls, differences from the reference, and memory of each form.
 
     A form that failed in part keeps what is known of it.
     """
-    cuda = device.type == "cuda"
-    sets = input_sets(case, device)
-    calls, replays, differences, memory, failed, first = {}, {}, {}, {}, {}, {}
-    clock = device_clock(device)
-    expected = run(partial(getattr(capsops, case.op), impl="reference"), case.passes, *sets[0])
-    for name, form in forms(case, impls, compiled=cuda).items():
-        one = partial(run, form, case.passes)
+    cuda, sets = device.type == "cuda", input_sets(case, device)
+    calls, replays, differences, memory, failed = {}, {}, {}, {}, {}
+    reference = case.bind(partial(getattr(capsops, case.op), impl="reference"))
+    expected = run(reference, passes, *sets[0])
+    for name, form in forms(case, impls).items():
+        one = partial(run, case.bind(form), passes)
         try:
             results = one(*sets[0])
             differences[name] = max(relative_error(x, y) for x, y in zip(results, expected, strict=True))
             del results
+            calls[name] = partial(call_each, one, sets)
             if cuda:
                 memory[name] = memory_of(partial(one, *sets[0]), device)
-            calls[name] = in_turns(one, sets)
-            calls[name]()
-            first[name] = clock(calls[name], 1)
-            if cuda and first[name] <= HOPELESS * min(first.values()):
-                replays[name] = captured(calls[name], device)
+                replays[name] = replay_seconds(calls[name])
         except Exception as error:
-            traceback.print_exc()
             failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
             if cuda:
                 torch.cuda.synchronize(device)  # raises where the device is lost
-    known: dict[str, object] = {
-        "calls": medians(calls, device, len(sets), first),
-        "replay": medians(replays, device, len(sets), first),
-        "differences": differences,
-        "memory": memory,
-        "sets": len(sets),
-        "failures": failed,
-    }
+    race = Race(calls, partial(clock, device=device), SAMPLE_SECONDS, RACE_SECONDS)
+    race.run(HOPELESS)
+    times = {"calls": summary(race.seconds, len(sets)), "replay": summary(replays, len(sets))}
     if case.op == "capsule_routing":
-        sizes = case.batch, case.in_capsules, case.out_capsules, case.out_dim, case.in_dim
-        floor = floor_seconds(RoutingCase(*sizes, dtype=case.dtype), case.passes, ceilings, case.tf32)
-        known["floor"], known["unit"] = floor
-    return known
-
-
-def known_ceilings(device: torch.device) -> Ceilings:
-    """As measured in this run, else measured now."""
-    rows = recorded("ceilings")
-    if not rows:
-        ceilings = measured_ceilings(device)
-        record("ceilings", **asdict(ceilings))
-        return ceilings
-    return Ceilings(**{field.name: rows[-1][field.name] for field in fields(Ceilings)})
+        times["floor"], times["unit"] = floor_seconds(case, passes, ceilings)
+    return {**times, "differences": differences, "memory": memory, "sets": len(sets), "failures": failed}
 
 
 def time_all(
-    impls: list[str], device: torch.device, seconds: float, chosen: list[Case] | None = None
+    impls: Sequence[str], device: torch.device, seconds: float, chosen: Sequence[tuple[Case, str]]
 ) -> None:
     """A line for each case; one line names those that are not begun after `seconds`, or are cut short.
 
     A case that was begun before, by a process that a fault ended, is not begun again.
     """
-    began, ceilings = time.monotonic(), known_ceilings(device)
-    done = {row["case"] for row in recorded("times", "times begun")}
-    left = [case for case in (cases() if chosen is None else chosen) if case.key not in done]
+    began = time.monotonic()
+    if not recorded("ceilings"):
+        record("ceilings", rates=measured_ceilings(device))
+    ceilings = recorded("ceilings")[-1]["rates"]
+    done = {row["case"] for row in recorded("times begun")}
+    left = [one for one in chosen if title(*one) not in done]
     try:
         while left and time.monotonic() - began <= seconds:
-            case = left[0]
-            labels = {"case": case.key, **{name: getattr(case, name) for name in LABELS}}
-            record("times begun", case=case.key)
-            try:
-                with matrix_precision(case.tf32):
-                    record("times", **labels, **measure(case, impls, device, ceilings))
-            except Exception as error:
-                traceback.print_exc()
-                record("times", **labels, failed=f"{type(error).__name__}: {str(error)[:400]}")
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)  # ends the process where the device is lost
+            case, passes = left[0]
+            labels = {"case": title(case, passes), "op": case.op, "batch": case.batch, "passes": passes}
+            record("times begun", case=labels["case"])
+            with failure_recorded("times", **labels), matrix_precision(case.precision == TF32):
+                record("times", **labels, **measure(case, passes, impls, device, ceilings))
             left.pop(0)
             if device.type == "cuda":
+                torch.cuda.synchronize(device)  # ends the process where the device is lost
                 torch.cuda.empty_cache()
     finally:
         if left:
-            record("not timed", cases=[case.key for case in left])
+            record("not timed", cases=[title(*one) for one in left])
 
 
-def time_kernels(impls: list[str], device: torch.device) -> None:
-    """Seconds of each kernel of a headline call, forward and backward, by the profiler."""
-    for impl, mode in product(impls, (TF32, BF16, FP32)):
-        case = Case("capsule_routing", 128, 1152, 10, 16, 8, *mode, FORWARD_BACKWARD)
-        try:
-            with matrix_precision(case.tf32):
-                call = partial(run, forms(case, [impl], False)[impl], case.passes, *case.inputs(str(device)))
-                record("kernels", impl=impl, case=case.key, seconds=kernel_seconds(call, device))
-        except Exception as error:
-            traceback.print_exc()
-            record("kernels", impl=impl, case=case.key, failed=f"{type(error).__name__}: {str(error)[:300]}")
+def headline_calls(impl: str, device: torch.device) -> None:
+    """CapsNet's routing at B = 128, forward and backward, in each mode: to be run under Nsight Compute."""
+    for precision in (TF32, BF16, FP32):
+        case = Case(128, precision=precision)
+        with matrix_precision(precision == TF32):
+            run(partial(capsops.capsule_routing, impl=impl), FORWARD_BACKWARD, *case.inputs(device))
+    torch.cuda.synchronize(device)
 
 
-def warm_up(impls: list[str], compiled: bool, share: int, shares: int, seconds: float) -> None:
-    """Compiles what the cases need, into the caches on disk; of the cases every `shares`-th from `share`."""
+def warm_up(impls: Sequence[str], compiled: bool, share: str, seconds: float) -> None:
+    """Compiles what the cases need, into the caches on disk; share 1/4: every fourth case from the second."""
     began, device = time.monotonic(), torch.device("cuda")
-    chosen = [case for case in cases() if not compiled or case.compiles]
-    for case in chosen[share::shares]:
+    first, shares = map(int, share.split("/"))
+    chosen = [(case, passes) for case, passes in cases() if case in WITH_COMPILED or not compiled]
+    for case, passes in chosen[first::shares]:
         if time.monotonic() - began > seconds:
             break
-        names = [f"{name}, compiled" for name in COMPILED] if compiled else impls
-        with matrix_precision(case.tf32):
-            inputs = case.inputs(str(device))
-            for name, form in forms(case, impls, compiled).items():
-                if name in names:
-                    try:
-                        run(form, case.passes, *inputs)
-                    except Exception as error:
-                        traceback.print_exc()
-                        record(
-                            "warm up",
-                            case=case.key,
-                            impl=name,
-                            failed=f"{type(error).__name__}: {str(error)[:300]}",
-                        )
+        inputs = case.inputs(device)
+        for name in [f"{name}, compiled" for name in COMPILED] if compiled else impls:
+            labels = {"case": title(case, passes), "impl": name}
+            with failure_recorded("warm-up", **labels), matrix_precision(case.precision == TF32):
+                run(case.bind(forms(case, impls)[name]), passes, *inputs)
         torch.cuda.synchronize()

@@ -6,14 +6,12 @@
 #   SEEDS="3 4" benchmarks/gpu/run_results.sh infocapsgan   other seeds than 0 1 2 3 4
 #   IMPL=triton benchmarks/gpu/run_results.sh infocapsgan   capsules routed by these kernels
 #
-# Without IMPL capsops chooses: on a GPU plain PyTorch, until the ledger shows a kernel right and faster.
-#
 # Parts: infocapsgan, information (mutual information on real images alone), encoder (with labels), infogan,
 # capsnet, stacked (its tuned encoder), deformed (ten epochs with deformed images), fc, fc-bn, deconv and deconv-bn
-# (its decoders), multi (MultiMNIST). After each seed $OUT/PART.json holds the mean over the seeds so far; $OUT is by
-# default build/gpu. A seed that the time cuts short has no result; on the same disk the same command goes on with
-# it. No network is needed: MNIST's four gz files lie in $INFOCAPSGAN_DATA/mnist (default: .data/mnist, which git ignores).
-# The packages that pyproject.toml requires must be importable.
+# (its decoders), multi (MultiMNIST). Without IMPL capsops chooses the kernels. After each seed $OUT/PART.json has the
+# mean over the seeds so far; $OUT is by default build/gpu. A seed that the time cuts short has no result; on the same
+# disk the same command goes on with it. No network is needed: MNIST's four gz files are in $INFOCAPSGAN_DATA/mnist
+# (default: .data/mnist, which git ignores). The packages that pyproject.toml requires must be importable.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -54,14 +52,14 @@ command_of() {
     echo "$python -m infocapsgan.sweep $options --dataset $dataset --device cuda --out build/results/$1"
 }
 
+# first N: the first N seeds, as the sweep takes them.
+first() { (IFS=, && echo "${seeds[*]:0:$1}"); }
+
 if [[ ${1:-} == --plan ]]; then
     echo "build: $python setup.py build_ext --inplace"
     for part in $parts; do
         echo "$part, $limit s at most, kept in $out/$part.json after each seed:"
-        for ((n = 1; n <= ${#seeds[@]}; n++)); do
-            chosen=("${seeds[@]:0:n}")
-            echo "    $(command_of "$part") --seeds $(IFS=, && echo "${chosen[*]}")"
-        done
+        for ((n = 1; n <= ${#seeds[@]}; n++)); do echo "    $(command_of "$part") --seeds $(first $n)"; done
     done
     exit
 fi
@@ -69,10 +67,6 @@ fi
 part=$1
 command=$(command_of "$part")
 
-for name in train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx1; do
-    file=$INFOCAPSGAN_DATA/mnist/$name-ubyte.gz
-    [ -f "$file" ] || { echo "$file is missing" >&2 && exit 1; }
-done
 mkdir -p "$out" build/results
 build "$out/results-build.log" "$([[ $impl == cuda ]] && echo 1 || echo 0)"
 {
@@ -80,9 +74,8 @@ build "$out/results-build.log" "$([[ $impl == cuda ]] && echo 1 || echo 0)"
     for ((n = 1; n <= ${#seeds[@]}; n++)); do
         left=$((limit - SECONDS))
         [ "$left" -gt 30 ] || { echo "no time is left for seed ${seeds[n - 1]}" && break; }
-        chosen=("${seeds[@]:0:n}")
         # shellcheck disable=SC2086 # the command is words
-        timeout --kill-after=20 "$left" $command --seeds "$(IFS=, && echo "${chosen[*]}")"
+        timeout --kill-after=20 "$left" $command --seeds "$(first $n)"
         cp "build/results/$part/result.json" "$out/$part.json"
     done
 } 2>&1 | tee "$out/results-$part.log"

@@ -19,8 +19,8 @@ def test_comments_and_white_space_do_not_count() -> None:
 
 def test_docstrings_do_not_count() -> None:
     plain = "def f(x):\n    return x + 1\n"
-    told = '"""A module."""\n\ndef f(x):  # adds\n    """Adds one."""\n    return (x + 1)\n'
-    assert fingerprint.python_code(plain) == fingerprint.python_code(told)
+    documented = '"""A module."""\n\ndef f(x):  # adds\n    """Adds one."""\n    return (x + 1)\n'
+    assert fingerprint.python_code(plain) == fingerprint.python_code(documented)
     assert fingerprint.python_code(plain) != fingerprint.python_code(plain.replace("1", "2"))
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import edge, equivalence, first_contact, op_times
-from benchmarks.gpu.record import record, recorded
+from benchmarks.cases import Case
+from benchmarks.gpu import first_contact, op_times
+from benchmarks.gpu.record import failure_recorded, record, recorded
 from benchmarks.passes import FORWARD, FORWARD_BACKWARD
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,16 +32,20 @@ def test_the_script_runs_its_parts_without_a_gpu(out: Path) -> None:
     done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=280)
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     parts = {row["part"] for row in rows}
-    assert parts == {"env", "ceilings", "correct", "times"}, done.stdout
-    assert not any(row.get("failures") for row in rows)
-    assert "correct, cpu: 135 compared, 0 failed" in (out / "table.txt").read_text()
+    assert parts == {"env", "ceilings", "times begun", "times", "checks"}, done.stdout
+    assert not any(row.get("failed") or row.get("failures") for row in rows)
+    (checks,) = recorded("checks")
+    assert (checks["name"], checks["tests"], checks["failures"]) == ("correct-cpu", 4, 0)
+    assert checks["compared"] == 4 * 9
+    assert 0 < checks["largest_errors"]["float32"] < 1e-6
+    assert "'compared': 36" in (out / "table.txt").read_text()
     assert len(list(out.iterdir())) <= 8
 
 
 def test_a_part_that_fails_is_recorded_and_the_next_runs(out: Path) -> None:
     """By a stand-in for Python that fails in one part."""
     python = out / "python"
-    python.write_text('#!/bin/sh\n[ "$3" != correct ] || exit 7\necho "ran $3"\n')
+    python.write_text('#!/bin/sh\n[ "$2" != pytest ] || exit 7\necho "ran $3"\n')
     python.chmod(0o755)
     environment = os.environ | {"DEVICE": "cpu", "IMPLS": "cpu", "PYTHON": str(python), "LIMIT": "120"}
     script = ROOT / "benchmarks/gpu/first_contact.sh"
@@ -71,27 +76,31 @@ def test_on_a_gpu_every_part_runs_and_what_fails_runs_again(out: Path, tmp_path:
     environment["PATH"] = f"{tools}:{environment['PATH']}"
     script = ROOT / "benchmarks/gpu/first_contact.sh"
     done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=100)
-    for part in ("env", "edge", "correct", "warm-up", "systems", "sanitizer", "times", "train", "table"):
+    for part in ("env", "warm-up", "systems", "times", "train", "table"):
         assert f"ran -m benchmarks.gpu.first_contact {part} --device cuda" in done.stdout, part
+    for impl in ("cuda", "triton"):
+        assert f"ran -m pytest tests/capsops/test_every_op_on_gpu.py::test_compared -k {impl}" in done.stdout
+        assert f"test_edges_on_gpu.py::test_first_call_in_a_capture -k {impl}" in done.stdout
     assert done.stdout.count("ran -m benchmarks.gpu.first_contact times") == 2
     assert "ran -m pytest tests/capsops/test_on_gpu.py" in done.stdout
     sanitizers = (results / "sanitizer.txt").read_text()
-    logs = ["memcheck-0", "synccheck-0", "initcheck-0", *(f"racecheck-{n}" for n in range(8))]
-    assert all(f"==== cuda-{log}.log" in sanitizers for log in logs)
+    for tool, runs in (("memcheck", 1), ("synccheck", 1), ("initcheck", 1), ("racecheck", 8)):
+        assert sanitizers.count(f"==== sanitizer-{tool}") == runs
+    assert sanitizers.count("test_every_op_on_gpu.py::test_called -k cuda") == 11
     assert len((results / "sketches.jsonl").read_text().splitlines()) == 2
     assert "counters: 1 kernels" in done.stdout
     assert len(list(results.iterdir())) <= 8
 
 
-def test_results_that_are_there_are_not_mixed_with_others(out: Path) -> None:
+def test_earlier_results_are_not_mixed_with_others(out: Path) -> None:
     record("env", device="another")
     script = ROOT / "benchmarks/gpu/first_contact.sh"
-    for settings, said in (({}, "name another OUT"), ({"PARTS": "time"}, "PARTS: got time, takes env")):
+    for settings, message in (({}, "name another OUT"), ({"PARTS": "time"}, "PARTS: got time, takes env")):
         done = subprocess.run(
             ["bash", script], env=os.environ | settings, capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 2
-        assert said in done.stderr
+        assert message in done.stderr
 
 
 def test_no_part_begins_when_the_time_is_over(out: Path) -> None:
@@ -99,7 +108,7 @@ def test_no_part_begins_when_the_time_is_over(out: Path) -> None:
     script = ROOT / "benchmarks/gpu/first_contact.sh"
     subprocess.run(["bash", script], env=environment, capture_output=True, timeout=60)
     failed = {(row["name"].split()[0], row["status"]) for row in recorded("failed")}
-    assert failed >= {(part, 124) for part in ("env", "correct", "times", "train")}
+    assert failed >= {(part, 124) for part in ("env", "correct-cuda", "times", "train")}
 
 
 def test_cases_are_timed_once_and_failures_stay_in_the_table(
@@ -107,56 +116,44 @@ def test_cases_are_timed_once_and_failures_stay_in_the_table(
 ) -> None:
     monkeypatch.setattr(op_times, "SAMPLE_SECONDS", 1e-5)
     small = [
-        op_times.Case("capsule_routing", 2, 5, 3, 4, 8, "float32", False, FORWARD_BACKWARD),
-        op_times.Case("squash", 2, 5, 3, 4, 8, "bfloat16", False, FORWARD),
+        (Case(2, 5, 3, 4, 8), FORWARD_BACKWARD),
+        (Case(2, 5, 3, 4, 8, precision="bfloat16", op="squash"), FORWARD),
     ]
     for _ in range(2):
         op_times.time_all(["cpu", "cuda"], CPU, 60, small)
     rows = recorded("times")
-    assert [row["case"] for row in rows] == [case.key for case in small]
+    assert [row["case"] for row in rows] == [op_times.title(*one) for one in small]
     assert set(rows[0]["calls"]) == {"cpu", "reference", "matmul", "einsum", "einsum + sums"}
     assert rows[0]["differences"]["cpu"] < 1e-5
     assert "not available" in rows[0]["failures"]["cuda"]
-    op_times.time_all(["cpu"], CPU, 0, [op_times.Case("squash", 3, 5, 3, 4, 8, "float32", False, FORWARD)])
-    assert recorded("not timed")[0]["cases"] == ["squash B=3 5×3 D=4 K=8 float32, forward"]
+    op_times.time_all(["cpu"], CPU, 0, [(Case(3, 5, 3, 4, 8, op="squash"), FORWARD)])
+    assert recorded("not timed")[0]["cases"] == ["squash B=3 5×3 D=4 K=8 T=3, forward"]
     monkeypatch.setattr(sys, "argv", ["first_contact", "table", "--impls", "cpu", "cuda"])
     first_contact.main()
     printed = capsys.readouterr().out
-    assert "not timed: squash B=3 5×3 D=4 K=8 float32, forward" in printed
+    assert "'not timed', 'cases': ['squash B=3 5×3 D=4 K=8 T=3, forward']" in printed
     assert "cuda: RuntimeError: impl='cuda' is not available" in printed
 
 
-def test_every_case_has_a_key_of_its_own() -> None:
-    keys = [case.key for case in op_times.cases()]
-    assert len(set(keys)) == len(keys)
-    assert {case.op for case in op_times.cases()} == set(op_times.OPS)
+def test_every_case_has_a_name_of_its_own() -> None:
+    names = [op_times.title(*one) for one in op_times.cases()]
+    assert len(set(names)) == len(names)
+    assert {case.op for case, _ in op_times.cases()} == set(op_times.OPS)
 
 
-def test_after_a_fault_of_the_device_tasks_are_lost_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(equivalence, "_device_works", lambda device: False)
-    task = equivalence.Task("cpu", CPU, (1, 7, 3, 4, 8), torch.float32, False, equivalence.FEW_OPTIONS, 1e12)
-    outcome = equivalence.compare(task)
-    assert outcome.lost
-    assert not outcome.failures
-    assert outcome.compared == 0
+def test_a_part_goes_on_after_a_failure_and_fails_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def part(args: object) -> None:
+        for number in (1, 2):
+            with failure_recorded("env", number=number):
+                raise ValueError(f"number {number}")
 
-
-@pytest.mark.parametrize("check", [edge.odd_address, edge.tf32_setting, edge.second_gradient])
-def test_edges_that_need_no_gpu(check: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edge, "DEVICE", "cpu")
-    assert check("cpu")["error"] < 1e-2
-
-
-def test_edges_that_raise_are_recorded_and_fail_their_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(impl: str) -> dict[str, float]:
-        raise ValueError(f"{impl} cannot")
-
-    monkeypatch.setattr(edge, "REST", (fails,))
-    monkeypatch.setattr("benchmarks.gpu.record._failures", [])
-    monkeypatch.setattr(sys, "argv", ["first_contact", "edge", "--impl", "cpu"])
-    with pytest.raises(SystemExit, match="edge: 1 failed: ValueError: cpu cannot"):
+    monkeypatch.setattr("benchmarks.gpu.record.failures", failures := [])
+    monkeypatch.setattr(first_contact, "failures", failures)
+    monkeypatch.setitem(first_contact.PARTS, "env", part)
+    monkeypatch.setattr(sys, "argv", ["first_contact", "env"])
+    with pytest.raises(SystemExit, match="env: 2 failed: ValueError: number 1"):
         first_contact.main()
-    assert recorded("edge")[0]["failed"] == "ValueError: cpu cannot"
+    assert [row["failed"] for row in recorded("env")] == ["ValueError: number 1", "ValueError: number 2"]
 
 
 def test_lines_are_whole() -> None:

@@ -9,7 +9,7 @@ MIB = 1 << 20
 
 pytestmark = pytest.mark.skipif(not memory.available(), reason="no resettable high-water mark on this system")
 
-# Memory that was freed before the mark is set must not serve what comes after it.
+# Memory that was freed before the mark is set must not hide what is allocated after it.
 SCRIPT = """
 import torch
 from benchmarks.memory import HighWater
@@ -41,13 +41,13 @@ def test_nothing_is_seen_where_nothing_is_allocated() -> None:
     assert mark.bytes() <= MIB
 
 
-def test_the_einsum_form_holds_its_predictions() -> None:
+def test_the_einsum_form_stores_its_predictions() -> None:
     """Twice, since it copies them into the layout of the routing."""
-    case = memory.RoutingCase(16)
-    found = memory.peak_memory("einsum", case, memory.FORWARD, threads=1)
-    assert abs(found - 2 * 4 * case.predictions) <= MIB
+    case = memory.Case(16)
+    peak = memory.peak_memory("einsum", case, memory.FORWARD)
+    assert abs(peak - 2 * 4 * case.predictions) <= MIB
 
 
 def test_an_unknown_peer_says_so() -> None:
     with pytest.raises(RuntimeError, match="no such form"):
-        memory.peak_memory("no such form", memory.RoutingCase(1), memory.FORWARD, threads=1)
+        memory.peak_memory("no such form", memory.Case(1), memory.FORWARD)

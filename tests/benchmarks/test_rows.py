@@ -1,4 +1,4 @@
-"""Rows survive the file, files are whole, and tables say what was reached."""
+"""Rows survive the file, files are whole, and tables show which targets were met."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.machine import slug
-from benchmarks.report import markdown_table
+from benchmarks.report import table
 from benchmarks.rows import Row, Target, load, save
 
 
@@ -30,7 +30,7 @@ def test_targets() -> None:
     assert [target.met for target in row().targets] == [True, False, True]
 
 
-def test_a_file_gives_its_rows_back(tmp_path: Path) -> None:
+def test_rows_survive_the_file(tmp_path: Path) -> None:
     path = tmp_path / "cpu.json"
     save(path, {"commit": "abc"}, [row()])
     assert load(path) == ({"commit": "abc"}, [row()])
@@ -52,7 +52,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_table() -> None:
-    *_, line = markdown_table([row()])
+    *_, line = table([row()])
     for part in (
         "8 ms",
         "100 ms",

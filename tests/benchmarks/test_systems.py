@@ -1,4 +1,4 @@
-"""The command runs, checks what it compares, and finds the parts of a step."""
+"""The command runs, checks what it compares, and splits a step into its parts."""
 
 import sys
 from pathlib import Path
@@ -9,15 +9,15 @@ import torch
 from benchmarks import systems
 from benchmarks.report import main as report
 from benchmarks.rows import load
-from benchmarks.system_step import EinsumCapsules, SystemStep, parts
+from benchmarks.system_step import EinsumCapsules, SystemStep, check_equal, parts, profiled
 from capsops.nn import RoutingCapsules
 from infocapsgan.systems import CapsNet
 
 
-def test_the_table_of_two_systems(
+def test_the_rows_of_two_systems(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    words = "capsnet dcgan --width 8 --batch-size 8 --steps 2 --warm-up 1 --threads 1 --save-results"
+    words = "capsnet dcgan --width 8 --batch-size 8 --threads 1 --save-results"
     monkeypatch.setattr(sys, "argv", ["systems", *words.split()])
     monkeypatch.setattr(systems, "RESULTS", tmp_path)
     systems.main()
@@ -36,31 +36,30 @@ def test_the_table_of_two_systems(
     report()
     shown = capsys.readouterr().out
     for part in (
-        "| system | step | routing |",
-        "| capsnet, published, B=8, width 8, fp32 | ours | einsum |",
-        "| whole step |",
-        "| its share of the step |",
+        "- capsnet, published, B=8, width 8, fp32: step",
+        "s: routing ",
+        ", einsum ",
+        "einsum's routing alone",
     ):
         assert part in shown
 
 
 @pytest.mark.slow
 def test_bfloat16(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    words = "capsnet --width 8 --batch-size 8 --steps 2 --warm-up 1 --precision bf16"
+    words = "capsnet --width 8 --batch-size 8 --precision bf16"
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["systems", *words.split(), "--threads", str(threads)])
     systems.main()
-    assert "| capsnet, published, B=8, width 8, bf16 | ours | einsum | ratio |" in capsys.readouterr().out
+    assert "- capsnet, published, B=8, width 8, bf16: step" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("words", "message"), [("resnet", "SYSTEM: got resnet"), ("--steps 1", "at least")])
-def test_what_cannot_be_measured(
-    words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_an_unknown_system_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["systems", *words.split()])
+    monkeypatch.setattr(sys, "argv", ["systems", "resnet"])
     with pytest.raises(SystemExit):
         systems.main()
-    assert message in capsys.readouterr().err
+    assert "SYSTEM: got resnet" in capsys.readouterr().err
 
 
 def test_the_einsum_layer_is_the_routing_layer() -> None:
@@ -74,13 +73,13 @@ def test_the_einsum_layer_is_the_routing_layer() -> None:
 def test_models_that_differ_are_not_compared() -> None:
     ours, other = CapsNet(width=8), CapsNet(width=8)
     with pytest.raises(AssertionError, match="the two models differ"):
-        systems.check_equal(ours, other, ours.load_data())
+        check_equal(ours, other, ours.load_data())
 
 
 def test_the_parts_of_a_step_add_up() -> None:
     system = CapsNet(width=8, batch_size=8)
     step = SystemStep(system, system.load_data())
-    found = parts(step, 3, step.device)
+    seconds = parts(*profiled(step, 3, step.device), 3, step.device)
     assert step.training.step == 3
-    assert sum(found.values()) < 1
-    assert found["loader"] < sum(found.values()) / 2
+    assert sum(seconds.values()) < 1
+    assert seconds["loader"] < sum(seconds.values()) / 2

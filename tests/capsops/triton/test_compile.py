@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is not installed")
 
-from benchmarks.cases import RoutingCase  # noqa: E402
+from benchmarks.cases import Case  # noqa: E402
 from benchmarks.triton_compile import SHARED_LIMIT, TARGETS, compiling, resources  # noqa: E402
 from benchmarks.triton_resources import CLASSES, PRECISIONS, launches, rows  # noqa: E402
 from capsops.backends import BACKENDS  # noqa: E402
@@ -63,8 +63,8 @@ FAST = {("MNIST", "float32, TF32 allowed", "sm_90"), ("odd", "bfloat16", "gfx942
 )
 def test_resources(shape: str, name: str, target: str) -> None:
     kernels = set()
-    for row in rows([shape], [name], [target]):
-        title, found = row.compiled.title, row.resources
+    for *_, compiled, found in rows([shape], [name], [target]):
+        title = compiled.title
         kernels.add(title)
         assert found.shared <= SHARED_LIMIT[target], title
         assert found.instructions.total() > 50, f"{title}: the disassembly was not understood"
@@ -81,7 +81,7 @@ def test_resources(shape: str, name: str, target: str) -> None:
 )
 def test_sizes_of_one_compile(leaky: bool, detach: bool) -> None:
     """Triton compiles a number that is 1 as a constant, which has not all that a number has."""
-    found = launches(RoutingCase(1, 1, 1, 1, 1), "float32", "sm_90", leaky=leaky, detach=detach)
+    found = launches(Case(1, 1, 1, 1, 1), "float32", "sm_90", leaky=leaky, detach=detach)
     kernels = {f"{kernel.split()[0]}_kernel" for kernel in PRODUCTS | OTHERS}
     assert {launch.kernel for launch in found} == kernels - ({"finish_reduction_kernel"} if detach else set())
     assert {launch.options.get("LEAKY") for launch in found} == {None, leaky}

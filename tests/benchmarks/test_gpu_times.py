@@ -1,0 +1,44 @@
+"""The floor of a kernel, and the inputs that a GPU is timed on."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.gpu.floor import floor_seconds
+from benchmarks.gpu.op_times import call_each, input_sets
+from benchmarks.passes import FORWARD, FORWARD_BACKWARD
+
+CPU = torch.device("cpu")
+TF32 = "float32, TF32 allowed"
+CEILINGS = {"bandwidth": 4e12, "bfloat16": 8e14, TF32: 4e14, "float32": 5e13, "exponentials": 4e12}
+
+
+def test_floor_counts_every_unit() -> None:
+    case, exact = Case(128, precision=TF32), Case(128)
+    seconds, unit = floor_seconds(case, FORWARD, CEILINGS)
+    pairs = 128 * 1152 * 10
+    assert unit == "sums"
+    assert seconds == pytest.approx(2 * 2 * 2 * pairs * 16 / 5e13)
+    seconds, unit = floor_seconds(exact, FORWARD, CEILINGS)
+    assert seconds == pytest.approx((4 * 2 + 3 * 2 * 8) * pairs * 16 / 5e13)
+    both, _ = floor_seconds(case, FORWARD_BACKWARD, CEILINGS)
+    assert both == pytest.approx((4 + 6 + 8 + 1) * 2 * pairs * 16 / 5e13)
+    slow = CEILINGS | {"bandwidth": 1e9}
+    seconds, unit = floor_seconds(case, FORWARD, slow)
+    assert unit == "bytes"
+    assert seconds == pytest.approx(4 * (128 * 1152 * 8 + 1152 * 10 * 16 * 8 + 128 * 10 * 16) / 1e9)
+    assert floor_seconds(case, FORWARD, CEILINGS | {"exponentials": 1e9})[1] == "exponentials"
+
+
+def test_inputs_take_turns() -> None:
+    sets = input_sets(Case(2, 5, 3, 4, 8), CPU)
+    assert len(sets) >= 2
+    assert all(torch.equal(x[0][0], sets[0][0][0]) for x in sets)
+    seen: list[int] = []
+    call = partial(call_each, lambda inputs, grad: seen.append(inputs[0].data_ptr()), sets)
+    call()
+    call()
+    assert seen == [x[0][0].data_ptr() for x in sets] * 2
+    assert len(set(seen)) == len(sets)

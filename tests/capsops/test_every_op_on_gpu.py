@@ -1,0 +1,206 @@
+"""Every op of each set of kernels on a GPU against the reference in float64: shapes × options × precisions.
+
+This is what proves kernels on a GPU model: benchmarks/gpu/first_contact.sh runs it. Without a GPU the kernels
+of the CPU are compared, which tries the comparison itself.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import capsops
+from benchmarks.check import check
+from benchmarks.passes import FORWARD, FORWARD_BACKWARD, run
+from benchmarks.precisions import PRECISIONS, matrix_precision
+from capsops import reference
+from tests.capsops.cases import Options, Shape
+from tests.tiers import slow
+
+TF32_ROUNDING = 2**-10  # of a result's norm: operands rounded to 11 bits, through a few products
+SMALL = [Shape(1, 7, 3, 4, 8), Shape(3, 33, 10, 16, 8), Shape(17, 19, 11, 8, 4), Shape(2, 5, 40, 32, 16)]
+FEW_SHAPES = [
+    Shape(3, 33, 10, 16, 8),
+    Shape(17, 19, 11, 8, 4),
+    Shape(5, 33, 2, 17, 5),
+    Shape(128, 1152, 10, 16, 8),
+    Shape(16, 100, 200, 16, 8),
+    Shape(64, 128, 10, 32, 32),
+    Shape(70, 33, 3, 17, 5),
+]
+SHAPES = [
+    *dict.fromkeys(SMALL + FEW_SHAPES),
+    Shape(1, 1152, 10, 16, 8),
+    Shape(2, 2048, 10, 16, 8),
+    Shape(16, 1152, 10, 16, 8),
+    Shape(32, 288, 12, 24, 8),
+    Shape(33, 50, 10, 16, 7),
+    Shape(64, 288, 10, 20, 8),
+    Shape(128, 144, 10, 17, 4),
+    Shape(37, 257, 10, 16, 16),
+    Shape(63, 300, 1, 16, 8),
+    Shape(130, 65, 5, 8, 8),
+    Shape(4, 3872, 196, 16, 8),
+    Shape(64, 2, 10, 16, 8),
+    Shape(64, 10, 10, 52, 16),
+    Shape(64, 10, 3, 16, 62),
+    Shape(64, 2, 3, 100, 5),
+    Shape(512, 200, 10, 16, 8),
+]
+OPTIONS = [
+    Options(3, bias=True),
+    Options(3),
+    Options(2, leaky=True, bias=True),
+    Options(3, leaky=True, detach=True),
+    Options(1, bias=True),
+    Options(1, leaky=True),
+    Options(0, bias=True),
+    Options(4, detach=True, bias=True),
+]
+FEW_OPTIONS = [Options(3, bias=True), Options(2, leaky=True, detach=True)]
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One op with its options, on inputs of one dtype."""
+
+    name: str
+    ours: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    passes: str
+    terms: int  # products in the longest sum
+
+    def __call__(self, tf32: bool) -> float:
+        """The largest relative error; AssertionError where it is more than the dtype explains."""
+        exact_inputs = tuple(x.detach().double().requires_grad_() for x in self.inputs)
+        grad = self.upstream()
+        exact = run(self.plain, self.passes, exact_inputs, grad.double())
+        by_plain = run(self.plain, self.passes, self.inputs, grad)
+        results, again = (run(self.ours, self.passes, self.inputs, grad) for _ in range(2))
+        for x, y in zip(results, again, strict=True):
+            if not torch.equal(x, y):
+                raise AssertionError(f"{self.name}: two calls differ by {(x - y).abs().max().item():.2e}")
+        terms = self.terms
+        if tf32:  # as many float32 roundings as amount to TF32's
+            terms = max(terms, int((2 * TF32_ROUNDING / torch.finfo(torch.float32).eps) ** 2))
+        return check(self.name, results, by_plain, exact, terms)
+
+    def upstream(self) -> Tensor:
+        """A gradient of the value, made on the host."""
+        with torch.no_grad():
+            value = self.ours(*self.inputs)
+        return torch.randn(value.shape).to(value)
+
+
+def comparisons(
+    impl: str, dtype: torch.dtype, shape: Shape, options: Sequence[Options]
+) -> Iterator[Comparison]:
+    """Every op on a shape, the routed ones with every set of options. Inputs are made on the host."""
+    (B, I, J, D, K), device = shape, "cpu" if impl == "cpu" else "cuda"  # noqa: E741
+
+    def numbers(*sizes: int, scale: float) -> Tensor:
+        return (torch.randn(*sizes) * scale).to(dtype).to(device).requires_grad_()
+
+    u, weight, bias = numbers(B, I, K, scale=0.3), numbers(I, J, D, K, scale=0.1), numbers(J, D, scale=0.1)
+    u_hat, terms = numbers(B, I, J, D, scale=0.1), I * K * J * D + B
+
+    def compare(
+        op: str, inputs: tuple, chosen: dict, name: str, passes: str = FORWARD_BACKWARD
+    ) -> Comparison:
+        ours, plain = partial(getattr(capsops, op), impl=impl, **chosen), getattr(reference, op)
+        return Comparison(f"{op} {name}", ours, partial(plain, **chosen), inputs, passes, terms)
+
+    for dim in (-1, 1):
+        yield compare("squash", (u,), {"dim": dim}, f"dim={dim}")
+    yield compare("predictions", (u, weight), {}, "")
+    for one in options:
+        biases, keywords, name = (bias,) if one.bias else (), one.keywords(), str(one)
+        yield compare("capsule_routing", (u, weight, *biases), keywords, name)
+        yield compare("dynamic_routing", (u_hat, *biases), keywords, name)
+        del keywords["detach"]
+        yield compare("couplings", (u, weight, *biases), keywords, name, FORWARD)
+
+
+@pytest.fixture(autouse=True)
+def end_with_the_device() -> Iterator[None]:
+    """Ends the process once a wild access has made the GPU useless to it; pytest-xdist starts another."""
+    yield
+    try:
+        torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu").cpu()
+    except RuntimeError:
+        os._exit(70)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty returns NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("kernels", "shape", "options"),
+    [
+        *(pytest.param("cuda", shape, OPTIONS, marks=ON_GPU, id=f"cuda-{shape}") for shape in SHAPES),
+        *(pytest.param("triton", x, FEW_OPTIONS, marks=ON_GPU, id=f"triton-{x}") for x in FEW_SHAPES),
+        *(pytest.param("cpu", shape, FEW_OPTIONS, id=f"cpu-{shape}") for shape in SMALL[:1]),
+    ],
+)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_compared(
+    kernels: str,
+    shape: Shape,
+    options: list[Options],
+    precision: str,
+    record_property: Callable[[str, object], None],
+) -> None:
+    torch.manual_seed(0)
+    dtype, tf32 = PRECISIONS[precision]
+    errors, failures = [], []
+    with matrix_precision(tf32):
+        for comparison in comparisons(kernels, dtype, shape, options):
+            try:
+                errors.append(comparison(tf32))
+            except AssertionError as error:
+                failures.append(str(error))
+    record_property("precision", precision)
+    record_property("compared", len(errors) + len(failures))
+    if errors:
+        record_property("largest error", max(errors))
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize("kernels", [pytest.param("cuda", marks=ON_GPU), slow("cpu")])
+def test_called(kernels: str, shape: Shape, precision: str) -> None:
+    """Under compute-sanitizer: on the device nothing else runs but what autograd needs."""
+    torch.manual_seed(0)
+    dtype, tf32 = PRECISIONS[precision]
+    options = [*FEW_OPTIONS, Options(6), Options(0, bias=True)]
+    with matrix_precision(tf32):
+        for op in comparisons(kernels, dtype, shape, options):
+            results = run(op.ours, op.passes, op.inputs, op.upstream())
+            assert all(x.cpu().isfinite().all() for x in results), op.name
+
+
+def test_a_wrong_kernel_fails_the_comparison() -> None:
+    ops = list(comparisons("cpu", torch.float32, SMALL[0], FEW_OPTIONS))
+    assert len(ops) == 3 + 3 * len(FEW_OPTIONS)
+    right = next(op for op in ops if "capsule" in op.name)
+    assert right(tf32=False) < 1e-5
+    wrong = replace(right, ours=lambda *inputs: 1.001 * right.ours(*inputs))
+    with pytest.raises(AssertionError, match="value is off"):
+        wrong(tf32=False)
+    restless = replace(right, ours=lambda *inputs: right.ours(*inputs) + 1e-8 * torch.rand(()))
+    with pytest.raises(AssertionError, match="two calls differ"):
+        restless(tf32=False)
