@@ -2,8 +2,8 @@
 
 For each precision and batch, forward and backward are timed with every candidate, by graph replay; what does
 not compile or fit is listed with its reason. Each candidate compiles for seconds. The best entries are those
-to write into capsops/backends/triton/tiles.py (ROUTED from the forward times, GRADIENT from the backward
-ones).
+to write into capsops/backends/triton/launch_configs.py (ROUTED from the forward times, GRADIENT from the
+backward ones).
 """
 
 import argparse
@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 from triton.errors import TritonError
@@ -21,11 +22,11 @@ import capsops
 from benchmarks.cases import Case
 from benchmarks.precisions import PRECISIONS, matrix_precision
 from benchmarks.timing import replay_seconds
-from capsops.backends.triton import tiles
+from capsops.backends.triton import launch_configs
 from capsops.backends.triton.launch import unit
 
 
-def sensible(entry: tiles.Entry) -> bool:
+def sensible(entry: launch_configs.Entry) -> bool:
     """A warp has 16 samples at most and 8 to 64 numbers a thread; there are at most 4 warps.
 
     With 8 warps and 128 numbers the gradient kernel, as Triton 3.6 compiles it for sm_90, faults on an H200.
@@ -34,31 +35,32 @@ def sensible(entry: tiles.Entry) -> bool:
     return entry.warps <= entry.rows // 8 and 8 <= numbers <= 64
 
 
-def candidates(batch: int) -> list[tiles.Entry]:
+def candidates(batch: int) -> list[launch_configs.Entry]:
     """Entries for a batch: 16 samples in a block if there are no more, else 32 or more."""
     grid = itertools.product((16,) if batch <= 16 else (32, 64, 128), (32, 64, 128), (32,), (2, 4), (1, 2))
-    return [entry for entry in itertools.starmap(tiles.Entry, grid) if sensible(entry)]
+    return [entry for entry in itertools.starmap(launch_configs.Entry, grid) if sensible(entry)]
 
 
 def measure(
     case: Case,
     programs: int,
-    entries: Sequence[tiles.Entry],
+    entries: Sequence[launch_configs.Entry],
     device: str = "cuda",
     time: Callable[..., list[float]] = replay_seconds,
 ) -> list[dict[str, object]]:
     """Milliseconds of every entry."""
-    kernels = capsops.dispatch.module("triton")
+    kernels = SimpleNamespace(**capsops.dispatch.BACKENDS["triton"].functions)
     (u, weight), grad = case.inputs(device)
     u, weight = u.detach(), weight.detach()
     options = (case.iterations, False, False, True)  # leaky, detach, squash_output
     rows = []
-    with matrix_precision(PRECISIONS[case.precision][1]), mock.patch.object(tiles, "PROGRAMS", programs):
-        kind = tiles.kind(unit(u), case.batch, case.out_dim, case.in_dim)
+    patch = mock.patch.object(launch_configs, "PROGRAMS", programs)
+    with matrix_precision(PRECISIONS[case.precision][1]), patch:
+        kind = launch_configs.kind(unit(u), case.batch, case.out_dim, case.in_dim)
         forward = partial(kernels.capsule_routing, u, weight, None, case.iterations, False, True)
         _, s = forward()
         backward = partial(kernels.capsule_routing_backward, grad, u, weight, s, *options, True, True)
-        calls = {"forward": (forward, tiles.ROUTED), "backward": (backward, tiles.GRADIENT)}
+        calls = {"forward": (forward, launch_configs.ROUTED), "backward": (backward, launch_configs.GRADIENT)}
         for entry in entries:
             row = {"case": str(case), "precision": case.precision, "programs": programs, "entry": entry}
             for name, (call, table) in calls.items():
@@ -75,7 +77,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 128, 512])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS)[:3])
-    parser.add_argument("--programs", nargs="+", type=int, default=[tiles.PROGRAMS], help="a multiprocessor")
+    parser.add_argument(
+        "--programs", nargs="+", type=int, default=[launch_configs.PROGRAMS], help="a multiprocessor"
+    )
     parser.add_argument("--out", type=Path, help="a JSON file for all rows")
     chosen = parser.parse_args()
     everything = []
