@@ -96,11 +96,11 @@ def _route(
     else:
         s = u.new_empty(passes, batch, capsules, dim, dtype=wide)
     _cpu.routing(
-        memory(u),
+        (u.data_ptr(), u.nbytes),
         memory(weight),
         memory(bias),
-        memory(v),
-        memory(s),
+        (v.data_ptr(), v.nbytes),
+        (s.data_ptr(), s.nbytes),
         *shape,
         iterations,
         leaky,

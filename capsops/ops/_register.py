@@ -162,28 +162,10 @@ def _below_autograd(name: str) -> Callable:
     return call
 
 
-def _recorded(
-    name: str, kernel: Callable, vjp: Callable[..., tuple], setup: Callable[..., None]
-) -> type[torch.autograd.Function]:
-    """The op as autograd records it: `setup` saves what `vjp` takes.
-
-    The last argument is the dispatcher's key set, or None where Python calls the kernel itself.
-    """
-    below_autograd = _below_autograd(name)
-
-    def forward(ctx: Any, *all_args: Any) -> Any:
-        *args, keyset = all_args
-        results = kernel(*args) if keyset is None else below_autograd(keyset, *args)
-        setup(ctx, args, results)
-        return results
-
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        return *vjp(ctx, *grads), None
-
+def _function(name: str, forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return types.new_class(
-        f"capsops_{name}", (torch.autograd.Function,), exec_body=lambda x: x.update(methods)
-    )
+    bases = (torch.autograd.Function,)
+    return types.new_class(f"capsops_{name}", bases, exec_body=lambda body: body.update(methods))
 
 
 def _records(tensors: Sequence[Tensor | None]) -> bool:
@@ -204,8 +186,8 @@ def _tensors(name: str) -> slice:
     return slice(count)
 
 
-def _autograd_kernel(name: str, recorded: type[torch.autograd.Function]) -> Callable:
-    """The kernel for the Autograd key.
+def _autograd_kernel(name: str, vjp: Callable[..., tuple], setup: Callable[..., None]) -> Callable:
+    """The kernel for the Autograd key: records the op, for which `setup` saves what `vjp` takes.
 
     It does what torch.library.register_autograd does, for ops without keyword arguments. That one asks the
     schema for defaults and looks into lists of tensors at every call, which takes as long as a small layer
@@ -213,25 +195,48 @@ def _autograd_kernel(name: str, recorded: type[torch.autograd.Function]) -> Call
     """
     below_autograd, tensors = _below_autograd(name), _tensors(name)
 
+    def forward(ctx: Any, *all_args: Any) -> Any:
+        *args, keyset = all_args
+        results = below_autograd(keyset, *args)
+        setup(ctx, args, results)
+        return results
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        return *vjp(ctx, *grads), None
+
+    function = _function(name, forward, backward)
+
     def call(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, args)
-        return recorded.apply(*args, keyset) if _records(args[tensors]) else below_autograd(keyset, *args)
+        return function.apply(*args, keyset) if _records(args[tensors]) else below_autograd(keyset, *args)
 
     return call
 
 
-def _eager_call(name: str, kernel: Callable, recorded: type[torch.autograd.Function] | None) -> Callable:
+def _eager_call(
+    name: str, kernel: Callable, gradient: tuple[Callable[..., tuple], Callable[..., None]] | None
+) -> Callable:
     """The op for callers in Python: through torch's dispatcher only where it has something to do."""
     op, tensors = getattr(torch.ops.capsops, name).default, _tensors(name)
-    # Function's own apply() looks for torch.func's transforms, of which none is active in a plain call.
-    apply = None if recorded is None else super(torch.autograd.Function, recorded).apply  # type: ignore[misc]
+    apply = None
+    if gradient is not None:
+        vjp, setup = gradient
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            results = kernel(*args)
+            setup(ctx, args, results)
+            return results
+
+        function = _function(name, forward, vjp)
+        # Function's own apply() looks for torch.func's transforms, of which none is active in a plain call.
+        apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def call(plain: bool, *args: Any) -> Any:
         if not plain:
             return op(*args)
         if apply is not None and _records(args[tensors]):
-            return apply(*args, None)
+            return apply(*args)
         return kernel(*args)
 
     return call
@@ -286,15 +291,14 @@ def register(
     for key in ("NestedTensorCPU", "NestedTensorCUDA", "NestedTensorMeta"):
         _library.impl(name, kernel, key)  # whose first check refuses them
     torch.library.register_fake(f"capsops::{name}", fake, lib=_library)
-    recorded = None if gradient is None else _recorded(name, kernel, *gradient)
-    autograd = _below_autograd(name) if recorded is None else _autograd_kernel(name, recorded)
+    autograd = _below_autograd(name) if gradient is None else _autograd_kernel(name, *gradient)
     _library.impl(name, autograd, "Autograd", with_keyset=True)
     if flops is not None:
         register_flop_formula(getattr(torch.ops.capsops, name))(flops)
     if autocast:
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _library.impl(name, under_autocast(getattr(torch.ops.capsops, name), device), key)
-    return _eager_call(name, kernel, recorded)
+    return _eager_call(name, kernel, gradient)
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:

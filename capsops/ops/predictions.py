@@ -21,10 +21,11 @@ BACKWARD_SCHEMA = (
 def check(u: Tensor, weight: Tensor) -> None:
     check_dense("u", u)
     check_like("weight", weight, "u", u)
-    if weight.dim() != 4:
+    sizes, sizes_of_weight = u.shape, weight.shape
+    if len(sizes_of_weight) != 4:
         refuse_shape("weight", weight, "IJDK")
-    in_capsules, _, _, in_dim = weight.shape
-    if u.dim() != 3 or u.shape[1] != in_capsules or u.shape[2] != in_dim:
+    in_capsules, _, _, in_dim = sizes_of_weight
+    if len(sizes) != 3 or sizes[1] != in_capsules or sizes[2] != in_dim:
         refuse_shape("u", u, "BIK", None, in_capsules, in_dim)
 
 
