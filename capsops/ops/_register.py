@@ -26,17 +26,18 @@ _kernels: dict[str, Callable] = {}
 _shardings: dict[str, Callable[..., list[Shards]]] = {}
 _shardings_registered = False
 
-# Arguments of every routing op: those in the schema behind the capsules, and the options in their order.
+# What the schemas of the routing ops have in common, and the names of their options.
 ROUTING = "Tensor? bias, Tensor? logits, Tensor? mask, int iterations, bool leaky"
-_CPU = torch.device("cpu")
-_UNSQUASHED = frozenset((UNSQUASHED,))
 OPTIONS = ("iterations", "leaky", "detach", "squash_output")
 
+_CPU = torch.device("cpu")
+_UNSQUASHED = frozenset((UNSQUASHED,))
 
-def chosen(
+
+def backend_function(
     op: str, impl: str, *tensors: Tensor, lengths: tuple[int, ...] = (), options: frozenset[str] = NO_OPTIONS
 ) -> Callable:
-    """The function that computes the call; tensors without elements are left to the reference."""
+    """The function of the backend that computes a call, which is the reference for empty tensors."""
     first = tensors[0]
     backend = dispatch.chosen(op, impl, _CPU if first.is_cpu else first.device, first.dtype, lengths, options)
     for x in tensors:
@@ -69,10 +70,10 @@ def routing_fakes(
 
 
 def saved(s: Tensor) -> Tensor:
-    """s [T, B, J, D] as it is kept for backward: in a graph that is traced, as [T, B, J · D].
+    """s [T, B, J, D] as it is saved for backward: in a traced graph, as [T, B, J · D].
 
-    Behind a convolution, torch 2.6's inductor takes what has four axes for images, puts the second axis last
-    in memory, and takes the strides that this gives, which depend on the batch size, for constants.
+    Behind a convolution, torch 2.6's inductor treats a tensor with four axes as images: it puts the second
+    axis last in memory, and treats the resulting strides, which depend on the batch size, as constants.
     """
     return s if type(s) is Tensor else s.flatten(2)
 

@@ -12,7 +12,7 @@ from capsops.ops._flops import Shape
 from capsops.ops._register import (
     OPTIONS,
     ROUTING,
-    chosen,
+    backend_function,
     contiguous,
     empty_like,
     register,
@@ -66,7 +66,7 @@ def kernel(
 ) -> tuple[Tensor, Tensor]:
     check(u, weight, bias, logits, mask, iterations)
     iterations = effective_iterations(iterations, weight.shape[1], leaky)
-    compute = chosen(
+    compute = backend_function(
         "capsule_routing", impl, u, weight, lengths=weight.shape[2:], options=routing_options(squash_output)
     )
     return compute(u.contiguous(), weight.contiguous(), contiguous(bias), iterations, leaky, squash_output)
@@ -88,7 +88,7 @@ def kernel_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_backward(grad, u, weight, bias, s, iterations, leaky)
     iterations = effective_iterations(iterations, weight.shape[1], leaky)
-    compute = chosen(
+    compute = backend_function(
         "capsule_routing_backward",
         impl,
         u,

@@ -8,7 +8,7 @@ from torch import Tensor
 from capsops.ops import _flops
 from capsops.ops._arguments import effective_iterations
 from capsops.ops._flops import Shape
-from capsops.ops._register import ROUTING, chosen, contiguous, register
+from capsops.ops._register import ROUTING, backend_function, contiguous, register
 from capsops.ops._sharding import Shards
 from capsops.ops.capsule_routing import check
 
@@ -27,7 +27,7 @@ def kernel(
 ) -> Tensor:
     check(u, weight, bias, logits, mask, iterations)
     iterations = effective_iterations(iterations, weight.shape[1], leaky)
-    compute = chosen("couplings", impl, u, weight, lengths=weight.shape[2:])
+    compute = backend_function("couplings", impl, u, weight, lengths=weight.shape[2:])
     return compute(u.contiguous(), weight.contiguous(), contiguous(bias), iterations, leaky)
 
 

@@ -18,7 +18,7 @@ from capsops.ops._flops import Shape
 from capsops.ops._register import (
     OPTIONS,
     ROUTING,
-    chosen,
+    backend_function,
     contiguous,
     empty_like,
     register,
@@ -66,7 +66,7 @@ def kernel(
 ) -> tuple[Tensor, Tensor]:
     check(u_hat, bias, logits, mask, iterations)
     iterations = effective_iterations(iterations, u_hat.shape[2], leaky)
-    compute = chosen(
+    compute = backend_function(
         "dynamic_routing", impl, u_hat, lengths=u_hat.shape[3:], options=routing_options(squash_output)
     )
     return compute(u_hat.contiguous(), contiguous(bias), iterations, leaky, squash_output)
@@ -85,7 +85,7 @@ def kernel_backward(
 ) -> tuple[Tensor, Tensor]:
     check_backward(grad, u_hat, bias, s, iterations, leaky)
     iterations = effective_iterations(iterations, u_hat.shape[2], leaky)
-    compute = chosen(
+    compute = backend_function(
         "dynamic_routing_backward",
         impl,
         u_hat,

@@ -9,7 +9,7 @@ from capsops.ops import _flops
 from capsops.ops._arguments import check_dense, check_like, refuse_shape
 from capsops.ops._eager import is_plain
 from capsops.ops._flops import Shape
-from capsops.ops._register import chosen, empty_like, register, second_order
+from capsops.ops._register import backend_function, empty_like, register, second_order
 from capsops.ops._sharding import SUM, Shards
 
 SCHEMA = "(Tensor u, Tensor weight, str impl) -> Tensor"
@@ -39,14 +39,14 @@ def check_backward(grad: Tensor, u: Tensor, weight: Tensor) -> None:
 
 def kernel(u: Tensor, weight: Tensor, impl: str) -> Tensor:
     check(u, weight)
-    return chosen("predictions", impl, u, weight)(u.contiguous(), weight.contiguous())
+    return backend_function("predictions", impl, u, weight)(u.contiguous(), weight.contiguous())
 
 
 def kernel_backward(
     grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     check_backward(grad, u, weight)
-    compute = chosen("predictions_backward", impl, u, weight)
+    compute = backend_function("predictions_backward", impl, u, weight)
     return compute(grad.contiguous(), u.contiguous(), weight.contiguous(), needs_u, needs_weight)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from capsops import reference
 from capsops.ops._arguments import check_dense, check_like
 from capsops.ops._eager import is_plain
-from capsops.ops._register import chosen, empty_like, register, second_order
+from capsops.ops._register import backend_function, empty_like, register, second_order
 from capsops.ops._sharding import Shards
 
 SCHEMA = "(Tensor s, int dim, str impl) -> Tensor"
@@ -32,12 +32,12 @@ def check_backward(grad: Tensor, s: Tensor, dim: int) -> None:
 
 def kernel(s: Tensor, dim: int, impl: str) -> Tensor:
     check(s, dim)
-    return chosen("squash", impl, s)(s.contiguous(), dim)
+    return backend_function("squash", impl, s)(s.contiguous(), dim)
 
 
 def kernel_backward(grad: Tensor, s: Tensor, dim: int, impl: str) -> Tensor:
     check_backward(grad, s, dim)
-    return chosen("squash_backward", impl, s)(grad.contiguous(), s.contiguous(), dim)
+    return backend_function("squash_backward", impl, s)(grad.contiguous(), s.contiguous(), dim)
 
 
 def fake(s: Tensor, dim: int, impl: str) -> Tensor:
