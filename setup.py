@@ -98,7 +98,7 @@ def cuda_choice(environ: Mapping[str, str]) -> str:
 
 def includes() -> list[str]:
     """Only bindings see these paths, which pip makes anew for each build: the others stay compiled."""
-    return [f"-isystem{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
+    return ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
 
 
 def cpu_objects(machine: str, environ: Mapping[str, str]) -> Objects:
