@@ -3,7 +3,7 @@
 An extension that cannot be built does not stop the installation: capsops then runs on what is left, and the
 reason goes into capsops/_build.json, from where `python -m capsops` reports it.
 
-    CXX, CXXFLAGS, LDFLAGS        compiler and further flags
+    CXX, CXXFLAGS, LDFLAGS        compiler and further flags for capsops._cpu
     MAX_JOBS                      how many compilers run at a time
     CAPSOPS_BUILD_CUDA=0|1|auto   never; must, or an error, as for an image that is to run elsewhere; where
                                   there are nvcc and an NVIDIA driver, libcuda.so.1 (the default)
@@ -58,7 +58,7 @@ FIX_NVCC = (
     " supports in NVCC_CCBIN, or install another toolkit, or do without (CAPSOPS_BUILD_CUDA=0)"
 )
 
-RULE = "*" * 100
+STARS = "*" * 100
 
 # An object file with its source and the flags that compile it.
 Objects = dict[str, tuple[Path, Sequence[str]]]
@@ -97,7 +97,7 @@ def cuda_choice(environ: Mapping[str, str]) -> str:
 
 
 def includes() -> list[str]:
-    """Only bindings see these paths, which pip makes anew for each build: the others stay compiled."""
+    """Flags for the bindings only: pip makes these paths anew for each build, the kernels stay compiled."""
     return ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
 
 
@@ -172,9 +172,11 @@ def make(
     return folder / "library.so"
 
 
-def output_line(command: Sequence[str], pattern: str) -> str:
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return re.search(pattern, text)[0]
+def version(command: Sequence[str], pattern: str) -> str:
+    """What a compiler prints of its version, for the record; that is no reason to fail."""
+    printed = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    match = re.search(pattern, printed)
+    return match[0] if match else "unknown version"
 
 
 def build_cpu(folder: Path) -> tuple[Path, dict[str, object]]:
@@ -191,8 +193,8 @@ def build_cpu(folder: Path) -> tuple[Path, dict[str, object]]:
         link_flags += ["-undefined", "dynamic_lookup"]
     library = make(folder, compiler, cpu_objects(machine, os.environ), link_flags, FIX_COMPILER)
     isas = {isa: " ".join(flags) for isa, flags in cpu_isas(machine).items()}
-    version = output_line([*compiler, "--version"], ".*")
-    return library, {"compiler": version, "flags": " ".join(CPU_FLAGS), "isas": isas}
+    flags = (*CPU_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")))
+    return library, {"compiler": version(compiler, ".+"), "flags": " ".join(flags), "isas": isas}
 
 
 def has_cuda_driver() -> bool:
@@ -219,8 +221,11 @@ def build_cuda(folder: Path) -> tuple[Path, dict[str, object]]:
             "install the driver, or set CAPSOPS_BUILD_CUDA=1 to build for another machine",
         )
     library = make(folder, [nvcc], cuda_objects(archs), ["-cudart", "static"], FIX_NVCC)
-    version = output_line([nvcc, "--version"], "release .*")
-    return library, {"compiler": f"nvcc {version}", "flags": " ".join(CUDA_FLAGS), "archs": archs}
+    return library, {
+        "compiler": f"nvcc {version([nvcc], 'release .*')}",
+        "flags": " ".join(CUDA_FLAGS),
+        "archs": archs,
+    }
 
 
 def replace(path: Path, content: bytes, mode: int = 0o644) -> None:
@@ -254,9 +259,9 @@ class BuildExtensions(build_ext):
                 record[name] = {"built": False, "reason": error.reason, "remedy": error.remedy}
                 if error.failed:
                     print(
-                        f"{RULE}\ncapsops._{name} IS NOT BUILT; capsops is installed without it.\n"
+                        f"{STARS}\ncapsops._{name} IS NOT BUILT; capsops is installed without it.\n"
                         f"{error.reason}\nTo fix it: {error.remedy}.\n"
-                        f"`python -m capsops` says this again.\n{RULE}",
+                        f"`python -m capsops` says this again.\n{STARS}",
                         file=sys.stderr,
                         flush=True,
                     )

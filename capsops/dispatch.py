@@ -135,7 +135,7 @@ def _automatic(
 ) -> Backend:
     proved = {}
     if device.type == "cuda":
-        proved = proofs(torch.cuda.current_device() if device.index is None else device.index)
+        proved = proofs(device.index)
     for backend in reversed(BACKENDS.values()):
         if backend.unavailable or not backend.takes_device(device.type):
             continue
@@ -169,6 +169,8 @@ def chosen(
         RuntimeError: the backend is not available here; the message says why.
     """
     if impl == "auto":
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         return _automatic(op, device, dtype, lengths, options)
     backend = BACKENDS[requested(impl, device.type)]
     if reason := backend.why_declined(op, dtype, options):

@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from capsops import dispatch, ops, reference, transforms
-from capsops.ops._arguments import check_dense, check_iterations
+from capsops.ops._shared_checks import check_dense, check_iterations
 
 
 def _check_tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
-    if x.is_nested:  # torch would look for an op of theirs
+    if x.is_nested:  # torch would look for a kernel for nested tensors
         check_dense(name, x)
     if type(x) is not Tensor and not torch.compiler.is_compiling():
-        ops.note_subclass()
+        ops.register_dtensor_shardings()
 
 
 def as_int(name: str, value: int) -> int:

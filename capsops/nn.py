@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from capsops import functional
-from capsops.ops._arguments import check_dense
+from capsops.ops._shared_checks import check_dense
 
 
 def _size(name: str, value: int, least: int = 1) -> int:

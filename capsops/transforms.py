@@ -26,7 +26,7 @@ def active(*tensors: Tensor | None) -> bool:
 
 
 def differentiates() -> bool:
-    """Whether an active transform takes derivatives, which torch.func.vmap does not; the ops support that."""
+    """Whether an active transform takes derivatives. torch.func.vmap does not, and the ops support it."""
     if forward_ad._current_level >= 0:
         return True
     kinds = torch._C._functorch.TransformType

@@ -38,9 +38,9 @@ class Backend:
     """Computes the ops.
 
     Tensors that its functions receive are contiguous and not empty, have one dtype and one device, and fit
-    one another. Tensors that they return are contiguous. s is sᵗ of every pass, [max(T, 1), B, J, D], in the
-    accumulation dtype. With squash_output=False v is sᵗ of the last pass. A gradient that is not needed is an
-    empty tensor.
+    one another. Tensors that they return are contiguous and share no memory with those. s is sᵗ of every
+    pass, [max(T, 1), B, J, D], in the accumulation dtype. With squash_output=False v is sᵗ of the last pass.
+    A gradient that is not needed is an empty tensor.
 
         squash(s, dim) -> v
         squash_backward(grad, s, dim) -> ∂s
@@ -84,7 +84,8 @@ class Backend:
             return f"impl={self.name!r} does not compute {op}"
         if dtype not in self.dtypes:
             takes = ", ".join(str(each).removeprefix("torch.") for each in self.dtypes)
-            return f"impl={self.name!r} takes tensors of {takes}, got {dtype}"
+            got = str(dtype).removeprefix("torch.")
+            return f"impl={self.name!r} takes tensors of {takes}, got {got}"
         if not options <= self.options:
             missing = ", ".join(sorted(options - self.options))
             return f"impl={self.name!r} does not support {missing}"

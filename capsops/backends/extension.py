@@ -19,7 +19,7 @@ def build_record() -> dict[str, dict[str, Any]]:
         return {}
     try:
         record = json.loads(path.read_text())
-        return {name: {**facts, "built": facts["built"]} for name, facts in record.items()}
+        return {name: {**facts, "built": facts["built"]} for name, facts in record.items()}  # checks them
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         reason = f"the build record {path.name} cannot be read ({type(error).__name__}: {error})"
         failed = {"built": False, "reason": reason, "remedy": "install capsops again"}
@@ -31,7 +31,10 @@ def why_not_built(name: str) -> str:
     record = build_record()
     if not record:
         return "the extension was not built (no build record); run: pip install -e ."
-    return record.get(name, {}).get("reason") or "its build succeeded; run: pip install -e ."
+    facts = record.get(name, {})
+    if "reason" not in facts:
+        return "its build succeeded; install capsops again"
+    return f"{facts['reason']} (to fix it: {facts.get('remedy', 'install capsops again')})"
 
 
 def load(name: str) -> tuple[ModuleType | None, str]:

@@ -94,7 +94,7 @@ def _routing_backward(
     """∂û and ∂β in the accumulation dtype."""
     if iterations == 0:
         grad_s = _squash_vjp(grad, s[0], -1) if squash_output else grad
-        return grad_s.unsqueeze(1).expand_as(u_hat), grad_s.sum(0)
+        return grad_s.unsqueeze(1).repeat(1, u_hat.shape[1], 1, 1), grad_s.sum(0)
     v = reference.squash(s[:-1])
     total_v = torch.cat([torch.zeros_like(s[:1]), v.cumsum(0)])  # Vᵗ⁻¹ of pass t
     grad_u_hat = torch.zeros_like(u_hat)

@@ -5,9 +5,9 @@ Importing this package registers them under torch.ops.capsops.
 
 from capsops.ops import capsule_routing, couplings, dynamic_routing, predictions, squash
 from capsops.ops._eager import is_plain
-from capsops.ops._register import decompositions, note_subclass
+from capsops.ops._register import decompositions, register_dtensor_shardings
 
-note_subclass()  # DTensors may be there already
+register_dtensor_shardings()  # DTensors may be there already
 
 __all__ = [
     "capsule_routing",
@@ -15,7 +15,7 @@ __all__ = [
     "decompositions",
     "dynamic_routing",
     "is_plain",
-    "note_subclass",
     "predictions",
+    "register_dtensor_shardings",
     "squash",
 ]

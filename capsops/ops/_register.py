@@ -18,8 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 from capsops import dispatch
 from capsops.backends import reference
 from capsops.backends.backend import NO_OPTIONS, UNSQUASHED, accumulation_dtype
-from capsops.ops._arguments import saved_passes
 from capsops.ops._sharding import Shards, register_shardings
+from capsops.ops._shared_checks import saved_passes
 
 _library = torch.library.Library("capsops", "DEF")
 _kernels: dict[str, Callable] = {}
@@ -55,7 +55,7 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def empty_like(x: Tensor, needed: bool = True) -> Tensor:
+def fake_like(x: Tensor, needed: bool = True) -> Tensor:
     """For a fake: a gradient of x, which has no elements where it is not needed."""
     return x.new_empty(x.shape if needed else 0)
 
@@ -120,9 +120,9 @@ def second_order(
         return (next(gradients), *(None if x is None else next(gradients) for x in aliases))
 
 
-def autocast_enabled(x: Tensor | None) -> bool:
+def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for the device of x; torch raises an error for devices that have none."""
-    return x is not None and x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
 def _without_autocast(kernel: Callable) -> Callable:
@@ -190,9 +190,9 @@ def _tensors(name: str) -> slice:
 def _autograd_kernel(name: str, vjp: Callable[..., tuple], setup: Callable[..., None]) -> Callable:
     """The kernel for the Autograd key: records the op, for which `setup` saves what `vjp` takes.
 
-    It does what torch.library.register_autograd does, for ops without keyword arguments. That one asks the
-    schema for defaults and looks into lists of tensors at every call, which takes as long as a small layer
-    computes.
+    It does what torch.library.register_autograd does, for ops without keyword arguments. That function looks
+    up defaults in the schema and searches lists for tensors at every call, which takes as long as a small
+    layer needs to compute.
     """
     below_autograd, tensors = _below_autograd(name), _tensors(name)
 
@@ -305,7 +305,7 @@ def register(
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     """Every op of capsops as plain torch operations: for `ExportedProgram.run_decompositions`.
 
-    A program that is decomposed needs capsops no more, and stores û.
+    A decomposed program no longer needs capsops, and it stores û.
 
         plain = torch.export.export(model, inputs).run_decompositions(
             torch.export.default_decompositions() | capsops.decompositions()
@@ -318,12 +318,12 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     return {getattr(torch.ops.capsops, name).default: plain(kernel) for name, kernel in _kernels.items()}
 
 
-def note_subclass() -> None:
+def register_dtensor_shardings() -> None:
     """Registers the shardings once something has imported torch.distributed.tensor.
 
     Called where a tensor is of a subclass: it may be the first DTensor.
     """
     global _shardings_registered
     if not _shardings_registered and "torch.distributed.tensor" in sys.modules:
-        _shardings_registered = True
         register_shardings(_shardings)
+        _shardings_registered = True

@@ -5,16 +5,14 @@ from typing import Any
 from torch import Tensor
 
 from capsops import reference
-from capsops.ops import _flops, predictions
-from capsops.ops._arguments import check_routing, check_saved, effective_iterations
+from capsops.ops import _shared_flops, predictions
 from capsops.ops._eager import is_plain
-from capsops.ops._flops import Shape
 from capsops.ops._register import (
     OPTIONS,
     ROUTING,
     backend_function,
     contiguous,
-    empty_like,
+    fake_like,
     register,
     routing_fakes,
     routing_options,
@@ -22,6 +20,8 @@ from capsops.ops._register import (
     second_order,
 )
 from capsops.ops._sharding import SUM, Shards
+from capsops.ops._shared_checks import check_routing, check_saved, effective_iterations
+from capsops.ops._shared_flops import Shape
 
 SCHEMA = (
     f"(Tensor u, Tensor weight, {ROUTING}, bool detach, bool squash_output, str impl) -> (Tensor, Tensor)"
@@ -144,7 +144,7 @@ def fake_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_backward(grad, u, weight, bias, s, iterations, leaky)
-    return empty_like(u, needs_u), empty_like(weight, needs_weight), u.new_empty(weight.shape[1:3])
+    return fake_like(u, needs_u), fake_like(weight, needs_weight), u.new_empty(weight.shape[1:3])
 
 
 def save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -214,8 +214,8 @@ def flops(
     *_: Any,
     **__: Any,
 ) -> int:
-    later = _flops.later_passes(iterations, weight[1], leaky)
-    return _flops.product(u, weight) + _flops.forward((u[0], *weight[:3]), later)
+    later = _shared_flops.later_passes(iterations, weight[1], leaky)
+    return _shared_flops.product(u, weight) + _shared_flops.forward((u[0], *weight[:3]), later)
 
 
 def flops_backward(
@@ -233,9 +233,9 @@ def flops_backward(
     *_: Any,
     **__: Any,
 ) -> int:
-    later = _flops.later_passes(iterations, weight[1], leaky)
-    products = _flops.product(u, weight) * (needs_u + needs_weight)
-    return products + _flops.backward((u[0], *weight[:3]), later, detach)
+    later = _shared_flops.later_passes(iterations, weight[1], leaky)
+    products = _shared_flops.product(u, weight) * (needs_u + needs_weight)
+    return products + _shared_flops.backward((u[0], *weight[:3]), later, detach)
 
 
 def shards(*_: Any) -> list[Shards]:

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from capsops.ops import _flops
-from capsops.ops._arguments import effective_iterations
-from capsops.ops._flops import Shape
+from capsops.ops import _shared_flops
 from capsops.ops._register import ROUTING, backend_function, contiguous, register
 from capsops.ops._sharding import Shards
+from capsops.ops._shared_checks import effective_iterations
+from capsops.ops._shared_flops import Shape
 from capsops.ops.capsule_routing import check
 
 SCHEMA = f"(Tensor u, Tensor weight, {ROUTING}, str impl) -> Tensor"
@@ -56,12 +56,12 @@ def flops(
     *_: Any,
     **__: Any,
 ) -> int:
-    """Of all passes but the last, and the logits of the last; none where the couplings are uniform."""
-    later = _flops.later_passes(iterations, weight[1], leaky)
+    """Operations of the passes before the last and of its logits; 0 where the couplings are uniform."""
+    later = _shared_flops.later_passes(iterations, weight[1], leaky)
     if later == 0:
         return 0
     u_hat = (u[0], *weight[:3])
-    return _flops.product(u, weight) + _flops.forward(u_hat, later - 1) + 2 * prod(u_hat)
+    return _shared_flops.product(u, weight) + _shared_flops.forward(u_hat, later - 1) + 2 * prod(u_hat)
 
 
 def shards(*_: Any) -> list[Shards]:

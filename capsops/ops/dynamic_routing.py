@@ -5,22 +5,14 @@ from typing import Any
 from torch import Tensor
 
 from capsops import reference
-from capsops.ops import _flops
-from capsops.ops._arguments import (
-    check_dense,
-    check_routing,
-    check_saved,
-    effective_iterations,
-    refuse_shape,
-)
+from capsops.ops import _shared_flops
 from capsops.ops._eager import is_plain
-from capsops.ops._flops import Shape
 from capsops.ops._register import (
     OPTIONS,
     ROUTING,
     backend_function,
     contiguous,
-    empty_like,
+    fake_like,
     register,
     routing_fakes,
     routing_options,
@@ -28,6 +20,14 @@ from capsops.ops._register import (
     second_order,
 )
 from capsops.ops._sharding import SUM, Shards
+from capsops.ops._shared_checks import (
+    check_dense,
+    check_routing,
+    check_saved,
+    effective_iterations,
+    refuse_shape,
+)
+from capsops.ops._shared_flops import Shape
 
 SCHEMA = f"(Tensor u_hat, {ROUTING}, bool detach, bool squash_output, str impl) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (
@@ -127,7 +127,7 @@ def fake_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     check_backward(grad, u_hat, bias, s, iterations, leaky)
-    return empty_like(u_hat), u_hat.new_empty(u_hat.shape[2:])
+    return fake_like(u_hat), u_hat.new_empty(u_hat.shape[2:])
 
 
 def save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -166,7 +166,7 @@ def second_gradient(ctx: Any, grad_grad_u_hat: Tensor | None, grad_grad_bias: Te
 def flops(
     u_hat: Shape, bias: Any, logits: Any, mask: Any, iterations: int, leaky: bool, *_: Any, **__: Any
 ) -> int:
-    return _flops.forward(u_hat, _flops.later_passes(iterations, u_hat[2], leaky))
+    return _shared_flops.forward(u_hat, _shared_flops.later_passes(iterations, u_hat[2], leaky))
 
 
 def flops_backward(
@@ -180,7 +180,7 @@ def flops_backward(
     *_: Any,
     **__: Any,
 ) -> int:
-    return _flops.backward(u_hat, _flops.later_passes(iterations, u_hat[2], leaky), detach)
+    return _shared_flops.backward(u_hat, _shared_flops.later_passes(iterations, u_hat[2], leaky), detach)
 
 
 def shards(*_: Any) -> list[Shards]:

@@ -5,12 +5,12 @@ from typing import Any
 from torch import Tensor
 
 from capsops import reference
-from capsops.ops import _flops
-from capsops.ops._arguments import check_dense, check_like, refuse_shape
+from capsops.ops import _shared_flops
 from capsops.ops._eager import is_plain
-from capsops.ops._flops import Shape
-from capsops.ops._register import backend_function, empty_like, register, second_order
+from capsops.ops._register import backend_function, fake_like, register, second_order
 from capsops.ops._sharding import SUM, Shards
+from capsops.ops._shared_checks import check_dense, check_like, refuse_shape
+from capsops.ops._shared_flops import Shape
 
 SCHEMA = "(Tensor u, Tensor weight, str impl) -> Tensor"
 BACKWARD_SCHEMA = (
@@ -59,7 +59,7 @@ def fake_backward(
     grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     check_backward(grad, u, weight)
-    return empty_like(u, needs_u), empty_like(weight, needs_weight)
+    return fake_like(u, needs_u), fake_like(weight, needs_weight)
 
 
 def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -90,13 +90,13 @@ def second_gradient(ctx: Any, grad_grad_u: Tensor | None, grad_grad_weight: Tens
 
 
 def flops(u: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    return _flops.product(u, weight)
+    return _shared_flops.product(u, weight)
 
 
 def flops_backward(
     grad: Shape, u: Shape, weight: Shape, needs_u: bool, needs_weight: bool, *_: Any, **__: Any
 ) -> int:
-    return _flops.product(u, weight) * (needs_u + needs_weight)
+    return _shared_flops.product(u, weight) * (needs_u + needs_weight)
 
 
 def shards(*_: Any) -> list[Shards]:

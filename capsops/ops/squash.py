@@ -5,10 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from capsops import reference
-from capsops.ops._arguments import check_dense, check_like
 from capsops.ops._eager import is_plain
-from capsops.ops._register import backend_function, empty_like, register, second_order
+from capsops.ops._register import backend_function, fake_like, register, second_order
 from capsops.ops._sharding import Shards
+from capsops.ops._shared_checks import check_dense, check_like
 
 SCHEMA = "(Tensor s, int dim, str impl) -> Tensor"
 BACKWARD_SCHEMA = "(Tensor grad, Tensor s, int dim, str impl) -> Tensor"
@@ -42,12 +42,12 @@ def kernel_backward(grad: Tensor, s: Tensor, dim: int, impl: str) -> Tensor:
 
 def fake(s: Tensor, dim: int, impl: str) -> Tensor:
     check(s, dim)
-    return empty_like(s)
+    return fake_like(s)
 
 
 def fake_backward(grad: Tensor, s: Tensor, dim: int, impl: str) -> Tensor:
     check_backward(grad, s, dim)
-    return empty_like(s)
+    return fake_like(s)
 
 
 def save(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -7,14 +7,10 @@
 #pragma once
 
 #include "kernels.h"
+#include "softmax.h"
 #include "squash.h"
 
 namespace capsops {
-
-// Softmax over j of one (b, i): c = exp(logit - largest) / sum; mean = sum_j c a, backward only.
-struct Softmax {
-    float largest, sum, mean;
-};
 
 struct Routing {
     const void* u;  // [B, I, K], or u_hat [B, I, J, D] where weight is null

@@ -33,10 +33,6 @@ CAPSOPS_DEVICE Agreement agreement(const Routing& p, int t, int64_t b, int64_t i
     return {lane_sum(logit), p.backward ? lane_sum(a) : 0.0f};
 }
 
-CAPSOPS_DEVICE float coupling(const Softmax& softmax, float logit) {
-    return expf(logit - softmax.largest) / softmax.sum;
-}
-
 // What multiplies u_hat in the sum of pass t: c forward, db backward.
 template <typename S>
 CAPSOPS_DEVICE float coefficient(const Routing& p, int64_t b, int64_t i, int64_t j) {

@@ -319,8 +319,8 @@ def test_reasons_in_the_build_record(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert extension.why_not_built("cpu").startswith("the extension was not built (no build record)")
     record = {"cpu": {"built": True}, "cuda": {"built": False, "reason": "there is no nvcc"}}
     (tmp_path / "_build.json").write_text(json.dumps(record))
-    assert extension.why_not_built("cpu") == "its build succeeded; run: pip install -e ."
-    assert extension.why_not_built("cuda") == "there is no nvcc"
+    assert extension.why_not_built("cpu") == "its build succeeded; install capsops again"
+    assert extension.why_not_built("cuda") == "there is no nvcc (to fix it: install capsops again)"
 
 
 def test_a_triton_that_is_too_old_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:

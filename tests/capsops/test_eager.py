@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -192,3 +192,22 @@ def test_every_op_takes_its_tensors_first() -> None:
     for name in ("squash", "predictions", "dynamic_routing", "capsule_routing", "couplings"):
         kinds = [str(x.type) for x in getattr(torch.ops.capsops, name).default._schema.arguments]
         assert sorted(kinds, key=lambda kind: "Tensor" not in kind) == kinds
+
+
+class Watched(torch.nn.Parameter):
+    """A parameter whose class sees the functions that are called with it."""
+
+    seen: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(function)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+def test_a_subclass_sees_the_op_and_its_gradient_but_nothing_inside_them() -> None:
+    Watched.seen.clear()
+    weight = Watched(torch.randn(3, 5, 6, 4))
+    capsops.capsule_routing(torch.randn(2, 3, 4), weight).sum().backward()
+    assert Watched.seen == [capsops.capsule_routing, torch.ops.capsops.capsule_routing_backward.default]

@@ -363,3 +363,16 @@ def test_gradients_that_are_not_needed_are_not_requested(
     u, weight = u.detach().requires_grad_(needs_u), weight.detach().requires_grad_(needs_weight)
     getattr(capsops, op)(u, weight, impl="reference").sum().backward()
     assert requested == [(needs_u, needs_weight)]
+
+
+@pytest.mark.parametrize("iterations", [0, 3])
+def test_a_gradient_shares_no_memory_with_the_upstream_gradient(impl: str, iterations: int) -> None:
+    """Of one input capsule and one output capsule, whose gradient is the upstream one."""
+    if impl == "triton":
+        pytest.skip("the Triton kernels always squash")
+    u_hat = torch.randn(2, 1, 1, 5, requires_grad=True)
+    v, _ = OPS.dynamic_routing(u_hat, None, None, None, iterations, False, False, False, impl)
+    upstream = torch.randn_like(v)
+    (grad,) = torch.autograd.grad(v, u_hat, upstream)
+    assert torch.equal(grad.flatten(), upstream.flatten())
+    assert grad.data_ptr() != upstream.data_ptr()

@@ -43,6 +43,7 @@ from capsops.backends.triton.capsules import (
 )
 from capsops.backends.triton.launch import launch, on_device, unit
 from capsops.backends.triton.launch_configs import ceil_div
+from capsops.backends.triton.softmax import softmax_over_outputs
 
 
 @triton.jit
@@ -95,32 +96,6 @@ def uniform_product_kernel(
     else:
         p_out += (row * columns)[:, None] + column[None, :]
     tl.store(p_out, (factor * b_sum).to(p_out.dtype.element_ty), mask=m_row & m_column)
-
-
-@triton.jit
-def softmax_over_outputs(
-    p_u, p_w, p_total, p_grad_s, row, m_row, i, b_u, I,
-    J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr,
-    KB: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """Of each (b, i): the largest logit, 1 / Σ_j exp(b − largest) and, with GRADIENT, Σ_j c a; all [R, C]."""
-    top = tl.full([R, C], -float("inf"), tl.float32)
-    z = tl.zeros([R, C], tl.float32)
-    mean = tl.zeros([R, C], tl.float32)
-    if LEAKY:
-        top = tl.zeros([R, C], tl.float32)
-        z = tl.full([R, C], 1.0, tl.float32)
-    for j in range(J):
-        logit = agreement(p_total, p_w, p_u, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT)
-        higher = tl.maximum(top, logit)
-        shrink = tl.exp(top - higher)
-        e = power(logit - higher)
-        z = z * shrink + e
-        if GRADIENT:
-            a = agreement(p_grad_s, p_w, p_u, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT)
-            mean = mean * shrink + e * a
-        top = higher
-    return top, 1.0 / z, mean / z
 
 
 @triton.jit(do_not_specialize=["B", "I", "batch_tiles", "chunks"])

@@ -6,10 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from capsops.backends.triton import launch_configs
-from capsops.backends.triton.capsule_routing import Layer, softmax_over_outputs
+from capsops.backends.triton.capsule_routing import Layer
 from capsops.backends.triton.capsules import agreement, load_inputs, power
 from capsops.backends.triton.launch import launch, on_device
 from capsops.backends.triton.launch_configs import ceil_div
+from capsops.backends.triton.softmax import softmax_over_outputs
 
 
 @triton.jit(do_not_specialize=["B", "I", "batch_tiles"])

@@ -18,6 +18,7 @@ from capsops.backends.triton import launch_configs, reductions
 from capsops.backends.triton.capsules import load_if, power
 from capsops.backends.triton.launch import launch, on_device
 from capsops.backends.triton.launch_configs import ceil_div
+from capsops.backends.triton.softmax import softmax
 
 
 @triton.jit
@@ -41,19 +42,6 @@ def _load_one(p_x, j, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
 def _logits(b_u_hat, b_v, j, J: tl.constexpr):
     """û · V [C, JB], −∞ beyond the last j."""
     return tl.where((j < J)[None, :], tl.sum(b_u_hat * b_v, 2), -float("inf"))
-
-
-@triton.jit
-def _softmax(logits, LEAKY: tl.constexpr):
-    """c of logits of all j [C, JB]. LEAKY: one more, 0, takes part."""
-    top = tl.max(logits, 1)
-    if LEAKY:
-        top = tl.maximum(top, 0.0)
-    e = power(logits - top[:, None])
-    z = tl.sum(e, 1)
-    if LEAKY:
-        z += power(-top)
-    return e * (1.0 / z)[:, None]
 
 
 @triton.jit
@@ -115,7 +103,7 @@ def precomputed_pass_kernel(
                     b_sum += b_u_hat
                 else:
                     logits = _logits(b_u_hat, b_v, j, J)
-                    c = _softmax(logits, LEAKY)
+                    c = softmax(logits, LEAKY)
                     if GRADIENT:
                         a = tl.sum(b_u_hat * b_g, 2)
                         c = c * (a - tl.sum(c * a, 1)[:, None])
@@ -178,7 +166,7 @@ def precomputed_gradient_kernel(
                 b_s = _load_one(p_s, j, J, D, DP)
                 logits = _logits(b_u_hat, b_v, j, J)
                 if J <= JB:
-                    c = _softmax(logits, LEAKY)
+                    c = softmax(logits, LEAKY)
                     a = tl.sum(b_u_hat * b_s, 2)
                     mean = tl.sum(c * a, 1)
                 else:

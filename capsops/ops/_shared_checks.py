@@ -75,7 +75,7 @@ def check_iterations(iterations: int) -> None:
         raise ValueError(f"iterations: got {iterations}, takes 0 (no routing) to {MAX_ITERATIONS}")
 
 
-def _check_not_built(logits: Tensor | None, mask: Tensor | None) -> None:
+def _refuse_unsupported(logits: Tensor | None, mask: Tensor | None) -> None:
     """The options of the schemas that no backend supports yet."""
     for name, x in (("logits", logits), ("mask", mask)):
         if x is not None:
@@ -98,7 +98,7 @@ def check_routing(
             refuse_shape("bias", bias, "JD", *sizes)
     check_iterations(iterations)
     if logits is not None or mask is not None:
-        _check_not_built(logits, mask)
+        _refuse_unsupported(logits, mask)
 
 
 def check_saved(

@@ -7,29 +7,30 @@
 from collections.abc import Sequence
 from math import prod
 
-from capsops.ops._arguments import effective_iterations
+from capsops.ops._shared_checks import effective_iterations
 
 Shape = Sequence[int]
 
 
 def later_passes(iterations: int, out_capsules: int, leaky: bool) -> int:
-    """Passes behind the first, whose couplings are uniform: those that have logits."""
+    """The number of passes that have logits: those after the first, whose couplings are uniform."""
     return max(effective_iterations(iterations, out_capsules, leaky) - 1, 0)
 
 
 def product(u: Shape, weight: Shape) -> int:
-    """Of û, or of the gradient of u or of `weight`; arguments are shapes."""
+    """Operations of û = W u, or of the gradient of u or of `weight`; the arguments are shapes."""
     return 2 * u[0] * prod(weight)
 
 
 def forward(u_hat: Shape, later: int) -> int:
-    """Of the sums of all passes and the logits of the later ones."""
+    """Operations of the weighted sums of all passes and of the logits of the later ones."""
     return 2 * prod(u_hat) * (1 + 2 * later)
 
 
 def backward(u_hat: Shape, later: int, detach: bool) -> int:
-    """Of the gradients of the sums, and of the logits where the couplings carry one.
+    """Operations of the gradients of the sums, and of the logits where the couplings carry a gradient.
 
-    The first pass and the last with `detach`: ∂û. Others: ∂c and ∂û of the sum, ∂û and ∂V of the logits.
+    The first pass, and the last with `detach`, has one product: ∂û of its sum. Every other pass has four: ∂c
+    and ∂û of its sum, ∂û and ∂V of its logits.
     """
     return 2 * prod(u_hat) * (1 if detach else 1 + 4 * later)
