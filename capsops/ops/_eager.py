@@ -51,10 +51,8 @@ def _has_plain_keys(x: Tensor, keys: int) -> bool:
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether the dispatcher would only pass on a call with these tensors."""
+    """Whether the dispatcher would only pass on a call with these tensors, none with a __torch_function__."""
     if torch.compiler.is_compiling() or _profiled() or forward_ad._current_level >= 0:
-        return False
-    if has_torch_function(tensors):
         return False
     if _included().raw_repr() != _INCLUDED or _excluded().raw_repr() != _EXCLUDED:
         return False
@@ -64,3 +62,8 @@ def is_plain(*tensors: Tensor | None) -> bool:
             if keys not in _plain_keys and not _has_plain_keys(x, keys):
                 return False
     return True
+
+
+def is_plain_backward(*tensors: Tensor | None) -> bool:
+    """is_plain() of the tensors of a gradient, among which may be a saved one with a __torch_function__."""
+    return not has_torch_function(tensors) and is_plain(*tensors)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from capsops import reference
 from capsops.ops import _shared_flops, predictions
-from capsops.ops._eager import is_plain
+from capsops.ops._eager import is_plain_backward
 from capsops.ops._register import (
     OPTIONS,
     ROUTING,
@@ -160,7 +160,7 @@ def gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     u, weight, bias, s = ctx.saved_tensors
     needs_u, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     grad_u, grad_weight, grad_bias = call_backward(
-        is_plain(grad, u, weight, bias, s),
+        is_plain_backward(grad, u, weight, bias, s),
         grad,
         u,
         weight,

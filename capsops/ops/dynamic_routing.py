@@ -6,7 +6,7 @@ from torch import Tensor
 
 from capsops import reference
 from capsops.ops import _shared_flops
-from capsops.ops._eager import is_plain
+from capsops.ops._eager import is_plain_backward
 from capsops.ops._register import (
     OPTIONS,
     ROUTING,
@@ -141,7 +141,9 @@ def gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     if grad is None:
         return (None,) * 9
     u_hat, bias, s = ctx.saved_tensors
-    grad_u_hat, grad_bias = call_backward(is_plain(grad, u_hat, bias, s), grad, u_hat, bias, s, *ctx.options)
+    grad_u_hat, grad_bias = call_backward(
+        is_plain_backward(grad, u_hat, bias, s), grad, u_hat, bias, s, *ctx.options
+    )
     return grad_u_hat, None if bias is None else grad_bias, *(None,) * 7
 
 

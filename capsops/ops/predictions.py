@@ -6,7 +6,7 @@ from torch import Tensor
 
 from capsops import reference
 from capsops.ops import _shared_flops
-from capsops.ops._eager import is_plain
+from capsops.ops._eager import is_plain_backward
 from capsops.ops._register import backend_function, fake_like, register, second_order
 from capsops.ops._sharding import SUM, Shards
 from capsops.ops._shared_checks import check_dense, check_like, refuse_shape
@@ -71,7 +71,7 @@ def gradient(ctx: Any, grad: Tensor) -> tuple:
     u, weight = ctx.saved_tensors
     needs_u, needs_weight, *_ = ctx.needs_input_grad
     grad_u, grad_weight = call_backward(
-        is_plain(grad, u, weight), grad, u, weight, needs_u, needs_weight, ctx.impl
+        is_plain_backward(grad, u, weight), grad, u, weight, needs_u, needs_weight, ctx.impl
     )
     return grad_u if needs_u else None, grad_weight if needs_weight else None, None
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from capsops import reference
-from capsops.ops._eager import is_plain
+from capsops.ops._eager import is_plain_backward
 from capsops.ops._register import backend_function, fake_like, register, second_order
 from capsops.ops._sharding import Shards
 from capsops.ops._shared_checks import check_dense, check_like
@@ -57,7 +57,7 @@ def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def gradient(ctx: Any, grad: Tensor) -> tuple:
     (s,) = ctx.saved_tensors
-    return call_backward(is_plain(grad, s), grad, s, ctx.dim, ctx.impl), None, None
+    return call_backward(is_plain_backward(grad, s), grad, s, ctx.dim, ctx.impl), None, None
 
 
 def save_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
