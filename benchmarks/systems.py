@@ -95,7 +95,7 @@ def routing_alone(system: CapsNet, step: SystemStep) -> dict[str, float]:
     u, v = seen
     # Under autocast the layer works in 16 bits.
     inputs = tuple(x.detach().to(v.dtype).requires_grad_() for x in (u, layer.weight, layer.bias))
-    forms = {"routing alone": capsops.capsule_routing, "einsum's routing alone": peers.einsum}
+    forms = {"routing by itself": capsops.capsule_routing, "einsum's routing by itself": peers.einsum}
     calls = {
         name: partial(run, partial(form, iterations=layer.iterations), FORWARD_BACKWARD, inputs, v)
         for name, form in forms.items()

@@ -51,7 +51,7 @@ def test_routing_bfloat16(passes: str, race: StartRace, report: Callable[[Row], 
 
 
 def test_routing_of_many_output_capsules(race: StartRace, report: Callable[[Row], None]) -> None:
-    """A shape at which people run out of memory; û alone has 741 MiB. The only peer is einsum, eager."""
+    """A shape at which people run out of memory: û takes 741 MiB. The only peer is einsum, eager."""
     candidates = {"ours": capsops.capsule_routing, "einsum": peers.einsum}
     row = measure("routing", LARGE, FORWARD_BACKWARD, candidates, race)
     add_memory(row, LARGE)

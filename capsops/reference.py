@@ -1,7 +1,7 @@
 """The specification: each op in a few lines of plain PyTorch, and nothing clever.
 
 Axes: b batch, i input capsules, j output capsules, d dimension of an output capsule, k of an input capsule.
-Every function computes in the dtype it is given and is differentiable to any order by autograd.
+Every function computes in the dtype of its arguments and is differentiable to any order by autograd.
 """
 
 import torch

@@ -6,7 +6,7 @@
 #   SEEDS="3 4" benchmarks/gpu/run_results.sh infocapsgan   other seeds than 0 1 2 3 4
 #   IMPL=triton benchmarks/gpu/run_results.sh infocapsgan   capsules routed by these kernels
 #
-# Parts: infocapsgan, information (mutual information on real images alone), encoder (with labels), infogan,
+# Parts: infocapsgan, information (mutual information on real images only), encoder (with labels), infogan,
 # capsnet, stacked (its tuned encoder), deformed (ten epochs with deformed images), fc, fc-bn, deconv and deconv-bn
 # (its decoders), multi (MultiMNIST). Without IMPL capsops chooses the kernels. After each seed $OUT/PART.json has the
 # mean over the seeds so far; $OUT is by default build/gpu. A seed that the time cuts short has no result; on the same

@@ -28,9 +28,9 @@ def test_the_rows_of_two_systems(
     assert all(seconds > 0 for seconds in capsnet.details.values())
     assert dcgan.details["routing"] == 0
     assert compared.seconds > 0
-    assert compared.details["routing alone"] > 0
+    assert compared.details["routing by itself"] > 0
     assert compared.peers["einsum"] > 0
-    assert compared.details["einsum's routing alone"] > 0
+    assert compared.details["einsum's routing by itself"] > 0
     monkeypatch.setattr(sys, "argv", ["report", str(path)])
     capsys.readouterr()
     report()
@@ -39,7 +39,7 @@ def test_the_rows_of_two_systems(
         "- capsnet, published, B=8, width 8, fp32: step",
         "s: routing ",
         ", einsum ",
-        "einsum's routing alone",
+        "einsum's routing by itself",
     ):
         assert part in shown
 

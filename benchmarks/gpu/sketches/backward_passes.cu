@@ -428,7 +428,7 @@ __global__ void __launch_bounds__(C::kWarps * 32, C::kMinBlocks)
                     }
             }
         } else {
-            // mma drops the low bits of its A operand: on average 0.72 / 2^11 of it, given back here.
+            // mma drops the low bits of its A operand: on average 0.72 / 2^11 of it, added back here.
             x.x *= 1.000352f, x.y *= 1.000352f, x.z *= 1.000352f, x.w *= 1.000352f;
 #pragma unroll
             for (int j = 0; j < kJ; ++j) {
@@ -1103,9 +1103,9 @@ void errors_of_saved(const Problem& p, double& error_c, double& error_db, long& 
     error_c = c.value(), error_db = db.value();
 }
 
-template <class... Expected, class... Given>
+template <class... Expected, class... Arguments>
 void launch_kernel(void (*kernel)(Expected...), dim3 grid, int threads, int shared, int cluster,
-                   Given... given) {
+                   Arguments... arguments) {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute;
     config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared,
@@ -1115,7 +1115,7 @@ void launch_kernel(void (*kernel)(Expected...), dim3 grid, int threads, int shar
         attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
         config.attrs = &attribute, config.numAttrs = 1;
     }
-    check(cudaLaunchKernelEx(&config, kernel, static_cast<Expected>(given)...));
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Expected>(arguments)...));
 }
 template <class Kernel>
 void print_resources(const std::string& common, Kernel kernel, int threads, int shared, int cluster) {

@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<kV, kWarps>)
                 }
             }
         } else {
-            // mma drops the low bits of c u: on average 0.72 / 2^11 of it, given back here.
+            // mma drops the low bits of c u: on average 0.72 / 2^11 of it, added back here.
             const float r0 = reciprocal(sum[0]) * 1.000352f, r1 = reciprocal(sum[1]) * 1.000352f;
             x.x *= r0, x.y *= r0, x.z *= r1, x.w *= r1;
 #pragma unroll

@@ -63,15 +63,15 @@ FAST = {("MNIST", "float32, TF32 allowed", "sm_90"), ("odd", "bfloat16", "gfx942
 )
 def test_resources(shape: str, name: str, target: str) -> None:
     kernels = set()
-    for *_, compiled, found in rows([shape], [name], [target]):
+    for *_, compiled, used in rows([shape], [name], [target]):
         title = compiled.title
         kernels.add(title)
-        assert found.shared <= SHARED_LIMIT[target], title
-        assert found.instructions.total() > 50, f"{title}: the disassembly was not understood"
+        assert used.shared <= SHARED_LIMIT[target], title
+        assert used.instructions.total() > 50, f"{title}: the disassembly was not understood"
         if target == "sm_90":
-            assert (found.spills, found.stack) == (0, 0), title
+            assert (used.spills, used.stack) == (0, 0), title
         matrix_unit = title in PRODUCTS and (name != "float32" or target == "gfx942")  # AMD's takes float32
-        assert (found.tensor_core > 0) == matrix_unit, f"{title}: {found.tensor_core}"
+        assert (used.tensor_core > 0) == matrix_unit, f"{title}: {used.tensor_core}"
     assert kernels == PRODUCTS | OTHERS
 
 
@@ -80,11 +80,12 @@ def test_resources(shape: str, name: str, target: str) -> None:
     [(False, False), (True, True), *(pytest.param(x, not x, marks=pytest.mark.slow) for x in (False, True))],
 )
 def test_sizes_of_one_compile(leaky: bool, detach: bool) -> None:
-    """Triton compiles a number that is 1 as a constant, which has not all that a number has."""
-    found = launches(Case(1, 1, 1, 1, 1), "float32", "sm_90", leaky=leaky, detach=detach)
+    """Triton compiles an argument that is 1 as a constant, which lacks methods of a number."""
+    launched = launches(Case(1, 1, 1, 1, 1), "float32", "sm_90", leaky=leaky, detach=detach)
     kernels = {f"{kernel.split()[0]}_kernel" for kernel in PRODUCTS | OTHERS}
-    assert {launch.kernel for launch in found} == kernels - ({"finish_reduction_kernel"} if detach else set())
-    assert {launch.options.get("LEAKY") for launch in found} == {None, leaky}
+    missing = {"finish_reduction_kernel"} if detach else set()
+    assert {launch.kernel for launch in launched} == kernels - missing
+    assert {launch.options.get("LEAKY") for launch in launched} == {None, leaky}
 
 
 @pytest.mark.parametrize(("inputs", "spills"), [(8, False), (32, True)])
