@@ -147,10 +147,11 @@ def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
     """
     if has_torch_function((u, weight)):
         return handle_torch_function(predictions, (u, weight), u, weight, impl=impl)
-    _check_tensor("u", u)
-    _check_tensor("weight", weight)
-    impl = _requested(impl, u)
     plain = ops.is_plain(u, weight)
+    if not plain:
+        _check_tensor("u", u)
+        _check_tensor("weight", weight)
+    impl = _requested(impl, u)
     if not plain and _formula_serves(impl, u, weight):
         return transforms.by_formula(ops.predictions.check, reference.predictions, u, weight)
     return ops.predictions.call(plain, u, weight, impl)
@@ -198,14 +199,16 @@ def dynamic_routing(
             detach=detach,
             impl=impl,
         )
-    _check_tensor("u_hat", u_hat)
-    if bias is not None:
-        _check_tensor("bias", bias)
-    iterations = as_int("iterations", iterations)
-    check_flag("leaky", leaky)
-    check_flag("detach", detach)
-    impl = _requested(impl, u_hat)
     plain = ops.is_plain(u_hat, bias)
+    if not plain:
+        _check_tensor("u_hat", u_hat)
+        if bias is not None:
+            _check_tensor("bias", bias)
+    iterations = as_int("iterations", iterations)
+    if not (isinstance(leaky, bool) and isinstance(detach, bool)):
+        check_flag("leaky", leaky)
+        check_flag("detach", detach)
+    impl = _requested(impl, u_hat)
     if not plain and _formula_serves(impl, u_hat, bias):
         return transforms.by_formula(
             lambda u_hat, bias: ops.dynamic_routing.check(u_hat, bias, None, None, iterations),
@@ -269,15 +272,17 @@ def capsule_routing(
             detach=detach,
             impl=impl,
         )
-    _check_tensor("u", u)
-    _check_tensor("weight", weight)
-    if bias is not None:
-        _check_tensor("bias", bias)
-    iterations = as_int("iterations", iterations)
-    check_flag("leaky", leaky)
-    check_flag("detach", detach)
-    impl = _requested(impl, u)
     plain = ops.is_plain(u, weight, bias)
+    if not plain:
+        _check_tensor("u", u)
+        _check_tensor("weight", weight)
+        if bias is not None:
+            _check_tensor("bias", bias)
+    iterations = as_int("iterations", iterations)
+    if not (isinstance(leaky, bool) and isinstance(detach, bool)):
+        check_flag("leaky", leaky)
+        check_flag("detach", detach)
+    impl = _requested(impl, u)
     if not plain and _formula_serves(impl, u, weight, bias):
         return transforms.by_formula(
             lambda u, weight, bias: ops.capsule_routing.check(u, weight, bias, None, None, iterations),
@@ -329,14 +334,15 @@ def couplings(
         return handle_torch_function(
             couplings, (u, weight, bias), u, weight, bias, iterations=iterations, leaky=leaky, impl=impl
         )
-    _check_tensor("u", u)
-    _check_tensor("weight", weight)
-    if bias is not None:
-        _check_tensor("bias", bias)
+    plain = ops.is_plain(u, weight, bias)
+    if not plain:
+        _check_tensor("u", u)
+        _check_tensor("weight", weight)
+        if bias is not None:
+            _check_tensor("bias", bias)
     iterations = as_int("iterations", iterations)
     check_flag("leaky", leaky)
     impl = _requested(impl, u)
-    plain = ops.is_plain(u, weight, bias)
     if not plain and _exports_to_onnx():
         return transforms.by_formula(
             lambda u, weight, bias: ops.couplings.check(u, weight, bias, None, None, iterations),

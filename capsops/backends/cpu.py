@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from capsops.backends import extension
-from capsops.backends.backend import UNSQUASHED, Backend, accumulation_dtype, by_name
+from capsops.backends.backend import UNSQUASHED, Backend, by_name
 from capsops.backends.extension import memory, vectors
 
 _cpu: Any
@@ -90,11 +90,11 @@ def _route(
     """v and s of all passes; `shape` is (B, I, J, D, K)."""
     batch, _, capsules, dim, _ = shape
     v = u.new_empty(batch, capsules, dim)
-    wide, passes = accumulation_dtype(u.dtype), max(iterations, 1)
-    if wide is u.dtype:  # with a dtype, new_empty() takes twice as long
+    dtype, passes = u.dtype, max(iterations, 1)
+    if dtype is torch.float32 or dtype is torch.float64:  # with a dtype, new_empty() takes twice as long
         s = u.new_empty(passes, batch, capsules, dim)
     else:
-        s = u.new_empty(passes, batch, capsules, dim, dtype=wide)
+        s = u.new_empty(passes, batch, capsules, dim, dtype=torch.float32)
     _cpu.routing(
         (u.data_ptr(), u.nbytes),
         memory(weight),
@@ -105,7 +105,7 @@ def _route(
         iterations,
         leaky,
         squash_output,
-        _DTYPES[u.dtype],
+        _DTYPES[dtype],
         torch.get_num_threads(),
     )
     return v, s

@@ -50,18 +50,23 @@ def _has_plain_keys(x: Tensor, keys: int) -> bool:
     return keys in _plain_keys
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether the dispatcher would only pass on a call with these tensors, none with a __torch_function__."""
+def is_plain(*tensors: object) -> bool:
+    """Whether the dispatcher would only pass on a call with these arguments, tensors or None.
+
+    None of them has a __torch_function__. The first one has to be a tensor.
+    """
     if torch.compiler.is_compiling() or _profiled() or forward_ad._current_level >= 0:
         return False
     if _included().raw_repr() != _INCLUDED or _excluded().raw_repr() != _EXCLUDED:
         return False
     for x in tensors:
-        if x is not None:
+        if isinstance(x, Tensor):
             keys = _keys(x).raw_repr()
             if keys not in _plain_keys and not _has_plain_keys(x, keys):
                 return False
-    return True
+        elif x is not None:
+            return False
+    return tensors[0] is not None
 
 
 def is_plain_backward(*tensors: Tensor | None) -> bool:

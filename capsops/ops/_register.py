@@ -120,9 +120,12 @@ def second_order(
         return (next(gradients), *(None if x is None else next(gradients) for x in aliases))
 
 
-def autocast_enabled(x: Tensor) -> bool:
-    """Whether autocast is on for the device of x; torch raises an error for devices that have none."""
-    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+def autocast_enabled(x: Tensor | None) -> bool:
+    """Whether autocast is on for the device of x; torch raises an error for devices that have none.
+
+    torch.ops accepts None in place of a tensor, which the checks reject later.
+    """
+    return x is not None and x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
 def _without_autocast(kernel: Callable) -> Callable:
