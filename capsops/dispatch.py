@@ -16,6 +16,7 @@ from capsops.backends import BACKENDS, reference
 from capsops.backends.backend import NO_OPTIONS, Backend
 
 IMPLS = ("auto", *BACKENDS)
+_NO_DEVICE = "torch sees no CUDA device"
 
 
 class Service(NamedTuple):
@@ -106,7 +107,7 @@ def _why_unavailable(backend: Backend, device: str) -> str:
     if backend.unavailable:
         return backend.unavailable
     if device != "cuda" and backend.devices == ("cuda",) and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+        return _NO_DEVICE
     return ""
 
 
@@ -180,7 +181,7 @@ def chosen(
 
 def describe() -> list[Service]:
     """Every backend with the types of devices it takes, and the reason where it is not available."""
-    no_device = "" if torch.cuda.is_available() else "torch sees no CUDA device"
+    no_device = "" if torch.cuda.is_available() else _NO_DEVICE
     rows = []
     for device in ("cpu", "cuda"):
         for backend in BACKENDS.values():

@@ -23,6 +23,13 @@ def _check_tensor(name: str, x: object) -> None:
         ops.register_dtensor_shardings()
 
 
+def _check_tensors(bias: object = None, **capsules: object) -> None:
+    for name, x in capsules.items():
+        _check_tensor(name, x)
+    if bias is not None:
+        _check_tensor("bias", bias)
+
+
 def as_int(name: str, value: int) -> int:
     """The value as an op takes it; integers of other libraries, such as NumPy, count as int.
 
@@ -77,12 +84,11 @@ def _formula_serves(impl: str, *tensors: Tensor | None) -> bool:
         return True
     if not transforms.active(*tensors):
         return False
-    asked = dispatch.asked(impl)
-    if asked in ("auto", "reference"):
+    if impl in ("auto", "reference"):
         return True
     if transforms.differentiates():
         raise ValueError(
-            f"impl: got {asked!r}, takes 'auto' or 'reference' in forward-mode differentiation and under"
+            f"impl: got {impl!r}, takes 'auto' or 'reference' in forward-mode differentiation and under"
             " torch.func: kernels have a gradient only in autograd's backward mode"
         )
     return False
@@ -149,8 +155,7 @@ def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
         return handle_torch_function(predictions, (u, weight), u, weight, impl=impl)
     plain = ops.is_plain(u, weight)
     if not plain:
-        _check_tensor("u", u)
-        _check_tensor("weight", weight)
+        _check_tensors(u=u, weight=weight)
     impl = _requested(impl, u)
     if not plain and _formula_serves(impl, u, weight):
         return transforms.by_formula(ops.predictions.check, reference.predictions, u, weight)
@@ -201,9 +206,7 @@ def dynamic_routing(
         )
     plain = ops.is_plain(u_hat, bias)
     if not plain:
-        _check_tensor("u_hat", u_hat)
-        if bias is not None:
-            _check_tensor("bias", bias)
+        _check_tensors(bias, u_hat=u_hat)
     iterations = as_int("iterations", iterations)
     if not (isinstance(leaky, bool) and isinstance(detach, bool)):
         check_flag("leaky", leaky)
@@ -274,10 +277,7 @@ def capsule_routing(
         )
     plain = ops.is_plain(u, weight, bias)
     if not plain:
-        _check_tensor("u", u)
-        _check_tensor("weight", weight)
-        if bias is not None:
-            _check_tensor("bias", bias)
+        _check_tensors(bias, u=u, weight=weight)
     iterations = as_int("iterations", iterations)
     if not (isinstance(leaky, bool) and isinstance(detach, bool)):
         check_flag("leaky", leaky)
@@ -336,10 +336,7 @@ def couplings(
         )
     plain = ops.is_plain(u, weight, bias)
     if not plain:
-        _check_tensor("u", u)
-        _check_tensor("weight", weight)
-        if bias is not None:
-            _check_tensor("bias", bias)
+        _check_tensors(bias, u=u, weight=weight)
     iterations = as_int("iterations", iterations)
     check_flag("leaky", leaky)
     impl = _requested(impl, u)

@@ -95,7 +95,7 @@ def _route(
         s = u.new_empty(passes, batch, capsules, dim)
     else:
         s = u.new_empty(passes, batch, capsules, dim, dtype=torch.float32)
-    _cpu.routing(
+    _cpu.routing(  # without memory() where it can be: for a tiny layer every call of a function counts
         (u.data_ptr(), u.nbytes),
         memory(weight),
         memory(bias),

@@ -189,10 +189,10 @@ def capsule_routing_backward(
 
 
 def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool) -> Tensor:
-    call = _call(u, weight, iterations, leaky)
     c = _empty((u.shape[0], *weight.shape[:2]), u.dtype, u.device)
     if iterations <= 1:
         return c.fill_(1 if iterations == 0 else 1 / (weight.shape[1] + leaky))
+    call = _call(u, weight, iterations, leaky)
     call.point(u=memory(u), weight=memory(weight), bias=memory(bias), couplings=memory(c))
     _run(_cuda.RoutingOp.couplings, call, u)
     return c
