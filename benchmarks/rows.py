@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.timing import Race, spread
-from infocapsgan.atomic import atomic_file
+from infocapsgan.engine.atomic import atomic_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -12,13 +12,13 @@ from benchmarks import peers
 from benchmarks.check import relative_error
 from benchmarks.timing import clock
 from capsops.nn import RoutingCapsules
-from infocapsgan import checkpoint
 from infocapsgan.data import Dataset
 from infocapsgan.data.batches import Batches
-from infocapsgan.draw import Draw
+from infocapsgan.engine import checkpoint
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.train_state import Training
 from infocapsgan.systems import CapsNet
 from infocapsgan.systems.system import System
-from infocapsgan.training import Training
 
 # The names under which torch's profiler lists each part, with all that happens below that name.
 PARTS = {

@@ -22,18 +22,19 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from infocapsgan import strokes, trained
 from infocapsgan.data import DataError, Dataset
 from infocapsgan.data.dataset import evenly
-from infocapsgan.draw import Draw
-from infocapsgan.features import FEATURES, feature_extractor
-from infocapsgan.fidelity import NEIGHBOURS, frechet_distance, precision_recall
-from infocapsgan.metrics import clustering_metrics, confusion, match_clusters
-from infocapsgan.run import EVALUATION, RunError, device_name, versions, write_json
+from infocapsgan.engine import loaded_run as trained
+from infocapsgan.engine.loaded_run import Trained
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.run_directory import EVALUATION, RunError, device_name, versions, write_json
+from infocapsgan.metrics import morphometry as strokes
+from infocapsgan.metrics.clustering import clustering_metrics, confusion, match_clusters
+from infocapsgan.metrics.features import FEATURES, feature_extractor
+from infocapsgan.metrics.fidelity import NEIGHBOURS, frechet_distance, precision_recall
 from infocapsgan.systems import CapsNet, Encoder, InfoCapsGAN, InfoGAN
 from infocapsgan.systems.gan import GAN
 from infocapsgan.systems.system import System
-from infocapsgan.trained import Trained
 
 SAMPLES = 10_000
 STROKE_SETS = ("digits", "mnist")

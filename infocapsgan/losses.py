@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
 
 
 def margin_loss(

@@ -32,11 +32,11 @@ from typing import Any
 
 import torch
 
-from infocapsgan import command_line
-from infocapsgan.atomic import atomic_file
-from infocapsgan.metrics import best
-from infocapsgan.run import EVALUATION, SUMMARY, write_json
-from infocapsgan.settings import Settings
+from infocapsgan.engine import command_line
+from infocapsgan.engine.atomic import atomic_file
+from infocapsgan.engine.run_directory import EVALUATION, SUMMARY, write_json
+from infocapsgan.engine.settings import Settings
+from infocapsgan.metrics.clustering import best
 from infocapsgan.systems import SYSTEMS
 
 PROGRAM = "python -m infocapsgan.sweep"

@@ -12,15 +12,15 @@ import torch
 from tqdm import tqdm
 
 import capsops
-from infocapsgan import checkpoint
-from infocapsgan.atomic import remove_unfinished
-from infocapsgan.command_line import parse
 from infocapsgan.data import DataError, Dataset
 from infocapsgan.data.batches import Batches
-from infocapsgan.device import check_impl, local_device
-from infocapsgan.draw import Draw
-from infocapsgan.parallel import join, leave, synchronise_batch_norm
-from infocapsgan.run import (
+from infocapsgan.engine import checkpoint
+from infocapsgan.engine.atomic import remove_unfinished
+from infocapsgan.engine.command_line import parse
+from infocapsgan.engine.device import check_impl, local_device
+from infocapsgan.engine.distributed import join, leave, synchronise_batch_norm
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.run_directory import (
     EVALUATION,
     SUMMARY,
     Run,
@@ -32,10 +32,10 @@ from infocapsgan.run import (
     versions,
     write_json,
 )
-from infocapsgan.settings import Settings
+from infocapsgan.engine.settings import Settings
+from infocapsgan.engine.train_state import NonFiniteLossError, Training
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.system import System
-from infocapsgan.training import NonFiniteLossError, Training
 
 
 def main() -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from infocapsgan import trained
 from infocapsgan.data import DataError
+from infocapsgan.engine import loaded_run as trained
+from infocapsgan.engine.run_directory import RunError
 from infocapsgan.evaluate import NotApplicableError, add_run_options
-from infocapsgan.figures import save_figure, save_gif
-from infocapsgan.run import RunError
-from infocapsgan.views import capsules, generated, mistakes, training
+from infocapsgan.plotting import capsules, generated, mistakes, training
+from infocapsgan.plotting.sheet import save_figure, save_gif
 
 KINDS: dict[str, Callable] = {
     "grid": generated.grid,

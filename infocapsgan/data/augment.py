@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from infocapsgan.data.dataset import cropped
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
 
 
 @record_function("augmentation")

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infocapsgan.atomic import atomic_folder
 from infocapsgan.data.files import DataError, File, Source, download, folders, held, unreachable
+from infocapsgan.engine.atomic import atomic_folder
 
 FOLDER = "cifar-10-batches-py"
 TRAIN, TEST = tuple(f"data_batch_{number}" for number in range(1, 6)), "test_batch"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from infocapsgan.data import folder
-from infocapsgan.data.catalogue import image_shape
+from infocapsgan.data.registry import image_shape
 
 NAMES = {
     "fashion-mnist": (

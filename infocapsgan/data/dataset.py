@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
 
 
 @dataclass(frozen=True)

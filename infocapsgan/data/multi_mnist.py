@@ -12,7 +12,7 @@ from torch import Tensor
 
 from infocapsgan.data import mnist
 from infocapsgan.data.dataset import Dataset, cropped
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
 
 SIZE, SHIFT = 36, 4
 TEST_PAIRS = 100_000

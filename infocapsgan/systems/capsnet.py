@@ -18,13 +18,13 @@ from infocapsgan.data import NAMES, Dataset
 from infocapsgan.data.augment import deformed, flipped, moved, relit, shifted
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.data.multi_mnist import TEST_PAIRS, MultiMNIST, overlaid
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.settings import Count, Share, Weight, Whole
+from infocapsgan.engine.train_state import Training, adam
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
 from infocapsgan.models.decoders import DeconvolutionalDecoder, FullyConnectedDecoder, masked
 from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
-from infocapsgan.settings import Count, Share, Weight, Whole
 from infocapsgan.systems.supervised import Supervised, SupervisedSettings
-from infocapsgan.training import Training, adam
 
 CLASS_DIM = 16
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from infocapsgan.engine.settings import Count
 from infocapsgan.models.capsule_encoder import CapsuleEncoder
-from infocapsgan.settings import Count
 from infocapsgan.systems.dcgan import DCGAN, DCGANSettings
 
 CLASS_CAPSULES, CLASS_DIM = 10, 16

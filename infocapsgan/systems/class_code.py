@@ -19,10 +19,10 @@ from infocapsgan import losses
 from infocapsgan.data import Dataset
 from infocapsgan.data.augment import erased, moved
 from infocapsgan.data.dataset import to_symmetric
-from infocapsgan.metrics import clustering_metrics, kmeans_accuracy
-from infocapsgan.settings import Share, Weight, Whole
+from infocapsgan.engine.settings import Share, Weight, Whole
+from infocapsgan.engine.train_state import Training
+from infocapsgan.metrics.clustering import clustering_metrics, kmeans_accuracy
 from infocapsgan.systems.gan import GAN, GANSettings
-from infocapsgan.training import Training
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 
 import torch
 
+from infocapsgan.engine.settings import Count, Weight
+from infocapsgan.engine.train_state import adam
 from infocapsgan.models.capsule_generator import CapsuleGenerator
 from infocapsgan.models.capsulegan import TransposedGenerator, UpsamplingGenerator
 from infocapsgan.models.dcgan import ConvolutionalDiscriminator
-from infocapsgan.settings import Count, Weight
 from infocapsgan.systems.gan import ADAM_BETAS, GANSettings, LatentGAN
-from infocapsgan.training import adam
 
 
 @dataclass(frozen=True, kw_only=True)

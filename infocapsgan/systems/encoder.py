@@ -14,11 +14,11 @@ from infocapsgan import losses
 from infocapsgan.data import Dataset
 from infocapsgan.data.augment import moved
 from infocapsgan.data.dataset import to_symmetric
-from infocapsgan.metrics import accuracy
+from infocapsgan.engine.settings import Weight
+from infocapsgan.engine.train_state import Training, adam
+from infocapsgan.metrics.clustering import accuracy
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
-from infocapsgan.settings import Weight
 from infocapsgan.systems.supervised import Supervised, SupervisedSettings
-from infocapsgan.training import Training, adam
 
 
 @dataclass(frozen=True, kw_only=True)

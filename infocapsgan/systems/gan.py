@@ -11,12 +11,12 @@ from torch.nn.utils.parametrizations import spectral_norm
 from infocapsgan import losses
 from infocapsgan.data import Dataset
 from infocapsgan.data.dataset import evenly, to_symmetric
-from infocapsgan.draw import Draw
-from infocapsgan.features import feature_extractor
-from infocapsgan.fidelity import frechet_distance
-from infocapsgan.settings import Range, Settings, Weight, Whole
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.settings import Range, Settings, Weight, Whole
+from infocapsgan.engine.train_state import Training
+from infocapsgan.metrics.features import feature_extractor
+from infocapsgan.metrics.fidelity import frechet_distance
 from infocapsgan.systems.system import System
-from infocapsgan.training import Training
 
 ADAM_BETAS = (0.5, 0.999)  # of Radford, Metz, Chintala 2016, and of every system here
 

@@ -26,7 +26,9 @@ from capsops.nn import RoutingCapsules
 from infocapsgan import losses
 from infocapsgan.data import Dataset
 from infocapsgan.data.dataset import to_symmetric
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.settings import Count, Weight
+from infocapsgan.engine.train_state import Training
 from infocapsgan.models.capsule_encoder import (
     CapsuleEncoder,
     Capsules,
@@ -35,10 +37,8 @@ from infocapsgan.models.capsule_encoder import (
     unsquashed_lengths,
 )
 from infocapsgan.models.capsule_generator import KERNEL_SIZE, CapsuleGenerator
-from infocapsgan.settings import Count, Weight
 from infocapsgan.systems.class_code import NO_REAL_IMAGES, ClassCodeGAN, ClassCodeSettings
 from infocapsgan.systems.gan import ADAM_BETAS
-from infocapsgan.training import Training
 
 LAST_DIM = 52  # numbers in the discriminator's last capsule
 DETAILS_DIM = 128  # hidden numbers between its primary capsules and its verdict on details

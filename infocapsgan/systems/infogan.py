@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from infocapsgan.data import Dataset
 from infocapsgan.data.augment import leaning, thickened
 from infocapsgan.data.dataset import to_symmetric
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.settings import Count, Range, Weight, Whole
+from infocapsgan.engine.train_state import Training, adam
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
-from infocapsgan.settings import Count, Range, Weight, Whole
 from infocapsgan.systems.class_code import NO_REAL_IMAGES, ClassCodeGAN, ClassCodeSettings
 from infocapsgan.systems.gan import ADAM_BETAS
-from infocapsgan.training import Training, adam
 
 LEAN, THICKNESS = 0.5, 1.0  # of copies, where a continuous code is to change by 1
 

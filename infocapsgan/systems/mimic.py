@@ -13,12 +13,12 @@ from torch import Tensor
 import capsops
 from infocapsgan.data import Dataset
 from infocapsgan.data.dataset import to_symmetric
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.settings import Weight
+from infocapsgan.engine.train_state import Training
 from infocapsgan.models.capsule_generator import CapsuleGenerator
-from infocapsgan.settings import Weight
 from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings
 from infocapsgan.systems.infocapsgan import LAST_DIM, Discriminator, initialise_as_published
-from infocapsgan.training import Training
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from infocapsgan.data import DataError, Dataset
-from infocapsgan.settings import Settings
+from infocapsgan.engine.settings import Settings
 from infocapsgan.systems.system import System
 
 

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from infocapsgan import data
 from infocapsgan.data import Dataset, ImageShape, image_shape
-from infocapsgan.settings import Settings
-from infocapsgan.training import Training
+from infocapsgan.engine.settings import Settings
+from infocapsgan.engine.train_state import Training
 
 
 class System(nn.Module):

@@ -1,7 +1,8 @@
 import pytest
 
-from infocapsgan import features, trained
 from infocapsgan import train as train_module
+from infocapsgan.engine import loaded_run as trained
+from infocapsgan.metrics import features
 from infocapsgan.systems import SYSTEMS
 
 TINY = {"width": 8, "batch_size": 8, "max_steps": 4, "evaluate_every": 2}

@@ -1,10 +1,10 @@
 import pytest
 from safetensors.torch import load_file
 
-from infocapsgan import checkpoint
-from infocapsgan.draw import Draw
+from infocapsgan.engine import checkpoint
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.train_state import Training
 from infocapsgan.systems import CapsNet
-from infocapsgan.training import Training
 
 
 @pytest.fixture

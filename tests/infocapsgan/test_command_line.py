@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from infocapsgan import data
-from infocapsgan.command_line import parse
-from infocapsgan.settings import option_name
+from infocapsgan.engine.command_line import parse
+from infocapsgan.engine.settings import option_name
 from infocapsgan.systems import SYSTEMS, CapsNet, InfoCapsGAN
 
 

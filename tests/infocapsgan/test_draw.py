@@ -1,6 +1,6 @@
 import torch
 
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
 
 
 def test_processes_share_one_batch():

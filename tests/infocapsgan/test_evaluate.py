@@ -12,11 +12,11 @@ from sklearn.metrics import accuracy_score, confusion_matrix
 from infocapsgan import data, evaluate
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.data.multi_mnist import of_digits
-from infocapsgan.metrics import match_clusters
+from infocapsgan.engine.loaded_run import Trained, Weights
+from infocapsgan.metrics.clustering import match_clusters
 from infocapsgan.models.capsule_encoder import lengths
 from infocapsgan.models.decoders import masked
 from infocapsgan.systems import CapsNet
-from infocapsgan.trained import Trained, Weights
 from tests.tiers import fast_only
 
 

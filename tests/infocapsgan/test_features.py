@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from infocapsgan import data, features
-from infocapsgan.features import feature_extractor
+from infocapsgan import data
+from infocapsgan.metrics import features
+from infocapsgan.metrics.features import feature_extractor
 
 
 def test_a_classifier_is_trained_once_and_always_the_same(cache, monkeypatch):

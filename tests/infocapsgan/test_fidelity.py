@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from infocapsgan.fidelity import frechet_distance, precision_recall
+from infocapsgan.metrics.fidelity import frechet_distance, precision_recall
 
 
 def test_distance_of_two_normal_distributions_by_hand():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infocapsgan import losses
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
 
 
 def test_margin_loss_by_hand():

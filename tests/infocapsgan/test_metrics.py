@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from infocapsgan.data import Dataset
-from infocapsgan.metrics import accuracy, clustering_metrics, kmeans_accuracy, match_clusters
+from infocapsgan.metrics.clustering import accuracy, clustering_metrics, kmeans_accuracy, match_clusters
 
 
 def test_the_map_is_one_to_one_even_where_a_cluster_has_no_image():

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infocapsgan.checkpoint import checkpoints
-from infocapsgan.parallel import Processes, synchronise_batch_norm
-from infocapsgan.run import read_metrics
+from infocapsgan.engine.checkpoint import checkpoints
+from infocapsgan.engine.distributed import Processes, synchronise_batch_norm
+from infocapsgan.engine.run_directory import read_metrics
 from infocapsgan.systems import CapsNet
 from tests.processes import ROOT, start_python
 from tests.tiers import slow

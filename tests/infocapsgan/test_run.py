@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from infocapsgan.atomic import atomic_file, atomic_folder, remove_unfinished
-from infocapsgan.checkpoint import checkpoints
-from infocapsgan.pictures import grid, save_curves, save_png
-from infocapsgan.run import Run, RunError, alone, read_config, read_metrics
+from infocapsgan.engine.atomic import atomic_file, atomic_folder, remove_unfinished
+from infocapsgan.engine.checkpoint import checkpoints
+from infocapsgan.engine.run_directory import Run, RunError, alone, read_config, read_metrics
+from infocapsgan.plotting.png import grid, save_curves, save_png
 from infocapsgan.systems import CapsNet
 
 

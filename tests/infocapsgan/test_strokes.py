@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from infocapsgan.strokes import digit_width, slant, stroke_width
+from infocapsgan.metrics.morphometry import digit_width, slant, stroke_width
 
 
 def bar(width, lean=0.0, size=28):

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from infocapsgan import data, sweep
-from infocapsgan.checkpoint import checkpoints
-from infocapsgan.metrics import best
-from infocapsgan.run import read_metrics
+from infocapsgan.engine.checkpoint import checkpoints
+from infocapsgan.engine.run_directory import read_metrics
+from infocapsgan.metrics.clustering import best
 from infocapsgan.systems import CapsNet
 from tests.processes import ROOT, Process, start_python
 

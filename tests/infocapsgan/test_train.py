@@ -14,12 +14,12 @@ import capsops
 from capsops.dispatch import requested
 from infocapsgan import data
 from infocapsgan import train as train_module
-from infocapsgan.checkpoint import checkpoints
-from infocapsgan.command_line import parse
-from infocapsgan.metrics import kmeans_accuracy
-from infocapsgan.run import RunError, read_metrics
+from infocapsgan.engine.checkpoint import checkpoints
+from infocapsgan.engine.command_line import parse
+from infocapsgan.engine.run_directory import RunError, read_metrics
+from infocapsgan.engine.train_state import NonFiniteLossError
+from infocapsgan.metrics.clustering import kmeans_accuracy
 from infocapsgan.systems import DCGAN, SYSTEMS, CapsNet, InfoCapsGAN, System
-from infocapsgan.training import NonFiniteLossError
 from tests.processes import ROOT, start_python
 
 SMALL = ["--width", "8", "--batch-size", "8", "--evaluate-every", "100", "--checkpoint-every", "5"]

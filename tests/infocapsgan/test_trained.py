@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from infocapsgan import evaluate, trained, visualize
-from infocapsgan.checkpoint import checkpoints, save_best
+from infocapsgan import evaluate, visualize
 from infocapsgan.data import DataError
-from infocapsgan.run import RunError
+from infocapsgan.engine import loaded_run as trained
+from infocapsgan.engine.checkpoint import checkpoints, save_best
+from infocapsgan.engine.run_directory import RunError
 from infocapsgan.systems import CapsNet
 from infocapsgan.train import train
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from infocapsgan.draw import Draw
-from infocapsgan.training import NonFiniteLossError, Training
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.train_state import NonFiniteLossError, Training
 
 
 def weight(value):

@@ -9,17 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from infocapsgan import data, metrics, primary_decoder, trained, visualize
-from infocapsgan.checkpoint import save_best
+from infocapsgan import data, visualize
 from infocapsgan.data.class_names import class_names
 from infocapsgan.data.multi_mnist import of_digits
-from infocapsgan.draw import Draw
+from infocapsgan.engine import loaded_run as trained
+from infocapsgan.engine.checkpoint import save_best
+from infocapsgan.engine.loaded_run import Trained, Weights
+from infocapsgan.engine.rng import Draw
 from infocapsgan.evaluate import NotApplicableError
-from infocapsgan.figures import sheet_figure
+from infocapsgan.metrics import clustering as metrics
 from infocapsgan.models.decoders import FullyConnectedDecoder
+from infocapsgan.plotting import capsules, generated, mistakes, primary_decoder, training
+from infocapsgan.plotting.sheet import sheet_figure
 from infocapsgan.systems import SYSTEMS, CapsNet
-from infocapsgan.trained import Trained, Weights
-from infocapsgan.views import capsules, generated, mistakes, training
 from tests.tiers import slow
 
 APPLIES = {
@@ -344,7 +346,7 @@ def test_labels_are_words_where_the_data_have_words(trained_as, tmp_path, monkey
     assert class_names("folder", tmp_path) == ["cats", "dogs"]
     for name in ("fashion-mnist", "cifar10", "smallnorb"):
         assert len(class_names(name)) == data.image_shape(name).classes
-    monkeypatch.setattr("infocapsgan.trained.class_names", lambda *_: ["a long word"] * 10)
+    monkeypatch.setattr("infocapsgan.engine.loaded_run.class_names", lambda *_: ["a long word"] * 10)
     captions = [text.get_text() for text in mistakes.mistakes(trained_as("encoder")).axes[0].texts]
     assert set(captions) == {"a long word\n→ a long word"}
     heads = ticks(capsules.reconstruct(trained_as("capsnet")).axes[0])[0]

@@ -1,8 +1,8 @@
 import torch
 
-from infocapsgan import strokes
 from infocapsgan.data.augment import deformed, erased, flipped, leaning, moved, relit, shifted, thickened
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
+from infocapsgan.metrics import morphometry as strokes
 
 
 def test_no_movement_changes_nothing():

@@ -4,9 +4,9 @@ import torch
 from infocapsgan.data import image_shape, multi_mnist
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.data.multi_mnist import ByClass, draw_pairs, labels_of, of_digits, overlaid, rendered
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.train_state import Training
 from infocapsgan.systems import CapsNet
-from infocapsgan.training import Training
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 
 from infocapsgan.data import DataError, files, load, smallnorb
 from infocapsgan.data.smallnorb import BYTES, INTEGERS, read_matrix
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
 
 
 def matrix(kind, values):

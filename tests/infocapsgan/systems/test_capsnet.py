@@ -7,11 +7,11 @@ import torch
 from infocapsgan import data
 from infocapsgan.data.augment import deformed, flipped, moved, relit, shifted
 from infocapsgan.data.dataset import to_unit
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.train_state import Training, parameter_count
 from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
 from infocapsgan.systems import CapsNet, capsnet
 from infocapsgan.systems.capsnet import reconstruction_error, schedule
-from infocapsgan.training import Training, parameter_count
 from tests.tiers import slow
 
 

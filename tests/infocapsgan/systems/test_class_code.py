@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from infocapsgan import data, losses
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.train_state import Training
 from infocapsgan.systems import SYSTEMS, class_code
 from infocapsgan.systems.class_code import ClassCodeGAN
-from infocapsgan.training import Training
 
 NAMES = [name for name, system in SYSTEMS.items() if issubclass(system, ClassCodeGAN)]
 OF_THE_GENERATOR = {"discriminator", "generator"}

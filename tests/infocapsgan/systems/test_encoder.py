@@ -4,9 +4,9 @@ import torch
 from infocapsgan import data
 from infocapsgan.data.augment import moved
 from infocapsgan.data.dataset import to_symmetric
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.train_state import Training, parameter_count
 from infocapsgan.systems import Encoder, InfoCapsGAN
-from infocapsgan.training import Training, parameter_count
 
 
 def test_the_network_is_that_of_infocapsgan():

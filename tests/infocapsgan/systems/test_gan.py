@@ -6,15 +6,16 @@ import pytest
 import torch
 from PIL import Image
 
-from infocapsgan import data, losses, trained
-from infocapsgan.draw import Draw
+from infocapsgan import data, losses
+from infocapsgan.engine import loaded_run as trained
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.run_directory import read_metrics
+from infocapsgan.engine.train_state import Training, parameter_count
 from infocapsgan.evaluate import evaluate
-from infocapsgan.run import read_metrics
 from infocapsgan.systems import DCGAN, SYSTEMS, CapsuleGAN, Mimic
 from infocapsgan.systems.gan import GAN, morph
 from infocapsgan.systems.mimic import squared_error
 from infocapsgan.train import train
-from infocapsgan.training import Training, parameter_count
 from tests.tiers import fast_only
 
 GANS = [name for name, system in SYSTEMS.items() if issubclass(system, GAN)]

@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from infocapsgan import data
-from infocapsgan.draw import Draw
+from infocapsgan.engine.distributed import Processes
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.train_state import Training, parameter_count
 from infocapsgan.models.capsule_encoder import Capsules
-from infocapsgan.parallel import Processes
 from infocapsgan.systems import InfoCapsGAN
 from infocapsgan.systems.infocapsgan import compare_capsules
-from infocapsgan.training import Training, parameter_count
 from tests.tiers import slow
 
 

@@ -3,13 +3,14 @@ import math
 import pytest
 import torch
 
-from infocapsgan import data, strokes
+from infocapsgan import data
 from infocapsgan.data.dataset import to_symmetric
-from infocapsgan.draw import Draw
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.train_state import Training, parameter_count
+from infocapsgan.metrics import morphometry as strokes
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
 from infocapsgan.systems import InfoGAN
 from infocapsgan.systems.infogan import LEAN
-from infocapsgan.training import Training, parameter_count
 
 
 def test_parameter_counts_by_hand():

@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from infocapsgan import checkpoint, data
+from infocapsgan import data
 from infocapsgan.data import folder
-from infocapsgan.draw import Draw
+from infocapsgan.engine import checkpoint
+from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.train_state import DTYPES, Training
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.gan import GAN
 from infocapsgan.systems.supervised import Supervised
-from infocapsgan.training import DTYPES, Training
 from tests.tiers import fast_only, slow
 
 SMALL = {name: {"width": 8, "batch_size": 16} for name in SYSTEMS}

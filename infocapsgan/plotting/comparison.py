@@ -7,11 +7,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from infocapsgan.engine.loaded_run import Trained
+from infocapsgan.engine.run_directory import read_config, read_metrics
 from infocapsgan.evaluate import NotApplicableError
-from infocapsgan.figures import LOG_FROM, new_figure
-from infocapsgan.metrics import best
-from infocapsgan.run import read_config, read_metrics
-from infocapsgan.trained import Trained
+from infocapsgan.metrics.clustering import best
+from infocapsgan.plotting.sheet import LOG_FROM, new_figure
 
 
 def comparison(found: Trained, metric: str, beside: Sequence[Path], reach: Sequence[float]) -> Figure:

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from infocapsgan.atomic import atomic_folder
 from infocapsgan.data import Dataset
 from infocapsgan.data.augment import shifted
 from infocapsgan.data.batches import Batches
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.data.files import cache_folder
-from infocapsgan.draw import Draw
-from infocapsgan.metrics import accuracy
+from infocapsgan.engine.atomic import atomic_folder
+from infocapsgan.engine.rng import Draw
+from infocapsgan.metrics.clustering import accuracy
 
 VERSION = 1  # of the network and what else is not in the key of the cache
 FEATURES = 64

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from infocapsgan.atomic import atomic_file
+from infocapsgan.engine.atomic import atomic_file
 
 CELL = 0.52  # inches that an image is wide, if not told otherwise
 LINE = 0.3  # height of a line of a caption, as a part of the image's

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from infocapsgan.draw import Draw
-from infocapsgan.parallel import Processes
+from infocapsgan.engine.distributed import Processes
+from infocapsgan.engine.rng import Draw
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from infocapsgan.data.dataset import to_symmetric, to_unit
+from infocapsgan.engine.loaded_run import Trained
 from infocapsgan.evaluate import NotApplicableError
-from infocapsgan.figures import CELL, new_figure, sheet, sheet_figure, sheet_size
 from infocapsgan.models.capsule_encoder import lengths
 from infocapsgan.models.decoders import masked
-from infocapsgan.primary_decoder import couplings_to, primary_decoder
+from infocapsgan.plotting.primary_decoder import couplings_to, primary_decoder
+from infocapsgan.plotting.sheet import CELL, new_figure, sheet, sheet_figure, sheet_size
 from infocapsgan.systems import CapsNet, Encoder, Mimic
 from infocapsgan.systems.capsnet import columns, seen
-from infocapsgan.trained import Trained
 
 TWEAKS = torch.arange(-5, 6) * 0.05
 SHOWN_CAPSULES = 10

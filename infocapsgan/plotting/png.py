@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from infocapsgan.atomic import atomic_file
+from infocapsgan.engine.atomic import atomic_file
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 import capsops
-from infocapsgan import pictures
-from infocapsgan.atomic import atomic_file
-from infocapsgan.settings import Settings
+from infocapsgan.engine.atomic import atomic_file
+from infocapsgan.engine.settings import Settings
+from infocapsgan.plotting import png as pictures
 
 SUMMARY, EVALUATION = "summary.json", "evaluation.json"
 

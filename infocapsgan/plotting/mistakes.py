@@ -6,12 +6,12 @@ from torch import Tensor
 
 from infocapsgan.data import Dataset
 from infocapsgan.data.dataset import to_unit
+from infocapsgan.engine.loaded_run import Trained
 from infocapsgan.evaluate import NotApplicableError, no_labels
-from infocapsgan.figures import sheet_figure
-from infocapsgan.metrics import match_clusters
+from infocapsgan.metrics.clustering import match_clusters
+from infocapsgan.plotting.sheet import sheet_figure
 from infocapsgan.systems import CapsNet, Encoder, InfoCapsGAN, InfoGAN
 from infocapsgan.systems.capsnet import columns, seen
-from infocapsgan.trained import Trained
 
 
 def mistakes(found: Trained, *, images: int = 60) -> Figure:

@@ -5,7 +5,7 @@ import os
 import torch
 
 from capsops import dispatch
-from infocapsgan.run import RunError
+from infocapsgan.engine.run_directory import RunError
 
 
 def local_device(kind: str) -> torch.device:

@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from infocapsgan.engine.loaded_run import Trained
+from infocapsgan.engine.run_directory import SUMMARY, read_metrics
 from infocapsgan.evaluate import NotApplicableError
-from infocapsgan.figures import LOG_FROM, new_figure
-from infocapsgan.run import SUMMARY, read_metrics
+from infocapsgan.plotting.comparison import comparison
+from infocapsgan.plotting.sheet import LOG_FROM, new_figure
 from infocapsgan.systems import InfoCapsGAN, InfoGAN
-from infocapsgan.trained import Trained
-from infocapsgan.views.comparison import comparison
 
 CAPSULES = "capsules of generator and discriminator"
 WHAT_A_PICTURE_SHOWS = {

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from infocapsgan.atomic import atomic_file, atomic_folder
-from infocapsgan.run import RunError
+from infocapsgan.engine.atomic import atomic_file, atomic_folder
+from infocapsgan.engine.run_directory import RunError
+from infocapsgan.engine.train_state import Training
 from infocapsgan.systems.system import System
-from infocapsgan.training import Training
 
 WEIGHTS, TRAINING, NUMBERS = "weights.safetensors", "training.safetensors", "state.json"
 BEST = "best"

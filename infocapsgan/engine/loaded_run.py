@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infocapsgan import checkpoint
 from infocapsgan.data import Dataset
 from infocapsgan.data.class_names import class_names
-from infocapsgan.device import local_device
-from infocapsgan.run import RunError, read_config
-from infocapsgan.settings import Settings
+from infocapsgan.engine import checkpoint
+from infocapsgan.engine.device import local_device
+from infocapsgan.engine.run_directory import RunError, read_config
+from infocapsgan.engine.settings import Settings
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.system import System
 

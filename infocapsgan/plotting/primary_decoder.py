@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import capsops
-from infocapsgan.atomic import atomic_folder
-from infocapsgan.checkpoint import WEIGHTS
 from infocapsgan.data.batches import Batches
 from infocapsgan.data.dataset import to_unit
+from infocapsgan.engine.atomic import atomic_folder
+from infocapsgan.engine.checkpoint import WEIGHTS
+from infocapsgan.engine.loaded_run import Trained
 from infocapsgan.models.capsule_encoder import lengths
 from infocapsgan.models.decoders import FullyConnectedDecoder
 from infocapsgan.systems import CapsNet
-from infocapsgan.trained import Trained
 
 FOLDER = "primary-decoder"
 BATCH_SIZE, LEARNING_RATE = 128, 1e-3

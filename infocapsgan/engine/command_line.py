@@ -7,11 +7,11 @@ from pathlib import Path
 
 import tyro
 
-from infocapsgan.run import RunError
-from infocapsgan.settings import Settings
+from infocapsgan.engine.loaded_run import read_settings
+from infocapsgan.engine.run_directory import RunError
+from infocapsgan.engine.settings import Settings
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.system import System
-from infocapsgan.trained import read_settings
 
 PROGRAM = "python -m infocapsgan.train"
 DEFAULT_SYSTEM = "infocapsgan"

@@ -4,13 +4,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from infocapsgan.draw import Draw
+from infocapsgan.engine.loaded_run import Trained
+from infocapsgan.engine.rng import Draw
 from infocapsgan.evaluate import NotApplicableError, no_generator
-from infocapsgan.figures import new_figure, sheet, sheet_figure, sheet_size
+from infocapsgan.plotting.sheet import new_figure, sheet, sheet_figure, sheet_size
 from infocapsgan.systems import InfoCapsGAN, InfoGAN, Mimic
 from infocapsgan.systems.gan import LatentGAN
 from infocapsgan.systems.system import System
-from infocapsgan.trained import Trained
 
 ROWS = COLUMNS = 10
 
