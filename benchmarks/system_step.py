@@ -15,8 +15,8 @@ from capsops.nn import RoutingCapsules
 from infocapsgan.data import Dataset
 from infocapsgan.data.batches import Batches
 from infocapsgan.engine import checkpoint
-from infocapsgan.engine.rng import Draw
-from infocapsgan.engine.train_state import Training
+from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.engine.train_state import TrainState
 from infocapsgan.systems import CapsNet
 from infocapsgan.systems.system import System
 
@@ -55,24 +55,24 @@ class SystemStep:
         s = system.settings
         self.system, self.dataset, self.device = system, dataset, dataset.train_images.device
         self.batches = Batches(len(dataset.train_images), s.batch_size, s.seed, self.device)
-        self.training = Training(
+        self.state = TrainState(
             system.optimizers,
-            Draw(s.seed, self.device),
+            ShardedGenerator(s.seed, self.device),
             precision=s.precision,
             device=self.device,
             steps_per_epoch=self.batches.per_epoch,
         )
-        self.training.at_once = False
+        self.state.at_once = False
 
     def __call__(self) -> dict[str, Tensor]:
-        training = self.training
-        if training.step % self.system.settings.log_every == 0:
-            training.check()
-            checkpoint.capture(self.system, training)
+        state = self.state
+        if state.step % self.system.settings.log_every == 0:
+            state.check()
+            checkpoint.capture(self.system, state)
         with record_function("loader"):
-            batch = self.dataset.train_batch(self.batches.indices(training.step), training.draw)
-        named = self.system.step(*batch, training)
-        training.step += 1
+            batch = self.dataset.train_batch(self.batches.indices(state.step), state.rng)
+        named = self.system.step(*batch, state)
+        state.step += 1
         return named
 
 

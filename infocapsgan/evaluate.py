@@ -25,8 +25,8 @@ from torch import Tensor
 from infocapsgan.data import DataError, Dataset
 from infocapsgan.data.dataset import evenly
 from infocapsgan.engine import loaded_run as trained
-from infocapsgan.engine.loaded_run import Trained
-from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.loaded_run import LoadedRun
+from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.run_directory import EVALUATION, RunError, device_name, versions, write_json
 from infocapsgan.metrics import morphometry as strokes
 from infocapsgan.metrics.clustering import clustering_metrics, confusion, match_clusters
@@ -49,9 +49,9 @@ def main() -> None:
     """The command line."""
     given = _parser().parse_args()
     try:
-        found = trained.load(given.run, device=given.device, data_dir=given.data_dir)
-        found.warn()
-        result = evaluate(found, given.metrics, samples=given.samples)
+        run = trained.load(given.run, device=given.device, data_dir=given.data_dir)
+        run.warn()
+        result = evaluate(run, given.metrics, samples=given.samples)
     except (DataError, RunError, NotApplicableError) as error:
         sys.exit(f"error: {error}")
     write_json(given.run / EVALUATION, result)
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def evaluate(
-    found: Trained, groups: Sequence[str] | None = None, *, samples: int = SAMPLES
+    run: LoadedRun, groups: Sequence[str] | None = None, *, samples: int = SAMPLES
 ) -> dict[str, Any]:
     """What the metrics of `groups` say of a trained system, as evaluation.json holds it.
 
@@ -73,34 +73,34 @@ def evaluate(
     Raises:
         NotApplicableError: a group does not apply to this system.
     """
-    dataset, settings = found.dataset, found.system.settings
-    reasons = {group: why_not(found.system, dataset) for group, (why_not, _) in GROUPS.items()}
+    dataset, settings = run.dataset, run.system.settings
+    reasons = {group: why_not(run.system, dataset) for group, (why_not, _) in GROUPS.items()}
     applicable = [group for group, reason in reasons.items() if not reason]
     if not applicable:
         why = "; ".join(f"{group}: {reason}" for group, reason in reasons.items())
-        raise NotApplicableError(f"no metric applies to this run of {found.name}: {why}")
+        raise NotApplicableError(f"no metric applies to this run of {run.name}: {why}")
     for group in groups or ():
         if reasons[group]:
             raise NotApplicableError(
-                f"--metrics: {group} does not apply to this run of {found.name}: {reasons[group]}; "
+                f"--metrics: {group} does not apply to this run of {run.name}: {reasons[group]}; "
                 f"it takes {' and '.join(applicable)}"
             )
     result: dict[str, Any] = {
-        "system": found.name,
+        "system": run.name,
         "dataset": settings.dataset,
         "recipe": settings.recipe,
         "seed": settings.seed,
-        "weights": found.weights.checkpoint.name,
-        "step": found.weights.step,
+        "weights": run.weights.checkpoint.name,
+        "step": run.weights.step,
         "metrics": {},
     }
     with torch.no_grad():
         for group in groups or applicable:
-            metrics, details = GROUPS[group][1](found.system, dataset, samples)
+            metrics, details = GROUPS[group][1](run.system, dataset, samples)
             result["metrics"] |= metrics
             if details:
                 result[group] = details
-    return result | {"device": device_name(found.device), "versions": versions()}
+    return result | {"device": device_name(run.device), "versions": versions()}
 
 
 Found = tuple[dict[str, float], dict[str, Any]]
@@ -109,7 +109,7 @@ Found = tuple[dict[str, float], dict[str, Any]]
 
 def classification(system: CapsNet | Encoder, dataset: Dataset, samples: int) -> Found:
     """Metrics of the predicted classes of the test split."""
-    judged, labels = system.judged(dataset), dataset.test_labels
+    judged, labels = system.predictions(dataset), dataset.test_labels
     right = judged["predicted"] == labels
     accuracy = right.double().mean().item()
     metrics = {"accuracy": accuracy, "error": 1 - accuracy}
@@ -139,8 +139,8 @@ def generation(system: GAN, dataset: Dataset, samples: int) -> Found:
     """
     number = min(samples, len(dataset.test_images))
     extractor = feature_extractor(dataset, system.image_shape.classes)
-    draw = Draw(0, dataset.train_images.device)
-    generated = system.drawn(system.random_latents(number, draw, dataset.train_images))
+    rng = ShardedGenerator(0, dataset.train_images.device)
+    generated = system.generate(system.random_latents(number, rng, dataset.train_images))
     real, of_training, of_generated = (
         extractor.classifier.of_all(images)
         for images in (evenly(dataset.test_images, number), evenly(dataset.train_images, number), generated)
@@ -172,7 +172,7 @@ def codes(system: InfoGAN, dataset: Dataset, samples: int) -> Found:
     rows = torch.arange(classes, device=system.device).repeat_interleave(TRAVERSALS_PER_CLASS)
     per_code: dict[str, list[float]] = {name: [] for name in strokes.MEASURES}
     for index in range(system.settings.continuous_codes):
-        images = system.drawn(system.traversal(index, values, rows, Draw(0, system.device)))
+        images = system.generate(system.traversal(index, values, rows, ShardedGenerator(0, system.device)))
         for name, measure in strokes.MEASURES.items():
             per_code[name].append(mean_rank_correlation(values, measure(images).view(len(rows), -1)))
     metrics = {f"{name}_rank_correlation": max(map(abs, found)) for name, found in per_code.items()}
@@ -181,10 +181,10 @@ def codes(system: InfoGAN, dataset: Dataset, samples: int) -> Found:
 
 def mean_rank_correlation(values: Tensor, rows: Tensor) -> float:
     """Spearman's rank correlation of `rows` [R, V] with `values` [V], averaged; constant rows are 0."""
-    found = [
+    run = [
         spearmanr(values.cpu().numpy(), row).statistic if np.ptp(row) else 0.0 for row in rows.cpu().numpy()
     ]
-    return float(np.mean(found))
+    return float(np.mean(run))
 
 
 def _no_labels_learned(system: System, dataset: Dataset) -> str:

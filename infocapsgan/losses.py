@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.rng import ShardedGenerator
 
 
 def margin_loss(
@@ -56,16 +56,16 @@ def generator_loss(generated: Tensor, kind: str = "logistic") -> Tensor:
 
 
 def gradient_penalty(
-    discriminate: Callable[[Tensor], Tensor], real: Tensor, generated: Tensor, draw: Draw
+    discriminate: Callable[[Tensor], Tensor], real: Tensor, generated: Tensor, rng: ShardedGenerator
 ) -> Tensor:
     """mean (‖∂D/∂x‖ − 1)² at random points x between real and generated images (Gulrajani et al. 2017).
 
     Args:
         discriminate: images → logits [B]; differentiable twice.
         real, generated: images [B, C, H, W].
-        draw: where the points come from.
+        rng: where the points come from.
     """
-    place = draw.uniform(len(real), 1, 1, 1)
+    place = rng.uniform(len(real), 1, 1, 1)
     between = (place * real + (1 - place) * generated).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(discriminate(between).sum(), between, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
@@ -97,7 +97,7 @@ def adversarial_smoothness(
     log_prediction: Callable[[Tensor], Tensor],
     images: Tensor,
     p: Tensor,
-    draw: Draw,
+    rng: ShardedGenerator,
     *,
     radius: float,
     probe: float = 1.0,
@@ -111,11 +111,11 @@ def adversarial_smoothness(
         log_prediction: images → log-probabilities [B, J].
         images: [B, C, H, W].
         p: predictions for the images themselves [B, J], taken as constant.
-        draw: where d comes from.
+        rng: where d comes from.
         radius: length of the change, in units of pixel values.
         probe: length of the random change at which the gradient is taken.
     """
-    direction = _unit(draw.normal(*images.shape)).mul_(probe).requires_grad_()
+    direction = _unit(rng.normal(*images.shape)).mul_(probe).requires_grad_()
     change = divergence(p.detach(), log_prediction(images + direction))
     (gradient,) = torch.autograd.grad(change, direction)
     return divergence(p.detach(), log_prediction(images + radius * _unit(gradient)))

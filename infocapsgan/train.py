@@ -19,7 +19,7 @@ from infocapsgan.engine.atomic import remove_unfinished
 from infocapsgan.engine.command_line import parse
 from infocapsgan.engine.device import check_impl, local_device
 from infocapsgan.engine.distributed import join, leave, synchronise_batch_norm
-from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.run_directory import (
     EVALUATION,
     SUMMARY,
@@ -33,7 +33,7 @@ from infocapsgan.engine.run_directory import (
     write_json,
 )
 from infocapsgan.engine.settings import Settings
-from infocapsgan.engine.train_state import NonFiniteLossError, Training
+from infocapsgan.engine.train_state import NonFiniteLossError, TrainState
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.system import System
 
@@ -78,9 +78,9 @@ def train(system_class: type[System], settings: Settings) -> str:
     if settings.compile:
         system.compile_networks()
     batches = Batches(len(dataset.train_images), settings.batch_size, settings.seed, device)
-    training = Training(
+    state = TrainState(
         system.optimizers,
-        Draw(settings.seed, device, processes.rank, processes.world),
+        ShardedGenerator(settings.seed, device, processes.rank, processes.world),
         precision=settings.precision,
         device=device,
         steps_per_epoch=batches.per_epoch,
@@ -88,11 +88,11 @@ def train(system_class: type[System], settings: Settings) -> str:
         processes=processes,
     )
     if processes.writes:
-        for warning in filter(None, _warnings(system, dataset, batches, training)):
+        for warning in filter(None, _warnings(system, dataset, batches, state)):
             print(f"warning: {warning}", file=sys.stderr)
-    run, seconds = _start(system_class, settings, system, training)
+    run, seconds = _start(system_class, settings, system, state)
     with run, capsops.use_impl(settings.impl) if settings.impl != "auto" else nullcontext():
-        line = fit(system, dataset, batches, training, run, seconds=seconds, held_out=held_out)
+        line = fit(system, dataset, batches, state, run, seconds=seconds, held_out=held_out)
     leave()
     return line if processes.writes else ""
 
@@ -101,7 +101,7 @@ def fit(
     system: System,
     dataset: Dataset,
     batches: Batches,
-    training: Training,
+    state: TrainState,
     run: Run | SilentRun,
     *,
     seconds: float = 0.0,
@@ -120,33 +120,33 @@ def fit(
         system: what is trained.
         dataset: on the system's device.
         batches: which images make up which step.
-        training: where training stands, and what it changes weights with.
+        state: where training stands, and what it changes weights with.
         run: where everything is written.
         seconds: how long the run took before it was taken up again.
         held_out: images, as test images, on which the weights that are kept have the lowest loss.
     """
     settings, began = system.settings, time.monotonic() - seconds
-    processes, device = training.processes, training.device
+    processes, device = state.processes, state.device
     evaluate_every = settings.evaluate_every or max(100, batches.per_epoch)
     checkpoint_every = settings.checkpoint_every or evaluate_every
     centred = dataset.centred()
     baselines = system.baselines(centred)
     interrupted = _Interruption()
     bar = tqdm(
-        total=training.steps,
-        initial=training.step,
+        total=state.steps,
+        initial=state.step,
         unit="step",
         file=sys.stderr,
         disable=not processes.writes,
     )
     metrics, shown = {}, {}
-    before, training.at_once, stop = None, False, False
+    before, state.at_once, stop = None, False, False
 
     def validate() -> None:
         loss = _measured(system, system.validation_loss, held_out.centred())
-        run.log("validation", training.step, training.epoch, {"validation_loss": loss})
+        run.log("validation", state.step, state.epoch, {"validation_loss": loss})
         if processes.writes:
-            checkpoint.save_best(run.checkpoints, system, training.step, loss)
+            checkpoint.save_best(run.checkpoints, system, state.step, loss)
 
     def measure(images: Dataset) -> dict[str, float]:
         metrics = _measured(system, system.evaluate, images)
@@ -154,61 +154,61 @@ def fit(
 
     def save() -> None:
         if processes.writes:
-            state = checkpoint.capture(system, training)
-            checkpoint.save(run.checkpoints, state, seconds=time.monotonic() - began)
+            snapshot = checkpoint.capture(system, state)
+            checkpoint.save(run.checkpoints, snapshot, seconds=time.monotonic() - began)
 
-    while training.step < training.steps and not stop:
-        before = before or checkpoint.capture(system, training)
+    while state.step < state.steps and not stop:
+        before = before or checkpoint.capture(system, state)
         try:
-            chosen = processes.part(batches.indices(training.step))
-            images, labels = dataset.train_batch(chosen, training.draw)
-            losses = system.step(images, labels, training)
-            training.step += 1
-            stop = processes.stop(interrupted.came, training.step, device)
-            last = training.step == training.steps
-            logs = training.step % settings.log_every == 0 or last
-            evaluates = training.step % evaluate_every == 0 or last
-            saves = training.step % checkpoint_every == 0 or last or stop
-            if logs or evaluates or saves or training.at_once:
-                training.check()
+            chosen = processes.part(batches.indices(state.step))
+            images, labels = dataset.train_batch(chosen, state.rng)
+            losses = system.step(images, labels, state)
+            state.step += 1
+            stop = processes.stop(interrupted.came, state.step, device)
+            last = state.step == state.steps
+            logs = state.step % settings.log_every == 0 or last
+            evaluates = state.step % evaluate_every == 0 or last
+            saves = state.step % checkpoint_every == 0 or last or stop
+            if logs or evaluates or saves or state.at_once:
+                state.check()
                 before = None
         except NonFiniteLossError as error:
-            checkpoint.restore(before, system, training)
-            if not training.at_once:
-                training.at_once, stop = True, False
+            checkpoint.restore(before, system, state)
+            if not state.at_once:
+                state.at_once, stop = True, False
                 continue
             save()
             raise NonFiniteLossError(
-                f"step {training.step + 1}: {error}. {_how_to_go_on(run, training)}"
+                f"step {state.step + 1}: {error}. {_how_to_go_on(run, state)}"
             ) from error
-        bar.update(training.step - bar.n)
+        bar.update(state.step - bar.n)
         if logs:
             losses = {name: value.clone() for name, value in losses.items()}
             processes.average_(list(losses.values()))
             losses = {name: value.item() for name, value in losses.items()}
-            run.log("train", training.step, training.epoch, losses)
+            run.log("train", state.step, state.epoch, losses)
             bar.set_postfix({**{name: f"{value:.3g}" for name, value in losses.items()}, **shown})
         if evaluates:
             if held_out:
                 validate()
             metrics = measure(centred if last else centred.head(10_000))
-            run.log("evaluation", training.step, training.epoch, metrics)
-            run.draw(training.step, _measured(system, system.pictures, centred))
+            run.log("evaluation", state.step, state.epoch, metrics)
+            run.draw(state.step, _measured(system, system.pictures, centred))
             run.draw_curves(system.headline, baselines)
             shown = {system.headline: f"{metrics[system.headline]:.3f}"}
         if saves:
             save()
     bar.close()
     interrupted.restore()
-    if training.step < training.steps:
-        return f"interrupted after step {training.step}. {_how_to_go_on(run, training)}"
+    if state.step < state.steps:
+        return f"interrupted after step {state.step}. {_how_to_go_on(run, state)}"
     if held_out and processes.writes and checkpoint.read_best(run.checkpoints):
         checkpoint.load_best(run.checkpoints, system)
         metrics = {}
     metrics = metrics or measure(centred)
     seconds = time.monotonic() - began
     if processes.writes:
-        write_summary(run, system, training, metrics, baselines, seconds)
+        write_summary(run, system, state, metrics, baselines, seconds)
     compared = "".join(f" ({name}: {value:.3f})" for name, value in baselines.items())
     return (
         f"{system.headline.replace('_', ' ')} {metrics[system.headline]:.3f}{compared} in {seconds:.0f} s; "
@@ -219,7 +219,7 @@ def fit(
 def write_summary(
     run: Run,
     system: System,
-    training: Training,
+    state: TrainState,
     metrics: dict[str, float],
     baselines: dict[str, float],
     seconds: float,
@@ -233,20 +233,20 @@ def write_summary(
         "seed": settings["seed"],
         "metrics": metrics,
         "baselines": {system.headline: baselines},
-        "steps": training.step,
-        "epochs": round(training.epoch, 4),
+        "steps": state.step,
+        "epochs": round(state.epoch, 4),
         "seconds": round(seconds, 1),
-        "device": device_name(training.device),
+        "device": device_name(state.device),
         "versions": versions(),
         "settings": settings,
     }
     write_json(run.path / SUMMARY, summary)
 
 
-def _warnings(system: System, dataset: Dataset, batches: Batches, training: Training) -> Iterator[str]:
+def _warnings(system: System, dataset: Dataset, batches: Batches, state: TrainState) -> Iterator[str]:
     """What is not as the settings let one expect."""
     s, whole = system.settings, system.settings.epochs * batches.per_epoch
-    yield system.untrained(training.steps)
+    yield system.untrained(state.steps)
     if (s.max_steps or 0) > whole:
         yield f"--max-steps {s.max_steps} is not reached: --epochs {s.epochs} ends after {whole} steps"
     if system.headline == "unsupervised_accuracy" and not dataset.labelled:
@@ -254,47 +254,47 @@ def _warnings(system: System, dataset: Dataset, batches: Batches, training: Trai
 
 
 def _start(
-    system_class: type[System], settings: Settings, system: System, training: Training
+    system_class: type[System], settings: Settings, system: System, state: TrainState
 ) -> tuple[Run, float]:
     """A new run, or the one to continue with its last state put back; and the seconds it has taken so far."""
     name = next(name for name, known in SYSTEMS.items() if known is system_class)
-    writes = training.processes.writes
+    writes = state.processes.writes
     if not settings.resume:
         return Run.create(name, settings) if writes else SilentRun(), 0.0
     lock, seconds = alone(settings.resume) if writes else None, 0.0
     if saved := checkpoint.checkpoints(settings.resume / "checkpoints"):
-        seconds = _take_up(saved[-1], system, training)
+        seconds = _take_up(saved[-1], system, state)
     asked = f"--epochs {settings.epochs}"
     asked += f" and --max-steps {settings.max_steps}" if settings.max_steps else ""
-    if training.step > training.steps:
+    if state.step > state.steps:
         raise RunError(
-            f"--resume: {settings.resume} has done {training.step} steps, and training of {asked} "
-            f"ends after {training.steps}"
+            f"--resume: {settings.resume} has done {state.step} steps, and training of {asked} "
+            f"ends after {state.steps}"
         )
     if not writes:
         return SilentRun(), seconds
-    if training.step == training.steps:
-        print(f"nothing is left to train: all {training.step} steps of {asked} are done", file=sys.stderr)
+    if state.step == state.steps:
+        print(f"nothing is left to train: all {state.step} steps of {asked} are done", file=sys.stderr)
     else:  # what came out is of fewer steps
         for result in (SUMMARY, EVALUATION):
             (settings.resume / result).unlink(missing_ok=True)
     remove_unfinished(settings.resume / "checkpoints")
     write_json(settings.resume / "config.json", {"system": name, "settings": settings.to_json()})
-    return Run(settings.resume, lock, training.step), seconds
+    return Run(settings.resume, lock, state.step), seconds
 
 
-def _take_up(path: Path, system: System, training: Training) -> float:
+def _take_up(path: Path, system: System, state: TrainState) -> float:
     """Puts the state of a checkpoint back, and returns the seconds that the run had taken."""
-    state = checkpoint.load(path)
-    before, here = state.numbers.get("device"), training.device.type
+    snapshot = checkpoint.load(path)
+    before, here = snapshot.numbers.get("device"), state.device.type
     if before not in (None, here):
         raise RunError(
             f"--resume: the run was trained on {before} and cannot go on on {here}: "
             "the state of the random numbers of the one does not fit the other"
         )
     try:
-        checkpoint.restore(state, system, training)
-        return state.numbers["seconds"]
+        checkpoint.restore(snapshot, system, state)
+        return snapshot.numbers["seconds"]
     except (KeyError, RuntimeError, ValueError) as error:
         raise RunError(
             f"--resume: {path} was written by another version of infocapsgan, or on another device "
@@ -312,8 +312,8 @@ def _measured(system: System, method: Callable[[Dataset], Any], dataset: Dataset
     return found
 
 
-def _how_to_go_on(run: Run, training: Training) -> str:
-    return f"The state after step {training.step} is saved; continue with --resume {run.path}"
+def _how_to_go_on(run: Run, state: TrainState) -> str:
+    return f"The state after step {state.step} is saved; continue with --resume {run.path}"
 
 
 class _Interruption:

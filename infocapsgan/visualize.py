@@ -38,15 +38,15 @@ def main() -> None:
         parser.error(f"--out: got {out}, takes a file that ends in .{suffix(kind)}")
     places = {name: given.pop(name) for name in ("device", "data_dir")}
     try:
-        found = trained.load(run, **places)
-        found.warn()
-        path = visualize(found, kind, out, **given)
+        run = trained.load(run, **places)
+        run.warn()
+        path = visualize(run, kind, out, **given)
     except (DataError, RunError, NotApplicableError) as error:
         sys.exit(f"error: {error}")
     print(f"written to {path}")
 
 
-def visualize(found: trained.Trained, kind: str, out: Path | None = None, **options) -> Path:
+def visualize(run: trained.LoadedRun, kind: str, out: Path | None = None, **options) -> Path:
     """Writes a picture of KINDS and returns its path.
 
     Args:
@@ -58,9 +58,9 @@ def visualize(found: trained.Trained, kind: str, out: Path | None = None, **opti
     Raises:
         NotApplicableError: there is no such picture of this system.
     """
-    path = out or found.path / "pictures" / f"{kind}.{suffix(kind)}"
+    path = out or run.path / "pictures" / f"{kind}.{suffix(kind)}"
     with torch.no_grad():
-        picture = KINDS[kind](found, **options)
+        picture = KINDS[kind](run, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(picture, list):
         save_gif(path, picture, GIF_MILLISECONDS)

@@ -90,7 +90,7 @@ def systems(args: argparse.Namespace) -> None:
             begin = time.monotonic()
             for _ in range(20):
                 losses = step()
-            step.training.check()
+            step.state.check()
             seconds = round(time.monotonic() - begin, 2)
             losses = {key: value.item() for key, value in losses.items()}
             record("systems", system=name, precision=precision, seconds=seconds, losses=losses)

@@ -30,7 +30,7 @@ class CapturedStep:
 
     def __init__(self, step: SystemStep) -> None:
         self.batches, self.dataset, self.number = step.batches, step.dataset, 0
-        system, training = step.system, step.training
+        system, state = step.system, step.state
         for optimizer in system.optimizers.values():
             for group in optimizer.param_groups:
                 group["capturable"] = True
@@ -41,12 +41,12 @@ class CapturedStep:
         side.wait_stream(torch.cuda.current_stream(step.device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_STEPS):
-                system.step(self.images, self.labels, training)
+                system.step(self.images, self.labels, state)
         torch.cuda.current_stream(step.device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(training.draw.generator)
+        self.graph.register_generator_state(state.rng.generator)
         with torch.cuda.graph(self.graph):
-            self.named = system.step(self.images, self.labels, training)
+            self.named = system.step(self.images, self.labels, state)
 
     def __call__(self) -> dict[str, Tensor]:
         chosen = self.batches.indices(self.number)
@@ -75,7 +75,7 @@ def epoch(
     with capsops.use_impl("reference" if impl == EINSUM else impl):
         begin, system = time.perf_counter(), capsnet(impl, device, **settings)
         step = call = SystemStep(system, dataset)
-        with step.training.autocast():
+        with step.state.autocast():
             check_equal(system, capsnet(EINSUM, device, **settings), dataset, BOUNDS[precision])
         if captured:
             call = CapturedStep(step)
@@ -84,7 +84,7 @@ def epoch(
         preparation, accuracies = time.perf_counter() - begin, []
         per_epoch = step.batches.per_epoch
         seconds = clock(lambda: accuracies.append(call()["batch_accuracy"].clone()), per_epoch, device)
-        step.training.check()
+        step.state.check()
         accuracy = torch.stack(accuracies[-20:]).mean().item()
         if len(dataset.train_labels) >= 60_000 and not accuracy > 0.9:
             raise AssertionError(f"at the end of the epoch {accuracy:.3f} of the images are right")

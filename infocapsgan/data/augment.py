@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
-from infocapsgan.data.dataset import cropped
-from infocapsgan.engine.rng import Draw
+from infocapsgan.data.dataset import crop
+from infocapsgan.engine.rng import ShardedGenerator
 
 
 @record_function("augmentation")
-def moved(
+def random_affine(
     images: Tensor,
-    draw: Draw,
+    rng: ShardedGenerator,
     *,
     degrees: float = 20.0,
     scale: float = 0.25,
@@ -27,7 +27,7 @@ def moved(
 
     Args:
         images: [B, C, H, W].
-        draw: where the random numbers come from.
+        rng: where the random numbers come from.
         degrees: largest turn to either side.
         scale: largest relative change of the size.
         shear: largest shift of a row against one that is as far away.
@@ -35,12 +35,12 @@ def moved(
         background: the value of what comes in from outside.
     """
     B = len(images)
-    turn, size, lean = (draw.uniform(B) * 2 - 1 for _ in range(3))
+    turn, size, lean = (rng.uniform(B) * 2 - 1 for _ in range(3))
     turn, size, lean = turn * math.radians(degrees), 1 + size * scale, lean * shear
     matrix = torch.stack(
         [size * turn.cos(), lean - size * turn.sin(), size * turn.sin(), size * turn.cos()], dim=1
     )
-    offset = (draw.uniform(B, 2) * 2 - 1) * (2 * shift)  # the grid runs from −1 to 1
+    offset = (rng.uniform(B, 2) * 2 - 1) * (2 * shift)  # the grid runs from −1 to 1
     return _mapped(images, torch.cat([matrix.view(B, 2, 2), offset[:, :, None]], dim=2), background)
 
 
@@ -51,7 +51,7 @@ def _mapped(images: Tensor, matrix: Tensor, background: float) -> Tensor:
 
 
 @record_function("augmentation")
-def leaning(images: Tensor, slant: Tensor, *, background: float = 0.0) -> Tensor:
+def shear(images: Tensor, slant: Tensor, *, background: float = 0.0) -> Tensor:
     """Each image [B, C, H, W] sheared about its middle, to the right where `slant` [B] is above 0.
 
     Args:
@@ -66,7 +66,7 @@ def leaning(images: Tensor, slant: Tensor, *, background: float = 0.0) -> Tensor
 
 
 @record_function("augmentation")
-def thickened(images: Tensor, pixels: Tensor) -> Tensor:
+def thicken(images: Tensor, pixels: Tensor) -> Tensor:
     """Each image [B, C, H, W] with bright strokes that are wider by about `pixels` [B], from −2 to 2.
 
     Between the image and its dilation, or for negative numbers its erosion, by a cross of 3 × 3, which moves
@@ -86,14 +86,14 @@ def _neighbours(images: Tensor, outside: float) -> list[Tensor]:
 
 
 @record_function("augmentation")
-def erased(images: Tensor, draw: Draw, *, share: float, background: float = 0.0) -> Tensor:
+def random_erasing(images: Tensor, rng: ShardedGenerator, *, share: float, background: float = 0.0) -> Tensor:
     """Each image [B, C, H, W] with one rectangle of background in it (Zhong et al. 2017, random erasing).
 
     Its height and width are each drawn from 0 to `share` of the image's; its centre is anywhere in the image.
     """
     near = []
     for side in images.shape[2:]:
-        centre, reach = side * draw.uniform(len(images)), 0.5 * share * side * draw.uniform(len(images))
+        centre, reach = side * rng.uniform(len(images)), 0.5 * share * side * rng.uniform(len(images))
         place = torch.arange(side, device=images.device) + 0.5
         near.append((place - centre[:, None]).abs() < reach[:, None])
     rows, columns = near
@@ -101,38 +101,40 @@ def erased(images: Tensor, draw: Draw, *, share: float, background: float = 0.0)
 
 
 @record_function("augmentation")
-def shifted(images: Tensor, draw: Draw, pixels: int, background: float = 0.0) -> Tensor:
+def random_shift(images: Tensor, rng: ShardedGenerator, pixels: int, background: float = 0.0) -> Tensor:
     """Each image [B, C, H, W] moved by a whole number of pixels, up to `pixels`, along each axis."""
     padded = F.pad(images, [pixels] * 4, value=background)
-    return cropped(padded, draw.integers(2 * pixels + 1, len(images), 2), images.shape[-1])
+    return crop(padded, rng.integers(2 * pixels + 1, len(images), 2), images.shape[-1])
 
 
 @record_function("augmentation")
-def flipped(images: Tensor, draw: Draw) -> Tensor:
+def random_horizontal_flip(images: Tensor, rng: ShardedGenerator) -> Tensor:
     """Each image [B, C, H, W] mirrored left to right, or not, with probability ½."""
-    mirrored = draw.integers(2, len(images)).bool()[:, None, None, None]
+    mirrored = rng.integers(2, len(images)).bool()[:, None, None, None]
     return torch.where(mirrored, images.flip(3), images)
 
 
 @record_function("augmentation")
-def relit(images: Tensor, draw: Draw, *, brightness: float, contrast: float) -> Tensor:
+def color_jitter(images: Tensor, rng: ShardedGenerator, *, brightness: float, contrast: float) -> Tensor:
     """Each image in [0, 1] brighter or darker by up to `brightness`, its contrast times 1 ± `contrast`.
 
     Contrast is taken about the mean of each channel; what leaves [0, 1] is clipped.
     """
-    change = draw.uniform(len(images), 2, 1, 1, 1) * 2 - 1
+    change = rng.uniform(len(images), 2, 1, 1, 1) * 2 - 1
     mean = images.mean(dim=(2, 3), keepdim=True)
     images = mean + (images - mean) * (1 + contrast * change[:, 0])
     return (images + brightness * change[:, 1]).clamp(0, 1)
 
 
 @record_function("augmentation")
-def deformed(images: Tensor, draw: Draw, strength: float, *, smoothness: float = 4.0) -> Tensor:
+def elastic_transform(
+    images: Tensor, rng: ShardedGenerator, strength: float, *, smoothness: float = 4.0
+) -> Tensor:
     """Elastic deformation: pixels are displaced by a smooth random field (Simard, Steinkraus, Platt 2003).
 
     Args:
         images: [B, C, H, W].
-        draw: where the fields come from.
+        rng: where the fields come from.
         strength: root mean square of a displacement along an axis, in pixels.
         smoothness: standard deviation of the Gaussian that smooths the field, in pixels.
     """
@@ -140,7 +142,7 @@ def deformed(images: Tensor, draw: Draw, strength: float, *, smoothness: float =
     reach = math.ceil(3 * smoothness)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / smoothness) ** 2)
     kernel = kernel / kernel.norm()  # unit variance in, unit variance out
-    field = draw.normal(B * 2, 1, H + 2 * reach, W + 2 * reach)
+    field = rng.normal(B * 2, 1, H + 2 * reach, W + 2 * reach)
     field = F.conv2d(F.conv2d(field, kernel[None, None, :, None]), kernel[None, None, None, :])
     # grid_sample takes (column, row) in units in which the image is 2 wide and 2 high.
     scale = torch.tensor([2 / W, 2 / H], device=images.device)

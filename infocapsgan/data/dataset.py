@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.rng import ShardedGenerator
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Dataset:
         """Whether the training images are of more than one class; without labels all are 0."""
         return self.train_labels.unique().numel() > 1
 
-    def train_batch(self, chosen: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+    def train_batch(self, chosen: Tensor, rng: ShardedGenerator) -> tuple[Tensor, Tensor]:
         """Training images [B, channels, size, size] and labels of the indices `chosen` [B]."""
         images = self.train_images[chosen]
         margin = images.shape[-1] - self.size
         if margin:
-            images = cropped(images, draw.integers(margin + 1, len(chosen), 2), self.size)
+            images = crop(images, rng.integers(margin + 1, len(chosen), 2), self.size)
         return images, self.train_labels[chosen]
 
     def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -89,7 +89,7 @@ def evenly(images: Tensor, number: int) -> Tensor:
     return images[torch.linspace(0, len(images) - 1, number, dtype=torch.float64).round().long()]
 
 
-def cropped(images: Tensor, corners: Tensor, size: int) -> Tensor:
+def crop(images: Tensor, corners: Tensor, size: int) -> Tensor:
     """The size × size pixels of each image [B, C, H, W] from its corner [B, 2] (row, column) on."""
     rows, columns = (corners[:, :, None] + torch.arange(size, device=images.device)).unbind(1)
     batch = torch.arange(len(images), device=images.device)[:, None, None, None]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infocapsgan.data import mnist
-from infocapsgan.data.dataset import Dataset, cropped
-from infocapsgan.engine.rng import Draw
+from infocapsgan.data.dataset import Dataset, crop
+from infocapsgan.engine.rng import ShardedGenerator
 
 SIZE, SHIFT = 36, 4
 TEST_PAIRS = 100_000
@@ -62,9 +62,9 @@ class MultiMNIST(Dataset):
     test_digit_labels: Tensor | None = None
     pairs: Pairs | None = None
 
-    def train_batch(self, chosen: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+    def train_batch(self, chosen: Tensor, rng: ShardedGenerator) -> tuple[Tensor, Tensor]:
         """The digits `chosen` [B], each with one of another class: pairs [B, 2, 36, 36], labels [B, 2]."""
-        pairs = draw_pairs(self.train_labels, self._by_class, chosen, draw)
+        pairs = draw_pairs(self.train_labels, self._by_class, chosen, rng)
         return rendered(self.train_images, pairs), labels_of(self.train_labels, pairs)
 
     @cached_property
@@ -134,23 +134,23 @@ def of_digits(
 
 def fixed_pairs(labels: Tensor, number: int) -> Pairs:
     """The same `number` of pairs of digits with these labels at every call, on the CPU."""
-    labels, draw = labels.cpu(), Draw(TEST_SEED)
+    labels, rng = labels.cpu(), ShardedGenerator(TEST_SEED)
     first = torch.arange(number) % len(labels)
     by_class = ByClass.of(labels)
-    parts = [draw_pairs(labels, by_class, part, draw) for part in first.split(10_000)]
+    parts = [draw_pairs(labels, by_class, part, rng) for part in first.split(10_000)]
     return Pairs(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def draw_pairs(labels: Tensor, by_class: ByClass, first: Tensor, draw: Draw) -> Pairs:
+def draw_pairs(labels: Tensor, by_class: ByClass, first: Tensor, rng: ShardedGenerator) -> Pairs:
     """The digits `first` [B], each with one drawn evenly from the digits of all other classes.
 
     Each of the two is moved by up to 4 pixels along each axis within 36 × 36.
     """
     own, start = by_class.count[labels[first]], by_class.start[labels[first]]
     # A place among the digits of other classes: those before one's own class, then those behind it.
-    place = (draw.uniform(len(first)).double() * (len(labels) - own)).long()
+    place = (rng.uniform(len(first)).double() * (len(labels) - own)).long()
     second = by_class.order[place + own * (place >= start)]
-    corners = draw.integers(2 * SHIFT + 1, len(first), 2, 2)
+    corners = rng.integers(2 * SHIFT + 1, len(first), 2, 2)
     return Pairs(torch.stack([first, second], dim=1).int(), corners.to(torch.uint8))
 
 
@@ -164,7 +164,7 @@ def rendered(images: Tensor, pairs: Pairs) -> Tensor:
     digits = images[pairs.digits.long().flatten().to(images.device)]
     padded = F.pad(digits, [(SIZE - images.shape[-1]) // 2 + SHIFT] * 4)
     corners = pairs.corners.long().flatten(0, 1).to(images.device)
-    return cropped(padded, corners, SIZE).unflatten(0, (-1, 2)).squeeze(2)
+    return crop(padded, corners, SIZE).unflatten(0, (-1, 2)).squeeze(2)
 
 
 def overlaid(pairs: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from infocapsgan.engine.atomic import atomic_file, atomic_folder
 from infocapsgan.engine.run_directory import RunError
-from infocapsgan.engine.train_state import Training
+from infocapsgan.engine.train_state import TrainState
 from infocapsgan.systems.system import System
 
 WEIGHTS, TRAINING, NUMBERS = "weights.safetensors", "training.safetensors", "state.json"
@@ -22,73 +22,73 @@ BEST = "best"
 
 
 @dataclass
-class State:
+class Snapshot:
     """Everything that the next steps depend on, copied.
 
     Attributes:
         weights: parameters and buffers of the system.
-        training: tensors of the optimisers, states of the generators of random numbers.
+        tensors: of the optimisers, states of the generators of random numbers.
         numbers: the step, the type of the device, and the optimisers' and gradient scalers' plain numbers.
     """
 
     weights: dict[str, Tensor]
-    training: dict[str, Tensor]
+    tensors: dict[str, Tensor]
     numbers: dict[str, Any]
 
 
-def capture(system: System, training: Training) -> State:
+def capture(system: System, state: TrainState) -> Snapshot:
     """A copy of the state as it is now."""
     tensors = {
-        "generator.draw": training.draw.generator.get_state(),
+        "generator.draw": state.rng.generator.get_state(),
         "generator.torch": torch.get_rng_state(),
     }
     groups = {}
-    for name, optimizer in training.optimizers.items():
-        state = optimizer.state_dict()
-        groups[name] = state["param_groups"]
-        for index, values in state["state"].items():
+    for name, optimizer in state.optimizers.items():
+        saved = optimizer.state_dict()
+        groups[name] = saved["param_groups"]
+        for index, values in saved["state"].items():
             tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in values.items()}
     numbers = {
-        "step": training.step,
-        "device": training.device.type,
+        "step": state.step,
+        "device": state.device.type,
         "optimizers": groups,
-        "scalers": {name: scaler.state_dict() for name, scaler in training.scalers.items()},
+        "scalers": {name: scaler.state_dict() for name, scaler in state.scalers.items()},
     }
-    return State(_copied(system.state_dict()), _copied(tensors), json.loads(json.dumps(numbers)))
+    return Snapshot(_copied(system.state_dict()), _copied(tensors), json.loads(json.dumps(numbers)))
 
 
-def restore(state: State, system: System, training: Training) -> None:
+def restore(snapshot: Snapshot, system: System, state: TrainState) -> None:
     """Puts a captured state back."""
-    system.load_state_dict(state.weights)
-    training.step = state.numbers["step"]
-    for name, optimizer in training.optimizers.items():
+    system.load_state_dict(snapshot.weights)
+    state.step = snapshot.numbers["step"]
+    for name, optimizer in state.optimizers.items():
         values: dict[int, dict[str, Tensor]] = {}
-        for key, value in state.training.items():
+        for key, value in snapshot.tensors.items():
             if key.startswith(f"optimizer.{name}."):
                 index, _, field = key.removeprefix(f"optimizer.{name}.").partition(".")
                 values.setdefault(int(index), {})[field] = value.clone()
-        optimizer.load_state_dict({"state": values, "param_groups": state.numbers["optimizers"][name]})
-    for name, scaler in training.scalers.items():
-        scaler.load_state_dict(state.numbers["scalers"][name])
-    training.draw.generator.set_state(state.training["generator.draw"])
-    torch.set_rng_state(state.training["generator.torch"])
+        optimizer.load_state_dict({"state": values, "param_groups": snapshot.numbers["optimizers"][name]})
+    for name, scaler in state.scalers.items():
+        scaler.load_state_dict(snapshot.numbers["scalers"][name])
+    state.rng.generator.set_state(snapshot.tensors["generator.draw"])
+    torch.set_rng_state(snapshot.tensors["generator.torch"])
 
 
-def save(folder: Path, state: State, **numbers: float) -> Path:
+def save(folder: Path, snapshot: Snapshot, **numbers: float) -> Path:
     """Writes a state to `folder`/step-…, whole or not at all, and keeps the last two there.
 
     What is there of the same step is the same state and stays.
 
     Args:
         folder: of all checkpoints of a run.
-        state: what capture() gave.
+        snapshot: what capture() gave.
         numbers: what else is to be found there again, beside the state.
     """
-    path = folder / f"step-{state.numbers['step']:08d}"
+    path = folder / f"step-{snapshot.numbers['step']:08d}"
     with atomic_folder(path, keep=True) as temporary:
-        save_file(state.weights, temporary / WEIGHTS)
-        save_file(state.training, temporary / TRAINING)
-        (temporary / NUMBERS).write_text(json.dumps(state.numbers | numbers, indent=1))
+        save_file(snapshot.weights, temporary / WEIGHTS)
+        save_file(snapshot.tensors, temporary / TRAINING)
+        (temporary / NUMBERS).write_text(json.dumps(snapshot.numbers | numbers, indent=1))
     for old in checkpoints(folder)[:-2]:
         shutil.rmtree(old)
     return path
@@ -130,10 +130,10 @@ def load_best(folder: Path, system: System) -> None:
     system.load_state_dict(load_file(folder / BEST / WEIGHTS))
 
 
-def load(path: Path) -> State:
+def load(path: Path) -> Snapshot:
     """Reads what save() wrote; nothing is unpickled."""
     numbers = json.loads((path / NUMBERS).read_text())
-    return State(load_file(path / WEIGHTS), load_file(path / TRAINING), numbers)
+    return Snapshot(load_file(path / WEIGHTS), load_file(path / TRAINING), numbers)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ class Weights(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedRun:
     """A trained system in evaluation mode.
 
     Attributes:
@@ -73,7 +73,7 @@ class Trained:
         return self.system.load_data().to(self.device).centred()
 
 
-def load(path: Path, *, device: str = "auto", data_dir: Path | None = None) -> Trained:
+def load(path: Path, *, device: str = "auto", data_dir: Path | None = None) -> LoadedRun:
     """Reads the system of the run in `path`.
 
     Args:
@@ -94,7 +94,7 @@ def load(path: Path, *, device: str = "auto", data_dir: Path | None = None) -> T
     except RuntimeError as error:
         raise RunError(f"the weights in {weights.checkpoint} do not fit this system: {error}") from error
     where = local_device(device)
-    return Trained(path, name, system.to(where).eval().requires_grad_(False), weights, where)
+    return LoadedRun(path, name, system.to(where).eval().requires_grad_(False), weights, where)
 
 
 def read_settings(path: Path) -> tuple[str, Settings]:

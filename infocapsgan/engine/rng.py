@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Draw:
+class ShardedGenerator:
     """Draws noise for the global batch and hands out this process's part of it.
 
     Every process holds the same generator in the same state, so the numbers of image b do not depend on which

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from infocapsgan.engine.distributed import Processes
-from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.rng import ShardedGenerator
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -21,12 +21,12 @@ def adam(weights: Iterable[nn.Parameter], rate: float, betas: tuple[float, float
     return Adam(weights, rate, betas, fused=True)
 
 
-class Training:
+class TrainState:
     """Takes losses to changed weights, in the precision asked for.
 
     Args:
         optimizers: by name; update() takes such a name.
-        draw: where every random number of a step comes from.
+        rng: where every random number of a step comes from.
         precision: fp32, bf16 or fp16.
         device: where the system lives.
         steps_per_epoch: what turns a step into an epoch.
@@ -42,7 +42,7 @@ class Training:
     def __init__(
         self,
         optimizers: dict[str, Optimizer],
-        draw: Draw,
+        rng: ShardedGenerator,
         *,
         precision: str = "fp32",
         device: torch.device | str = "cpu",
@@ -50,7 +50,7 @@ class Training:
         steps: int = 1,
         processes: Processes | None = None,
     ) -> None:
-        self.optimizers, self.draw = optimizers, draw
+        self.optimizers, self.rng = optimizers, rng
         self.precision, self.device = precision, torch.device(device)
         self.steps_per_epoch, self.steps = steps_per_epoch, steps
         self.processes = processes or Processes()

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infocapsgan.data import Dataset
-from infocapsgan.data.augment import shifted
+from infocapsgan.data.augment import random_shift
 from infocapsgan.data.batches import Batches
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.data.files import cache_folder
 from infocapsgan.engine.atomic import atomic_folder
-from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.metrics.clustering import accuracy
 
 VERSION = 1  # of the network and what else is not in the key of the cache
@@ -112,10 +112,10 @@ def _train(classifier: FeatureClassifier, dataset: Dataset) -> None:
     steps = max(EPOCHS * batches.per_epoch, IMAGES_SEEN // batches.batch_size)
     optimizer = torch.optim.Adam(classifier.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    draw = Draw(0, device)
+    rng = ShardedGenerator(0, device)
     for step in range(steps):
         chosen = batches.indices(step)
-        seen = shifted(to_unit(images[chosen]), draw, SHIFT)
+        seen = random_shift(to_unit(images[chosen]), rng, SHIFT)
         loss = F.cross_entropy(classifier.classify(classifier(seen)), dataset.train_labels[chosen])
         optimizer.zero_grad()
         loss.backward()

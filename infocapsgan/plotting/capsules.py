@@ -10,59 +10,57 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from infocapsgan.data.dataset import to_symmetric, to_unit
-from infocapsgan.engine.loaded_run import Trained
+from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.evaluate import NotApplicableError
 from infocapsgan.models.capsule_encoder import lengths
 from infocapsgan.models.decoders import masked
 from infocapsgan.plotting.primary_decoder import couplings_to, primary_decoder
 from infocapsgan.plotting.sheet import CELL, new_figure, sheet, sheet_figure, sheet_size
 from infocapsgan.systems import CapsNet, Encoder, Mimic
-from infocapsgan.systems.capsnet import columns, seen
+from infocapsgan.systems.capsnet import encoder_input, label_columns
 
 TWEAKS = torch.arange(-5, 6) * 0.05
 SHOWN_CAPSULES = 10
 
 
-def reconstruct(found: Trained, *, images: int = 10) -> Figure:
+def reconstruct(run: LoadedRun, *, images: int = 10) -> Figure:
     """Test images and what is rebuilt of them: from the true label, and below from the predicted one."""
-    dataset = found.dataset.head(images)
-    if isinstance(found.system, Mimic):
+    dataset = run.dataset.head(images)
+    if isinstance(run.system, Mimic):
         real = to_symmetric(dataset.test_images)
-        rows = torch.cat([real, found.system.mimicked(real)])
-        title = f"{found.title}\ntest images and what the generator draws of their last capsule"
+        rows = torch.cat([real, run.system.mimicked(real)])
+        title = f"{run.title}\ntest images and what the generator draws of their last capsule"
         return sheet_figure(title, (rows + 1) / 2, len(real), rows=["image", "copy"])
-    system = _capsnet(found, "reconstruct")
+    system = _capsnet(run, "reconstruct")
     pixels, labels = to_unit(dataset.test_images), dataset.test_labels
-    capsules = system.model.encoder(seen(pixels)).classes
+    capsules = system.model.encoder(encoder_input(pixels)).classes
     predicted = system.predicted(capsules, labels)
-    shown, rows = [seen(pixels)], ["image"]
+    shown, rows = [encoder_input(pixels)], ["image"]
     for name, classes in (("true", labels), ("predicted", predicted)):
-        for digit, one in enumerate(columns(classes).unbind(1)):
+        for digit, one in enumerate(label_columns(classes).unbind(1)):
             shown.append(system.model.decoder(masked(capsules, one)))
             rows.append(f"from the {name} label" + f", digit {digit + 1}" * (classes.dim() == 2))
-    heads = [
-        f"{found.named(true)}\n{found.named(guess)}" for true, guess in zip(labels, predicted, strict=True)
-    ]
-    title = f"{found.title}\ntest images and their reconstructions"
+    heads = [f"{run.named(true)}\n{run.named(guess)}" for true, guess in zip(labels, predicted, strict=True)]
+    title = f"{run.title}\ntest images and their reconstructions"
     labelled = {"rows": rows, "heads": heads, "xlabel": "true label, and below the predicted one"}
     return sheet_figure(title, torch.cat(shown), len(pixels), cell=_cell(heads), **labelled)
 
 
-def tweak(found: Trained, *, image: int = 0) -> Figure:
+def tweak(run: LoadedRun, *, image: int = 0) -> Figure:
     """Each number of an image's class capsule changed by −0.25 to 0.25: a row for each, rebuilt."""
-    system = _capsnet(found, "tweak", single=True)
-    pixels, label = _test_image(found, image)
+    system = _capsnet(run, "tweak", single=True)
+    pixels, label = _test_image(run, image)
     capsules = system.model.encoder(pixels).classes
     predicted = system.predicted(capsules, label)
-    taken = f"{found.named(label)}, taken for {found.named(predicted)}"
+    taken = f"{run.named(label)}, taken for {run.named(predicted)}"
     D, count = capsules.shape[2], len(TWEAKS)
     changed = capsules.repeat(D * count, 1, 1)
-    change = torch.kron(torch.eye(D), TWEAKS[:, None]).to(found.device)  # [D · count, D]
+    change = torch.kron(torch.eye(D), TWEAKS[:, None]).to(run.device)  # [D · count, D]
     changed[:, predicted.item()] += change
     rebuilt = system.model.decoder(masked(changed, predicted.expand(len(changed)))).unflatten(0, (D, count))
     shown = torch.cat([pixels.expand(D, 1, *pixels.shape[1:]), rebuilt], dim=1)
     return sheet_figure(
-        f"{found.title}\ntest image {image} ({taken}): each number of its capsule changed",
+        f"{run.title}\ntest image {image} ({taken}): each number of its capsule changed",
         shown.flatten(0, 1),
         count + 1,
         rows=[str(d) for d in range(D)],
@@ -72,32 +70,32 @@ def tweak(found: Trained, *, image: int = 0) -> Figure:
     )
 
 
-def rotate(found: Trained, *, image: int = 0, degrees: int = 15) -> Figure:
+def rotate(run: LoadedRun, *, image: int = 0, degrees: int = 15) -> Figure:
     """An image turned through 360°: the longest capsule, its length, and what is rebuilt from it."""
-    system = found.system
+    system = run.system
     if not isinstance(system, (CapsNet, Encoder)):
-        raise NotApplicableError(f"rotate does not apply to {found.name}: it is not trained with labels")
-    _single_labels(found, "rotate")
-    pixels, label = _test_image(found, image)
+        raise NotApplicableError(f"rotate does not apply to {run.name}: it is not trained with labels")
+    _single_labels(run, "rotate")
+    pixels, label = _test_image(run, image)
     angles = list(range(0, 360, degrees))
-    images = turned(pixels, torch.tensor(angles, device=found.device))
+    images = turned(pixels, torch.tensor(angles, device=run.device))
     model = system.model
     capsules = model.encoder(images).classes if isinstance(system, CapsNet) else model(images * 2 - 1).classes
     longest, classes = lengths(capsules).max(dim=1)
     rebuilt = model.decoder(masked(capsules, classes)) if isinstance(system, CapsNet) else None
-    title = f"{found.title}\ntest image {image} ({found.named(label)}), turned counter-clockwise"
+    title = f"{run.title}\ntest image {image} ({run.named(label)}), turned counter-clockwise"
     per_row, rows = 12, ["turned"] if rebuilt is None else ["turned", "rebuilt"]
     starts = range(0, len(angles), per_row)
     width, height = sheet_size(len(rows) * per_row, per_row, cell=0.75)
     figure = new_figure(width, 2.6 + len(starts) * height, title)
     curve, *sheets = figure.subplots(1 + len(starts), 1, height_ratios=[2.2] + [height] * len(starts))
-    _plot_lengths(curve, angles, classes, longest.tolist(), found.named)
+    _plot_lengths(curve, angles, classes, longest.tolist(), run.named)
     for start, axes in zip(starts, sheets, strict=True):
         part = slice(start, start + per_row)
         missing = [0, 0, 0, 0, 0, 0, 0, per_row - len(angles[part])]
         shown = [F.pad(one[part], missing, value=1.0) for one in (images, rebuilt) if one is not None]
         heads = [
-            f"{angle}°\n{found.named(j)}\n{length:.2f}"
+            f"{angle}°\n{run.named(j)}\n{length:.2f}"
             for angle, j, length in zip(angles[part], classes[part], longest[part].tolist(), strict=True)
         ]
         sheet(axes, torch.cat(shown), per_row, rows=rows, heads=heads)
@@ -118,16 +116,16 @@ def _plot_lengths(
     axes.legend(fontsize="small", **above)
 
 
-def primary(found: Trained, *, image: int = 0, steps: int = 1000) -> Figure:
+def primary(run: LoadedRun, *, image: int = 0, steps: int = 1000) -> Figure:
     """Rebuilt from single primary capsules, the coupling coefficient growing from left to right."""
-    system = _capsnet(found, "primary", single=True)
-    decoder, largest = primary_decoder(found, system, steps)
-    pixels, label = _test_image(found, image)
+    system = _capsnet(run, "primary", single=True)
+    decoder, largest = primary_decoder(run, system, steps)
+    pixels, label = _test_image(run, image)
     u = system.model.encoder(pixels).primary
     coupling, predicted = couplings_to(system, u)
     share = coupling * lengths(u)
     chosen = share[0].topk(min(SHOWN_CAPSULES, share.shape[1])).indices
-    values = torch.linspace(0, largest, 10, device=found.device)
+    values = torch.linspace(0, largest, 10, device=run.device)
     inputs = u.new_zeros(len(chosen), len(values), *u.shape[1:])
     for row, i in enumerate(chosen.tolist()):
         inputs[row, :, i] = values[:, None] * u[0, i]
@@ -139,13 +137,13 @@ def primary(found: Trained, *, image: int = 0, steps: int = 1000) -> Figure:
         for i in chosen.tolist()
     ]
     return sheet_figure(
-        f"{found.title}\ntest image {image} ({found.named(label)}, taken for {found.named(predicted)}): "
+        f"{run.title}\ntest image {image} ({run.named(label)}, taken for {run.named(predicted)}): "
         "rebuilt from single primary capsules",
         shown.flatten(0, 1),
         len(values) + 1,
         rows=rows,
         heads=["image", *(f"{value:.2f}" for value in values.tolist())],
-        ylabel=f"primary capsule, and its coupling with class {found.named(predicted)}",
+        ylabel=f"primary capsule, and its coupling with class {run.named(predicted)}",
         xlabel="coupling coefficient that the capsule is scaled by",
     )
 
@@ -165,22 +163,22 @@ def _cell(heads: list[str]) -> float:
     return max(CELL, 0.08 * max(len(line) for head in heads for line in head.split("\n")))
 
 
-def _capsnet(found: Trained, kind: str, *, single: bool = False) -> CapsNet:
-    if not isinstance(found.system, CapsNet):
-        raise NotApplicableError(f"{kind} does not apply to {found.name}: it rebuilds no image")
+def _capsnet(run: LoadedRun, kind: str, *, single: bool = False) -> CapsNet:
+    if not isinstance(run.system, CapsNet):
+        raise NotApplicableError(f"{kind} does not apply to {run.name}: it rebuilds no image")
     if single:
-        _single_labels(found, kind)
-    return found.system
+        _single_labels(run, kind)
+    return run.system
 
 
-def _single_labels(found: Trained, kind: str) -> None:
-    if found.system.settings.dataset == "multi-mnist":
+def _single_labels(run: LoadedRun, kind: str) -> None:
+    if run.system.settings.dataset == "multi-mnist":
         raise NotApplicableError(f"{kind} does not apply to pairs of digits; reconstruct does")
 
 
-def _test_image(found: Trained, index: int) -> tuple[Tensor, Tensor]:
+def _test_image(run: LoadedRun, index: int) -> tuple[Tensor, Tensor]:
     """A test image [1, C, H, W] in [0, 1] and its label [1]."""
-    dataset = found.dataset
+    dataset = run.dataset
     if not 0 <= index < len(dataset.test_labels):
         raise NotApplicableError(f"--image: got {index}, takes 0 to {len(dataset.test_labels) - 1}")
     return to_unit(dataset.test_images[index : index + 1]), dataset.test_labels[index : index + 1]

@@ -7,14 +7,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from infocapsgan.engine.loaded_run import Trained
+from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.run_directory import read_config, read_metrics
 from infocapsgan.evaluate import NotApplicableError
 from infocapsgan.metrics.clustering import best
 from infocapsgan.plotting.sheet import LOG_FROM, new_figure
 
 
-def comparison(found: Trained, metric: str, beside: Sequence[Path], reach: Sequence[float]) -> Figure:
+def comparison(run: LoadedRun, metric: str, beside: Sequence[Path], reach: Sequence[float]) -> Figure:
     """`metric` of the runs against epochs: a colour a system, a line a run.
 
     Args:
@@ -31,7 +31,7 @@ def comparison(found: Trained, metric: str, beside: Sequence[Path], reach: Seque
     if reach and best(metric, [0.0]) is None:
         raise NotApplicableError(f"--reach: neither more nor less of {metric} is better")
     runs: dict[str, list[list[tuple[float, float]]]] = {}
-    for path in (found.path, *beside):
+    for path in (run.path, *beside):
         name, settings = read_config(path)
         values = points(read_metrics(path), metric)
         if not values:

@@ -18,7 +18,7 @@ from infocapsgan.data.batches import Batches
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.engine.atomic import atomic_folder
 from infocapsgan.engine.checkpoint import WEIGHTS
-from infocapsgan.engine.loaded_run import Trained
+from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.models.capsule_encoder import lengths
 from infocapsgan.models.decoders import FullyConnectedDecoder
 from infocapsgan.systems import CapsNet
@@ -27,7 +27,7 @@ FOLDER = "primary-decoder"
 BATCH_SIZE, LEARNING_RATE = 128, 1e-3
 
 
-def primary_decoder(found: Trained, system: CapsNet, steps: int) -> tuple[FullyConnectedDecoder, float]:
+def primary_decoder(run: LoadedRun, system: CapsNet, steps: int) -> tuple[FullyConnectedDecoder, float]:
     """The decoder, and the largest coupling coefficient that it was trained on.
 
     Trained at the first call, with seed 0, and read from the run at later ones with the same number of steps
@@ -38,17 +38,17 @@ def primary_decoder(found: Trained, system: CapsNet, steps: int) -> tuple[FullyC
         system: its CapsNet.
         steps: of training, of 128 images each.
     """
-    folder = found.path / FOLDER
-    weights = hashlib.sha256((found.weights.checkpoint / WEIGHTS).read_bytes()).hexdigest()
+    folder = run.path / FOLDER
+    weights = hashlib.sha256((run.weights.checkpoint / WEIGHTS).read_bytes()).hexdigest()
     wanted = {"steps": steps, "weights": weights}
     in_capsules, _, _, K = system.model.encoder.classes.weight.shape
     with torch.random.fork_rng():
         torch.manual_seed(0)
         shape = system.image_shape
-        decoder = FullyConnectedDecoder(in_capsules * K, shape.channels, shape.size).to(found.device)
+        decoder = FullyConnectedDecoder(in_capsules * K, shape.channels, shape.size).to(run.device)
     kept = json.loads((folder / "decoder.json").read_text()) if folder.is_dir() else {}
     if any(kept.get(name) != value for name, value in wanted.items()):
-        largest = _train(decoder, found, system, steps)
+        largest = _train(decoder, run, system, steps)
         with atomic_folder(folder) as temporary:
             save_file(decoder.state_dict(), temporary / "weights.safetensors")
             (temporary / "decoder.json").write_text(json.dumps(wanted | {"largest_coupling": largest}))
@@ -66,11 +66,11 @@ def couplings_to(system: CapsNet, u: Tensor) -> tuple[Tensor, Tensor]:
     return coupling[torch.arange(len(u), device=u.device), :, predicted], predicted
 
 
-def _train(decoder: FullyConnectedDecoder, found: Trained, system: CapsNet, steps: int) -> float:
-    images = found.dataset.train_images
-    batches = Batches(len(images), min(BATCH_SIZE, len(images)), 0, found.device)
+def _train(decoder: FullyConnectedDecoder, run: LoadedRun, system: CapsNet, steps: int) -> float:
+    images = run.dataset.train_images
+    batches = Batches(len(images), min(BATCH_SIZE, len(images)), 0, run.device)
     optimizer = torch.optim.Adam(decoder.parameters(), LEARNING_RATE)
-    generator = torch.Generator(found.device).manual_seed(0)
+    generator = torch.Generator(run.device).manual_seed(0)
     largest = 0.0
     for step in range(steps):
         target = to_unit(images[batches.indices(step)])

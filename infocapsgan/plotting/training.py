@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from infocapsgan.engine.loaded_run import Trained
+from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.run_directory import SUMMARY, read_metrics
 from infocapsgan.evaluate import NotApplicableError
 from infocapsgan.plotting.comparison import comparison
@@ -28,22 +28,22 @@ WHAT_A_PICTURE_SHOWS = {
 
 
 def curves(
-    found: Trained, *, metric: str | None = None, beside: Sequence[Path] = (), reach: Sequence[float] = ()
+    run: LoadedRun, *, metric: str | None = None, beside: Sequence[Path] = (), reach: Sequence[float] = ()
 ) -> Figure:
     """Losses and shares of training batches and of held-out images, metrics of the test split, over steps.
 
     With `metric` that number alone, against epochs, of this run and those beside it; see comparison.
     """
     if metric:
-        return comparison(found, metric, beside, reach)
+        return comparison(run, metric, beside, reach)
     if beside or reach:
         raise NotApplicableError("--beside, --reach: take --metric, the number to compare")
-    rows = read_metrics(found.path)
+    rows = read_metrics(run.path)
     batches = [row for row in rows if row["kind"] == "train"]
     tests = [row for row in rows if row["kind"] == "evaluation"]
     held_out = [row for row in rows if row["kind"] == "validation"]
     if not rows:
-        raise NotApplicableError(f"curves: {found.path} holds no metrics yet")
+        raise NotApplicableError(f"curves: {run.path} holds no metrics yet")
     panels = [
         (f"{split}: {kind}", rows, [name for name in _names(rows) if _kind(name) == kind])
         for split, rows in (
@@ -55,13 +55,13 @@ def curves(
     ]
     panels = [panel for panel in panels if panel[2]]
     figure = new_figure(
-        5.4 * min(3, len(panels)), 4.0 * -(-len(panels) // 3), f"{found.title}\nhow the training went"
+        5.4 * min(3, len(panels)), 4.0 * -(-len(panels) // 3), f"{run.title}\nhow the training went"
     )
     axes = figure.subplots(-(-len(panels) // 3), min(3, len(panels)), squeeze=False).ravel()
     for place, (title, values, names) in zip(axes, panels, strict=False):
         _plot(place, title, values, names)
-        if found.system.headline in names and values is tests:
-            for name, value in _baselines(found).items():
+        if run.system.headline in names and values is tests:
+            for name, value in _baselines(run).items():
                 place.axhline(value, color="gray", linestyle="--", label=f"{name}: {value:.3f}")
         place.legend(fontsize="x-small", ncols=2 if len(names) > 5 else 1)
     for place in axes[len(panels) :]:
@@ -109,21 +109,21 @@ def _names(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _baselines(found: Trained) -> dict[str, float]:
-    file = found.path / SUMMARY
-    return json.loads(file.read_text())["baselines"][found.system.headline] if file.exists() else {}
+def _baselines(run: LoadedRun) -> dict[str, float]:
+    file = run.path / SUMMARY
+    return json.loads(file.read_text())["baselines"][run.system.headline] if file.exists() else {}
 
 
-def animate(found: Trained, *, pictures: str | None = None) -> list[Figure]:
+def animate(run: LoadedRun, *, pictures: str | None = None) -> list[Figure]:
     """The pictures in samples/ one after another, each with its step."""
-    kept = kept_pictures(found.path)
+    kept = kept_pictures(run.path)
     if not kept:
-        raise NotApplicableError(f"animate: {found.path}/samples holds no pictures")
+        raise NotApplicableError(f"animate: {run.path}/samples holds no pictures")
     name = pictures or ("samples" if "samples" in kept else next(iter(kept)))
     if name not in kept:
         raise NotApplicableError(f"--pictures: got {name}, takes one of {', '.join(kept)}")
-    epochs = {row["step"]: row["epoch"] for row in read_metrics(found.path)}
-    return [_frame(found, name, path, step, epochs.get(step)) for step, path in kept[name]]
+    epochs = {row["step"]: row["epoch"] for row in read_metrics(run.path)}
+    return [_frame(run, name, path, step, epochs.get(step)) for step, path in kept[name]]
 
 
 def kept_pictures(run: Path) -> dict[str, list[tuple[int, Path]]]:
@@ -135,27 +135,27 @@ def kept_pictures(run: Path) -> dict[str, list[tuple[int, Path]]]:
     return kept
 
 
-def _frame(found: Trained, name: str, path: Path, step: int, epoch: float | None) -> Figure:
+def _frame(run: LoadedRun, name: str, path: Path, step: int, epoch: float | None) -> Figure:
     picture = np.asarray(Image.open(path).convert("RGB"))
     height, width = picture.shape[:2]
     when = f"step {step:,}" + (f", epoch {epoch:.1f}" if epoch is not None else "")
     figure = new_figure(width / 120 + 0.9, height / 120 + 1.1)
     axes = figure.subplots()
-    axes.set_title(f"{found.subject}\n{when}", fontsize="medium")
+    axes.set_title(f"{run.subject}\n{when}", fontsize="medium")
     axes.imshow(picture, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
-    axes.set_xlabel(_what(found, name), wrap=True)
-    if _coded(found, name):
-        classes = found.system.image_shape.classes
+    axes.set_xlabel(_what(run, name), wrap=True)
+    if _coded(run, name):
+        classes = run.system.image_shape.classes
         axes.set_yticks([(row + 0.5) * height / classes for row in range(classes)], range(classes))
         axes.tick_params(length=0)
         axes.set_ylabel("class code")
     return figure
 
 
-def _what(found: Trained, name: str) -> str:
+def _what(run: LoadedRun, name: str) -> str:
     if matched := re.fullmatch(r"continuous_code_(\d+)", name):
         return f"continuous code {matched[1]} from −2 on the left to 2 on the right"
     if name == "samples":
@@ -163,6 +163,6 @@ def _what(found: Trained, name: str) -> str:
     return WHAT_A_PICTURE_SHOWS.get(name, name)
 
 
-def _coded(found: Trained, name: str) -> bool:
-    coded = isinstance(found.system, (InfoCapsGAN, InfoGAN))
+def _coded(run: LoadedRun, name: str) -> bool:
+    coded = isinstance(run.system, (InfoCapsGAN, InfoGAN))
     return coded and (name == "samples" or name.startswith("continuous_code_"))

@@ -15,12 +15,18 @@ from torch import Tensor, nn
 from capsops.nn import RoutingCapsules
 from infocapsgan import losses
 from infocapsgan.data import NAMES, Dataset
-from infocapsgan.data.augment import deformed, flipped, moved, relit, shifted
+from infocapsgan.data.augment import (
+    color_jitter,
+    elastic_transform,
+    random_affine,
+    random_horizontal_flip,
+    random_shift,
+)
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.data.multi_mnist import TEST_PAIRS, MultiMNIST, overlaid
-from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Count, Share, Weight, Whole
-from infocapsgan.engine.train_state import Training, adam
+from infocapsgan.engine.train_state import TrainState, adam
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
 from infocapsgan.models.decoders import DeconvolutionalDecoder, FullyConnectedDecoder, masked
 from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
@@ -165,38 +171,38 @@ class CapsNet(Supervised):
             dataset.with_test_pairs(self.settings.test_pairs) if isinstance(dataset, MultiMNIST) else dataset
         )
 
-    def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
+    def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """One step on the margin loss and the weighted reconstruction error."""
         s = self.settings
-        images = self.augmented(to_unit(images), training.draw)
-        self.optimizers["model"].param_groups[0]["lr"] = s.learning_rate * s.rate_decay ** int(training.epoch)
-        with training.autocast():
-            capsules = self.model.encoder(seen(images)).classes
+        images = self.augmented(to_unit(images), state.rng)
+        self.optimizers["model"].param_groups[0]["lr"] = s.learning_rate * s.rate_decay ** int(state.epoch)
+        with state.autocast():
+            capsules = self.model.encoder(encoder_input(images)).classes
             margin = self.margin_loss(capsules, labels).mean()
             error = self.rebuilding_error(capsules, labels, images, s.reconstruction_loss).mean()
-        weight = s.reconstruction_weight * schedule(s.reconstruction_schedule, training.epoch)
-        training.update("model", margin + weight * error)
+        weight = s.reconstruction_weight * schedule(s.reconstruction_schedule, state.epoch)
+        state.update("model", margin + weight * error)
         right = correct(self.predicted(capsules, labels), labels).float().mean()
         return {"margin": margin.detach(), "reconstruction": error.detach(), "batch_accuracy": right}
 
-    def augmented(self, images: Tensor, draw: Draw) -> Tensor:
+    def augmented(self, images: Tensor, rng: ShardedGenerator) -> Tensor:
         """Training images [B, C, H, W] in [0, 1] as the settings want them changed."""
         s = self.settings
         if s.turn or s.resize or s.shear:
-            images = moved(images, draw, degrees=s.turn, scale=s.resize, shear=s.shear, shift=0)
+            images = random_affine(images, rng, degrees=s.turn, scale=s.resize, shear=s.shear, shift=0)
         if s.deform:
-            images = deformed(images, draw, s.deform)
+            images = elastic_transform(images, rng, s.deform)
         if s.shift:
-            images = shifted(images, draw, s.shift)
+            images = random_shift(images, rng, s.shift)
         if s.flip:
-            images = flipped(images, draw)
+            images = random_horizontal_flip(images, rng)
         if s.brightness or s.contrast:
-            images = relit(images, draw, brightness=s.brightness, contrast=s.contrast)
+            images = color_jitter(images, rng, brightness=s.brightness, contrast=s.contrast)
         return images
 
     def margin_loss(self, capsules: Tensor, labels: Tensor) -> Tensor:
         """Margin loss of each image [B]; labels are [B], or [B, 2] of pairs."""
-        target = F.one_hot(columns(labels), self.image_shape.classes).sum(dim=1)
+        target = F.one_hot(label_columns(labels), self.image_shape.classes).sum(dim=1)
         return losses.margin_loss(lengths(capsules.float()), target)
 
     def rebuilding_error(self, capsules: Tensor, classes: Tensor, images: Tensor, kind: str) -> Tensor:
@@ -204,13 +210,13 @@ class CapsNet(Supervised):
         digits = images.split(1, dim=1) if classes.dim() == 2 else [images]
         errors = [
             reconstruction_error(self.model.decoder(masked(capsules, one)), digit, kind)
-            for one, digit in zip(columns(classes).unbind(1), digits, strict=True)
+            for one, digit in zip(label_columns(classes).unbind(1), digits, strict=True)
         ]
         return torch.stack(errors).mean(dim=0)
 
     def predicted(self, capsules: Tensor, labels: Tensor) -> Tensor:
         """The longest capsule of each image [B], or the two longest [B, 2], in the order of the labels."""
-        found = lengths(capsules).topk(columns(labels).shape[1], dim=1).indices
+        found = lengths(capsules).topk(label_columns(labels).shape[1], dim=1).indices
         if labels.dim() == 1:
             return found[:, 0]
         crossed = (found[:, 0] == labels[:, 1]) | (found[:, 1] == labels[:, 0])
@@ -221,7 +227,7 @@ class CapsNet(Supervised):
         metrics = self.evaluate(held_out)
         return metrics["margin_loss"] + self.settings.reconstruction_weight * metrics["squared_error"]
 
-    def judged(self, dataset: Dataset) -> dict[str, Tensor]:
+    def predictions(self, dataset: Dataset) -> dict[str, Tensor]:
         """For each test image its `predicted` class, `margin_loss` [N] and `squared_error` [N].
 
         The predicted classes are [N], or [N, 2] of pairs, in the order of the labels. Images are rebuilt from
@@ -230,7 +236,7 @@ class CapsNet(Supervised):
         parts = []
         for pixels, labels in dataset.test_batches(500):
             images = to_unit(pixels)
-            capsules = self.model.encoder(seen(images)).classes
+            capsules = self.model.encoder(encoder_input(images)).classes
             classes = self.predicted(capsules, labels)
             margin = self.margin_loss(capsules, labels)
             parts.append((classes, margin, self.rebuilding_error(capsules, classes, images, "squared")))
@@ -242,7 +248,7 @@ class CapsNet(Supervised):
 
         The accuracy of pairs counts digits; `pair_error` is the share of pairs in which either is wrong.
         """
-        judged = self.judged(dataset)
+        judged = self.predictions(dataset)
         right = correct(judged["predicted"], dataset.test_labels)
         metrics = {
             "accuracy": right.double().mean().item(),
@@ -256,19 +262,19 @@ class CapsNet(Supervised):
     def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
         """Ten test images; below each what is rebuilt from its true classes, and from the predicted ones."""
         images, labels = to_unit(dataset.test_images[:10]), dataset.test_labels[:10]
-        capsules = self.model.encoder(seen(images)).classes
-        rows = [seen(images)]
+        capsules = self.model.encoder(encoder_input(images)).classes
+        rows = [encoder_input(images)]
         for classes in (labels, self.predicted(capsules, labels)):
-            rows += [self.model.decoder(masked(capsules, one)) for one in columns(classes).unbind(1)]
+            rows += [self.model.decoder(masked(capsules, one)) for one in label_columns(classes).unbind(1)]
         return {"reconstructions": (torch.cat(rows), len(images))}
 
 
-def seen(images: Tensor) -> Tensor:
+def encoder_input(images: Tensor) -> Tensor:
     """What the encoder is given: images as they are, pairs of digits [B, 2, H, W] overlaid."""
     return overlaid(images) if images.shape[1] == 2 else images
 
 
-def columns(labels: Tensor) -> Tensor:
+def label_columns(labels: Tensor) -> Tensor:
     """Labels [B] or [B, 2] → [B, 1] or [B, 2]."""
     return labels.view(len(labels), -1)
 

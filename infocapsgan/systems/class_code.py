@@ -17,10 +17,10 @@ from torch import Tensor
 
 from infocapsgan import losses
 from infocapsgan.data import Dataset
-from infocapsgan.data.augment import erased, moved
+from infocapsgan.data.augment import random_affine, random_erasing
 from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.engine.settings import Share, Weight, Whole
-from infocapsgan.engine.train_state import Training
+from infocapsgan.engine.train_state import TrainState
 from infocapsgan.metrics.clustering import clustering_metrics, kmeans_accuracy
 from infocapsgan.systems.gan import GAN, GANSettings
 
@@ -82,9 +82,9 @@ class ClassCodeGAN(GAN):
         """What a softmax makes class probabilities of [B, J], of images [B, C, H, W] in [−1, 1]."""
         raise NotImplementedError
 
-    def generates(self, training: Training) -> bool:
+    def generates(self, state: TrainState) -> bool:
         """Whether the generator takes part in this step."""
-        return training.step >= self.settings.warm_up
+        return state.step >= self.settings.warm_up
 
     def untrained(self, steps: int) -> str:
         """The generator, unless there are steps after the warm-up."""
@@ -96,40 +96,40 @@ class ClassCodeGAN(GAN):
             f"and there are {steps}"
         )
 
-    def settled(self, rate: float, training: Training) -> float:
+    def decayed_rate(self, rate: float, state: TrainState) -> float:
         """A learning rate on its line from `rate` at the first step to the end of a warm-up."""
         s = self.settings
-        done = min(1.0, training.step / s.warm_up) if s.warm_up else 0.0
+        done = min(1.0, state.step / s.warm_up) if s.warm_up else 0.0
         return rate * (1 - (1 - s.settled_rate) * done)
 
     def real_images_loss(
-        self, real: Tensor, logits: Tensor, training: Training, named: dict[str, Tensor]
+        self, real: Tensor, logits: Tensor, state: TrainState, named: dict[str, Tensor]
     ) -> Tensor:
         """What real images alone say of the classes: certain, evenly used, the same for a changed copy.
 
         Args:
             real: images [B, C, H, W] in [−1, 1].
             logits: their class_logits [B, J].
-            training: where random numbers come from, and how far it is.
+            state: where random numbers come from, and how far it is.
             named: is given each part that has a weight, by its name.
         """
         s, loss = self.settings, torch.zeros((), device=real.device)
         p = logits.float().log_softmax(dim=1).exp()
         if s.information_weight:
-            mean = training.processes.mean
+            mean = state.processes.mean
             named["information"] = losses.mutual_information(p, mean=mean)
             balanced = losses.mutual_information(p, balance=s.balance, mean=mean)
             loss = loss - s.information_weight * balanced
         if s.consistency_weight:
-            copy = erased(
-                moved(real, training.draw, background=-1), training.draw, share=s.erased, background=-1
+            copy = random_erasing(
+                random_affine(real, state.rng, background=-1), state.rng, share=s.erased, background=-1
             )
             named["consistency"] = losses.divergence(p.detach(), self.class_log_probabilities(copy))
             loss = loss + s.consistency_weight * named["consistency"]
-        smooth = s.smoothness_weight and training.step >= s.smoothness_after
-        if smooth and not self.generates(training):
+        smooth = s.smoothness_weight and state.step >= s.smoothness_after
+        if smooth and not self.generates(state):
             named["smoothness"] = losses.adversarial_smoothness(
-                self.class_log_probabilities, real, p, training.draw, radius=s.smoothness_radius
+                self.class_log_probabilities, real, p, state.rng, radius=s.smoothness_radius
             )
             loss = loss + s.smoothness_weight * named["smoothness"]
         return loss

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from infocapsgan import losses
 from infocapsgan.data import Dataset
-from infocapsgan.data.augment import moved
+from infocapsgan.data.augment import random_affine
 from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.engine.settings import Weight
-from infocapsgan.engine.train_state import Training, adam
+from infocapsgan.engine.train_state import TrainState, adam
 from infocapsgan.metrics.clustering import accuracy
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
 from infocapsgan.systems.supervised import Supervised, SupervisedSettings
@@ -49,22 +49,22 @@ class Encoder(Supervised):
         self.model = CapsuleEncoder(*self.image_shape, width=s.width, batch_norm=s.batch_norm, bias=False)
         self.optimizers = {"model": adam(self.model.parameters(), s.learning_rate)}
 
-    def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
+    def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """One step on the margin loss."""
         images = to_symmetric(images)
         if self.settings.moved:
-            images = moved(images, training.draw, background=-1)
-        with training.autocast():
+            images = random_affine(images, state.rng, background=-1)
+        with state.autocast():
             found = lengths(self.model(images).classes)
             loss = self.margin_loss(found, labels).mean()
-        training.update("model", loss)
+        state.update("model", loss)
         return {"margin": loss.detach(), "batch_accuracy": (found.argmax(dim=1) == labels).float().mean()}
 
     def margin_loss(self, found: Tensor, labels: Tensor) -> Tensor:
         """Margin loss of each image [B], of its class capsules' lengths [B, J]."""
         return losses.margin_loss(found.float(), F.one_hot(labels, self.image_shape.classes))
 
-    def judged(self, dataset: Dataset) -> dict[str, Tensor]:
+    def predictions(self, dataset: Dataset) -> dict[str, Tensor]:
         """For each test image its `predicted` class [N] and its `margin_loss` [N]."""
         found = torch.cat(
             [lengths(self.model(to_symmetric(part)).classes) for part in dataset.test_images.split(500)]
@@ -76,7 +76,7 @@ class Encoder(Supervised):
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """Accuracy and margin loss on the test split."""
-        judged = self.judged(dataset)
+        judged = self.predictions(dataset)
         return {
             "accuracy": accuracy(judged["predicted"], dataset.test_labels),
             "margin_loss": judged["margin_loss"].mean().item(),

@@ -11,9 +11,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 from infocapsgan import losses
 from infocapsgan.data import Dataset
 from infocapsgan.data.dataset import evenly, to_symmetric
-from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Range, Settings, Weight, Whole
-from infocapsgan.engine.train_state import Training
+from infocapsgan.engine.train_state import TrainState
 from infocapsgan.metrics.features import feature_extractor
 from infocapsgan.metrics.fidelity import frechet_distance
 from infocapsgan.systems.system import System
@@ -69,23 +69,23 @@ class GAN(System):
         return [self.generator, self.discriminator]
 
     @property
-    def drawing_generator(self) -> nn.Module:
+    def sampling_generator(self) -> nn.Module:
         """The generator that pictures and evaluations come from."""
         return self.average or self.generator
 
-    def random_latents(self, number: int, draw: Draw, images: Tensor) -> Tensor:
+    def random_latents(self, number: int, rng: ShardedGenerator, images: Tensor) -> Tensor:
         """Latent vectors [number, …] drawn as in training.
 
         Args:
             number: of latents.
-            draw: where the random numbers come from.
+            rng: where the random numbers come from.
             images: real ones [N, C, H, W] as uint8, for a generator whose latents are taken from them.
         """
         raise NotImplementedError
 
-    def drawn(self, latents: Tensor) -> Tensor:
+    def generate(self, latents: Tensor) -> Tensor:
         """The images [N, C, H, W] in [0, 1] that the generator makes of latents [N, …]."""
-        parts = [self.drawing_generator(part) for part in latents.to(self.device).split(500)]
+        parts = [self.sampling_generator(part) for part in latents.to(self.device).split(500)]
         images = torch.cat([part[0] if isinstance(part, tuple) else part for part in parts])
         return (images.float() + 1) / 2
 
@@ -104,7 +104,9 @@ class GAN(System):
         if not number:
             return {}
         classifier = feature_extractor(dataset, self.image_shape.classes).classifier
-        generated = self.drawn(self.random_latents(number, Draw(0, self.device), dataset.train_images))
+        generated = self.generate(
+            self.random_latents(number, ShardedGenerator(0, self.device), dataset.train_images)
+        )
         real, generated = (
             classifier.of_all(images) for images in (evenly(dataset.test_images, number), generated)
         )
@@ -121,13 +123,13 @@ class GAN(System):
             mean.copy_(now)
 
     def adversarial_discriminator_loss(
-        self, real: Tensor, generated: Tensor, real_logit: Tensor, logit: Tensor, training: Training
+        self, real: Tensor, generated: Tensor, real_logit: Tensor, logit: Tensor, state: TrainState
     ) -> Tensor:
         """The discriminator's loss of the chosen kind, with its gradient penalty where it has one."""
         s = self.settings
         loss = losses.discriminator_loss(real_logit, logit, s.adversarial_loss)
         if s.adversarial_loss == "wasserstein":
-            penalty = losses.gradient_penalty(self.logits, real, generated.detach(), training.draw)
+            penalty = losses.gradient_penalty(self.logits, real, generated.detach(), state.rng)
             loss = loss + s.penalty_weight * penalty
         return loss
 
@@ -150,22 +152,22 @@ class LatentGAN(GAN):
         """Normal values in a latent vector."""
         return self.settings.noise_dim
 
-    def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
+    def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """The discriminator once, then the generator once on new latents; labels are not looked at."""
-        draw, B, N = training.draw, len(images), self.noise_dim
+        rng, B, N = state.rng, len(images), self.noise_dim
         real = to_symmetric(images)
-        latent, later_latent = draw.normal(B, N), draw.normal(B, N)
+        latent, later_latent = rng.normal(B, N), rng.normal(B, N)
 
-        with training.autocast():
+        with state.autocast():
             with torch.no_grad():
                 generated = self.generator(latent)
             real_logit, logit = self.logits(real), self.logits(generated)
-            discriminator = self.adversarial_discriminator_loss(real, generated, real_logit, logit, training)
-        training.update("discriminator", discriminator)
+            discriminator = self.adversarial_discriminator_loss(real, generated, real_logit, logit, state)
+        state.update("discriminator", discriminator)
 
-        with training.autocast():
+        with state.autocast():
             generator = self.adversarial_generator_loss(self.logits(self.generator(later_latent)))
-        training.update("generator", generator)
+        state.update("generator", generator)
         self.update_average()
         return {
             "discriminator": discriminator.detach(),
@@ -174,9 +176,9 @@ class LatentGAN(GAN):
             "generated_accuracy": (logit < 0).float().mean(),
         }
 
-    def random_latents(self, number: int, draw: Draw, images: Tensor) -> Tensor:
+    def random_latents(self, number: int, rng: ShardedGenerator, images: Tensor) -> Tensor:
         """Normal values [number, noise_dim]."""
-        return draw.normal(number, self.noise_dim)
+        return rng.normal(number, self.noise_dim)
 
     def fixed_latents(self, number: int) -> Tensor:
         """The same latents [number, noise_dim] at every call."""
@@ -190,7 +192,7 @@ class LatentGAN(GAN):
         real_right, generated_right = [], []
         for images, latent in zip(real.split(250), latents.split(250), strict=True):
             real_right.append(self.logits(images) > 0)
-            generated_right.append(self.logits(self.drawing_generator(latent)) < 0)
+            generated_right.append(self.logits(self.sampling_generator(latent)) < 0)
         shares = [torch.cat(right).float().mean().item() for right in (real_right, generated_right)]
         return {
             "discriminator_accuracy": sum(shares) / 2,
@@ -207,7 +209,7 @@ class LatentGAN(GAN):
         latents = self.fixed_latents(100)
         lines = torch.cat([morph(a, b, 10) for a, b in zip(latents[:10], latents[10:20], strict=True)])
         return {
-            name: ((self.drawing_generator(chosen) + 1) / 2, 10)
+            name: ((self.sampling_generator(chosen) + 1) / 2, 10)
             for name, chosen in (("samples", latents), ("morph", lines))
         }
 

@@ -26,9 +26,9 @@ from capsops.nn import RoutingCapsules
 from infocapsgan import losses
 from infocapsgan.data import Dataset
 from infocapsgan.data.dataset import to_symmetric
-from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Count, Weight
-from infocapsgan.engine.train_state import Training
+from infocapsgan.engine.train_state import TrainState
 from infocapsgan.models.capsule_encoder import (
     CapsuleEncoder,
     Capsules,
@@ -186,9 +186,9 @@ class InfoCapsGAN(ClassCodeGAN):
         latent = torch.cat([noise, F.one_hot(code, self.image_shape.classes)], dim=1)
         return capsops.squash(latent) if self.settings.latent == "squashed" else latent
 
-    def generates(self, training: Training) -> bool:
+    def generates(self, state: TrainState) -> bool:
         """Whether the generator takes part in this step."""
-        return self.settings.adversarial_weight > 0 and super().generates(training)
+        return self.settings.adversarial_weight > 0 and super().generates(state)
 
     def untrained(self, steps: int) -> str:
         """As of every class code; without the adversarial part there is to be no generator."""
@@ -203,49 +203,51 @@ class InfoCapsGAN(ClassCodeGAN):
         found = lengths if self.settings.evidence == "length" else unsquashed_lengths
         return self.settings.temperature * found(capsules.classes).float()
 
-    def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
+    def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """Discriminator and generator once each; the labels are not looked at."""
-        s, draw, B = self.settings, training.draw, len(images)
+        s, rng, B = self.settings, state.rng, len(images)
         real = to_symmetric(images)
-        noise, code = draw.normal(B, s.noise_dim), draw.integers(self.image_shape.classes, B)
+        noise, code = rng.normal(B, s.noise_dim), rng.integers(self.image_shape.classes, B)
         if s.diversity_weight:
-            if B % 2 and training.processes.world > 1:
+            if B % 2 and state.processes.world > 1:
                 raise ValueError(
                     f"--batch-size: got {s.batch_size}, takes an even number for each of the "
-                    f"{training.processes.world} processes with --diversity-weight, which pairs images"
+                    f"{state.processes.world} processes with --diversity-weight, which pairs images"
                 )
             code = code[::2].repeat_interleave(2)[:B]  # neighbours are of one class
-        generating = self.generates(training)
+        generating = self.generates(state)
         named = {}
-        self.optimizers["discriminator"].param_groups[0]["lr"] = self.settled(s.discriminator_rate, training)
+        self.optimizers["discriminator"].param_groups[0]["lr"] = self.decayed_rate(
+            s.discriminator_rate, state
+        )
 
-        with training.autocast():
+        with state.autocast():
             seen = self.discriminator(real)
-            loss = self.real_images_loss(real, self.logits_of(seen.capsules), training, named)
+            loss = self.real_images_loss(real, self.logits_of(seen.capsules), state, named)
             if generating:
                 latent = self.latent(noise, code)
                 generated, _ = self.generator(latent)
                 judged = self.discriminator(generated.detach())
                 named["discriminator"] = self.adversarial_discriminator_loss(
-                    real, generated, seen.logit, judged.logit, training
+                    real, generated, seen.logit, judged.logit, state
                 )
                 named["code"] = self.code_loss(judged, code)
                 loss = loss + s.adversarial_weight * named["discriminator"]
                 loss = loss + s.code_weight * s.batch_size * named["code"]
-        training.update("discriminator", loss)
+        state.update("discriminator", loss)
 
         if generating:
-            with training.autocast():
+            with state.autocast():
                 judged = self.discriminator(generated)
                 named["generator"] = self.adversarial_generator_loss(judged.logit)
                 loss = s.adversarial_weight * named["generator"]
                 loss = loss + s.code_weight * s.batch_size * self.code_loss(judged, code)
                 if s.diversity_weight:
                     named["diversity"] = losses.mode_seeking(
-                        generated.float(), latent, mean=training.processes.mean
+                        generated.float(), latent, mean=state.processes.mean
                     )
                     loss = loss + s.diversity_weight * named["diversity"]
-            training.update("generator", loss)
+            state.update("generator", loss)
             self.update_average()
         return {name: value.detach() for name, value in named.items()}
 
@@ -254,17 +256,17 @@ class InfoCapsGAN(ClassCodeGAN):
         target = F.one_hot(code, self.image_shape.classes)
         return losses.margin_loss(lengths(judged.capsules.classes), target).mean()
 
-    def random_latents(self, number: int, draw: Draw, images: Tensor) -> Tensor:
+    def random_latents(self, number: int, rng: ShardedGenerator, images: Tensor) -> Tensor:
         """Latents of normal noise and evenly drawn class codes [number, noise_dim + classes]."""
-        noise = draw.normal(number, self.settings.noise_dim)
-        return self.latent(noise, draw.integers(self.image_shape.classes, number))
+        noise = rng.normal(number, self.settings.noise_dim)
+        return self.latent(noise, rng.integers(self.image_shape.classes, number))
 
     def samples(self) -> tuple[Tensor, Capsules]:
         """Generated images in [−1, 1], a row for each code, and their capsules; always of the same noise."""
         s, classes = self.settings, self.image_shape.classes
         noise = torch.randn(SAMPLES_PER_CODE, s.noise_dim, generator=torch.Generator().manual_seed(0))
         code = torch.arange(classes).repeat_interleave(SAMPLES_PER_CODE)
-        return self.drawing_generator(self.latent(noise.repeat(classes, 1), code).to(self.device))
+        return self.sampling_generator(self.latent(noise.repeat(classes, 1), code).to(self.device))
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """As of every class code; and the generator's capsules compared with the discriminator's."""

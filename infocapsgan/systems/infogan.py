@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infocapsgan.data import Dataset
-from infocapsgan.data.augment import leaning, thickened
+from infocapsgan.data.augment import shear, thicken
 from infocapsgan.data.dataset import to_symmetric
-from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Count, Range, Weight, Whole
-from infocapsgan.engine.train_state import Training, adam
+from infocapsgan.engine.train_state import TrainState, adam
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
 from infocapsgan.systems.class_code import NO_REAL_IMAGES, ClassCodeGAN, ClassCodeSettings
 from infocapsgan.systems.gan import ADAM_BETAS
@@ -150,42 +150,42 @@ class InfoGAN(ClassCodeGAN):
             continuous = noise.new_zeros(len(noise), self.settings.continuous_codes)
         return torch.cat([noise, F.one_hot(code, self.image_shape.classes), continuous], dim=1)
 
-    def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
+    def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """What real images say of classes and codes, after the warm-up the two networks; no label is seen."""
         s, real, named = self.settings, to_symmetric(images), {}
         if "classes" in self.optimizers:
-            self.optimizers["classes"].param_groups[0]["lr"] = self.settled(s.classes_rate, training)
-            with training.autocast():
+            self.optimizers["classes"].param_groups[0]["lr"] = self.decayed_rate(s.classes_rate, state)
+            with state.autocast():
                 _, categories, values = self.discriminator(real)
-                loss = self.real_images_loss(real, categories, training, named)
+                loss = self.real_images_loss(real, categories, state, named)
                 if s.learns_of_copies:
-                    named["meaning"] = self.meaning_loss(real, values, training.draw)
+                    named["meaning"] = self.meaning_loss(real, values, state.rng)
                     loss = loss + s.meaning_weight * named["meaning"]
-            training.update("classes", loss)
-        if self.generates(training):
-            named |= self.generator_step(real, training)
+            state.update("classes", loss)
+        if self.generates(state):
+            named |= self.generator_step(real, state)
         return {name: value.detach() for name, value in named.items()}
 
-    def generator_step(self, real: Tensor, training: Training) -> dict[str, Tensor]:
+    def generator_step(self, real: Tensor, state: TrainState) -> dict[str, Tensor]:
         """The discriminator once, then generator and recogniser once; returns named losses."""
-        s, draw, B = self.settings, training.draw, len(real)
-        noise, code = draw.normal(B, s.noise_dim), draw.integers(self.image_shape.classes, B)
-        continuous = draw.uniform(B, s.continuous_codes) * 2 - 1
+        s, rng, B = self.settings, state.rng, len(real)
+        noise, code = rng.normal(B, s.noise_dim), rng.integers(self.image_shape.classes, B)
+        continuous = rng.uniform(B, s.continuous_codes) * 2 - 1
 
-        with training.autocast():
+        with state.autocast():
             generated = self.generator(self.latent(noise, code, continuous))
             real_logit = self.logits(real)
             logit, categories, values = self.discriminator(generated.detach())
-            discriminator = self.adversarial_discriminator_loss(real, generated, real_logit, logit, training)
+            discriminator = self.adversarial_discriminator_loss(real, generated, real_logit, logit, state)
             # The trunk is trained by the codes as well: without that, public versions learn no classes.
             information = self.information_loss(categories, code, values, continuous)[0]
-        training.update("discriminator", discriminator + information)
+        state.update("discriminator", discriminator + information)
 
-        with training.autocast():
+        with state.autocast():
             later_logit, categories, values = self.discriminator(generated)
             generator = self.adversarial_generator_loss(later_logit)
             information, categorical, squared = self.information_loss(categories, code, values, continuous)
-        training.update("generator", generator + information)
+        state.update("generator", generator + information)
         self.update_average()
         return {
             "discriminator": discriminator,
@@ -205,7 +205,7 @@ class InfoGAN(ClassCodeGAN):
         squared = (values.float() - continuous).square().sum(dim=1).mean()
         return s.categorical_weight * categorical + s.continuous_weight * squared, categorical, squared
 
-    def meaning_loss(self, real: Tensor, values: Tensor, draw: Draw) -> Tensor:
+    def meaning_loss(self, real: Tensor, values: Tensor, rng: ShardedGenerator) -> Tensor:
         """Squared error of how the first two continuous codes change with slant and width of strokes.
 
         Σ_k (Q_k(copy) − Q_k(image) − a_k)², averaged over the batch, with amounts a_k even from −1 to 1: the
@@ -214,38 +214,38 @@ class InfoGAN(ClassCodeGAN):
         Args:
             real: images [B, C, H, W] in [−1, 1].
             values: continuous codes Q of these images [B, continuous_codes].
-            draw: where the amounts come from.
+            rng: where the amounts come from.
         """
-        amounts = draw.uniform(len(real), 2) * 2 - 1
-        copy = leaning(real, amounts[:, 0] * LEAN, background=-1)
-        copy = thickened(copy, amounts[:, 1] * THICKNESS)
+        amounts = rng.uniform(len(real), 2) * 2 - 1
+        copy = shear(real, amounts[:, 0] * LEAN, background=-1)
+        copy = thicken(copy, amounts[:, 1] * THICKNESS)
         change = (self.discriminator(copy)[2].float() - values.float())[:, :2]
         return (change - amounts[:, : change.shape[1]]).square().sum(dim=1).mean()
 
-    def random_latents(self, number: int, draw: Draw, images: Tensor) -> Tensor:
+    def random_latents(self, number: int, rng: ShardedGenerator, images: Tensor) -> Tensor:
         """Latents of normal noise, evenly drawn classes and continuous codes."""
         s = self.settings
         return self.latent(
-            draw.normal(number, s.noise_dim),
-            draw.integers(self.image_shape.classes, number),
-            draw.uniform(number, s.continuous_codes) * 2 - 1,
+            rng.normal(number, s.noise_dim),
+            rng.integers(self.image_shape.classes, number),
+            rng.uniform(number, s.continuous_codes) * 2 - 1,
         )
 
-    def traversal(self, index: int, values: Tensor, codes: Tensor, draw: Draw) -> Tensor:
+    def traversal(self, index: int, values: Tensor, codes: Tensor, rng: ShardedGenerator) -> Tensor:
         """Latents of rows along which one continuous code goes through `values` and nothing else changes.
 
         Args:
             index: of the continuous code.
             values: that it takes along a row [V].
             codes: class of each row [R].
-            draw: where the noise and the other continuous codes of each row come from.
+            rng: where the noise and the other continuous codes of each row come from.
 
         Returns:
             [R · V, latent], row by row.
         """
         R, V = len(codes), len(values)
-        noise = draw.normal(R, self.settings.noise_dim).repeat_interleave(V, dim=0)
-        continuous = draw.uniform(R, self.settings.continuous_codes) * 2 - 1
+        noise = rng.normal(R, self.settings.noise_dim).repeat_interleave(V, dim=0)
+        continuous = rng.uniform(R, self.settings.continuous_codes) * 2 - 1
         continuous = continuous.repeat_interleave(V, dim=0)
         continuous[:, index] = values.repeat(R)
         return self.latent(noise, codes.repeat_interleave(V), continuous)
@@ -263,6 +263,6 @@ class InfoGAN(ClassCodeGAN):
             varied[:, index] = torch.linspace(-2, 2, classes).repeat(classes)
             drawn[f"continuous_code_{index}"] = self.latent(noise[:1].expand(classes**2, -1), code, varied)
         return {
-            name: ((self.drawing_generator(latent.to(self.device)) + 1) / 2, classes)
+            name: ((self.sampling_generator(latent.to(self.device)) + 1) / 2, classes)
             for name, latent in drawn.items()
         }

@@ -13,9 +13,9 @@ from torch import Tensor
 import capsops
 from infocapsgan.data import Dataset
 from infocapsgan.data.dataset import to_symmetric
-from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Weight
-from infocapsgan.engine.train_state import Training
+from infocapsgan.engine.train_state import TrainState
 from infocapsgan.models.capsule_generator import CapsuleGenerator
 from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings
 from infocapsgan.systems.infocapsgan import LAST_DIM, Discriminator, initialise_as_published
@@ -70,22 +70,22 @@ class Mimic(GAN):
         """The discriminator's logits [B] of images [B, C, H, W] in [−1, 1]: above 0 for real."""
         return self.discriminator(images).logit
 
-    def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
+    def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """Discriminator and generator once each; the labels are not looked at."""
         real = to_symmetric(images)
-        noise = training.draw.normal(len(images), LAST_DIM)
+        noise = state.rng.normal(len(images), LAST_DIM)
 
-        with training.autocast():
+        with state.autocast():
             seen = self.discriminator(real)
-            noisy = training.epoch < self.settings.noise_epochs
+            noisy = state.epoch < self.settings.noise_epochs
             generated, _ = self.generator(capsops.squash(noise) if noisy else seen.last.detach())
             logit = self.logits(generated.detach())
-            discriminator = self.adversarial_discriminator_loss(real, generated, seen.logit, logit, training)
-        training.update("discriminator", discriminator)
+            discriminator = self.adversarial_discriminator_loss(real, generated, seen.logit, logit, state)
+        state.update("discriminator", discriminator)
 
-        with training.autocast():
+        with state.autocast():
             generator = self.adversarial_generator_loss(self.logits(generated))
-        training.update("generator", generator)
+        state.update("generator", generator)
         self.update_average()
         return {
             "discriminator": discriminator.detach(),
@@ -95,14 +95,14 @@ class Mimic(GAN):
             "squared_error": squared_error(generated.detach(), real),
         }
 
-    def random_latents(self, number: int, draw: Draw, images: Tensor) -> Tensor:
+    def random_latents(self, number: int, rng: ShardedGenerator, images: Tensor) -> Tensor:
         """The discriminator's last capsule of `number` of the real images [number, 52]."""
-        chosen = images[draw.integers(len(images), number)]
+        chosen = images[rng.integers(len(images), number)]
         return torch.cat([self.discriminator(to_symmetric(part)).last for part in chosen.split(500)])
 
     def mimicked(self, images: Tensor) -> Tensor:
         """What the generator draws of images [B, C, H, W] in [−1, 1]."""
-        return self.drawing_generator(self.discriminator(images).last)[0]
+        return self.sampling_generator(self.discriminator(images).last)[0]
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """On up to 1,000 test images: how often the discriminator is right, how far the copies are off."""

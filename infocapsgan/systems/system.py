@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from infocapsgan import data
 from infocapsgan.data import Dataset, ImageShape, image_shape
 from infocapsgan.engine.settings import Settings
-from infocapsgan.engine.train_state import Training
+from infocapsgan.engine.train_state import TrainState
 
 
 class System(nn.Module):
@@ -81,7 +81,7 @@ class System(nn.Module):
         """The data set that the settings name."""
         return data.load(self.settings.dataset, self.settings.data_dir)
 
-    def step(self, images: Tensor, labels: Tensor, training: Training) -> dict[str, Tensor]:
+    def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """One training step on images [B, C, H, W] as uint8 and labels [B]; returns named losses."""
         raise NotImplementedError
 

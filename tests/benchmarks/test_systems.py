@@ -80,6 +80,6 @@ def test_the_parts_of_a_step_add_up() -> None:
     system = CapsNet(width=8, batch_size=8)
     step = SystemStep(system, system.load_data())
     seconds = parts(*profiled(step, 3, step.device), 3, step.device)
-    assert step.training.step == 3
+    assert step.state.step == 3
     assert sum(seconds.values()) < 1
     assert seconds["loader"] < sum(seconds.values()) / 2

@@ -2,8 +2,8 @@ import pytest
 from safetensors.torch import load_file
 
 from infocapsgan.engine import checkpoint
-from infocapsgan.engine.rng import Draw
-from infocapsgan.engine.train_state import Training
+from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.engine.train_state import TrainState
 from infocapsgan.systems import CapsNet
 
 
@@ -42,7 +42,7 @@ def test_the_best_are_there_until_better_ones_are(killed_at, tmp_path, system, m
 
 
 def test_a_state_that_is_saved_already_is_left_alone(tmp_path, system):
-    state = checkpoint.capture(system, Training(system.optimizers, Draw(0)))
+    state = checkpoint.capture(system, TrainState(system.optimizers, ShardedGenerator(0)))
     path = checkpoint.save(tmp_path, state, seconds=1.0)
     before = {file: file.stat().st_ino for file in path.iterdir()}
     assert checkpoint.save(tmp_path, state, seconds=2.0) == path

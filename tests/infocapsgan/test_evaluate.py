@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix
 from infocapsgan import data, evaluate
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.data.multi_mnist import of_digits
-from infocapsgan.engine.loaded_run import Trained, Weights
+from infocapsgan.engine.loaded_run import LoadedRun, Weights
 from infocapsgan.metrics.clustering import match_clusters
 from infocapsgan.models.capsule_encoder import lengths
 from infocapsgan.models.decoders import masked
@@ -33,9 +33,9 @@ def few_rows(monkeypatch):
 
 
 def test_classification_is_that_of_sklearn(trained_as):
-    found = trained_as("capsnet")
-    result = evaluate.evaluate(found)
-    model, test = found.system.model, found.dataset
+    run = trained_as("capsnet")
+    result = evaluate.evaluate(run)
+    model, test = run.system.model, run.dataset
     images, labels = to_unit(test.test_images), test.test_labels
     capsules = model.encoder(images).classes
     predicted = lengths(capsules).argmax(dim=1)
@@ -45,7 +45,7 @@ def test_classification_is_that_of_sklearn(trained_as):
     assert metrics["error"] == 1 - metrics["accuracy"]
     wanted = (rebuilt - images).square().sum((1, 2, 3)).mean().item()
     assert metrics["squared_error"] == pytest.approx(wanted, rel=1e-4)
-    assert metrics["margin_loss"] == pytest.approx(found.system.margin_loss(capsules, labels).mean().item())
+    assert metrics["margin_loss"] == pytest.approx(run.system.margin_loss(capsules, labels).mean().item())
     count = np.array(result["classification"]["confusion"])
     assert (count == confusion_matrix(labels, predicted)).all()
     wanted = count.diagonal() / count.sum(1)
@@ -54,10 +54,10 @@ def test_classification_is_that_of_sklearn(trained_as):
 
 def test_the_command_agrees_with_the_training(trained_as):
     for name in ("capsnet", "encoder", "infocapsgan", "infogan"):
-        found = trained_as(name)
-        summary = json.loads((found.path / "summary.json").read_text())["metrics"]
+        run = trained_as(name)
+        summary = json.loads((run.path / "summary.json").read_text())["metrics"]
         groups = ["classification" if name in ("capsnet", "encoder") else "clustering"]
-        metrics = evaluate.evaluate(found, groups)["metrics"]
+        metrics = evaluate.evaluate(run, groups)["metrics"]
         for metric in set(summary) & set(metrics):
             assert metrics[metric] == pytest.approx(summary[metric], rel=1e-6), (name, metric)
         assert set(metrics) & {"accuracy", "unsupervised_accuracy"}
@@ -86,10 +86,10 @@ def test_pairs_are_counted_by_digit_and_by_pair(monkeypatch):
 
 
 def test_clusters_are_matched_on_the_training_split(trained_as):
-    found = trained_as("infocapsgan")
-    result = evaluate.evaluate(found, ["clustering"])
-    dataset, details = found.dataset, result["clustering"]
-    clusters = found.system.clusters(dataset.train_images)
+    run = trained_as("infocapsgan")
+    result = evaluate.evaluate(run, ["clustering"])
+    dataset, details = run.dataset, result["clustering"]
+    clusters = run.system.clusters(dataset.train_images)
     matched = match_clusters(clusters, dataset.train_labels, 10)
     assert details["label_of_cluster"] == matched.tolist()
     count = np.array(details["confusion"])
@@ -136,10 +136,10 @@ def test_every_generator_is_measured(name, trained_as, cache, kept_cache, monkey
 
 def test_copies_of_one_digit_are_precise_and_recall_little(trained_as, cache, kept_cache, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept_cache))
-    found = trained_as("dcgan")
-    copies = to_unit(found.dataset.test_images[found.dataset.test_labels == 0])
-    monkeypatch.setattr(found.system, "drawn", lambda latents: copies)
-    metrics = evaluate.evaluate(found, ["generation"])["metrics"]
+    run = trained_as("dcgan")
+    copies = to_unit(run.dataset.test_images[run.dataset.test_labels == 0])
+    monkeypatch.setattr(run.system, "generate", lambda latents: copies)
+    metrics = evaluate.evaluate(run, ["generation"])["metrics"]
     assert metrics["sample_precision"] == 1
     assert metrics["sample_recall"] < 0.5
 
@@ -163,7 +163,7 @@ def test_a_code_that_shears_is_found(trained_as, few_rows, monkeypatch):
         lean, width = latents[:, -2, None, None], 2 + latents[:, -1, None, None]
         return ((grid + lean * grid[:, None]).abs() < width).float()[:, None]
 
-    monkeypatch.setattr(system, "drawn", drawn)
+    monkeypatch.setattr(system, "generate", drawn)
     metrics, details = evaluate.codes(system, None, 0)
     assert metrics["slant_rank_correlation"] > 0.99
     assert metrics["stroke_width_rank_correlation"] > 0.95
@@ -184,9 +184,9 @@ def test_metrics_that_do_not_apply(trained_as):
 
 
 def test_a_run_without_a_trained_generator(trained_as):
-    found = trained_as("infocapsgan")
-    settings = type(found.system)(adversarial_weight=0.0, width=8)
-    alone = Trained(found.path, found.name, settings.eval(), Weights(found.path, 4), found.device)
+    run = trained_as("infocapsgan")
+    settings = type(run.system)(adversarial_weight=0.0, width=8)
+    alone = LoadedRun(run.path, run.name, settings.eval(), Weights(run.path, 4), run.device)
     assert "frechet_distance" not in evaluate.evaluate(alone)["metrics"]
     with pytest.raises(evaluate.NotApplicableError, match="generator was not trained"):
         evaluate.evaluate(alone, ["generation"])
@@ -194,10 +194,10 @@ def test_a_run_without_a_trained_generator(trained_as):
 
 def test_a_generator_that_has_not_come_in_yet(trained_as, capsys):
     for name in ("infocapsgan", "infogan"):
-        found = trained_as(name)
-        found.warn()
+        run = trained_as(name)
+        run.warn()
         assert not capsys.readouterr().err
-        dataclasses.replace(found, weights=Weights(found.weights.checkpoint, 2)).warn()
+        dataclasses.replace(run, weights=Weights(run.weights.checkpoint, 2)).warn()
         assert "warning: the generator is not trained: it comes in after" in capsys.readouterr().err
 
 
@@ -207,7 +207,7 @@ def test_images_without_labels(trained_as, few_rows, monkeypatch):
         train_labels=torch.zeros(1437, dtype=int),
         test_labels=torch.zeros(360, dtype=int),
     )
-    monkeypatch.setattr(Trained, "dataset", unlabelled)
+    monkeypatch.setattr(LoadedRun, "dataset", unlabelled)
     assert set(evaluate.evaluate(trained_as("infogan"))["metrics"]) == {
         "slant_rank_correlation",
         "stroke_width_rank_correlation",
@@ -223,7 +223,7 @@ def test_images_without_labels(trained_as, few_rows, monkeypatch):
 def test_too_few_test_images_for_precision_and_recall(trained_as, monkeypatch):
     digits = data.load("digits")
     few = dataclasses.replace(digits, test_images=digits.test_images[:3], test_labels=digits.test_labels[:3])
-    monkeypatch.setattr(Trained, "dataset", few)
+    monkeypatch.setattr(LoadedRun, "dataset", few)
     with pytest.raises(evaluate.NotApplicableError, match="generation: .* takes 4 training and test images"):
         evaluate.evaluate(trained_as("dcgan"), ["generation"])
 

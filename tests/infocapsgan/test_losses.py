@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infocapsgan import losses
-from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.rng import ShardedGenerator
 
 
 def test_margin_loss_by_hand():
@@ -77,7 +77,7 @@ def test_the_adversarial_direction_is_the_one_that_matters():
 
     images = torch.full((2, 1, 1, 3), 0.1)
     p = log_prediction(images).exp()
-    found = losses.adversarial_smoothness(log_prediction, images, p, Draw(0), radius=0.5)
+    found = losses.adversarial_smoothness(log_prediction, images, p, ShardedGenerator(0), radius=0.5)
     changed = [
         losses.divergence(p, log_prediction(images + sign * torch.tensor([0.5, 0, 0]))) for sign in (1, -1)
     ]
@@ -105,14 +105,18 @@ def test_gradient_penalty_of_a_plane():
     def discriminate(x):
         return (x * slope).sum((1, 2, 3))
 
-    assert losses.gradient_penalty(discriminate, images, images + 1, Draw(0)).item() == pytest.approx(4)
+    assert losses.gradient_penalty(
+        discriminate, images, images + 1, ShardedGenerator(0)
+    ).item() == pytest.approx(4)
 
 
 def test_the_penalty_is_taken_between_real_and_generated_images():
     """The gradient of ‖x‖² / 2 is x itself."""
     real, generated = torch.rand(3, 1, 2, 2), 5 + torch.rand(3, 1, 2, 2)
-    place = Draw(0).uniform(3, 1, 1, 1)
+    place = ShardedGenerator(0).uniform(3, 1, 1, 1)
     between = place * real + (1 - place) * generated
     wanted = (between.flatten(1).norm(dim=1) - 1).square().mean()
-    found = losses.gradient_penalty(lambda x: x.square().sum((1, 2, 3)) / 2, real, generated, Draw(0))
+    found = losses.gradient_penalty(
+        lambda x: x.square().sum((1, 2, 3)) / 2, real, generated, ShardedGenerator(0)
+    )
     torch.testing.assert_close(found, wanted)

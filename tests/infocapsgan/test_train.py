@@ -112,10 +112,10 @@ def test_a_run_directory_holds_everything(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_at_the_state_before_it(tmp_path, monkeypatch):
     step = CapsNet.step
 
-    def broken(self, images, labels, training):
-        named = step(self, images, labels, training)
-        if training.step == 2:
-            training.update("model", self.model.encoder.conv.bias.sum() * float("nan"))
+    def broken(self, images, labels, state):
+        named = step(self, images, labels, state)
+        if state.step == 2:
+            state.update("model", self.model.encoder.conv.bias.sum() * float("nan"))
         return named
 
     def settings(out, steps):
@@ -136,11 +136,11 @@ def test_a_loss_that_is_not_finite_stops_at_the_state_before_it(tmp_path, monkey
 def test_a_signal_before_a_bad_loss_is_found_still_saves(tmp_path, monkeypatch):
     step = CapsNet.step
 
-    def broken(self, images, labels, training):
-        named = step(self, images, labels, training)
-        if training.step == 2:
-            training.update("model", self.model.encoder.conv.bias.sum() * float("nan"))
-        if training.step == 4:
+    def broken(self, images, labels, state):
+        named = step(self, images, labels, state)
+        if state.step == 2:
+            state.update("model", self.model.encoder.conv.bias.sum() * float("nan"))
+        if state.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
         return named
 
@@ -169,9 +169,9 @@ def test_validation_keeps_the_weights_with_the_lowest_loss(tmp_path, monkeypatch
 def test_images_held_out_are_validated_on_and_not_trained_on(tmp_path, monkeypatch):
     trained_on, validated_on, train_batch = [], [], data.Dataset.train_batch
 
-    def recorded(dataset, chosen, draw):
+    def recorded(dataset, chosen, rng):
         trained_on.append(dataset.train_images)
-        return train_batch(dataset, chosen, draw)
+        return train_batch(dataset, chosen, rng)
 
     def validation_loss(system, held_out):
         validated_on.append(held_out.test_images)
@@ -282,9 +282,9 @@ def test_a_length_that_leaves_nothing_to_train(tmp_path, capsys):
 def test_a_run_cut_short_before_its_first_validation(tmp_path, monkeypatch):
     step = CapsNet.step
 
-    def interrupted(self, images, labels, training):
+    def interrupted(self, images, labels, state):
         os.kill(os.getpid(), signal.SIGINT)
-        return step(self, images, labels, training)
+        return step(self, images, labels, state)
 
     monkeypatch.setattr(CapsNet, "step", interrupted)
     settings = CapsNet(width=8, batch_size=8, validation=True, out=tmp_path / "run").settings
@@ -409,9 +409,9 @@ def test_errors_are_one_line(tmp_path):
 def test_a_run_is_trained_in_the_precision_asked_for(precision, tmp_path, monkeypatch):
     step, found = CapsNet.step, []
 
-    def noted(self, images, labels, training):
-        found.append(training.precision)
-        return step(self, images, labels, training)
+    def noted(self, images, labels, state):
+        found.append(state.precision)
+        return step(self, images, labels, state)
 
     monkeypatch.setattr(CapsNet, "step", noted)
     options = {"width": 8, "batch_size": 8, "max_steps": 1, "precision": precision}
@@ -422,9 +422,9 @@ def test_a_run_is_trained_in_the_precision_asked_for(precision, tmp_path, monkey
 def test_weights_and_order_and_random_numbers_follow_from_the_seed(tmp_path, monkeypatch):
     seen = []
 
-    def noted(system, dataset, batches, training, run, **more):
+    def noted(system, dataset, batches, state, run, **more):
         weights = next(system.parameters()).detach().clone()
-        seen.append((weights, batches.indices(0), training.draw.uniform(8)))
+        seen.append((weights, batches.indices(0), state.rng.uniform(8)))
         return ""
 
     monkeypatch.setattr(train_module, "fit", noted)

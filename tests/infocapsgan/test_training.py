@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from infocapsgan.engine.rng import Draw
-from infocapsgan.engine.train_state import NonFiniteLossError, Training
+from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.engine.train_state import NonFiniteLossError, TrainState
 
 
 def weight(value):
@@ -12,14 +12,14 @@ def weight(value):
 def test_an_update_changes_the_weights_of_its_optimiser_alone():
     ours, other = weight(1.0), weight(2.0)
     optimizers = {"ours": torch.optim.SGD([ours], 0.1), "other": torch.optim.SGD([other], 0.1)}
-    Training(optimizers, Draw(0)).update("ours", (ours * other).sum())
+    TrainState(optimizers, ShardedGenerator(0)).update("ours", (ours * other).sum())
     assert ours.item() == pytest.approx(0.8)
     assert (other.item(), other.grad) == (2.0, None)
 
 
 def test_a_weight_that_the_loss_does_not_depend_on_stays():
     used, unused = weight(1.0), weight(2.0)
-    Training({"all": torch.optim.Adam([used, unused], 0.1)}, Draw(0)).update("all", used.sum())
+    TrainState({"all": torch.optim.Adam([used, unused], 0.1)}, ShardedGenerator(0)).update("all", used.sum())
     assert used.item() == pytest.approx(0.9)
     assert unused.item() == 2
 
@@ -28,33 +28,37 @@ def test_a_weight_that_the_loss_does_not_depend_on_stays():
 def test_a_loss_that_is_not_finite_changes_nothing(value):
     ours = weight(1.0)
     with pytest.raises(NonFiniteLossError, match=f"the loss of ours is {value}"):
-        Training({"ours": torch.optim.SGD([ours], 0.1)}, Draw(0)).update("ours", (ours * value).sum())
+        TrainState({"ours": torch.optim.SGD([ours], 0.1)}, ShardedGenerator(0)).update(
+            "ours", (ours * value).sum()
+        )
     assert ours.item() == 1
 
 
 def test_without_at_once_a_bad_loss_is_found_by_check():
     ours = weight(1.0)
-    training = Training({"ours": torch.optim.SGD([ours], 0.1)}, Draw(0))
-    training.at_once = False
-    training.update("ours", ours.sum())
-    training.check()
+    state = TrainState({"ours": torch.optim.SGD([ours], 0.1)}, ShardedGenerator(0))
+    state.at_once = False
+    state.update("ours", ours.sum())
+    state.check()
     for value in (float("nan"), 1.0):
-        training.update("ours", (ours * value).sum())
+        state.update("ours", (ours * value).sum())
     with pytest.raises(NonFiniteLossError, match="a loss or a gradient is not finite"):
-        training.check()
-    training.check()
+        state.check()
+    state.check()
 
 
 def test_epochs():
-    training = Training({}, Draw(0), steps_per_epoch=4)
-    training.step = 6
-    assert training.epoch == 1.5
+    state = TrainState({}, ShardedGenerator(0), steps_per_epoch=4)
+    state.step = 6
+    assert state.epoch == 1.5
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
     ours = weight(0.0)
     with pytest.raises(NonFiniteLossError, match="the gradient of ours is not finite"):
-        Training({"ours": torch.optim.SGD([ours], 0.1)}, Draw(0)).update("ours", ours.sqrt().sum())
+        TrainState({"ours": torch.optim.SGD([ours], 0.1)}, ShardedGenerator(0)).update(
+            "ours", ours.sqrt().sum()
+        )
     assert ours.item() == 0
 
 
@@ -66,7 +70,7 @@ def test_gradients_reach_the_optimiser_in_the_layout_of_their_weights():
     seen = []
     optimizer = torch.optim.SGD([ours], 0.1)
     optimizer.register_step_pre_hook(lambda *_: seen.append(ours.grad))
-    Training({"ours": optimizer}, Draw(0)).update("ours", loss_of_a_transpose(ours))
+    TrainState({"ours": optimizer}, ShardedGenerator(0)).update("ours", loss_of_a_transpose(ours))
     assert seen[0].stride() == ours.stride()
     assert torch.equal(seen[0], gradient)
 

@@ -14,8 +14,8 @@ from infocapsgan.data.class_names import class_names
 from infocapsgan.data.multi_mnist import of_digits
 from infocapsgan.engine import loaded_run as trained
 from infocapsgan.engine.checkpoint import save_best
-from infocapsgan.engine.loaded_run import Trained, Weights
-from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.loaded_run import LoadedRun, Weights
+from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.evaluate import NotApplicableError
 from infocapsgan.metrics import clustering as metrics
 from infocapsgan.models.decoders import FullyConnectedDecoder
@@ -68,15 +68,15 @@ def ticks(axes):
     ],
 )
 def test_every_kind_is_drawn_or_says_why_not(system, kind, trained_as, tmp_path):
-    found = trained_as(system)
+    run = trained_as(system)
     path = tmp_path / f"{kind}.png"
     options = {"steps": 2} if kind == "primary" else {}
     if kind not in APPLIES[system]:
         with pytest.raises(NotApplicableError, match=kind):
-            visualize.visualize(found, kind, path, **options)
+            visualize.visualize(run, kind, path, **options)
         assert not path.exists()
         return
-    assert visualize.visualize(found, kind, path, **options) == path
+    assert visualize.visualize(run, kind, path, **options) == path
     picture = Image.open(path)
     assert min(picture.size) > 150
     assert np.asarray(picture.convert("L")).std() > 10
@@ -98,21 +98,21 @@ def test_a_sheet_by_hand():
 
 
 def test_rows_of_the_grid_are_class_codes(trained_as):
-    found = trained_as("infocapsgan")
-    figure = generated.grid(found)
+    run = trained_as("infocapsgan")
+    figure = generated.grid(run)
     images = cells(figure, 10)
     assert not np.array_equal(images[0][0], images[1][0])
     assert not np.array_equal(images[0][0], images[0][1])
     assert figure.axes[0].get_ylabel() == "class code"
-    assert found.subject in figure.axes[0].get_title()
-    again, other = sheets(generated.grid(found))[0], sheets(generated.grid(found, seed=1))[0]
+    assert run.subject in figure.axes[0].get_title()
+    again, other = sheets(generated.grid(run))[0], sheets(generated.grid(run, seed=1))[0]
     assert np.array_equal(again, sheets(figure)[0])
     assert not np.array_equal(other, again)
 
 
 def test_each_continuous_code_has_a_sheet(trained_as):
-    found = trained_as("infogan")
-    figure = generated.traverse(found)
+    run = trained_as("infogan")
+    figure = generated.traverse(run)
     assert len(figure.axes) == 2
     for index, axes in enumerate(figure.axes):
         assert f"continuous code {index}" in axes.get_xlabel()
@@ -120,23 +120,23 @@ def test_each_continuous_code_has_a_sheet(trained_as):
         images = cells(figure, 9, number=index)
         assert not np.array_equal(images[3][0], images[3][8])
     # In the middle of its range a code is 0, and the rest of the row is as in the first column.
-    system = found.system
+    system = run.system
     rows = torch.arange(10)
-    latents = system.traversal(1, torch.tensor([-1.0, 0.0, 1.0]), rows, Draw(0))
+    latents = system.traversal(1, torch.tensor([-1.0, 0.0, 1.0]), rows, ShardedGenerator(0))
     latents = latents.view(10, 3, -1)
     assert torch.equal(latents[:, :, -1], torch.tensor([-1.0, 0, 1]).expand(10, 3))
     assert torch.equal(latents[:, 0, :-1], latents[:, 2, :-1])
 
 
 def test_noise_is_traversed_where_there_is_no_continuous_code(trained_as):
-    found = trained_as("infocapsgan")
-    first, other = (generated.traverse(found, code=code) for code in (0, 7))
+    run = trained_as("infocapsgan")
+    first, other = (generated.traverse(run, code=code) for code in (0, 7))
     images = cells(first, 9)
     assert not np.array_equal(images[0][0], images[0][8])
     assert not np.array_equal(sheets(first)[0], sheets(other)[0])
     assert "class code 7" in other.axes[0].get_title()
     with pytest.raises(NotApplicableError, match="--code: got 10, takes 0 to 9"):
-        generated.traverse(found, code=10)
+        generated.traverse(run, code=10)
 
 
 def test_lines_go_from_one_class_code_to_the_next(trained_as):
@@ -150,27 +150,27 @@ def test_lines_go_from_one_class_code_to_the_next(trained_as):
 
 
 def test_tweaks_leave_the_middle_column_as_it_was(trained_as):
-    found = trained_as("capsnet")
-    figure = capsules.tweak(found, image=3)
+    run = trained_as("capsnet")
+    figure = capsules.tweak(run, image=3)
     images = cells(figure, 12)
     assert len(images) == 16
     assert all(np.array_equal(row[6], images[0][6]) for row in images)
     assert any(not np.array_equal(row[1], row[11]) for row in images)
     with torch.no_grad():
-        pixels = found.dataset.test_images[3:4].float() / 255
-        rebuilt = found.system.model(pixels)[1]
+        pixels = run.dataset.test_images[3:4].float() / 255
+        rebuilt = run.system.model(pixels)[1]
     assert np.abs(images[0][6].astype(int) - (rebuilt[0, 0].numpy() * 255)).max() <= 1
-    assert np.array_equal(images[5][0], found.dataset.test_images[3, 0].numpy())
+    assert np.array_equal(images[5][0], run.dataset.test_images[3, 0].numpy())
     assert ticks(figure.axes[0])[0][1] == "-0.25"
     with pytest.raises(NotApplicableError, match="--image: got 360, takes 0 to 359"):
-        capsules.tweak(found, image=360)
+        capsules.tweak(run, image=360)
 
 
 def test_a_tweak_is_added_as_its_head_says(trained_as):
-    found = trained_as("capsnet")
+    run = trained_as("capsnet")
     given = []
-    found.system.model.decoder.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    heads = ticks(capsules.tweak(found).axes[0])[0]
+    run.system.model.decoder.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    heads = ticks(capsules.tweak(run).axes[0])[0]
     changed = given[0].view(16, 11, 10, 16)
     change = changed - changed[:, 5:6]
     predicted = changed[0, 5].norm(dim=1).argmax()
@@ -200,8 +200,8 @@ def test_every_angle_is_drawn(trained_as):
 
 
 def test_a_primary_capsule_is_scaled_from_left_to_right(run_of, tmp_path, monkeypatch):
-    found = trained.load(shutil.copytree(run_of("capsnet"), tmp_path / "run"), device="cpu")
-    figure = capsules.primary(found, steps=30)
+    run = trained.load(shutil.copytree(run_of("capsnet"), tmp_path / "run"), device="cpu")
+    figure = capsules.primary(run, steps=30)
     images = cells(figure, 11)
     assert len(images) == 10
     assert np.array_equal(images[0][1], images[9][1])  # scaled by 0, all are the same
@@ -209,15 +209,15 @@ def test_a_primary_capsule_is_scaled_from_left_to_right(run_of, tmp_path, monkey
     assert not np.array_equal(images[0][10], images[9][10])
     # The decoder is kept; another number of steps is another decoder.
     monkeypatch.setattr(primary_decoder, "_train", None)
-    assert np.array_equal(sheets(capsules.primary(found, steps=30))[0], sheets(figure)[0])
+    assert np.array_equal(sheets(capsules.primary(run, steps=30))[0], sheets(figure)[0])
     with pytest.raises(TypeError):
-        capsules.primary(found, steps=31)
+        capsules.primary(run, steps=31)
 
 
 @pytest.mark.parametrize("stem", ["single", "stacked"])
 def test_primary_capsules_are_named_by_their_place(stem, tmp_path, monkeypatch):
     system = CapsNet(width=16, stem=stem).eval().requires_grad_(False)
-    found = Trained(tmp_path, "capsnet", system, Weights(tmp_path, 1), torch.device("cpu"))
+    run = LoadedRun(tmp_path, "capsnet", system, Weights(tmp_path, 1), torch.device("cpu"))
     u = system.model.encoder(torch.rand(1, 1, 28, 28)).primary
     decoder = FullyConnectedDecoder(u[0].numel(), 1, 28).eval().requires_grad_(False)
     monkeypatch.setattr(capsules, "primary_decoder", lambda *given: (decoder, 1.0))
@@ -226,26 +226,26 @@ def test_primary_capsules_are_named_by_their_place(stem, tmp_path, monkeypatch):
     coupling[0, 35], coupling[0, 36 + 6 + 2] = 0.9, 0.5
     monkeypatch.setattr(capsules, "couplings_to", lambda *given: (coupling, torch.zeros(1).long()))
     monkeypatch.setattr(capsules, "lengths", lambda u: torch.ones(u.shape[:-1]))
-    rows = ticks(capsules.primary(found).axes[0])[1]
+    rows = ticks(capsules.primary(run).axes[0])[1]
     assert rows[:2] == ["type 0, row 5, column 5: 0.90", "type 1, row 1, column 2: 0.50"]
 
 
 def test_other_weights_of_the_same_name_have_another_decoder(run_of, tmp_path, monkeypatch):
-    run = shutil.copytree(run_of("capsnet"), tmp_path / "run")
+    path = shutil.copytree(run_of("capsnet"), tmp_path / "run")
     trainings = []
     monkeypatch.setattr(primary_decoder, "_train", lambda *given: trainings.append(given) or 0.5)
     for step, count in ((1, 1), (1, 1), (2, 2)):
-        system = trained.load(run, device="cpu").system
+        system = trained.load(path, device="cpu").system
         system.model.encoder.conv.bias.fill_(step)
-        save_best(run / "checkpoints", system, step, 1 / step)
-        found = trained.load(run, device="cpu")
-        primary_decoder.primary_decoder(found, found.system, 30)
+        save_best(path / "checkpoints", system, step, 1 / step)
+        run = trained.load(path, device="cpu")
+        primary_decoder.primary_decoder(run, run.system, 30)
         assert len(trainings) == count
 
 
 def test_couplings_to_the_predicted_class(trained_as):
     system, u = trained_as("capsnet").system, torch.randn(3, 36, 8)
-    found, predicted = primary_decoder.couplings_to(system, u)
+    run, predicted = primary_decoder.couplings_to(system, u)
     layer = system.model.encoder.classes
     u_hat = torch.einsum("ijdk,bik->bijd", layer.weight, u)
     logits, wanted = torch.zeros(3, 36, 10), None
@@ -256,11 +256,11 @@ def test_couplings_to_the_predicted_class(trained_as):
         v = s * r / (1 + r**2)
         logits = logits + (u_hat * v[:, None]).sum(-1)
     assert torch.equal(predicted, v.norm(dim=-1).argmax(1))
-    torch.testing.assert_close(found, wanted[torch.arange(3), :, predicted])
+    torch.testing.assert_close(run, wanted[torch.arange(3), :, predicted])
 
 
 def test_a_primary_decoder_is_trained_on_capsules_scaled_by_their_coupling(trained_as, monkeypatch):
-    found, given, primary = trained_as("capsnet"), [], []
+    run, given, primary = trained_as("capsnet"), [], []
 
     def couplings_to(system, u):
         primary.append(u)
@@ -269,20 +269,20 @@ def test_a_primary_decoder_is_trained_on_capsules_scaled_by_their_coupling(train
     monkeypatch.setattr(primary_decoder, "couplings_to", couplings_to)
     decoder = FullyConnectedDecoder(36 * 8, 1, 28)
     decoder.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    assert primary_decoder._train(decoder, found, found.system, 1) == 0.25
+    assert primary_decoder._train(decoder, run, run.system, 1) == 0.25
     chosen = given[0].norm(dim=2) > 0
     assert (chosen.sum(dim=1) == 1).all()
     torch.testing.assert_close(given[0][chosen], 0.25 * primary[0][chosen])
 
 
 def test_reconstructions_come_from_the_label_of_their_row(trained_as, monkeypatch):
-    found = trained_as("capsnet")
-    labels = found.dataset.test_labels[:3]
+    run = trained_as("capsnet")
+    labels = run.dataset.test_labels[:3]
     guess = (labels + 1) % 10
-    monkeypatch.setattr(found.system, "predicted", lambda capsules, labels: guess)
+    monkeypatch.setattr(run.system, "predicted", lambda capsules, labels: guess)
     given = []
-    found.system.model.decoder.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    heads, rows = ticks(capsules.reconstruct(found, images=3).axes[0])
+    run.system.model.decoder.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    heads, rows = ticks(capsules.reconstruct(run, images=3).axes[0])
     assert heads == [f"{true}\n{taken}" for true, taken in zip(labels, guess, strict=True)]
     assert rows == ["image", "from the true label", "from the predicted label"]
     true, taken = (capsule.view(3, 10, 16).norm(dim=2).argmax(dim=1) for capsule in given)
@@ -291,10 +291,10 @@ def test_reconstructions_come_from_the_label_of_their_row(trained_as, monkeypatc
 
 
 def test_reconstructions_name_both_labels(trained_as):
-    found = trained_as("capsnet")
-    figure = capsules.reconstruct(found, images=7)
+    run = trained_as("capsnet")
+    figure = capsules.reconstruct(run, images=7)
     assert len(cells(figure, 7)) == 3
-    labels = found.dataset.test_labels[:7].tolist()
+    labels = run.dataset.test_labels[:7].tolist()
     assert [text.split("\n")[0] for text in ticks(figure.axes[0])[0]] == [str(label) for label in labels]
     copies = capsules.reconstruct(trained_as("mimic"), images=4)
     assert ticks(copies.axes[0])[1] == ["image", "copy"]
@@ -304,23 +304,23 @@ def test_pairs_of_digits(tmp_path, monkeypatch):
     digits = data.load("digits")
     splits = digits.train_images, digits.train_labels, digits.test_images, digits.test_labels
     pairs = of_digits(*splits, test_pairs=20)
-    monkeypatch.setattr(Trained, "dataset", pairs)
+    monkeypatch.setattr(LoadedRun, "dataset", pairs)
     system = CapsNet(dataset="multi-mnist", width=8).eval().requires_grad_(False)
-    found = Trained(tmp_path, "capsnet", system, Weights(tmp_path, 1), torch.device("cpu"))
-    figure = capsules.reconstruct(found, images=3)
+    run = LoadedRun(tmp_path, "capsnet", system, Weights(tmp_path, 1), torch.device("cpu"))
+    figure = capsules.reconstruct(run, images=3)
     assert len(cells(figure, 3, size=36)) == 5
     assert "+" in ticks(figure.axes[0])[0][0]
-    assert "20 test images" in mistakes.mistakes(found).axes[0].get_title()
+    assert "20 test images" in mistakes.mistakes(run).axes[0].get_title()
     for view in (capsules.tweak, capsules.rotate, capsules.primary):
         with pytest.raises(NotApplicableError, match="does not apply to pairs of digits"):
-            view(found)
+            view(run)
 
 
 def test_mistakes_are_those_of_the_confusion_matrix(trained_as):
-    found = trained_as("encoder")
-    figure = mistakes.mistakes(found, images=12)
-    dataset = found.dataset
-    predicted = found.system.judged(dataset)["predicted"]
+    run = trained_as("encoder")
+    figure = mistakes.mistakes(run, images=12)
+    dataset = run.dataset
+    predicted = run.system.predictions(dataset)["predicted"]
     wrong = (predicted != dataset.test_labels).nonzero()[:, 0]
     axes = figure.axes[0]
     assert f"{len(wrong)} of 360 test images" in axes.get_title()
@@ -329,12 +329,12 @@ def test_mistakes_are_those_of_the_confusion_matrix(trained_as):
 
 
 def test_mistakes_of_clusters_that_are_matched_on_the_training_split(trained_as, monkeypatch):
-    found = trained_as("infogan")
+    run = trained_as("infogan")
     images = torch.tensor([0, 0, 1, 1], dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 28, 28)
     splits = images, torch.tensor([1, 1, 0, 0]), images, torch.tensor([0, 0, 1, 0])
-    monkeypatch.setattr(Trained, "dataset", data.Dataset("small", *splits))
-    monkeypatch.setattr(found.system, "clusters", lambda images: images[:, 0, 0, 0].long())
-    captions = [text.get_text() for text in mistakes.mistakes(found).axes[0].texts]
+    monkeypatch.setattr(LoadedRun, "dataset", data.Dataset("small", *splits))
+    monkeypatch.setattr(run.system, "clusters", lambda images: images[:, 0, 0, 0].long())
+    captions = [text.get_text() for text in mistakes.mistakes(run).axes[0].texts]
     assert captions == ["0 → 1", "0 → 1", "1 → 0"]
 
 
@@ -354,11 +354,11 @@ def test_labels_are_words_where_the_data_have_words(trained_as, tmp_path, monkey
 
 
 def test_no_mistake_is_no_picture(trained_as, monkeypatch):
-    found = trained_as("encoder")
-    right = {"predicted": found.dataset.test_labels}
-    monkeypatch.setattr(found.system, "judged", lambda dataset: right)
+    run = trained_as("encoder")
+    right = {"predicted": run.dataset.test_labels}
+    monkeypatch.setattr(run.system, "predictions", lambda dataset: right)
     with pytest.raises(NotApplicableError, match="every test image is taken for what it is"):
-        mistakes.mistakes(found)
+        mistakes.mistakes(run)
 
 
 def test_an_animation_has_a_frame_for_each_picture(run_of, tmp_path, monkeypatch, capsys):
@@ -374,22 +374,22 @@ def test_an_animation_has_a_frame_for_each_picture(run_of, tmp_path, monkeypatch
         frames.append(np.asarray(gif.convert("L")).astype(int))
     assert np.abs(frames[0] - frames[1]).max() > 50
 
-    found = trained.load(run, device="cpu")
-    assert list(training.kept_pictures(run)) == ["continuous_code_0", "continuous_code_1", "samples"]
-    titles = [figure.axes[0].get_title() for figure in training.animate(found, pictures="continuous_code_1")]
+    run = trained.load(run, device="cpu")
+    assert list(training.kept_pictures(run.path)) == ["continuous_code_0", "continuous_code_1", "samples"]
+    titles = [figure.axes[0].get_title() for figure in training.animate(run, pictures="continuous_code_1")]
     assert [title.split("\n")[1].split(",")[0] for title in titles] == ["step 2", "step 4"]
     with pytest.raises(NotApplicableError, match="--pictures: got x, takes one of continuous_code_0, "):
-        training.animate(found, pictures="x")
-    shutil.rmtree(run / "samples")
+        training.animate(run, pictures="x")
+    shutil.rmtree(run.path / "samples")
     with pytest.raises(NotApplicableError, match="samples holds no pictures"):
-        training.animate(found)
+        training.animate(run)
 
 
 def test_curves_hold_every_number(trained_as):
-    found = trained_as("infocapsgan")
-    figure = training.curves(found)
+    run = trained_as("infocapsgan")
+    figure = training.curves(run)
     labels = {line.get_label() for axes in figure.axes for line in axes.lines}
-    rows = [json.loads(line) for line in (found.path / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     names = {name for row in rows for name in row} - {"kind", "step", "epoch"}
     assert {name.replace("_", " ") for name in names} <= labels
     assert any(label.startswith("k-means") for label in labels)
@@ -408,8 +408,8 @@ def test_runs_are_compared(trained_as, run_of, tmp_path, monkeypatch):
         (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         others.append(path)
     monkeypatch.setattr(metrics, "LOWER_IS_BETTER", {"distance"})
-    found = replace(trained_as("dcgan"), path=others[0])
-    figure = training.curves(found, metric="distance", beside=others[1:], reach=[10, 2])
+    run = replace(trained_as("dcgan"), path=others[0])
+    figure = training.curves(run, metric="distance", beside=others[1:], reach=[10, 2])
     (axes,) = figure.axes
     assert [list(line.get_ydata()) for line in axes.lines[:3]] == [[30, 9, 12], [40, 20, 15], [8]]
     assert list(axes.lines[0].get_xdata()) == [0, 0.5, 1]
@@ -420,11 +420,11 @@ def test_runs_are_compared(trained_as, run_of, tmp_path, monkeypatch):
         "capsulegan on digits, 1 run\n10: 0\n2: –",
     ]
     with pytest.raises(NotApplicableError, match="--reach: neither more nor less of loss is better"):
-        training.curves(found, metric="loss", reach=[1])
+        training.curves(run, metric="loss", reach=[1])
     with pytest.raises(NotApplicableError, match="--metric: .* holds no size"):
-        training.curves(found, metric="size")
+        training.curves(run, metric="size")
     with pytest.raises(NotApplicableError, match="--beside, --reach: take --metric"):
-        training.curves(found, reach=[1])
+        training.curves(run, reach=[1])
 
 
 def test_errors_of_the_command(tmp_path, run_of, monkeypatch, capsys):
@@ -453,7 +453,7 @@ def test_errors_of_the_command(tmp_path, run_of, monkeypatch, capsys):
 def test_images_without_labels_hold_no_mistakes(trained_as, monkeypatch):
     digits = data.load("digits")
     labels = torch.zeros_like(digits.train_labels)
-    monkeypatch.setattr(Trained, "dataset", replace(digits, train_labels=labels))
+    monkeypatch.setattr(LoadedRun, "dataset", replace(digits, train_labels=labels))
     with pytest.raises(NotApplicableError, match="mistakes does not apply .* its images have no labels"):
         mistakes.mistakes(trained_as("infogan"))
 

@@ -4,8 +4,8 @@ import torch
 from infocapsgan.data import image_shape, multi_mnist
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.data.multi_mnist import ByClass, draw_pairs, labels_of, of_digits, overlaid, rendered
-from infocapsgan.engine.rng import Draw
-from infocapsgan.engine.train_state import Training
+from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.engine.train_state import TrainState
 from infocapsgan.systems import CapsNet
 
 
@@ -18,14 +18,14 @@ def digits():
     return images, labels
 
 
-def paired(images, labels, first, draw):
-    pairs = draw_pairs(labels, ByClass.of(labels), first, draw)
+def paired(images, labels, first, rng):
+    pairs = draw_pairs(labels, ByClass.of(labels), first, rng)
     return rendered(images, pairs), labels_of(labels, pairs)
 
 
 def test_a_pair_is_two_digits_of_different_classes(digits):
     images, labels = digits
-    pairs, both = paired(images, labels, torch.arange(40).repeat(50), Draw(0))
+    pairs, both = paired(images, labels, torch.arange(40).repeat(50), ShardedGenerator(0))
     assert pairs.shape == (2000, 2, 36, 36)
     assert torch.equal(both[:, 0], labels.repeat(50))
     assert (both[:, 0] != both[:, 1]).all()
@@ -34,7 +34,7 @@ def test_a_pair_is_two_digits_of_different_classes(digits):
 
 
 def test_each_digit_is_moved_by_up_to_four_pixels(digits):
-    pairs, _ = paired(*digits, torch.arange(40).repeat(50), Draw(0))
+    pairs, _ = paired(*digits, torch.arange(40).repeat(50), ShardedGenerator(0))
     places = pairs.flatten(0, 1).flatten(1).max(1).indices
     rows, columns = places // 36 - 18, places % 36 - 18
     assert set(rows.tolist()) == set(columns.tolist()) == set(range(-4, 5))
@@ -48,12 +48,12 @@ def test_test_pairs_are_always_the_same(digits):
 
 
 def test_training_pairs_are_drawn_anew(digits):
-    dataset, draw = of_digits(*digits, *digits, 10), Draw(0)
-    first, second = (dataset.train_batch(torch.arange(40), draw) for _ in range(2))
+    dataset, rng = of_digits(*digits, *digits, 10), ShardedGenerator(0)
+    first, second = (dataset.train_batch(torch.arange(40), rng) for _ in range(2))
     assert not torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])
     assert torch.equal(first[1][:, 0], second[1][:, 0])
-    again = dataset.train_batch(torch.arange(40), Draw(0))
+    again = dataset.train_batch(torch.arange(40), ShardedGenerator(0))
     assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
@@ -112,9 +112,9 @@ def test_capsnet_trains_on_pairs_and_tells_both_digits(digits):
     dataset = of_digits(*digits, *digits, 20)
     system = CapsNet(dataset="multi-mnist", width=8, batch_size=8)
     assert image_shape("multi-mnist") == (1, 36, 10)
-    training = Training(system.optimizers, Draw(0))
-    images, labels = dataset.train_batch(torch.arange(8), training.draw)
-    named = system.step(images, labels, training)
+    state = TrainState(system.optimizers, ShardedGenerator(0))
+    images, labels = dataset.train_batch(torch.arange(8), state.rng)
+    named = system.step(images, labels, state)
     assert all(torch.isfinite(value) for value in named.values())
     system.eval()
     with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 
 from infocapsgan.data import DataError, files, load, smallnorb
 from infocapsgan.data.smallnorb import BYTES, INTEGERS, read_matrix
-from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.rng import ShardedGenerator
 
 
 def matrix(kind, values):
@@ -67,7 +67,7 @@ def test_pairs_become_images_that_are_cropped_at_random_and_in_the_middle(tmp_pa
     assert dataset.train_labels.tolist() == [4, 4, 0, 0, 2, 2]
     assert dataset.train_images[1, 0, 0, 0] == round(pairs[0, 1, :2, :2].mean())
 
-    images, labels = dataset.train_batch(torch.arange(6), Draw(0))
+    images, labels = dataset.train_batch(torch.arange(6), ShardedGenerator(0))
     assert images.shape == (6, 1, 32, 32)
     assert torch.equal(labels, dataset.train_labels)
     for image, whole in zip(images, dataset.train_images, strict=True):

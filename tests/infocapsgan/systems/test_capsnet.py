@@ -5,10 +5,16 @@ import pytest
 import torch
 
 from infocapsgan import data
-from infocapsgan.data.augment import deformed, flipped, moved, relit, shifted
+from infocapsgan.data.augment import (
+    color_jitter,
+    elastic_transform,
+    random_affine,
+    random_horizontal_flip,
+    random_shift,
+)
 from infocapsgan.data.dataset import to_unit
-from infocapsgan.engine.rng import Draw
-from infocapsgan.engine.train_state import Training, parameter_count
+from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.engine.train_state import TrainState, parameter_count
 from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
 from infocapsgan.systems import CapsNet, capsnet
 from infocapsgan.systems.capsnet import reconstruction_error, schedule
@@ -30,8 +36,8 @@ def test_training_lowers_both_losses(decoder, loss):
     digits = data.load("digits")
     options = {"decoder": decoder, "decoder_batch_norm": decoder == "deconv", "reconstruction_loss": loss}
     system = CapsNet(width=8, batch_size=16, leaky=True, encoder_batch_norm=True, shift=0, **options)
-    training = Training(system.optimizers, Draw(0))
-    rows = [system.step(digits.train_images[:16], digits.train_labels[:16], training) for _ in range(20)]
+    state = TrainState(system.optimizers, ShardedGenerator(0))
+    rows = [system.step(digits.train_images[:16], digits.train_labels[:16], state) for _ in range(20)]
     for name in ("margin", "reconstruction"):
         assert rows[-1][name] < 0.9 * rows[0][name]
 
@@ -63,11 +69,11 @@ def test_the_schedule_weighs_the_reconstruction_in_a_step():
     # "early" begins with a weight of 0: the decoder then stays, and later does not.
     torch.manual_seed(0)
     system = CapsNet(width=8, batch_size=4, reconstruction_schedule="early", reconstruction_weight=1.0)
-    training = Training(system.optimizers, Draw(0), steps_per_epoch=1)
+    state = TrainState(system.optimizers, ShardedGenerator(0), steps_per_epoch=1)
     images, labels = torch.randint(256, (4, 1, 28, 28)).byte(), torch.arange(4)
     before = [weight.clone() for weight in system.model.decoder.parameters()]
-    for training.step, stays in ((0, True), (1, False)):
-        system.step(images, labels, training)
+    for state.step, stays in ((0, True), (1, False)):
+        system.step(images, labels, state)
         now = system.model.decoder.parameters()
         assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True)) == stays
 
@@ -130,15 +136,15 @@ def test_pictures_are_rebuilt_from_the_true_and_below_from_the_predicted_class(m
 @pytest.mark.parametrize(
     ("option", "function"),
     [
-        ({"deform": 2.0}, partial(deformed, strength=2.0)),
-        ({"shift": 3}, partial(shifted, pixels=3)),
-        ({"turn": 10.0}, partial(moved, degrees=10, scale=0, shear=0, shift=0)),
-        ({"resize": 0.1}, partial(moved, degrees=0, scale=0.1, shear=0, shift=0)),
-        ({"shear": 0.2}, partial(moved, degrees=0, scale=0, shear=0.2, shift=0)),
-        ({"flip": True}, flipped),
-        ({"brightness": 0.3}, partial(relit, brightness=0.3, contrast=0)),
-        ({"contrast": 0.3}, partial(relit, brightness=0, contrast=0.3)),
-        ({}, lambda images, draw: images),
+        ({"deform": 2.0}, partial(elastic_transform, strength=2.0)),
+        ({"shift": 3}, partial(random_shift, pixels=3)),
+        ({"turn": 10.0}, partial(random_affine, degrees=10, scale=0, shear=0, shift=0)),
+        ({"resize": 0.1}, partial(random_affine, degrees=0, scale=0.1, shear=0, shift=0)),
+        ({"shear": 0.2}, partial(random_affine, degrees=0, scale=0, shear=0.2, shift=0)),
+        ({"flip": True}, random_horizontal_flip),
+        ({"brightness": 0.3}, partial(color_jitter, brightness=0.3, contrast=0)),
+        ({"contrast": 0.3}, partial(color_jitter, brightness=0, contrast=0.3)),
+        ({}, lambda images, rng: images),
     ],
     # Not the functions: their addresses differ among pytest-xdist's processes.
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -146,17 +152,17 @@ def test_pictures_are_rebuilt_from_the_true_and_below_from_the_predicted_class(m
 def test_one_augmentation_alone(option, function):
     images = torch.rand(6, 1, 28, 28)
     system = CapsNet(**{"width": 8, "shift": 0} | option)
-    assert torch.equal(system.augmented(images, Draw(3)), function(images, Draw(3)))
+    assert torch.equal(system.augmented(images, ShardedGenerator(3)), function(images, ShardedGenerator(3)))
 
 
 def test_every_augmentation_at_once():
     torch.manual_seed(0)
     system = CapsNet(width=8, shift=1, deform=1.0, flip=True, brightness=0.1, contrast=0.1)
     images = torch.rand(4, 1, 28, 28)
-    changed = system.augmented(images, Draw(0))
+    changed = system.augmented(images, ShardedGenerator(0))
     assert changed.shape == images.shape
     assert not torch.allclose(changed, images)
-    assert torch.equal(changed, system.augmented(images, Draw(0)))
+    assert torch.equal(changed, system.augmented(images, ShardedGenerator(0)))
 
 
 def test_published_settings():
@@ -179,11 +185,11 @@ def test_published_treatment_of_each_data_set():
 
 def test_the_learning_rate_falls_by_epochs():
     system = CapsNet(width=8, rate_decay=0.5, learning_rate=0.1)
-    training = Training(system.optimizers, Draw(0), steps_per_epoch=2)
+    state = TrainState(system.optimizers, ShardedGenerator(0), steps_per_epoch=2)
     rates = []
     for step in range(5):
-        training.step = step
-        system.step(torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long), training)
+        state.step = step
+        system.step(torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long), state)
         rates.append(system.optimizers["model"].param_groups[0]["lr"])
     assert rates == [0.1, 0.1, 0.05, 0.05, 0.025]
 
@@ -194,5 +200,5 @@ def test_training_rebuilds_from_the_true_class(monkeypatch):
     torch.manual_seed(0)
     system = CapsNet(width=8, batch_size=20)
     images, labels = torch.randint(256, (20, 1, 28, 28)).byte(), torch.arange(10).repeat(2)
-    system.step(images, labels, Training(system.optimizers, Draw(0)))
+    system.step(images, labels, TrainState(system.optimizers, ShardedGenerator(0)))
     assert [classes.tolist() for classes in chosen] == [labels.tolist()]

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from infocapsgan import data, losses
-from infocapsgan.engine.rng import Draw
-from infocapsgan.engine.train_state import Training
+from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.engine.train_state import TrainState
 from infocapsgan.systems import SYSTEMS, class_code
 from infocapsgan.systems.class_code import ClassCodeGAN
 
@@ -21,7 +21,7 @@ def made(name, **options):
     return SYSTEMS[name](**{"width": 8, "batch_size": 16, **options})
 
 
-class Recorded(Training):
+class Recorded(TrainState):
     """Keeps the last loss that each optimiser was given."""
 
     def update(self, name, loss):
@@ -31,12 +31,12 @@ class Recorded(Training):
 
 def steps(system, digits, numbers, labels=None):
     """What the steps of these numbers name, on the same 16 images."""
-    training = Training(system.optimizers, Draw(0))
+    state = TrainState(system.optimizers, ShardedGenerator(0))
     labels = digits.train_labels[:16] if labels is None else labels
     named = []
     for number in numbers:
-        training.step = number
-        named.append(system.step(digits.train_images[:16], labels, training))
+        state.step = number
+        named.append(system.step(digits.train_images[:16], labels, state))
     return named
 
 
@@ -101,13 +101,13 @@ def test_classes_form_on_real_images_alone(name, digits):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_learning_rate_settles_over_the_warm_up(name):
     system = made(name, settled_rate=0.2, warm_up=100)
-    training = Training(system.optimizers, Draw(0))
+    state = TrainState(system.optimizers, ShardedGenerator(0))
     rates = []
-    for training.step in (0, 50, 100, 1000):
-        rates.append(system.settled(1e-2, training))
+    for state.step in (0, 50, 100, 1000):
+        rates.append(system.decayed_rate(1e-2, state))
     assert rates == pytest.approx([1e-2, 6e-3, 2e-3, 2e-3])
     without = made(name, settled_rate=0.2, warm_up=0)
-    assert without.settled(1e-2, training) == 1e-2
+    assert without.decayed_rate(1e-2, state) == 1e-2
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,7 +125,7 @@ def test_how_many_images_are_of_each_class(name, digits):
 def test_pictures_have_a_code_in_each_row_and_a_noise_in_each_column(name, digits):
     system = made(name).eval()
     latents, noise_dim = [], system.settings.noise_dim
-    system.drawing_generator.register_forward_hook(lambda _, inputs, __: latents.append(inputs[0]))
+    system.sampling_generator.register_forward_hook(lambda _, inputs, __: latents.append(inputs[0]))
     with torch.no_grad():
         columns = system.pictures(digits)["samples"][1]
     noise, code, _ = latents[0].view(10, columns, -1).tensor_split((noise_dim, noise_dim + 10), dim=2)
@@ -153,10 +153,10 @@ def test_smoothness_alone_says_nothing_of_the_classes(name, digits):
 def test_the_loss_of_real_images_is_the_weighted_sum_of_what_is_named(name, digits):
     weights = {"information_weight": 0.7, "consistency_weight": 1.3, "smoothness_weight": 1.9}
     system = made(name, warm_up=9, smoothness_after=0, balance=1, **weights)
-    training = Recorded(system.optimizers, Draw(0))
-    named = system.step(digits.train_images[:16], digits.train_labels[:16], training)
+    state = Recorded(system.optimizers, ShardedGenerator(0))
+    named = system.step(digits.train_images[:16], digits.train_labels[:16], state)
     wanted = -0.7 * named["information"] + 1.3 * named["consistency"] + 1.9 * named["smoothness"]
-    assert list(training.losses.values()) == pytest.approx([wanted.item()], rel=1e-5)
+    assert list(state.losses.values()) == pytest.approx([wanted.item()], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -171,11 +171,11 @@ def test_what_the_parts_of_that_loss_are_told(name, digits, monkeypatch):
 
     spy(losses, "mutual_information")
     spy(losses, "adversarial_smoothness")
-    spy(class_code, "erased")
+    spy(class_code, "random_erasing")
     system = made(name, warm_up=9, smoothness_after=0, balance=2.5, smoothness_radius=1.5, erased=0.25)
-    training = Training(system.optimizers, Draw(0))
-    system.step(digits.train_images[:16], digits.train_labels[:16], training)
-    mean = training.processes.mean
+    state = TrainState(system.optimizers, ShardedGenerator(0))
+    system.step(digits.train_images[:16], digits.train_labels[:16], state)
+    mean = state.processes.mean
     assert told == {"mean": mean, "balance": 2.5, "radius": 1.5, "share": 0.25, "background": -1}
 
 
@@ -188,8 +188,8 @@ def test_the_losses_of_generator_and_discriminator_are_weighted_sums(name, digit
     else:
         rates |= {"adversarial_weight": 0.7, "code_weight": 0.02, "diversity_weight": 0.3}
     system = made(name, **rates, warm_up=0, information_weight=0, consistency_weight=0)
-    training = Recorded(system.optimizers, Draw(0))
-    named = system.step(digits.train_images[:16], digits.train_labels[:16], training)
+    state = Recorded(system.optimizers, ShardedGenerator(0))
+    named = system.step(digits.train_images[:16], digits.train_labels[:16], state)
     named = {key: value.item() for key, value in named.items()}
     if name == "infogan":
         code = 0.6 * named["categorical"] + 0.4 * named["continuous"]
@@ -200,4 +200,4 @@ def test_the_losses_of_generator_and_discriminator_are_weighted_sums(name, digit
             "discriminator": 0.7 * named["discriminator"] + code,
             "generator": 0.7 * named["generator"] + code + 0.3 * named["diversity"],
         }
-    assert training.losses == pytest.approx(wanted, rel=1e-4)
+    assert state.losses == pytest.approx(wanted, rel=1e-4)

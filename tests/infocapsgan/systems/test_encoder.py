@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from infocapsgan import data
-from infocapsgan.data.augment import moved
+from infocapsgan.data.augment import random_affine
 from infocapsgan.data.dataset import to_symmetric
-from infocapsgan.engine.rng import Draw
-from infocapsgan.engine.train_state import Training, parameter_count
+from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.engine.train_state import TrainState, parameter_count
 from infocapsgan.systems import Encoder, InfoCapsGAN
 
 
@@ -29,8 +29,8 @@ def test_training_lowers_the_margin_loss():
     torch.manual_seed(0)
     digits = data.load("digits")
     system = Encoder(width=8, batch_size=32, moved=False)
-    training = Training(system.optimizers, Draw(0))
-    rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(40)]
+    state = TrainState(system.optimizers, ShardedGenerator(0))
+    rows = [system.step(digits.train_images[:32], digits.train_labels[:32], state) for _ in range(40)]
     assert rows[-1]["margin"] < 0.7 * rows[0]["margin"]
 
 
@@ -40,6 +40,8 @@ def test_moved_says_whether_copies_are_seen(copies):
     system, seen = Encoder(width=8, moved=copies), []
     system.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     images = digits.train_images[:8]
-    system.step(images, digits.train_labels[:8], Training(system.optimizers, Draw(0)))
+    system.step(images, digits.train_labels[:8], TrainState(system.optimizers, ShardedGenerator(0)))
     wanted = to_symmetric(images)
-    assert torch.equal(seen[0], moved(wanted, Draw(0), background=-1) if copies else wanted)
+    assert torch.equal(
+        seen[0], random_affine(wanted, ShardedGenerator(0), background=-1) if copies else wanted
+    )

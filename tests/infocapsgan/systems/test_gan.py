@@ -8,9 +8,9 @@ from PIL import Image
 
 from infocapsgan import data, losses
 from infocapsgan.engine import loaded_run as trained
-from infocapsgan.engine.rng import Draw
+from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.run_directory import read_metrics
-from infocapsgan.engine.train_state import Training, parameter_count
+from infocapsgan.engine.train_state import TrainState, parameter_count
 from infocapsgan.evaluate import evaluate
 from infocapsgan.systems import DCGAN, SYSTEMS, CapsuleGAN, Mimic
 from infocapsgan.systems.gan import GAN, morph
@@ -27,10 +27,10 @@ for name in ("capsulegan", "dcgan"):
 
 def step(system, steps=1):
     digits = data.load("digits")
-    training = Training(system.optimizers, Draw(0))
+    state = TrainState(system.optimizers, ShardedGenerator(0))
     for _ in range(steps):
-        named = system.step(digits.train_images[:8], digits.train_labels[:8], training)
-        training.step += 1
+        named = system.step(digits.train_images[:8], digits.train_labels[:8], state)
+        state.step += 1
     return named
 
 
@@ -66,7 +66,7 @@ def test_the_average_follows_the_generator(name):
         {key: value.detach() for key, value in system.average.named_parameters()},
         {key: (before[key] + now[key].detach()) / 2 for key in before},
     )
-    assert system.drawing_generator is system.average
+    assert system.sampling_generator is system.average
     assert any(key.startswith("average.") for key in system.state_dict())
 
 
@@ -87,11 +87,11 @@ def test_the_adversarial_losses_are_of_the_kind_that_is_asked_for(name, kind):
     system = SYSTEMS[name](adversarial_loss=kind, penalty_weight=7.0, **SMALL[name])
     real, generated = torch.rand(2, 8, 1, 28, 28)
     logits = torch.randn(2, 8)
-    training = Training(system.optimizers, Draw(0))
+    state = TrainState(system.optimizers, ShardedGenerator(0))
     wanted = losses.discriminator_loss(*logits, kind)
     if kind == "wasserstein":
-        wanted = wanted + 7 * losses.gradient_penalty(system.logits, real, generated, Draw(0))
-    found = system.adversarial_discriminator_loss(real, generated, *logits, training)
+        wanted = wanted + 7 * losses.gradient_penalty(system.logits, real, generated, ShardedGenerator(0))
+    found = system.adversarial_discriminator_loss(real, generated, *logits, state)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(
         system.adversarial_generator_loss(logits[0]), losses.generator_loss(logits[0], kind)

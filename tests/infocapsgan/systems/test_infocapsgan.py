@@ -3,8 +3,8 @@ import torch
 
 from infocapsgan import data
 from infocapsgan.engine.distributed import Processes
-from infocapsgan.engine.rng import Draw
-from infocapsgan.engine.train_state import Training, parameter_count
+from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.engine.train_state import TrainState, parameter_count
 from infocapsgan.models.capsule_encoder import Capsules
 from infocapsgan.systems import InfoCapsGAN
 from infocapsgan.systems.infocapsgan import compare_capsules
@@ -63,8 +63,8 @@ def test_training_lowers_the_losses(recipe, loss):
         generator_rate=1e-3,
         warm_up=0,
     )
-    training = Training(system.optimizers, Draw(0))
-    rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(60)]
+    state = TrainState(system.optimizers, ShardedGenerator(0))
+    rows = [system.step(digits.train_images[:32], digits.train_labels[:32], state) for _ in range(60)]
     assert sum(row[loss] for row in rows[-5:]) / 5 < 0.8 * rows[0][loss]
 
 
@@ -73,8 +73,8 @@ def test_without_the_adversarial_part_the_generator_rests():
     system = InfoCapsGAN(width=8, batch_size=16, adversarial_weight=0, smoothness_after=0)
     before = [weight.clone() for weight in system.generator.parameters()]
     digits = data.load("digits")
-    training = Training(system.optimizers, Draw(0))
-    named = system.step(digits.train_images[:16], digits.train_labels[:16], training)
+    state = TrainState(system.optimizers, ShardedGenerator(0))
+    named = system.step(digits.train_images[:16], digits.train_labels[:16], state)
     assert set(named) == {"information", "consistency", "smoothness"}
     assert all(torch.equal(a, b) for a, b in zip(before, system.generator.parameters(), strict=True))
 
@@ -89,9 +89,9 @@ def test_a_batch_without_neighbours_is_refused():
         InfoCapsGAN(width=8, batch_size=1)
     digits = data.load("digits")
     system = InfoCapsGAN(width=8, batch_size=6)
-    training = Training(system.optimizers, Draw(0, world=2), processes=Processes(0, 2))
+    state = TrainState(system.optimizers, ShardedGenerator(0, world=2), processes=Processes(0, 2))
     with pytest.raises(ValueError, match="--batch-size: got 6, takes an even number for each of the 2"):
-        system.step(digits.train_images[:3], digits.train_labels[:3], training)
+        system.step(digits.train_images[:3], digits.train_labels[:3], state)
 
 
 def test_neighbours_are_of_one_class_where_their_images_are_kept_apart(monkeypatch):
@@ -101,8 +101,8 @@ def test_neighbours_are_of_one_class_where_their_images_are_kept_apart(monkeypat
     for weight, B in ((0.0, 16), (0.5, 16), (0.5, 7)):
         torch.manual_seed(0)
         system = InfoCapsGAN(width=8, batch_size=B, warm_up=0, diversity_weight=weight)
-        training = Training(system.optimizers, Draw(0))
-        named = system.step(digits.train_images[:B], digits.train_labels[:B], training)
+        state = TrainState(system.optimizers, ShardedGenerator(0))
+        named = system.step(digits.train_images[:B], digits.train_labels[:B], state)
         code = codes.pop()
         assert len(code) == B
         assert code.unique().numel() > 2
@@ -152,10 +152,10 @@ def test_before_the_generator_comes_in_it_is_as_if_there_were_none():
     for weight in (0, 1):
         torch.manual_seed(0)
         system = InfoCapsGAN(width=8, batch_size=16, adversarial_weight=weight, warm_up=4, smoothness_after=2)
-        training = Training(system.optimizers, Draw(0))
+        state = TrainState(system.optimizers, ShardedGenerator(0))
         for step in range(4):
-            training.step = step
-            system.step(digits.train_images[:16], digits.train_labels[:16], training)
+            state.step = step
+            system.step(digits.train_images[:16], digits.train_labels[:16], state)
         weights.append(list(system.discriminator.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
@@ -164,11 +164,11 @@ def test_the_encoder_settles_over_the_warm_up_and_the_verdict_does_not():
     digits = data.load("digits")
     system = InfoCapsGAN(width=8, batch_size=8, discriminator_rate=1e-2, settled_rate=0.2, warm_up=100)
     optimizer = system.optimizers["discriminator"]
-    training = Training(system.optimizers, Draw(0))
+    state = TrainState(system.optimizers, ShardedGenerator(0))
     rates = []
     for step in (0, 50, 100):
-        training.step = step
-        system.step(digits.train_images[:8], digits.train_labels[:8], training)
+        state.step = step
+        system.step(digits.train_images[:8], digits.train_labels[:8], state)
         rates.append([group["lr"] for group in optimizer.param_groups])
     assert [encoder for encoder, _ in rates] == pytest.approx([1e-2, 6e-3, 2e-3])
     assert {verdict for _, verdict in rates} == {1e-2}

@@ -5,8 +5,8 @@ import torch
 
 from infocapsgan import data
 from infocapsgan.data.dataset import to_symmetric
-from infocapsgan.engine.rng import Draw
-from infocapsgan.engine.train_state import Training, parameter_count
+from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.engine.train_state import TrainState, parameter_count
 from infocapsgan.metrics import morphometry as strokes
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
 from infocapsgan.systems import InfoGAN
@@ -59,7 +59,7 @@ def test_accuracies_of_detection_are_named():
     digits = data.load("digits")
     system = InfoGAN(width=8, batch_size=16, warm_up=0)
     named = system.step(
-        digits.train_images[:16], digits.train_labels[:16], Training(system.optimizers, Draw(0))
+        digits.train_images[:16], digits.train_labels[:16], TrainState(system.optimizers, ShardedGenerator(0))
     )
     assert set(named) >= {"discriminator", "generator", "categorical", "continuous"}
     assert all(0 <= named[f"{kind}_accuracy"] <= 1 for kind in ("real", "generated"))
@@ -82,7 +82,11 @@ def test_the_codes_train_the_trunk_that_discriminator_and_recogniser_share():
     for weight in (0.0, 1.0):
         torch.manual_seed(0)
         system = InfoGAN(width=8, batch_size=16, warm_up=0, categorical_weight=weight)
-        system.step(digits.train_images[:16], digits.train_labels[:16], Training(system.optimizers, Draw(0)))
+        system.step(
+            digits.train_images[:16],
+            digits.train_labels[:16],
+            TrainState(system.optimizers, ShardedGenerator(0)),
+        )
         trained.append(system.discriminator.trunk.layers[0].weight.detach().clone())
     assert not torch.equal(*trained)
 
@@ -91,8 +95,8 @@ def test_training_lowers_the_code_losses():
     torch.manual_seed(0)
     digits = data.load("digits")
     system = InfoGAN(width=8, batch_size=32, warm_up=0, noise_dim=4)
-    training = Training(system.optimizers, Draw(0))
-    rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(60)]
+    state = TrainState(system.optimizers, ShardedGenerator(0))
+    rows = [system.step(digits.train_images[:32], digits.train_labels[:32], state) for _ in range(60)]
     assert rows[-1]["categorical"] < 0.8 * rows[0]["categorical"]
 
 
@@ -102,7 +106,9 @@ def test_continuous_codes_are_drawn_from_minus_one_to_one(monkeypatch):
     torch.manual_seed(0)
     system = InfoGAN(width=8, batch_size=64, warm_up=0)
     digits = data.load("digits")
-    system.step(digits.train_images[:64], digits.train_labels[:64], Training(system.optimizers, Draw(0)))
+    system.step(
+        digits.train_images[:64], digits.train_labels[:64], TrainState(system.optimizers, ShardedGenerator(0))
+    )
     (codes,) = drawn
     assert -1 <= codes.min() < -0.8
     assert 0.8 < codes.max() <= 1
@@ -119,17 +125,19 @@ def test_the_loss_of_what_codes_mean_by_hand(monkeypatch):
 
     monkeypatch.setattr(system.discriminator, "forward", measured)
     _, _, values = measured(real)
-    loss = system.meaning_loss(real, values, Draw(0))
-    still = system.meaning_loss(real, 0 * values, Draw(0))
+    loss = system.meaning_loss(real, values, ShardedGenerator(0))
+    still = system.meaning_loss(real, 0 * values, ShardedGenerator(0))
     # A code that measures slant is right to 0.01, one that measures strokes roughly: E[a²] is 1/3 for each.
     assert loss < 0.15
     assert still > 1
     monkeypatch.setattr(system.discriminator, "forward", lambda images: (None, None, values))
-    amounts = Draw(0).uniform(64, 2) * 2 - 1
-    torch.testing.assert_close(system.meaning_loss(real, values, Draw(0)), amounts.square().sum(dim=1).mean())
+    amounts = ShardedGenerator(0).uniform(64, 2) * 2 - 1
+    torch.testing.assert_close(
+        system.meaning_loss(real, values, ShardedGenerator(0)), amounts.square().sum(dim=1).mean()
+    )
     monkeypatch.setattr(system.discriminator, "forward", lambda images: (None, None, values[:, :1]))
     torch.testing.assert_close(
-        system.meaning_loss(real, values[:, :1], Draw(0)), amounts[:, 0].square().mean()
+        system.meaning_loss(real, values[:, :1], ShardedGenerator(0)), amounts[:, 0].square().mean()
     )
 
 
@@ -140,8 +148,8 @@ def test_real_images_teach_what_codes_mean(options):
     torch.manual_seed(0)
     digits = data.load("digits")
     system = InfoGAN(width=8, batch_size=32, meaning_weight=1.0, **options)
-    training = Training(system.optimizers, Draw(0), steps=60)
-    rows = [system.step(digits.train_images[:32], digits.train_labels[:32], training) for _ in range(60)]
+    state = TrainState(system.optimizers, ShardedGenerator(0), steps=60)
+    rows = [system.step(digits.train_images[:32], digits.train_labels[:32], state) for _ in range(60)]
     first, last = (sum(row["meaning"] for row in part) / 10 for part in (rows[:10], rows[-10:]))
     assert last < 0.6 * first
 
@@ -150,7 +158,7 @@ def test_real_images_teach_what_codes_mean(options):
 def test_codes_are_left_open(options):
     system, digits = InfoGAN(width=8, batch_size=8, **options), data.load("digits")
     named = system.step(
-        digits.train_images[:8], digits.train_labels[:8], Training(system.optimizers, Draw(0))
+        digits.train_images[:8], digits.train_labels[:8], TrainState(system.optimizers, ShardedGenerator(0))
     )
     assert "meaning" not in named
 

@@ -13,8 +13,8 @@ from PIL import Image
 from infocapsgan import data
 from infocapsgan.data import folder
 from infocapsgan.engine import checkpoint
-from infocapsgan.engine.rng import Draw
-from infocapsgan.engine.train_state import DTYPES, Training
+from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.engine.train_state import DTYPES, TrainState
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.gan import GAN
 from infocapsgan.systems.supervised import Supervised
@@ -51,12 +51,12 @@ def mnist():
 
 
 def train(system, dataset, steps, precision="fp32"):
-    training = Training(system.optimizers, Draw(0), precision=precision)
+    state = TrainState(system.optimizers, ShardedGenerator(0), precision=precision)
     images, labels = dataset.train_images[:16], dataset.train_labels[:16]
     rows = []
     for _ in range(steps):
-        rows.append({name: value.item() for name, value in system.step(images, labels, training).items()})
-        training.step += 1
+        rows.append({name: value.item() for name, value in system.step(images, labels, state).items()})
+        state.step += 1
     return rows
 
 
@@ -129,7 +129,7 @@ def test_a_step_on_images_of_other_shapes(name, dataset, shape, tmp_path):
     options = SMALL[name] | {"data_dir": tmp_path, "batch_size": 4}
     system = SYSTEMS[name](dataset=dataset, **options)
     images, labels = torch.randint(256, (4, *shape)).byte(), torch.arange(4)
-    named = system.step(images, labels, Training(system.optimizers, Draw(0)))
+    named = system.step(images, labels, TrainState(system.optimizers, ShardedGenerator(0)))
     assert all(torch.isfinite(value) for value in named.values())
     few = data.Dataset(dataset, images, labels, images.repeat(3, 1, 1, 1), labels.repeat(3), size=32)
     system.eval()
@@ -176,7 +176,7 @@ def test_a_folder_is_looked_through_once(name, tmp_path, monkeypatch):
     system = SYSTEMS[name](dataset="folder", **options)
     images, labels = torch.randint(256, (4, 3, 32, 32)).byte(), torch.arange(4)
     for one in (system, copy.deepcopy(system), pickle.loads(pickle.dumps(system))):
-        one.step(images, labels, Training(one.optimizers, Draw(0)))
+        one.step(images, labels, TrainState(one.optimizers, ShardedGenerator(0)))
         assert one.image_shape == (3, 32, 10)
     assert looked == [tmp_path]
 
@@ -199,26 +199,26 @@ def test_a_restored_state_goes_on_to_the_same_numbers(name, full, digits, tmp_pa
     options = SMALL[name] | (FULL[name] if full else {})
     precision = options.get("precision", "fp32")
     system = SYSTEMS[name](**options)
-    training = Training(system.optimizers, Draw(0), precision=precision)
+    state = TrainState(system.optimizers, ShardedGenerator(0), precision=precision)
     images, labels = digits.train_images[:16], digits.train_labels[:16]
     for _ in range(3):
-        system.step(images, labels, training)
-    training.step = 3
-    path = checkpoint.save(tmp_path, checkpoint.capture(system, training), seconds=1.5)
-    wanted = system.step(images, labels, training)
+        system.step(images, labels, state)
+    state.step = 3
+    path = checkpoint.save(tmp_path, checkpoint.capture(system, state), seconds=1.5)
+    wanted = system.step(images, labels, state)
 
     torch.manual_seed(1)
     other = SYSTEMS[name](**options)
-    resumed = Training(other.optimizers, Draw(1), precision=precision)
+    resumed = TrainState(other.optimizers, ShardedGenerator(1), precision=precision)
     checkpoint.restore(checkpoint.load(path), other, resumed)
     assert resumed.step == 3
     found = other.step(images, labels, resumed)
     assert {key: value.item() for key, value in found.items()} == {
         key: value.item() for key, value in wanted.items()
     }
-    one, two = checkpoint.capture(system, training), checkpoint.capture(other, resumed)
+    one, two = checkpoint.capture(system, state), checkpoint.capture(other, resumed)
     assert one.numbers | {"step": 3} == two.numbers
-    for tensors, others in ((one.weights, two.weights), (one.training, two.training)):
+    for tensors, others in ((one.weights, two.weights), (one.tensors, two.tensors)):
         assert all(torch.equal(tensors[key], others[key]) for key in tensors | others)
 
 
