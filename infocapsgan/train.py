@@ -34,6 +34,7 @@ from infocapsgan.engine.run_directory import (
 )
 from infocapsgan.engine.settings import Settings
 from infocapsgan.engine.train_state import NonFiniteLossError, TrainState
+from infocapsgan.plotting.curves import training_curves
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.system import System
 
@@ -150,7 +151,7 @@ def fit(
 
     def measure(images: Dataset) -> dict[str, float]:
         metrics = _measured(system, system.evaluate, images)
-        return metrics | (_measured(system, system.fidelity, centred) if processes.writes else {})
+        return metrics | (_measured(system, system.sample_quality, centred) if processes.writes else {})
 
     def save() -> None:
         if processes.writes:
@@ -179,7 +180,7 @@ def fit(
                 continue
             save()
             raise NonFiniteLossError(
-                f"step {state.step + 1}: {error}. {_how_to_go_on(run, state)}"
+                f"step {state.step + 1}: {error}. {_how_to_resume(run, state)}"
             ) from error
         bar.update(state.step - bar.n)
         if logs:
@@ -193,15 +194,18 @@ def fit(
                 validate()
             metrics = measure(centred if last else centred.head(10_000))
             run.log("evaluation", state.step, state.epoch, metrics)
-            run.draw(state.step, _measured(system, system.pictures, centred))
-            run.draw_curves(system.headline, baselines)
-            shown = {system.headline: f"{metrics[system.headline]:.3f}"}
+            subject = f"{system.name} on {settings.dataset}"
+            run.draw(state.step, subject, _measured(system, system.pictures, centred))
+            if processes.writes:
+                title = f"{subject}: losses and metrics during training"
+                run.draw_curves(training_curves(run.rows, system, baselines, title))
+            shown = {system.headline: f"{metrics[system.headline]:.3f}"} if system.headline in metrics else {}
         if saves:
             save()
     bar.close()
     interrupted.restore()
     if state.step < state.steps:
-        return f"interrupted after step {state.step}. {_how_to_go_on(run, state)}"
+        return f"interrupted after step {state.step}. {_how_to_resume(run, state)}"
     if held_out and processes.writes and checkpoint.read_best(run.checkpoints):
         checkpoint.load_best(run.checkpoints, system)
         metrics = {}
@@ -312,7 +316,7 @@ def _measured(system: System, method: Callable[[Dataset], Any], dataset: Dataset
     return found
 
 
-def _how_to_go_on(run: Run, state: TrainState) -> str:
+def _how_to_resume(run: Run, state: TrainState) -> str:
     return f"The state after step {state.step} is saved; continue with --resume {run.path}"
 
 

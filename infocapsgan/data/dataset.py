@@ -98,10 +98,10 @@ def crop(images: Tensor, corners: Tensor, size: int) -> Tensor:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 → float32 in [0, 1], what classifiers take."""
-    return images.float() / 255
+    """Images as uint8 → float32 in [0, 1]; float images in [0, 1] as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def to_symmetric(images: Tensor) -> Tensor:
-    """uint8 → float32 in [−1, 1], the range of a generator's tanh."""
-    return images.float() / 127.5 - 1
+    """Images as uint8, or as float in [0, 1] → float in [−1, 1], the range of a generator's tanh."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images * 2 - 1

@@ -29,13 +29,15 @@ SINGLE_NAMES = tuple(name for name in NAMES if name != "multi-mnist")
 """Those whose images have one label each."""
 
 
-def image_shape(name: str, data_dir: str | Path | None = None) -> ImageShape:
+def image_shape(
+    name: str, data_dir: str | Path | None = None, *, image_size: int | None = None
+) -> ImageShape:
     """Channels, size and classes of the data set `name`, known before its files are read."""
     shape = _find(name)[0]
     return shape._replace(classes=folder.classes(data_dir)) if name == "folder" else shape
 
 
-def load(name: str, data_dir: str | Path | None = None) -> Dataset:
+def load(name: str, data_dir: str | Path | None = None, *, image_size: int | None = None) -> Dataset:
     """Reads a data set, and downloads it first where it is missing.
 
     Args:

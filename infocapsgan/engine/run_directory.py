@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 import capsops
 from infocapsgan.engine.atomic import atomic_file
 from infocapsgan.engine.settings import Settings
-from infocapsgan.plotting import png as pictures
+from infocapsgan.plotting.figures import pixels, save_figure, sheet_figure
+from infocapsgan.plotting.sheet import Sheet
 
 SUMMARY, EVALUATION = "summary.json", "evaluation.json"
 
@@ -83,16 +84,16 @@ class Run:
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
-    def draw(self, step: int, images: dict[str, tuple[Tensor, int]]) -> None:
-        """Writes grids of images, given with the length of a row, to samples/ and TensorBoard."""
-        for name, (stack, columns) in images.items():
-            picture = pictures.grid(stack, columns)
-            pictures.save_png(self.path / "samples" / f"{name}-{step:08d}.png", picture)
-            self._board.add_image(name, picture.numpy(), step, dataformats="HWC")
+    def draw(self, step: int, subject: str, sheets: dict[str, Sheet]) -> None:
+        """Writes pictures of a step to samples/ and TensorBoard."""
+        for name, sheet in sheets.items():
+            figure = sheet_figure(f"{subject}, step {step:,}", sheet)
+            save_figure(self.path / "samples" / f"{name}-{step:08d}.png", figure)
+            self._board.add_image(name, pixels(figure), step, dataformats="HWC")
 
-    def draw_curves(self, headline: str, baselines: dict[str, float]) -> None:
+    def draw_curves(self, figure: Figure) -> None:
         """Writes curves.png anew."""
-        pictures.save_curves(self.path / "curves.png", self.rows, headline, baselines)
+        save_figure(self.path / "curves.png", figure)
 
 
 class SilentRun:

@@ -37,6 +37,8 @@ class Settings:
     """Images to train on. digits comes with scikit-learn and needs no download."""
     data_dir: Path | None = None
     """Folder that holds mnist/ and its like [$INFOCAPSGAN_DATA, then the user's cache folder]."""
+    image_size: int | None = None
+    """Height and width of the images of --dataset folder [32]: a multiple of 4 from 28 to 128."""
     out: Path | None = None
     """The run directory [a new numbered one under runs/]."""
     epochs: Count = 30
