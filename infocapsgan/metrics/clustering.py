@@ -1,0 +1,27 @@
+"""How well class codes, which were learned without labels, agree with the labels."""
+
+from typing import TYPE_CHECKING
+
+from infocapsgan.data import Dataset
+from infocapsgan.metrics import Measured, register
+from infocapsgan.metrics.classification import confusion
+from infocapsgan.metrics.matching import clustering_metrics, match_clusters
+
+if TYPE_CHECKING:
+    from infocapsgan.systems import System
+
+
+def why_not(system: "System", dataset: Dataset) -> str:
+    """Why the group does not apply; empty where it does."""
+    return system.why_not("cluster") or ("" if dataset.labelled else "its images have no labels")
+
+
+@register("clustering", why_not)
+def clustering(system: "System", dataset: Dataset, samples: int) -> Measured:
+    """Unsupervised accuracy, NMI and ARI of the test split; clusters are matched on the training split."""
+    classes = system.image_shape.classes
+    train, test = system.cluster(dataset.train_images), system.cluster(dataset.test_images)
+    matched = match_clusters(train, dataset.train_labels, system.codes, classes)
+    details = {"label_of_cluster": matched.tolist()}
+    details |= confusion(matched[test.cpu()], dataset.test_labels.cpu(), classes)
+    return clustering_metrics(matched, test, dataset.test_labels), details
