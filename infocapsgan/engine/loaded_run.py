@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from infocapsgan.data import Dataset
-from infocapsgan.data.class_names import class_names
 from infocapsgan.engine import checkpoint
 from infocapsgan.engine.device import local_device
 from infocapsgan.engine.run_directory import RunError, read_config
@@ -64,7 +63,7 @@ class LoadedRun:
 
     def named(self, labels: Tensor) -> str:
         """The class of a label, in words; of several labels, joined by +."""
-        names = class_names(self.system.settings.dataset, self.system.settings.data_dir)
+        names = self.dataset.class_names
         return "+".join(names[label] for label in labels.flatten().tolist())
 
     @cached_property
