@@ -24,7 +24,6 @@ from infocapsgan.data.files import DataError
 from infocapsgan.data.registry import ImageShape
 
 Picture: TypeAlias = Tensor | np.ndarray | Image.Image | str | Path
-LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R 601, as Pillow has it
 TAKES = "uint8, or floats in [0, 1]"
 
 
@@ -59,7 +58,7 @@ def to_images(images: Picture | Sequence[Picture], shape: ImageShape) -> Tensor:
             A tensor or an array, uint8 in 0 … 255 or of floats in [0, 1], with 2 axes [H, W]: one grey
             picture; with 3 axes [C, H, W] or [H, W, C]: one picture of 1 or 3 channels; with 4 axes
             [N, C, H, W] or [N, H, W, C]: N of those. Which axis is C is told by its size of 1 or 3; where it
-            could be either, the picture is refused. Pixels of the right shape stay as they are.
+            could be either, it is refused. Pixels of the right shape stay as they are; others become uint8.
         shape: what a model takes.
 
     Raises:
@@ -72,11 +71,7 @@ def to_images(images: Picture | Sequence[Picture], shape: ImageShape) -> Tensor:
     if isinstance(images, Image.Image):
         return _pixels(images, shape.channels, shape.size)[None]
     if isinstance(images, Tensor | np.ndarray):
-        pixels, wanted = _checked(images), (shape.channels, shape.size, shape.size)
-        if pixels.shape[1:] == wanted:
-            return pixels
-        fitted = [_fitted(picture, shape.channels, shape.size) for picture in pixels.cpu()]
-        return torch.stack(fitted).to(pixels.device)
+        return _fitted(_checked(images), shape.channels, shape.size)
     if not isinstance(images, Sequence):
         raise TypeError(
             f"images: got {type(images).__name__}, takes tensors, arrays, PIL images, paths or lists of them"
@@ -155,22 +150,20 @@ def _checked(images: Tensor | np.ndarray) -> Tensor:
             f"images: got an array of shape {shape}, takes [H, W], [C, H, W], [H, W, C], [N, C, H, W] or "
             "[N, H, W, C] with C of 1 or 3, and no other axis that C could be"
         )
-    images = images.movedim(channel_axes[0], 1)
-    if images.dtype == torch.uint8:
+    if images.is_floating_point():
+        images = images.detach().float()
+        low, high = (value.item() for value in images.aminmax())
+        if not (low >= 0 and high <= 1):  # NaN is neither
+            raise ValueError(f"images: got floats from {low:g} to {high:g}, takes {TAKES}")
+    return images.movedim(channel_axes[0], 1)
+
+
+def _fitted(images: Tensor, channels: int, size: int) -> Tensor:
+    """Images [N, C, H, W] as they are where C × H × W is what is wanted, else by way of PIL images."""
+    if images.shape[1:] == (channels, size, size):
         return images
-    low, high = (value.item() for value in images.aminmax())
-    if not (low >= 0 and high <= 1):  # NaN is neither
-        raise ValueError(f"images: got floats from {low:g} to {high:g}, takes {TAKES}")
-    return images.detach().float()
-
-
-def _fitted(image: Tensor, channels: int, size: int) -> Tensor:
-    """One picture [C, H, W] on the CPU → [channels, size, size]."""
-    if image.dtype == torch.uint8:
-        array = image.permute(1, 2, 0).numpy()
-        return _pixels(Image.fromarray(array.squeeze(2) if len(image) == 1 else array), channels, size)
-    if len(image) == 3 and channels == 1:
-        image = torch.tensordot(torch.tensor(LUMINANCE), image, 1)[None]
-    squares = [_middle_square(Image.fromarray(plane.numpy()), size) for plane in image]
-    planes = torch.from_numpy(np.stack([np.asarray(square) for square in squares]))
-    return planes.clamp(0, 1).expand(channels, -1, -1)  # a bicubic curve may leave [0, 1]
+    if images.is_floating_point():
+        images = (images * 255).round().byte()
+    arrays = images.movedim(1, 3).squeeze(3).cpu().numpy()  # Pillow takes grey ones without an axis for C
+    fitted = [_pixels(Image.fromarray(array), channels, size) for array in arrays]
+    return torch.stack(fitted).to(images.device)

@@ -27,10 +27,6 @@ class Pairs(NamedTuple):
     digits: Tensor  # indices [N, 2] as int32
     corners: Tensor  # row and column of each digit's frame [N, 2, 2] as uint8
 
-    def part(self, place: slice, device: torch.device) -> "Pairs":
-        """Some of them, on a device."""
-        return Pairs(self.digits[place].to(device), self.corners[place].to(device))
-
 
 class ByClass(NamedTuple):
     """Digits in the order of their labels."""
@@ -50,8 +46,8 @@ class ByClass(NamedTuple):
 class MultiMNIST(Dataset):
     """Single training digits, paired at random for each batch, and fixed test pairs.
 
-    A pair [2, 36, 36] is its two digits, one a channel; overlay() adds them to one image. Its
-    labels are two numbers. `test_images` holds at most STORED pairs; test_batches() gives all of them.
+    A pair [2, 36, 36] is its two digits, one a channel; overlay() adds them to one image. It has two labels.
+    `test_images` holds at most STORED pairs; test_batches() gives all of them.
 
     Attributes:
         test_digits: single test digits [N, 1, 28, 28].
@@ -79,7 +75,7 @@ class MultiMNIST(Dataset):
             return
         for start in range(0, len(self.test_labels), size):
             place = slice(start, start + size)
-            pairs = self.pairs.part(place, self.test_digits.device)
+            pairs = Pairs(*(values[place].to(self.test_digits.device) for values in self.pairs))
             yield render(self.test_digits, pairs), self.test_labels[place]
 
     def with_test_pairs(self, number: int) -> "MultiMNIST":
@@ -105,11 +101,8 @@ class MultiMNIST(Dataset):
 
     def to(self, device: torch.device | str) -> "MultiMNIST":
         """The same data on `device`; pairs that are not stored stay where they are."""
-        return replace(
-            super().to(device),
-            test_digits=self.test_digits.to(device),
-            test_digit_labels=self.test_digit_labels.to(device),
-        )
+        digits, labels = self.test_digits.to(device), self.test_digit_labels.to(device)
+        return replace(super().to(device), test_digits=digits, test_digit_labels=labels)
 
     def head(self, images: int) -> "MultiMNIST":
         """The first `images` training digits and test pairs, at most STORED."""
@@ -130,16 +123,8 @@ def of_digits(
     images: Tensor, labels: Tensor, digits: Tensor, digit_labels: Tensor, test_pairs: int = TEST_PAIRS
 ) -> MultiMNIST:
     """The data set of training digits and their labels, test digits and their labels."""
-    single = MultiMNIST(
-        "multi-mnist",
-        images,
-        labels,
-        digits,
-        digit_labels,
-        SIZE,
-        test_digits=digits,
-        test_digit_labels=digit_labels,
-    )
+    splits = images, labels, digits, digit_labels
+    single = MultiMNIST("multi-mnist", *splits, SIZE, test_digits=digits, test_digit_labels=digit_labels)
     return single.with_test_pairs(test_pairs)
 
 

@@ -81,10 +81,11 @@ def test_what_is_no_idx_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "folder"),
-    [("mnist", MNIST, "MNIST"), ("fashion-mnist", FASHION_MNIST, "FashionMNIST")],
+    ("name", "constant", "folder"),
+    [("mnist", "MNIST", "MNIST"), ("fashion-mnist", "FASHION_MNIST", "FashionMNIST")],
 )
-def test_the_layout_of_torchvision_is_found(name, source, folder, tmp_path, monkeypatch):
+def test_the_layout_of_torchvision_is_read(name, constant, folder, tmp_path, monkeypatch):
+    source = getattr(mnist, constant)
     contents = [idx((2, 1, 2), [1, 2, 3, 4]), idx((2,), [7, 9]), idx((1, 1, 2), [5, 6]), idx((1,), [3])]
     files_there = tmp_path / folder / "raw"
     files_there.mkdir(parents=True)
