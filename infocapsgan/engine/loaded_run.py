@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from infocapsgan.data import Dataset
+from infocapsgan.data.images import to_images
 from infocapsgan.engine import checkpoint
 from infocapsgan.engine.device import local_device
 from infocapsgan.engine.rng import ShardedGenerator
@@ -189,8 +190,6 @@ class LoadedRun:
         return self.system.load_data().to(self.device).centred()
 
     def _images(self, images: Any) -> Tensor:
-        from infocapsgan.data.images import to_images  # TEMPORARY
-
         return to_images(images, self.system.image_shape).to(self.device)
 
     def _in_batches(self, method: Any, images: Tensor) -> Tensor:
@@ -233,6 +232,7 @@ def load(path: str | Path, *, device: str = "auto", data_dir: str | Path | None 
     weights = _weights(path)
     settings = replace(settings, data_dir=Path(data_dir)) if data_dir else settings
     system = SYSTEMS[name](settings)
+    system.class_names = system.load_data().class_names  # TEMPORARY
     try:
         system.load_state_dict(load_file(weights.checkpoint / checkpoint.WEIGHTS))
     except RuntimeError as error:

@@ -23,7 +23,7 @@ from infocapsgan.data.augment import (
     random_shift,
 )
 from infocapsgan.data.dataset import to_unit
-from infocapsgan.data.multi_mnist import TEST_PAIRS, MultiMNIST, overlaid
+from infocapsgan.data.multi_mnist import TEST_PAIRS, MultiMNIST, overlay
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Count, Share, Weight, Whole
 from infocapsgan.engine.train_state import TrainState, adam
@@ -287,7 +287,7 @@ class CapsNet(Supervised, name="capsnet"):
 
 def encoder_input(images: Tensor) -> Tensor:
     """What the encoder is given: images as they are, pairs of digits [B, 2, H, W] overlaid."""
-    return overlaid(images) if images.shape[1] == 2 else images
+    return overlay(images) if images.shape[1] == 2 else images
 
 
 def label_columns(labels: Tensor) -> Tensor:
