@@ -154,14 +154,13 @@ def _multi_hot(target: Tensor, lengths: Tensor) -> Tensor:
     B, J = lengths.shape
     if target.shape == (B, J):
         return target if target.is_floating_point() else target.to(lengths.dtype)
-    integer = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-    if target.shape != (B,) or not integer:
+    if target.shape != (B,) or target.dtype == torch.bool or target.is_floating_point():
         raise ValueError(
             f"target: got {target.dtype} of shape {list(target.shape)}, takes classes as integers [{B}], "
             f"or a number for each class [{B}, {J}]"
         )
     try:
-        return F.one_hot(target.long(), J).to(lengths.dtype)
+        return F.one_hot(target.long(), J)
     except RuntimeError as error:  # on a GPU the kernel itself stops at such an index
         raise ValueError(f"target: got {target.tolist()}, takes classes from 0 to {J - 1}") from error
 

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -46,7 +45,7 @@ def parse(words: Sequence[str]) -> tuple[type[System], Settings]:
     """
     if any(word == "--resume" or word.startswith("--resume=") for word in words):
         return _parse_resume(words)
-    named = _names_system(words)
+    named = bool(words) and not words[0].startswith("-")
     name = words[0] if named else DEFAULT_SYSTEM
     if name not in SYSTEMS:
         _parser().error(f"SYSTEM: got {name}, takes one of {', '.join(SYSTEMS)}")
@@ -55,8 +54,10 @@ def parse(words: Sequence[str]) -> tuple[type[System], Settings]:
     first.add_argument("--recipe", default="tuned")
     first.add_argument("--dataset", default="digits")
     chosen, _ = first.parse_known_args(options)
-    known = chosen.recipe in system.recipes and chosen.dataset in _choices(system, "dataset")
-    defaults: Settings = system.defaults(chosen.recipe, chosen.dataset) if known else system.defaults()
+    try:
+        defaults: Settings = system.defaults(chosen.recipe, chosen.dataset)
+    except ValueError:  # tyro says which of the two is wrong, and what it takes
+        defaults = system.defaults()
     about = system.Settings.__doc__ if named else _overview()
     groups: Any = tyro.cli(
         _grouped(defaults),
@@ -68,10 +69,9 @@ def parse(words: Sequence[str]) -> tuple[type[System], Settings]:
     )
     values = {name: value for group in vars(groups).values() for name, value in vars(group).items()}
     try:
-        settings = system.Settings(**values)
+        return system, system.Settings(**_absolute(values))
     except ValueError as error:
         _parser().error(str(error))
-    return system, _with_absolute_data_dir(settings)
 
 
 def _parse_resume(words: Sequence[str]) -> tuple[type[System], Settings]:
@@ -84,7 +84,7 @@ def _parse_resume(words: Sequence[str]) -> tuple[type[System], Settings]:
     parser.add_argument("--epochs", type=int, help="in all; without --max-steps it lifts that of the run")
     parser.add_argument("--max-steps", type=int, help="number of steps, in all")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data are now, if they moved")
-    named = _names_system(words)
+    named = bool(words) and not words[0].startswith("-")
     options, others = parser.parse_known_args(list(words[named:]))
     if others:
         parser.error(
@@ -101,10 +101,14 @@ def _parse_resume(words: Sequence[str]) -> tuple[type[System], Settings]:
     if "epochs" in changed:
         changed.setdefault("max_steps", None)
     try:
-        settings = dataclasses.replace(settings, **changed)
+        return SYSTEMS[name], dataclasses.replace(settings, **_absolute(changed))
     except ValueError as error:
         parser.error(str(error))
-    return SYSTEMS[name], _with_absolute_data_dir(settings)
+
+
+def _absolute(values: dict[str, Any]) -> dict[str, Any]:
+    """With the absolute path of the data, so that a run can be continued from another working directory."""
+    return values | ({"data_dir": values["data_dir"].absolute()} if values.get("data_dir") else {})
 
 
 def _grouped(defaults: Settings) -> type:
@@ -138,20 +142,5 @@ def _overview() -> str:
     return f"Trains a system:\n{''.join(lines)}\nSYSTEM --help lists the options of one.\n\n{FOLDER}"
 
 
-def _with_absolute_data_dir(settings: Settings) -> Settings:
-    """The settings for a run that may be continued from another working directory."""
-    if settings.data_dir is None:
-        return settings
-    return dataclasses.replace(settings, data_dir=Path(os.path.abspath(settings.data_dir)))
-
-
-def _names_system(words: Sequence[str]) -> bool:
-    return bool(words) and not words[0].startswith("-")
-
-
 def _parser(**options: Any) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=program("train"), allow_abbrev=False, **options)
-
-
-def _choices(system: type[System], field: str) -> tuple[str, ...]:
-    return get_type_hints(system.Settings)[field].__args__

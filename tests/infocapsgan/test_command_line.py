@@ -127,7 +127,6 @@ def test_a_relative_data_dir_becomes_absolute(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = parse(["--out", "somewhere", "--data-dir", "data"])[1]
     assert (settings.out, settings.data_dir) == (Path("somewhere"), tmp_path / "data")
-    assert parse(["--data-dir", "a/../b"])[1].data_dir == tmp_path / "b"
     assert parse(["--data-dir", "/data"])[1].data_dir == Path("/data")
     assert parse(["--resume", str(run), "--data-dir", "moved"])[1].data_dir == tmp_path / "moved"
     assert parse(["--resume", str(run)])[1].data_dir is None
@@ -142,8 +141,8 @@ def headings(capsys, *words):
         text = line.strip(" ╭╮│─")
         if re.fullmatch("([A-Za-z ]+ )?options", text):
             options = found[text] = []
-        elif text.startswith("--"):
-            options.append(text.split()[0].rstrip(","))
+        elif option := re.match("--[a-z-]+[a-z]", text):
+            options.append(option[0])
     return found
 
 

@@ -1,5 +1,6 @@
 import contextlib
 import re
+import runpy
 import sys
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 
 import capsops
 from infocapsgan.__main__ import COMMANDS, main
-from tests.processes import ROOT, run_python
+from tests.processes import ROOT
 
 
 def call(monkeypatch, *words):
@@ -47,10 +48,12 @@ def test_the_version(monkeypatch, capsys):
     assert capsys.readouterr().out == f"infocapsgan {capsops.__version__}\n"
 
 
-def test_python_m_reaches_the_commands():
-    done = run_python("-m", "infocapsgan", "train", "resnet", PYTHONPATH=str(ROOT))
-    assert done.returncode == 2
-    assert "infocapsgan train: error: SYSTEM: got resnet" in done.stderr
+def test_python_m_reaches_the_commands(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["infocapsgan", "train", "resnet"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("infocapsgan", run_name="__main__")
+    assert caught.value.code == 2
+    assert "infocapsgan train: error: SYSTEM: got resnet" in capsys.readouterr().err
 
 
 def test_the_console_script_is_main():
