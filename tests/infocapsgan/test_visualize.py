@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import shutil
@@ -10,7 +11,6 @@ import torch
 from PIL import Image
 
 from infocapsgan import data, visualize
-from infocapsgan.data.class_names import class_names
 from infocapsgan.data.multi_mnist import of_digits
 from infocapsgan.engine import loaded_run as trained
 from infocapsgan.engine.checkpoint import save_best
@@ -338,15 +338,9 @@ def test_mistakes_of_clusters_that_are_matched_on_the_training_split(trained_as,
     assert captions == ["0 → 1", "0 → 1", "1 → 0"]
 
 
-def test_labels_are_words_where_the_data_have_words(trained_as, tmp_path, monkeypatch):
-    for name in ("dogs", "cats"):
-        (tmp_path / name).mkdir()
-    assert class_names("digits") == [str(j) for j in range(10)]
-    assert class_names("cifar10")[3] == "cat"
-    assert class_names("folder", tmp_path) == ["cats", "dogs"]
-    for name in ("fashion-mnist", "cifar10", "smallnorb"):
-        assert len(class_names(name)) == data.image_shape(name).classes
-    monkeypatch.setattr("infocapsgan.engine.loaded_run.class_names", lambda *_: ["a long word"] * 10)
+def test_labels_are_words_where_the_data_have_words(trained_as, monkeypatch):
+    named = dataclasses.replace(data.load("digits"), class_names=("a long word",) * 10)
+    monkeypatch.setattr(data, "load", lambda *_, **options: named)
     captions = [text.get_text() for text in mistakes.mistakes(trained_as("encoder")).axes[0].texts]
     assert set(captions) == {"a long word\n→ a long word"}
     heads = ticks(capsules.reconstruct(trained_as("capsnet")).axes[0])[0]

@@ -126,6 +126,7 @@ def finite_and_changed(system, dataset):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_step_on_images_of_other_shapes(name, dataset, shape, tmp_path):
     torch.manual_seed(0)
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     options = SMALL[name] | {"data_dir": tmp_path, "batch_size": 4}
     system = SYSTEMS[name](dataset=dataset, **options)
     images, labels = torch.randint(256, (4, *shape)).byte(), torch.arange(4)
@@ -169,8 +170,9 @@ def test_no_weights_of_an_unsupervised_system_are_chosen():
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_folder_is_looked_through_once(name, tmp_path, monkeypatch):
-    looked, classes = [], folder.classes
-    monkeypatch.setattr(folder, "classes", lambda data_dir: looked.append(data_dir) or classes(data_dir))
+    looked, listing = [], folder._listing
+    monkeypatch.setattr(folder, "_listing", lambda data_dir: looked.append(data_dir) or listing(data_dir))
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     torch.manual_seed(0)
     options = SMALL[name] | {"data_dir": tmp_path, "batch_size": 4}
     system = SYSTEMS[name](dataset="folder", **options)
