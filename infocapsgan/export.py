@@ -1,8 +1,9 @@
 """Writes a trained system as ONNX: `python -m infocapsgan.export RUN [--out FILE]`.
 
-Systems that classify become a network from images [N, C, H, W], float in [0, 1], to probabilities [N, J], as
-`predict` prints them; other systems with a generator one from latent vectors to images; mimic one from images to
-its copies. The file is checked: onnxruntime must compute the same as torch. Needs `pip install 'capsops[onnx]'`.
+Systems that classify become a network from images [N, C, H, W], float in [0, 1], to probabilities [N, J], of class
+codes where the system learned without labels; others with a generator one from latent vectors to images; mimic one
+from images to its copies. The file is checked: onnxruntime must compute the same as torch.
+Needs `pip install 'capsops[onnx]'`.
 """
 
 import argparse
@@ -19,8 +20,15 @@ from infocapsgan.engine.atomic import atomic_file
 from infocapsgan.engine.loaded_run import load
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.run_directory import RunError
-from infocapsgan.systems import NotApplicableError, System
+from infocapsgan.systems import System
 
+EXPORTED = {
+    "classify": ("classify", "images", "probabilities"),
+    "cluster": ("code_probabilities", "images", "probabilities"),
+    "latents": ("generate", "latents", "images"),
+    "reconstruct": ("reconstruct", "images", "reconstructions"),
+}
+"""By ability, in order of preference: the method that is exported, its input and its output."""
 TOLERANCE = 1e-4  # largest difference from torch, of numbers from 0 to 1
 
 
@@ -33,7 +41,6 @@ class Inference(nn.Module):
 
     Args:
         system: in evaluation mode.
-        image_input: an example of its images [N, C, H, W].
     """
 
     def __init__(self, system: System) -> None:
@@ -76,7 +83,7 @@ def main() -> None:
         out = args.out or run.path / "model.onnx"
         network = Inference(run.system)
         difference = export(network, out)
-    except (DataError, RunError, NotApplicableError, ExportError) as error:
+    except (DataError, RunError, ExportError) as error:
         sys.exit(f"error: {error}")
     print(
         f"{network.input} → {network.output}; onnxruntime differs from torch by at most {difference:.1e}\n"

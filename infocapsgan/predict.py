@@ -49,9 +49,9 @@ def table(rows: list[dict]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m infocapsgan.predict",
-        description="Classifies images with a trained system. They are read as those of --dataset folder: the "
-        "middle square, resized, in the channels that the system takes. A system that learned without labels "
-        "predicts class codes, by the names of the classes that they were matched with.",
+        description="Classifies images with a trained system. Images are read as those of --dataset folder: "
+        "the middle square, resized, in the channels that the system takes. A system that learned without "
+        "labels predicts class codes, by the names of the classes that they were matched with.",
         allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
