@@ -103,7 +103,7 @@ def read_settings(path: Path) -> tuple[str, Settings]:
     Raises:
         RunError: there is no run, or another version of the package wrote it.
     """
-    name, values = read_config(path)
+    name, values, *_ = read_config(path)
     if name not in SYSTEMS:
         raise RunError(f"{path} holds a run of {name!r}, which is none of {', '.join(SYSTEMS)}")
     try:

@@ -32,7 +32,7 @@ def comparison(run: LoadedRun, metric: str, beside: Sequence[Path], reach: Seque
         raise NotApplicableError(f"--reach: neither more nor less of {metric} is better")
     runs: dict[str, list[list[tuple[float, float]]]] = {}
     for path in (run.path, *beside):
-        name, settings = read_config(path)
+        name, settings, *_ = read_config(path)
         values = points(read_metrics(path), metric)
         if not values:
             raise NotApplicableError(f"--metric: {path} holds no {metric}")
