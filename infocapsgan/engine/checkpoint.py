@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from infocapsgan.engine.atomic import atomic_file, atomic_folder
-from infocapsgan.engine.run_directory import RunError, writing
+from infocapsgan.engine.run_directory import RunError, has_types, writing
 from infocapsgan.engine.train_state import TrainState
 from infocapsgan.systems.system import System
 
@@ -97,11 +98,12 @@ def save(folder: Path, snapshot: Snapshot, **numbers: float) -> Path:
         RunError: it cannot be written.
     """
     path = folder / _folder_name(snapshot.numbers["step"])
+    with suppress(RunError):
+        load(path)
+        return path
     with writing(path):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} was removed while the run was training")
-        if path.exists() and _is_intact(path):
-            return path
         with atomic_folder(path) as temporary:
             save_file(snapshot.weights, temporary / WEIGHTS)
             save_file(snapshot.tensors, temporary / TRAINING)
@@ -141,7 +143,7 @@ def read_best(folder: Path) -> dict[str, Any] | None:
             state = json.loads((file.metadata() or {}).get("state", "{}"))
     except UNREADABLE as error:
         raise RunError(f"{path} is damaged: {error}") from error
-    if not _has(state, step=int, validation_loss=(int, float)):
+    if not has_types(state, step=int, validation_loss=float):
         raise RunError(f"{path} was written by another version of infocapsgan: it does not say its step")
     return state
 
@@ -152,27 +154,25 @@ def load_best(folder: Path, system: System) -> None:
 
 
 def load_newest(folder: Path, *, warn: bool = True) -> tuple[Snapshot, Path] | None:
-    """The newest checkpoint that is not damaged, and where it is; None where there is no checkpoint at all.
+    """The newest checkpoint in `folder` that is not damaged, and its path; None where there is none at all.
 
-    Args:
-        folder: of all checkpoints of a run.
-        warn: whether to say on standard error which newer ones are damaged.
+    With `warn`, newer ones that are damaged are named on standard error.
 
     Raises:
         RunError: all are damaged; the message names the newest.
     """
-    errors = []
+    damaged: list[RunError] = []
     for path in reversed(checkpoints(folder)):
         try:
-            found = load(path), path
+            snapshot = load(path)
         except RunError as error:
-            errors.append(error)
+            damaged.append(error)
             continue
-        for error in errors if warn else ():
-            print(f"warning: {error}; {path.name} takes its place", file=sys.stderr)
-        return found
-    if errors:
-        raise RunError(f"{errors[0]}; no other checkpoint is intact") from errors[0]
+        for reason in damaged if warn else ():
+            print(f"warning: {reason}; {path.name} takes its place", file=sys.stderr)
+        return snapshot, path
+    if damaged:
+        raise RunError(f"{damaged[0]}; no other checkpoint is intact") from damaged[0]
     return None
 
 
@@ -184,25 +184,16 @@ def load(path: Path) -> Snapshot:
     """
     try:
         numbers = json.loads((path / NUMBERS).read_text())
-        wanted = {"step": int, "device": str, "seconds": (int, float), "optimizers": dict, "scalers": dict}
-        if not _has(numbers, **wanted):
-            raise ValueError(f"{NUMBERS} lacks one of {', '.join(wanted)}, or has it with a wrong type")
-        if path.name != _folder_name(numbers["step"]):
-            raise ValueError(f"{NUMBERS} is of step {numbers['step']}")
+        if not has_types(
+            numbers, step=int, device=str, seconds=float, optimizers=dict[str, Any], scalers=dict[str, Any]
+        ):
+            raise ValueError(f"{NUMBERS} lacks a value, or has one of a wrong type")
         snapshot = Snapshot(load_file(path / WEIGHTS), load_file(path / TRAINING), numbers)
-        if not _has(snapshot.tensors, **{RNG: Tensor, TORCH_RNG: Tensor}):
-            raise ValueError(f"{TRAINING} lacks the state of the random numbers")
+        if path.name != _folder_name(numbers["step"]) or not {RNG, TORCH_RNG} <= snapshot.tensors.keys():
+            raise ValueError("it is of another step, or lacks the state of the random numbers")
     except UNREADABLE as error:
         raise RunError(f"the checkpoint {path} is damaged: {error}") from error
     return snapshot
-
-
-def remove_after(folder: Path, step: int) -> None:
-    """Removes checkpoints of later steps, which were damaged: training comes by there again."""
-    with writing(folder):
-        for path in checkpoints(folder):
-            if int(path.name.removeprefix("step-")) > step:
-                shutil.rmtree(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -220,16 +211,3 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _folder_name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        load(path)
-    except RunError:
-        return False
-    return True
-
-
-def _has(values: Any, **types: type | tuple[type, ...]) -> bool:
-    """Whether `values` is a dict with all these keys, and values of these types there."""
-    return isinstance(values, dict) and all(isinstance(values.get(key), kind) for key, kind in types.items())

@@ -36,9 +36,9 @@ def check_impl(impl: str, device: torch.device) -> None:
 
 
 def serving_impl(impl: str, device: torch.device) -> tuple[str, str]:
-    """The implementation of the capsule kernels that serves float32 tensors on a device.
+    """Which implementation of the capsule kernels serves float32 tensors on a device.
 
-    Beside it, why the kernels do not serve, where that is plain PyTorch and nobody asked for it; else nothing.
+    Beside it, where that is plain PyTorch and nobody asked for it, why no other one serves.
     """
     name = dispatch.asked(impl)
     if name != "auto":

@@ -19,7 +19,7 @@ from infocapsgan.data import Dataset
 from infocapsgan.engine import checkpoint
 from infocapsgan.engine.device import check_impl, local_device
 from infocapsgan.engine.distributed import join, leave
-from infocapsgan.engine.run_directory import RunDirectory, device_name, versions, writing
+from infocapsgan.engine.run_directory import device_name, versions, writing
 from infocapsgan.engine.settings import Settings
 from infocapsgan.engine.start import Training, open_run, prepare
 from infocapsgan.engine.train_state import NonFiniteLossError
@@ -48,8 +48,7 @@ def train(system_class: type[System], settings: Settings) -> Result:
 
     Raises:
         DataError: the data are not there, or cannot be read.
-        RunError: the settings ask for what this machine does not have, the run directory does not fit them, or
-            cannot be written.
+        RunError: this machine lacks what the settings ask for, or the run directory cannot be used.
         ValueError: the settings do not fit the data or the number of processes.
         NonFiniteLossError: a loss became NaN or infinite.
     """
@@ -211,7 +210,8 @@ class Trainer:
             self.pace_from = time.monotonic()
         if done == PACE_TO and left >= 2 * PACE_TO and self.writes:
             seconds = (time.monotonic() - self.pace_from) / (PACE_TO - PACE_FROM) * (done + left)
-            self.bar.write(f"{done + left} steps will take about {duration(seconds)}", file=sys.stderr)
+            time_in_all = tqdm.format_interval(seconds)
+            self.bar.write(f"{done + left} steps will take about {time_in_all}", file=sys.stderr)
 
     def _measured(self, method: Callable[[Dataset], Any], dataset: Dataset) -> Any:
         """What a method of the system says of a data set: evaluation mode, no gradients, not compiled."""
@@ -231,13 +231,6 @@ class Trainer:
 
     def _how_to_go_on(self) -> str:
         return f"The state after step {self.state.step} is saved; continue with --resume {self.run.path}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: 40 s, 12 min, 3.5 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 class Interruption:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import capsops
 from infocapsgan.engine.atomic import atomic_file, remove_unfinished
-from infocapsgan.engine.settings import Settings
+from infocapsgan.engine.settings import Settings, mismatch
 from infocapsgan.plotting import png as pictures
 
 CONFIG, METRICS, SUMMARY, EVALUATION = "config.json", "metrics.jsonl", "summary.json", "evaluation.json"
@@ -46,14 +46,14 @@ class Config(NamedTuple):
     settings: dict[str, Any]
     image_shape: dict[str, int]
     class_names: list[str]
-    split: dict[str, Any] | None
+    split: dict[str, list[str]] | None
 
 
 class RunDirectory:
     """config.json, metrics.jsonl, TensorBoard events, checkpoints/, samples/, curves.png, summary.json.
 
-    As a context manager it closes its files at the end and releases its lock. A new directory is removed again
-    if begin() was not reached.
+    As a context manager it closes its files and releases its lock at the end. A directory in which begin()
+    wrote nothing is removed again.
 
     Args:
         path: of a directory that is there.
@@ -102,9 +102,7 @@ class RunDirectory:
             self.rows = [row for row in read_metrics(self.path) if row["step"] <= step]
             with atomic_file(self.path / METRICS) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            write_json(
-                self.path / CONFIG, {"format": FORMAT, "version": capsops.__version__, **config._asdict()}
-            )
+            write_config(self.path, config)
             self._metrics = (self.path / METRICS).open("a")
             self._files.append(self._metrics)
             # Flushed by log(): the writer's own thread could tell nobody that the disk is full.
@@ -183,7 +181,7 @@ class NoRunDirectory:
     def log(self, *_: Any, **__: Any) -> None:
         """Nothing."""
 
-    begin = draw = draw_curves = __exit__ = log
+    begin = summarise = draw = draw_curves = __exit__ = log
 
     def __enter__(self) -> "NoRunDirectory":
         return self
@@ -209,11 +207,11 @@ def lock_run(path: Path) -> FileLock:
     if not path.is_dir():
         raise RunError(f"{path} is not a run directory")
     lock = FileLock(path / LOCK)
-    try:
-        with writing(path):
+    with writing(path):
+        try:
             lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunError(f"{path} is still being trained, by another process") from error
+        except Timeout as error:
+            raise RunError(f"{path} is still being trained, by another process") from error
     return lock
 
 
@@ -236,49 +234,44 @@ def read_config(path: Path) -> Config:
             f"{path} was written by infocapsgan {values.get('version', '0.1')}, in format "
             f"{values.get('format', 1)}; takes format {FORMAT}: use that version, or train the system again"
         )
-    config = Config(*map(values.get, Config._fields))
-    shape, split = config.image_shape, config.split
-    checks = {
-        "system": isinstance(config.system, str),
-        "settings": isinstance(config.settings, dict),
-        "image_shape": isinstance(shape, dict)
-        and shape.keys() == {"channels", "size", "classes"}
-        and all(type(number) is int and number > 0 for number in shape.values()),
-        "class_names": _is_list_of_names(config.class_names),
-        "split": split is None or (isinstance(split, dict) and all(map(_is_list_of_names, split.values()))),
-    }
-    for name, right in checks.items():
-        if not right:
+    for name, hint in get_type_hints(Config).items():
+        if not has_types(values, **{name: hint}):
             raise RunError(f"{path / CONFIG} is damaged: {name} is missing or of a wrong type")
-    return config
+    if values["image_shape"].keys() != {"channels", "size", "classes"}:
+        raise RunError(f"{path / CONFIG} is damaged: image_shape takes channels, size and classes")
+    return Config(**{name: values[name] for name in Config._fields})
 
 
-def _is_list_of_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+def write_config(path: Path, config: Config) -> None:
+    """Writes config.json to the run directory `path`."""
+    write_json(path / CONFIG, {"format": FORMAT, "version": capsops.__version__, **config._asdict()})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl that are whole: a kill or a full disk may leave others.
-
-    What is wrong with the last one goes without saying; others are reported on standard error.
-    """
+    """The rows of metrics.jsonl without those that are damaged; of all but the last a warning is printed."""
     file = path / METRICS
     lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
     rows = [_row(line) for line in lines]
-    if damaged := sum(row is None for row in rows[:-1]):
-        print(f"warning: {file}: {damaged} of {len(rows)} rows are damaged and left out", file=sys.stderr)
+    if None in rows[:-1]:
+        print(f"warning: {file}: {rows[:-1].count(None)} damaged rows are left out", file=sys.stderr)
     return [row for row in rows if row is not None]
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    try:
+    """The row in a line; None where it is cut, garbled, or not of the numbers that log() writes."""
+    with suppress(RecursionError, ValueError):
         row = json.loads(line)
-    except (RecursionError, ValueError):
-        return None
-    if not isinstance(row, dict) or not {"kind", "step", "epoch"} <= row.keys():
-        return None
-    numbers = all(type(value) in (int, float) for name, value in row.items() if name != "kind")
-    return row if numbers and isinstance(row["kind"], str) and isinstance(row["step"], int) else None
+        numbers = {name: float for name in row if name != "kind"} | {"step": int, "epoch": float}
+        if isinstance(row, dict) and has_types(row, kind=str, **numbers):
+            return row
+    return None
+
+
+def has_types(values: Any, **types: Any) -> bool:
+    """Whether `values`, read from JSON, is a dict with these keys, and the value of each is of this type."""
+    return isinstance(values, dict) and not any(
+        mismatch(values.get(key), kind) for key, kind in types.items()
+    )
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -316,12 +309,7 @@ def _make_numbered(parent: Path, name: str) -> Path:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether nothing is at `path`, or only what a start leaves that was killed before it had read its data."""
-    if not path.exists():
-        return True
-    return path.is_dir() and all(
-        entry.name == LOCK
-        or re.fullmatch(r"\.config\.json\.\d+\.tmp", entry.name)
-        or (entry.name in FOLDERS and not any(entry.iterdir()))
-        for entry in path.iterdir()
-    )
+    """Whether `path` holds no file, but the lock of a start that was killed before its data were read."""
+    if not path.is_dir():
+        return not path.exists()
+    return not any(entry.is_file() and entry.name != LOCK for entry in path.rglob("*"))

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from infocapsgan import data
 
-Dataset = Literal[data.SINGLE_NAMES]
+Dataset = Literal[data.SINGLE_NAMES]  # type: ignore[valid-type]
 Recipe = Literal["tuned", "published"]
 
 
@@ -23,7 +23,7 @@ class Range(NamedTuple):
         return f"at least {self.low:g}" if self.high == float("inf") else f"{self.low:g} to {self.high:g}"
 
 
-_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
+_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path", str: "a text"}
 
 Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
@@ -50,7 +50,7 @@ class Settings:
     max_steps: Count | None = None
     """Total number of steps, where training should end before its epochs do."""
     batch_size: Count | None = 128
-    """Images per step, over all processes [of a folder: the recipe's, at most a tenth of the images, about]."""
+    """Images per step, over all processes [of a folder: the recipe's, or about a tenth of its images]."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Of the weights, the order of the images and every other random number."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -78,7 +78,7 @@ class Settings:
             if isinstance(value, str) and Path in get_args(hint):
                 value = Path(value)
                 object.__setattr__(self, name, value)
-            if wanted := _mismatch(value, hint):
+            if wanted := mismatch(value, hint):
                 raise ValueError(f"{option_name(name)}: got {value!r:.100}, takes {wanted}")
         if self.width % 8:
             raise ValueError(f"--width: got {self.width}, takes a multiple of 8")
@@ -116,22 +116,27 @@ def option_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def _mismatch(value: Any, hint: Any) -> str:
-    """What an option takes, in words, where `value` is none of it; otherwise empty."""
+def mismatch(value: Any, hint: Any) -> str:
+    """What a type with its range takes, in words, where `value` is none of it; otherwise empty."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
-        reasons = [_mismatch(value, part) for part in parts if part is not NoneType]
+        reasons = [mismatch(value, part) for part in parts if part is not NoneType]
         return "" if "" in reasons or (value is None and NoneType in parts) else " or ".join(reasons)
     if kind is Literal:
         fits = isinstance(value, str) and value in parts
         return "" if fits else f"one of {', '.join(map(str, parts))}"
     if kind is Annotated:
-        wrong = _mismatch(value, parts[0])
+        wrong = mismatch(value, parts[0])
         limits = [limit for limit in parts[1:] if isinstance(limit, Range)]
         out = [str(limit) for limit in limits if wrong or not limit.low <= value <= limit.high]
         return ", ".join(filter(None, [wrong, *out]))
+    if kind in (dict, list):
+        inner = value.values() if isinstance(value, dict) else value
+        fits = isinstance(value, kind) and not any(mismatch(part, parts[-1]) for part in inner)
+        return "" if fits else f"a {kind.__name__}"
+    fits = hint is Any or isinstance(value, hint)
     if hint is float:
-        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
-    else:
-        fits = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+        fits = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    if isinstance(value, bool) and hint in (int, float):
+        fits = False
     return "" if fits else _IN_WORDS[hint]

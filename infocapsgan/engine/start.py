@@ -1,6 +1,8 @@
 """How a training starts, new or resumed."""
 
 import dataclasses
+import math
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,23 +76,27 @@ def prepare(
     held_out = None
     if system.validation_share:
         dataset, held_out = dataset.hold_out(system.validation_share)
-    system.settings = settings = sized(system_class, settings, len(dataset.train_images))
-    check_batch_size(system, processes)
+    images = len(dataset.train_images)
+    batch_size, epochs = sized(system_class, settings, images)
+    system.settings = settings = dataclasses.replace(settings, batch_size=batch_size, epochs=epochs)
+    check_batch_size(system, batch_size, processes.world)
     synchronise_batch_norm(system, processes, device)
     if settings.compile:
         system.compile_networks()
-    batches = Batches(len(dataset.train_images), settings.batch_size, settings.seed, device)
+    batches = Batches(images, batch_size, settings.seed, device)
     state = TrainState(
         system.optimizers,
         ShardedGenerator(settings.seed, device, processes.rank, processes.world),
         precision=settings.precision,
         device=device,
         steps_per_epoch=batches.per_epoch,
-        steps=min(settings.epochs * batches.per_epoch, settings.max_steps or sys.maxsize),
+        steps=min(epochs * batches.per_epoch, settings.max_steps or sys.maxsize),
         processes=processes,
     )
     training = Training(system, dataset, held_out, batches, state, run)
-    config = _config(system_class, system, dataset)
+    shape, names = system.image_shape._asdict(), list(getattr(dataset, "class_names", ()))
+    split = getattr(dataset, "split", None)
+    config = Config(_name(system_class), settings.to_json(), shape, names, split)
     if settings.resume:
         config = resume(settings.resume, config, training)
     run.begin(config, state.step, finished=state.step == state.steps)
@@ -100,31 +106,26 @@ def prepare(
     return training
 
 
-def sized(system_class: type[System], settings: Settings, images: int) -> Settings:
-    """The settings with the batch size and the epochs that were left to the number of training images.
+def sized(system_class: type[System], settings: Settings, images: int) -> tuple[int, int]:
+    """The batch size and the epochs, which may be left to the number of training images.
 
-    The batch size is that of the recipe, but at most a power of two near a tenth of the images; the epochs are
-    those of the recipe, but at least as many as 1,500 steps need.
+    The batch size is then the recipe's, but at most the power of two nearest to a tenth of the images; the
+    epochs are the recipe's, but at least as many as 1,500 steps need.
     """
     recipe = {**vars(system_class.Settings()), **system_class.recipes[settings.recipe]}
-    batch, epochs = settings.batch_size, settings.epochs
-    if batch is None:
-        tenth = torch.tensor(images / 10).log2().round().exp2().int().item()
-        batch = min(recipe["batch_size"], images, max(LEAST_BATCH, tenth))
-    if epochs is None:
-        steps = max(LEAST_STEPS, settings.max_steps or 0)
-        epochs = max(recipe["epochs"], -(-steps // max(1, images // batch)))
-    return dataclasses.replace(settings, batch_size=batch, epochs=epochs)
+    tenth = 2 ** round(math.log2(images / 10))
+    batch = settings.batch_size or min(recipe["batch_size"], images, max(LEAST_BATCH, tenth))
+    steps = max(LEAST_STEPS, settings.max_steps or 0)
+    epochs = settings.epochs or max(recipe["epochs"], math.ceil(steps / max(1, images // batch)))
+    return batch, epochs
 
 
-def check_batch_size(system: System, processes: Processes) -> None:
-    """Raises ValueError where the processes cannot share a batch, or have too little of it for batch norm."""
-    batch, world = system.settings.batch_size, processes.world
+def check_batch_size(system: System, batch: int, world: int) -> None:
+    """Raises ValueError where processes cannot share a batch, or where batch norm has too little of it."""
     if batch % world:
         raise ValueError(f"--batch-size: got {batch}, takes a multiple of the {world} processes")
     if batch // world < 2 and any(isinstance(module, _BatchNorm) for module in system.modules()):
-        each = f" for each of the {world} processes" if world > 1 else ""
-        raise ValueError(f"--batch-size: got {batch}, takes at least 2{each} with batch norm")
+        raise ValueError(f"--batch-size: got {batch}, takes at least {2 * world} with batch norm")
 
 
 def resume(path: Path, here: Config, training: Training) -> Config:
@@ -149,28 +150,30 @@ def resume(path: Path, here: Config, training: Training) -> Config:
         )
     if writes and state.step == state.steps:
         print(f"nothing is left to train: all {state.step} steps of {length} are done", file=sys.stderr)
-    if writes:
-        checkpoint.remove_after(folder, state.step)
+    damaged = [saved for saved in checkpoint.checkpoints(folder) if int(saved.name[5:]) > state.step]
+    for saved in damaged if writes else ():  # training comes by there again
+        shutil.rmtree(saved)
     return before._replace(settings=here.settings)
 
 
 def report(training: Training) -> Iterator[str]:
     """What was read, where it goes and how it is computed, and what is not as one may expect."""
     system, dataset, state, s = training.system, training.dataset, training.state, training.system.settings
-    shape = system.image_shape
-    names = list(getattr(dataset, "class_names", ()))
-    shown = f" ({', '.join(names if len(names) <= 10 else [*names[:8], '…', names[-1]])})" if names else ""
-    classes = f"{shape.classes} classes{shown}" if dataset.labelled else "no labels"
+    shape, names = system.image_shape, list(getattr(dataset, "class_names", ()))
+    if len(names) > 10:
+        names = [*names[:8], "…", names[-1]]
+    classes = f"{shape.classes} classes" if dataset.labelled else "no labels"
+    shown = f" ({', '.join(names)})" if names and dataset.labelled else ""
     where = f"{s.dataset} in {s.data_dir}" if s.data_dir else s.dataset
-    held_out = f"{len(training.held_out.test_images)} validation, " if training.held_out else ""
-    yield (
-        f"data: {where}: {len(dataset.train_images)} training, {held_out}{len(dataset.test_images)} test images "
-        f"of {shape.channels} × {shape.size} × {shape.size}, {classes}"
-    )
-    yield (
-        f"steps: {training.batches.per_epoch} an epoch with batches of {s.batch_size}, {state.steps} in all"
-        + (f", of which {state.step} are done" if state.step else "")
-    )
+    parts = {"training": dataset.train_images, "test": dataset.test_images}
+    if training.held_out:
+        parts["validation"] = training.held_out.test_images
+    images = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+    size = f"{shape.channels} × {shape.size} × {shape.size}"
+    yield f"data: {where}: {images} images of {size}, {classes}{shown}"
+    done = f", of which {state.step} are done" if state.step else ""
+    per_epoch = training.batches.per_epoch
+    yield f"steps: {per_epoch} an epoch with batches of {s.batch_size}, {state.steps} in all{done}"
     yield f"run directory: {training.run.path}"
     if any(isinstance(module, (PrimaryCapsules, RoutingCapsules, Squash)) for module in system.modules()):
         impl, reason = serving_impl(s.impl, state.device)
@@ -179,9 +182,9 @@ def report(training: Training) -> Iterator[str]:
             yield f"warning: the capsules are computed by plain PyTorch, which is slower: {reason}"
     if untrained := system.untrained(state.steps):
         yield f"warning: {untrained}"
-    whole = s.epochs * training.batches.per_epoch
-    if (s.max_steps or 0) > whole:
-        yield f"warning: --max-steps {s.max_steps} is not reached: --epochs {s.epochs} ends after {whole} steps"
+    if (s.max_steps or 0) > state.steps:
+        ends = f"--epochs {s.epochs} ends after {state.steps} steps"
+        yield f"warning: --max-steps {s.max_steps} is not reached: {ends}"
 
 
 def _put_back(snapshot: checkpoint.Snapshot, path: Path, system: System, state: TrainState) -> float:
@@ -198,16 +201,6 @@ def _put_back(snapshot: checkpoint.Snapshot, path: Path, system: System, state: 
             file=sys.stderr,
         )
     return snapshot.numbers["seconds"]
-
-
-def _config(system_class: type[System], system: System, dataset: Dataset) -> Config:
-    return Config(
-        _name(system_class),
-        system.settings.to_json(),
-        system.image_shape._asdict(),
-        list(getattr(dataset, "class_names", ())),
-        getattr(dataset, "split", None),
-    )
 
 
 def _check_split(path: Path, before: dict[str, Any] | None, here: dict[str, Any] | None) -> None:

@@ -47,3 +47,9 @@ def test_a_state_that_is_saved_already_is_left_alone(tmp_path, system):
     before = {file: file.stat().st_ino for file in path.iterdir()}
     assert checkpoint.save(tmp_path, state, seconds=2.0) == path
     assert {file: file.stat().st_ino for file in path.iterdir()} == before
+
+
+def test_an_unfinished_checkpoint_is_none(tmp_path):
+    for name in ("step-00000010", "step-00000002", ".step-00000030.99.tmp"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000002", "step-00000010"]
