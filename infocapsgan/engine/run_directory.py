@@ -14,17 +14,16 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 import capsops
 from infocapsgan.engine.atomic import atomic_file, remove_unfinished
+from infocapsgan.engine.events import EventFile
 from infocapsgan.engine.settings import Settings, mismatch
 from infocapsgan.plotting import png as pictures
 
 CONFIG, METRICS, SUMMARY, EVALUATION = "config.json", "metrics.jsonl", "summary.json", "evaluation.json"
 LOCK, FOLDERS = ".lock", ("samples", "checkpoints")
 FORMAT = 2  # of config.json; version 0.1 wrote none
-NEVER = 1e9  # seconds
 
 
 class RunError(RuntimeError):
@@ -105,8 +104,7 @@ class RunDirectory:
             write_config(self.path, config)
             self._metrics = (self.path / METRICS).open("a")
             self._files.append(self._metrics)
-            # Flushed by log(): the writer's own thread could tell nobody that the disk is full.
-            self._board = SummaryWriter(str(self.path), purge_step=step + 1, flush_secs=NEVER)
+            self._board = EventFile(self.path, step + 1)
             self._files.append(self._board)
 
     def __enter__(self) -> "RunDirectory":
@@ -153,7 +151,6 @@ class RunDirectory:
             self._metrics.flush()
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
-            self._board.flush()
 
     def summarise(self, outcome: dict[str, Any]) -> None:
         """Writes summary.json: what was trained, and `outcome`."""
