@@ -119,7 +119,7 @@ def test_no_checkpoint_at_all(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_replaced_by_the_same_step(tmp_path, system):
-    before, newest = saved(tmp_path, system, 1, 2)
+    _, newest = saved(tmp_path, system, 1, 2)
     damage(newest / "state.json", b"")
     assert list(saved(tmp_path, system, 2)) == [newest]
     assert checkpoint.load_newest(tmp_path)[1] == newest

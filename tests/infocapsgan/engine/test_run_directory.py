@@ -117,20 +117,25 @@ def test_the_error_of_a_write_names_its_file(tmp_path):
         (tmp_path / "other" / "file").touch()
 
 
-@pytest.mark.parametrize("full", ["metrics", "events"])
-def test_a_row_on_a_full_disk(full, run):
+def fill_the_disk(run, file):
+    """Trains on in `run` until metrics.jsonl, or the file of events, has no room."""
     with RunDirectory(run) as resumed:
         resumed.begin(CONFIG, 3)
         resumed.log("train", 4, 2.0, {"loss": 0.5})
-        if full == "metrics":
-            resumed._metrics.close()
-            resumed._metrics = open("/dev/full", "a")  # noqa: SIM115
+        full = open("/dev/full", "a" if file == "metrics" else "ab")  # noqa: SIM115
+        if file == "metrics":
+            resumed._metrics = full
         else:
-            resumed._board._file.close()
-            resumed._board._records._writer = resumed._board._file = open("/dev/full", "ab")  # noqa: SIM115
-        with pytest.raises(RunError, match=r"run/metrics\.jsonl cannot be written: No space"):
-            resumed.log("train", 5, 2.5, {"loss": 0.5})
+            resumed._board._records._writer = resumed._board._file = full
+        resumed.log("train", 5, 2.5, {"loss": 0.5})
+
+
+@pytest.mark.parametrize("file", ["metrics", "events"])
+def test_a_row_on_a_full_disk(file, run):
+    with pytest.raises(RunError, match=r"run.* cannot be written: No space"):
+        fill_the_disk(run, file)
     assert [row["step"] for row in read_metrics(run)][:4] == [1, 2, 3, 4]
+    lock_run(run).release()
 
 
 def test_a_file_that_cannot_be_closed_releases_the_lock(run, monkeypatch):

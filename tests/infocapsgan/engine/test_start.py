@@ -141,9 +141,8 @@ def test_a_damaged_newest_checkpoint(run, run_of, capsys):
     whole = run_of("capsnet") / "checkpoints" / newest.name
     for name in ("weights.safetensors", "training.safetensors"):
         assert (newest / name).read_bytes() == (whole / name).read_bytes()
-    assert [row["step"] for row in read_metrics(run)] == [
-        row["step"] for row in read_metrics(run_of("capsnet"))
-    ]
+    steps, wanted = ([row["step"] for row in read_metrics(path)] for path in (run, run_of("capsnet")))
+    assert steps == wanted
 
 
 def test_a_damaged_checkpoint_whose_step_does_not_come_again(run):
