@@ -1,8 +1,8 @@
 """Writes a trained system as ONNX: `python -m infocapsgan.export RUN [--out FILE]`.
 
-Systems that classify become a network from images [N, C, H, W], float in [0, 1], to probabilities [N, J], of class
-codes where the system learned without labels; others with a generator one from latent vectors to images; mimic one
-from images to its copies. The file is checked: onnxruntime must compute the same as torch.
+Systems that classify become a network from images [N, C, H, W], float in [0, 1], to probabilities [N, J] of
+classes or class codes. Others become their generator, from latent vectors to images;
+mimic becomes a network from images to its copies. The file is checked: onnxruntime must compute the same as torch.
 Needs `pip install 'capsops[onnx]'`.
 """
 
@@ -46,20 +46,9 @@ class Inference(nn.Module):
     def __init__(self, system: System) -> None:
         super().__init__()
         self.system = system
-        able = (
-            name for name in ("classify", "cluster", "latents", "reconstruct") if not system.why_not(name)
+        self.method, self.input, self.output = next(
+            exported for ability, exported in EXPORTED.items() if not system.why_not(ability)
         )
-        ability = next(able, None)
-        if ability is None:
-            raise NotApplicableError(
-                f"export does not apply to this {system.name}: it has no trained network"
-            )
-        self.method, self.input, self.output = {
-            "classify": ("classify", "images", "probabilities"),
-            "cluster": ("code_probabilities", "images", "probabilities"),
-            "latents": ("generate", "latents", "images"),
-            "reconstruct": ("reconstruct", "images", "reconstructions"),
-        }[ability]
 
     def forward(self, x: Tensor) -> Tensor:
         """`input` → `output`."""

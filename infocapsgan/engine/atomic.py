@@ -56,7 +56,7 @@ def remove_unfinished(folder: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def _to_disk(path: Path) -> None:

@@ -3,22 +3,26 @@
 import json
 import re
 import shutil
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from infocapsgan.engine.atomic import atomic_file, atomic_folder
-from infocapsgan.engine.run_directory import RunError
+from infocapsgan.engine.run_directory import RunError, has_types, writing
 from infocapsgan.engine.train_state import TrainState
 from infocapsgan.systems.system import System
 
 WEIGHTS, TRAINING, NUMBERS = "weights.safetensors", "training.safetensors", "state.json"
 BEST = "best"
+RNG, TORCH_RNG = "generator.draw", "generator.torch"
+UNREADABLE = (OSError, RecursionError, SafetensorError, ValueError)  # what reading a damaged file may raise
 
 
 @dataclass
@@ -38,10 +42,7 @@ class Snapshot:
 
 def capture(system: System, state: TrainState) -> Snapshot:
     """A copy of the state as it is now."""
-    tensors = {
-        "generator.draw": state.rng.generator.get_state(),
-        "generator.torch": torch.get_rng_state(),
-    }
+    tensors = {RNG: state.rng.generator.get_state(), TORCH_RNG: torch.get_rng_state()}
     groups = {}
     for name, optimizer in state.optimizers.items():
         saved = optimizer.state_dict()
@@ -58,7 +59,11 @@ def capture(system: System, state: TrainState) -> Snapshot:
 
 
 def restore(snapshot: Snapshot, system: System, state: TrainState) -> None:
-    """Puts a captured state back."""
+    """Puts a captured state back.
+
+    The state of the random numbers of one type of device does not fit another. There they start anew, from
+    the seed and the step.
+    """
     system.load_state_dict(snapshot.weights)
     state.step = snapshot.numbers["step"]
     for name, optimizer in state.optimizers.items():
@@ -70,27 +75,41 @@ def restore(snapshot: Snapshot, system: System, state: TrainState) -> None:
         optimizer.load_state_dict({"state": values, "param_groups": snapshot.numbers["optimizers"][name]})
     for name, scaler in state.scalers.items():
         scaler.load_state_dict(snapshot.numbers["scalers"][name])
-    state.rng.generator.set_state(snapshot.tensors["generator.draw"])
-    torch.set_rng_state(snapshot.tensors["generator.torch"])
+    if snapshot.numbers["device"] == state.device.type:
+        state.rng.generator.set_state(snapshot.tensors[RNG])
+        torch.set_rng_state(snapshot.tensors[TORCH_RNG])
+    else:
+        seed = (system.settings.seed * 1_000_003 + state.step) % (1 << 63)
+        state.rng.generator.manual_seed(seed)
+        torch.manual_seed(seed)
 
 
 def save(folder: Path, snapshot: Snapshot, **numbers: float) -> Path:
     """Writes a state to `folder`/step-…, whole or not at all, and keeps the last two there.
 
-    What is there of the same step is the same state and stays.
+    What is there of the same step is the same state: it stays, unless it is damaged.
 
     Args:
         folder: of all checkpoints of a run.
         snapshot: what capture() gave.
-        numbers: what else is to be found there again, beside the state.
+        numbers: what else load() returns among the numbers, like the seconds.
+
+    Raises:
+        RunError: it cannot be written.
     """
-    path = folder / f"step-{snapshot.numbers['step']:08d}"
-    with atomic_folder(path, keep=True) as temporary:
-        save_file(snapshot.weights, temporary / WEIGHTS)
-        save_file(snapshot.tensors, temporary / TRAINING)
-        (temporary / NUMBERS).write_text(json.dumps(snapshot.numbers | numbers, indent=1))
-    for old in checkpoints(folder)[:-2]:
-        shutil.rmtree(old)
+    path = folder / _folder_name(snapshot.numbers["step"])
+    with suppress(RunError):
+        load(path)
+        return path
+    with writing(path):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} was removed while the run was training")
+        with atomic_folder(path) as temporary:
+            save_file(snapshot.weights, temporary / WEIGHTS)
+            save_file(snapshot.tensors, temporary / TRAINING)
+            (temporary / NUMBERS).write_text(json.dumps(snapshot.numbers | numbers, indent=1))
+        for old in checkpoints(folder)[:-2]:
+            shutil.rmtree(old)
     return path
 
 
@@ -103,26 +122,30 @@ def save_best(folder: Path, system: System, step: int, loss: float) -> None:
     before = read_best(folder)
     if before and before["validation_loss"] <= loss:
         return
-    (folder / BEST).mkdir(exist_ok=True)
     state = json.dumps({"step": step, "validation_loss": loss})
-    with atomic_file(folder / BEST / WEIGHTS) as temporary:
-        save_file(_copied(system.state_dict()), temporary, {"state": state})
+    with writing(folder / BEST):
+        (folder / BEST).mkdir(exist_ok=True)
+        with atomic_file(folder / BEST / WEIGHTS) as temporary:
+            save_file(_copied(system.state_dict()), temporary, {"state": state})
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
     """The step and the validation loss of what save_best() kept; None where there is nothing.
 
     Raises:
-        RunError: another version of the package wrote it.
+        RunError: it is damaged, or another version of the package wrote it.
     """
     path = folder / BEST / WEIGHTS
     if not path.exists():
         return None
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    if "state" not in metadata:
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads((file.metadata() or {}).get("state", "{}"))
+    except UNREADABLE as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+    if not has_types(state, step=int, validation_loss=float):
         raise RunError(f"{path} was written by another version of infocapsgan: it does not say its step")
-    return json.loads(metadata["state"])
+    return state
 
 
 def load_best(folder: Path, system: System) -> None:
@@ -130,10 +153,47 @@ def load_best(folder: Path, system: System) -> None:
     system.load_state_dict(load_file(folder / BEST / WEIGHTS))
 
 
+def load_newest(folder: Path, *, warn: bool = True) -> tuple[Snapshot, Path] | None:
+    """The newest checkpoint in `folder` that is not damaged, and its path; None where there is none at all.
+
+    With `warn`, newer ones that are damaged are named on standard error.
+
+    Raises:
+        RunError: all are damaged; the message names the newest.
+    """
+    damaged: list[RunError] = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            snapshot = load(path)
+        except RunError as error:
+            damaged.append(error)
+            continue
+        for reason in damaged if warn else ():
+            print(f"warning: {reason}; {path.name} takes its place", file=sys.stderr)
+        return snapshot, path
+    if damaged:
+        raise RunError(f"{damaged[0]}; no other checkpoint is intact") from damaged[0]
+    return None
+
+
 def load(path: Path) -> Snapshot:
-    """Reads what save() wrote; nothing is unpickled."""
-    numbers = json.loads((path / NUMBERS).read_text())
-    return Snapshot(load_file(path / WEIGHTS), load_file(path / TRAINING), numbers)
+    """Reads what save() wrote; nothing is unpickled.
+
+    Raises:
+        RunError: the checkpoint is damaged.
+    """
+    try:
+        numbers = json.loads((path / NUMBERS).read_text())
+        if not has_types(
+            numbers, step=int, device=str, seconds=float, optimizers=dict[str, Any], scalers=dict[str, Any]
+        ):
+            raise ValueError(f"{NUMBERS} lacks a value, or has one of a wrong type")
+        snapshot = Snapshot(load_file(path / WEIGHTS), load_file(path / TRAINING), numbers)
+        if path.name != _folder_name(numbers["step"]) or not {RNG, TORCH_RNG} <= snapshot.tensors.keys():
+            raise ValueError("it is of another step, or lacks the state of the random numbers")
+    except UNREADABLE as error:
+        raise RunError(f"the checkpoint {path} is damaged: {error}") from error
+    return snapshot
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -147,3 +207,7 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
+
+
+def _folder_name(step: int) -> str:
+    return f"step-{step:08d}"

@@ -33,3 +33,22 @@ def check_impl(impl: str, device: torch.device) -> None:
         dispatch.requested(impl, device.type)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"--impl {impl}: {error}") from error
+
+
+def serving_impl(impl: str, device: torch.device) -> tuple[str, str]:
+    """Which implementation of the capsule kernels serves float32 tensors on a device.
+
+    Beside it, where that is plain PyTorch and nobody asked for it, why no other one serves.
+    """
+    name = dispatch.asked(impl)
+    if name != "auto":
+        return name, ""
+    name = dispatch.automatic(device.type)
+    if name != "reference":
+        return name, ""
+    reasons = {backend.name: backend.unavailable for backend in dispatch.BACKENDS.values()}
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        reasons = {b.name: dispatch.why_not_proved(b, *gpu) for b in dispatch.BACKENDS.values()}
+    serve = [service.impl for service in dispatch.describe() if service.device == device.type]
+    return name, "; ".join(f"{impl}: {reasons[impl].splitlines()[0]}" for impl in serve if reasons[impl])

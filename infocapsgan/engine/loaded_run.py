@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infocapsgan.data import Dataset
+from infocapsgan.data import Dataset, ImageShape
 from infocapsgan.data.dataset import in_batches
 from infocapsgan.data.images import to_images
 from infocapsgan.engine import checkpoint
@@ -223,11 +223,11 @@ def load(path: str | Path, *, device: str = "auto", data_dir: str | Path | None 
             it, or there is no such device.
     """
     path = Path(path)
-    name, settings = read_settings(path)
+    config, (name, settings) = read_config(path), read_settings(path)
     weights = _weights(path)
     settings = replace(settings, data_dir=Path(data_dir)) if data_dir else settings
-    system = SYSTEMS[name](settings)
-    system.class_names = system.load_data().class_names  # TEMPORARY
+    system = SYSTEMS[name](settings, image_shape=ImageShape(**config.image_shape))
+    system.class_names = tuple(config.class_names)
     try:
         system.load_state_dict(load_file(weights.checkpoint / checkpoint.WEIGHTS))
     except RuntimeError as error:
@@ -242,7 +242,7 @@ def read_settings(path: Path) -> tuple[str, Settings]:
     Raises:
         RunError: there is no run, or another version of the package wrote it.
     """
-    name, values = read_config(path)
+    name, values, *_ = read_config(path)
     if name not in SYSTEMS:
         raise RunError(f"{path} holds a run of {name!r}, which is none of {', '.join(SYSTEMS)}")
     try:
@@ -255,7 +255,8 @@ def _weights(path: Path) -> Weights:
     folder = path / "checkpoints"
     if best := checkpoint.read_best(folder):
         return Weights(folder / checkpoint.BEST, best["step"])
-    saved = checkpoint.checkpoints(folder)
-    if not saved:
+    newest = checkpoint.load_newest(folder)
+    if newest is None:
         raise RunError(f"{path} has no checkpoint yet; train on with --resume {path}")
-    return Weights(saved[-1], int(saved[-1].name.removeprefix("step-")))
+    snapshot, saved = newest
+    return Weights(saved, snapshot.numbers["step"])

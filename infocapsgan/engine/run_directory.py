@@ -3,72 +3,130 @@
 import json
 import platform
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
+from safetensors import SafetensorError
 
 import capsops
-from infocapsgan.engine.atomic import atomic_file
-from infocapsgan.engine.settings import Settings
+from infocapsgan.engine.atomic import atomic_file, remove_unfinished
+from infocapsgan.engine.events import EventFile
+from infocapsgan.engine.settings import Settings, mismatch
 from infocapsgan.plotting.figures import pixels, save_figure, sheet_figure
 from infocapsgan.plotting.sheet import Sheet
 
-SUMMARY, EVALUATION = "summary.json", "evaluation.json"
+CONFIG, METRICS, SUMMARY, EVALUATION = "config.json", "metrics.jsonl", "summary.json", "evaluation.json"
+LOCK, FOLDERS = ".lock", ("samples", "checkpoints")
+FORMAT = 2  # of config.json; version 0.1 wrote none
 
 
 class RunError(RuntimeError):
-    """A run directory cannot be made, or does not hold what it should."""
+    """A run directory cannot be made, read or written, or does not hold what it should."""
 
 
-class Run:
-    """config.json, metrics.jsonl, TensorBoard events, checkpoints/, samples/, curves.png, summary.json.
+class Config(NamedTuple):
+    """What config.json holds: all that is needed to load a run without its data.
 
-    As a context manager it closes its files at the end and gives the directory free.
-
-    Args:
-        path: the directory, which create() made.
-        lock: what alone() gave.
-        resume_step: where training goes on; what was logged after it is dropped.
+    Attributes:
+        system: its name.
+        settings: as Settings.to_json() gives them.
+        image_shape: channels, size and classes, of the data set.
+        class_names: in the order of the labels.
+        split: of a folder of images, the relative paths in "train" and "test"; else None.
     """
 
-    def __init__(self, path: Path, lock: FileLock, resume_step: int = 0) -> None:
-        self.path, self._lock = path, lock
-        self.rows = [row for row in read_metrics(path) if row["step"] <= resume_step]
-        with atomic_file(path / "metrics.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self._metrics = (path / "metrics.jsonl").open("a")
-        self._board = SummaryWriter(str(path), purge_step=resume_step + 1)
+    system: str
+    settings: dict[str, Any]
+    image_shape: dict[str, int]
+    class_names: list[str]
+    split: dict[str, list[str]] | None
+
+
+class RunDirectory:
+    """config.json, metrics.jsonl, TensorBoard events, checkpoints/, samples/, curves.png, summary.json.
+
+    As a context manager it closes its files and releases its lock at the end. A directory in which begin()
+    wrote nothing is removed again.
+
+    Args:
+        path: of a directory that is there.
+
+    Raises:
+        RunError: there is none, another process is training there, or it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lock = path, lock_run(path)
+        self._files: list[Any] = []
+        self.rows: list[dict[str, Any]] = []
 
     @classmethod
-    def create(cls, system: str, settings: Settings) -> "Run":
-        """Makes the directory of a new run and writes its config.json.
+    def create(cls, system: str, settings: Settings) -> "RunDirectory":
+        """Makes the directory of a new run.
 
         Raises:
-            RunError: --out names a directory that is not empty.
+            RunError: --out names a directory that is not empty, or one that cannot be made.
         """
-        path = settings.out or _numbered(Path("runs"), f"{system}-{settings.dataset}")
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunError(
-                f"--out: {path} is there already and not empty; continue a run with --resume {path}"
-            )
-        for folder in ("samples", "checkpoints"):
-            (path / folder).mkdir(parents=True)
-        lock = alone(path)
-        write_json(path / "config.json", {"system": system, "settings": settings.to_json()})
-        return cls(path, lock)
+        with writing(settings.out or Path("runs"), "--out: "):
+            path = settings.out or _make_numbered(Path("runs"), f"{system}-{settings.dataset}")
+            if not _is_free(path):
+                raise RunError(
+                    f"--out: {path} is there already and not empty; continue a run with --resume {path}"
+                )
+            for folder in FOLDERS:
+                (path / folder).mkdir(parents=True, exist_ok=True)
+        return cls(path)
 
-    def __enter__(self) -> "Run":
+    def begin(self, config: Config, step: int = 0, *, finished: bool = False) -> None:
+        """Writes config.json and opens what is logged to.
+
+        What was logged after `step`, what came of fewer steps than there will be, and what a killed process
+        left unfinished is removed.
+
+        Args:
+            config: what loading the run takes.
+            step: the one after which training starts.
+            finished: whether that is the last one.
+        """
+        with writing(self.path):
+            remove_unfinished(self.path)
+            for result in () if finished else (SUMMARY, EVALUATION):
+                (self.path / result).unlink(missing_ok=True)
+            self.rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+            with atomic_file(self.path / METRICS) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            write_config(self.path, config)
+            self._metrics = (self.path / METRICS).open("a")
+            self._files.append(self._metrics)
+            self._board = EventFile(self.path, step + 1)
+            self._files.append(self._board)
+
+    def __enter__(self) -> "RunDirectory":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._metrics.close()
-        self._board.close()
-        self._lock.release()
+        try:
+            with writing(self.path):
+                for file in self._files:
+                    file.close()
+                if not (self.path / CONFIG).exists():
+                    self._remove_empty()
+        finally:
+            self._lock.release()
+
+    def _remove_empty(self) -> None:
+        with suppress(OSError):  # another process put something there
+            (self.path / LOCK).unlink(missing_ok=True)
+            for folder in FOLDERS:
+                (self.path / folder).rmdir()
+            self.path.rmdir()
 
     @property
     def checkpoints(self) -> Path:
@@ -76,13 +134,30 @@ class Run:
         return self.path / "checkpoints"
 
     def log(self, kind: str, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Adds a row to metrics.jsonl and its numbers to TensorBoard; `kind` is "train" or "evaluation"."""
+        """Adds a row to metrics.jsonl and its numbers to TensorBoard.
+
+        Args:
+            kind: "train", "validation" or "evaluation".
+            step: steps done.
+            epoch: the same in epochs.
+            values: by name.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         row = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
         self.rows.append(row)
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        with writing(self.path / METRICS):
+            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.flush()
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def summarise(self, outcome: dict[str, Any]) -> None:
+        """Writes summary.json: what was trained, and `outcome`."""
+        name, settings, *_ = read_config(self.path)
+        shared = {key: settings[key] for key in ("dataset", "recipe", "seed")}
+        write_json(self.path / SUMMARY, {"system": name, **shared, **outcome, "settings": settings})
 
     def draw(self, step: int, subject: str, sheets: dict[str, Sheet]) -> None:
         """Writes pictures of a step to samples/ and TensorBoard."""
@@ -96,63 +171,110 @@ class Run:
         save_figure(self.path / "curves.png", figure)
 
 
-class SilentRun:
-    """The run of a process that does not write."""
+class NoRunDirectory:
+    """The run directory of a process that does not write."""
 
-    path = Path()
+    path = checkpoints = Path()
 
-    def log(self, *_: Any) -> None:
+    def log(self, *_: Any, **__: Any) -> None:
         """Nothing."""
 
-    draw = draw_curves = __exit__ = log
+    begin = summarise = draw = draw_curves = __exit__ = log
 
-    def __enter__(self) -> "SilentRun":
+    def __enter__(self) -> "NoRunDirectory":
         return self
 
 
-def alone(path: Path) -> FileLock:
-    """Holds a run directory against other trainings, until the lock is released or the process ends.
+@contextmanager
+def writing(path: Path, option: str = "") -> Iterator[None]:
+    """Turns what goes wrong in writing `path`, or a file in it, into a RunError that names the file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        named = getattr(error, "filename", None)
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{option}{named or path} cannot be written: {reason}") from error
+
+
+def lock_run(path: Path) -> FileLock:
+    """Locks a run directory against other trainings, until the lock is released or the process ends.
 
     Raises:
-        RunError: there is no run, or it is still being trained.
+        RunError: there is no such directory, a run in it is still being trained, or it cannot be written.
     """
     if not path.is_dir():
         raise RunError(f"{path} is not a run directory")
-    lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunError(f"{path} is still being trained, by another process") from error
+    lock = FileLock(path / LOCK)
+    with writing(path):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(f"{path} is still being trained, by another process") from error
     return lock
 
 
-def read_config(path: Path) -> tuple[str, dict[str, Any]]:
-    """The name of the system and the settings of the run in `path`.
+def read_config(path: Path) -> Config:
+    """What config.json of the run in `path` holds.
 
     Raises:
-        RunError: there is no run.
+        RunError: there is no run, its config.json is damaged, or another version of the package wrote it.
     """
     try:
-        config = json.loads((path / "config.json").read_text())
+        values = json.loads((path / CONFIG).read_text())
     except FileNotFoundError as error:
         raise RunError(f"{path} is not a run directory: it has no config.json") from error
-    except (NotADirectoryError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise RunError(f"{path} is not a run directory ({error})") from error
-    if not isinstance(config, dict) or not {"system", "settings"} <= config.keys():
+    if not isinstance(values, dict) or not {"system", "settings"} <= values.keys():
         raise RunError(f"{path} is not a run directory: its config.json names no system and settings")
-    return config["system"], config["settings"]
+    if values.get("format") != FORMAT:
+        raise RunError(
+            f"{path} was written by infocapsgan {values.get('version', '0.1')}, in format "
+            f"{values.get('format', 1)}; takes format {FORMAT}: use that version, or train the system again"
+        )
+    for name, hint in get_type_hints(Config).items():
+        if not has_types(values, **{name: hint}):
+            raise RunError(f"{path / CONFIG} is damaged: {name} is missing or of a wrong type")
+    if values["image_shape"].keys() != {"channels", "size", "classes"}:
+        raise RunError(f"{path / CONFIG} is damaged: image_shape takes channels, size and classes")
+    return Config(**{name: values[name] for name in Config._fields})
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Writes config.json to the run directory `path`."""
+    write_json(path / CONFIG, {"format": FORMAT, "version": capsops.__version__, **config._asdict()})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line that a killed run left unfinished is no row."""
-    file = path / "metrics.jsonl"
-    lines = file.read_text().split("\n") if file.exists() else []
-    return [json.loads(line) for line in lines[:-1]]
+    """The rows of metrics.jsonl without those that are damaged; of all but the last a warning is printed."""
+    file = path / METRICS
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    rows = [_row(line) for line in lines]
+    if None in rows[:-1]:
+        print(f"warning: {file}: {rows[:-1].count(None)} damaged rows are left out", file=sys.stderr)
+    return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row in a line; None where it is cut, garbled, or not of the numbers that log() writes."""
+    with suppress(RecursionError, ValueError):
+        row = json.loads(line)
+        numbers = {name: float for name in row if name != "kind"} | {"step": int, "epoch": float}
+        if isinstance(row, dict) and has_types(row, kind=str, **numbers):
+            return row
+    return None
+
+
+def has_types(values: Any, **types: Any) -> bool:
+    """Whether `values`, read from JSON, is a dict with these keys, and the value of each is of this type."""
+    return isinstance(values, dict) and not any(
+        mismatch(values.get(key), kind) for key, kind in types.items()
+    )
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file, whole or not at all."""
-    with atomic_file(path) as temporary:
+    """Writes a JSON file, whole or not at all; raises RunError where it cannot be written."""
+    with writing(path), atomic_file(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -173,7 +295,19 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def _numbered(parent: Path, name: str) -> Path:
-    """parent/0001-name, or the next number that is free."""
-    taken = [int(found[1]) for path in parent.glob("*") if (found := re.match(r"(\d{4,})-", path.name))]
-    return parent / f"{max(taken, default=0) + 1:04d}-{name}"
+def _make_numbered(parent: Path, name: str) -> Path:
+    """Makes parent/0001-name, or that of the next number that is free."""
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        taken = [int(match[1]) for path in parent.iterdir() if (match := re.match(r"(\d{4,})-", path.name))]
+        path = parent / f"{max(taken, default=0) + 1:04d}-{name}"
+        with suppress(FileExistsError):  # another process took the number meanwhile
+            path.mkdir()
+            return path
+
+
+def _is_free(path: Path) -> bool:
+    """Whether `path` holds no file, but the lock of a start that was killed before its data were read."""
+    if not path.is_dir():
+        return not path.exists()
+    return not any(entry.is_file() and entry.name != LOCK for entry in path.rglob("*"))

@@ -1,13 +1,15 @@
 """What every system can be told, and the checks that come before any work."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from infocapsgan import data
 
-Dataset = Literal[data.SINGLE_NAMES]
+Dataset = Literal[data.SINGLE_NAMES]  # type: ignore[valid-type]
 Recipe = Literal["tuned", "published"]
 
 
@@ -20,6 +22,8 @@ class Range(NamedTuple):
     def __str__(self) -> str:
         return f"at least {self.low:g}" if self.high == float("inf") else f"{self.low:g} to {self.high:g}"
 
+
+_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path", str: "a text"}
 
 Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
@@ -37,17 +41,17 @@ class Settings:
     """Images to train on. digits comes with scikit-learn and needs no download."""
     data_dir: Path | None = None
     """Folder that holds mnist/ and its like [$INFOCAPSGAN_DATA, then the user's cache folder]."""
-    image_size: int | None = None
+    image_size: Annotated[int, Range(28, 128)] | None = None
     """Height and width of the images of --dataset folder [32]: a multiple of 4 from 28 to 128."""
     out: Path | None = None
     """The run directory [a new numbered one under runs/]."""
-    epochs: Count = 30
-    """Passes over the training images."""
+    epochs: Count | None = 30
+    """Passes over the training images [of a folder: the recipe's, and at least 1,500 steps]."""
     max_steps: Count | None = None
     """Total number of steps, where training should end before its epochs do."""
-    batch_size: Count = 128
-    """Images per step, over all processes."""
-    seed: Whole = 0
+    batch_size: Count | None = 128
+    """Images per step, over all processes [of a folder: the recipe's, or about a tenth of its images]."""
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Of the weights, the order of the images and every other random number."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
@@ -70,21 +74,41 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            _check(option_name(name), getattr(self, name), hint)
+            value = getattr(self, name)
+            if isinstance(value, str) and Path in get_args(hint):
+                value = Path(value)
+                object.__setattr__(self, name, value)
+            if wanted := mismatch(value, hint):
+                raise ValueError(f"{option_name(name)}: got {value!r:.100}, takes {wanted}")
         if self.width % 8:
             raise ValueError(f"--width: got {self.width}, takes a multiple of 8")
+        if self.image_size and (self.image_size % 4 or self.dataset != "folder"):
+            raise ValueError(
+                f"--image-size: got {self.image_size}, takes a multiple of 4, with --dataset folder only"
+            )
+        if self.dataset != "folder" and None in (self.batch_size, self.epochs):
+            raise ValueError("--batch-size, --epochs: take a number, but for --dataset folder")
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON holds them: paths become strings."""
+        """The settings as JSON holds them: paths become strings, that of the data an absolute one."""
         values = dataclasses.asdict(self)
         del values["resume"]
+        if self.data_dir:
+            values["data_dir"] = self.data_dir.absolute()
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Settings":
-        """What to_json gave, read again."""
-        paths = {name: Path(values[name]) for name in ("data_dir", "out") if values[name] is not None}
-        return cls(**(values | paths))
+        """What to_json gave, read again.
+
+        Raises:
+            ValueError: an option is missing or unknown, or its value is of a wrong type or out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)} - {"resume"}
+        for what, names in (("is missing", known - values.keys()), ("is unknown", values.keys() - known)):
+            if names:
+                raise ValueError(f"{option_name(min(names))} {what}")
+        return cls(**values)
 
 
 def option_name(field: str) -> str:
@@ -92,11 +116,27 @@ def option_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def _check(option: str, value: Any, hint: Any) -> None:
-    for choice in (hint, *getattr(hint, "__args__", ())):
-        for limit in getattr(choice, "__metadata__", ()):
-            if isinstance(limit, Range) and value is not None and not limit.low <= value <= limit.high:
-                raise ValueError(f"{option}: got {value}, takes {limit}")
-    literals = getattr(hint, "__args__", ()) if getattr(hint, "__origin__", None) is Literal else ()
-    if literals and value not in literals:
-        raise ValueError(f"{option}: got {value!r}, takes one of {', '.join(map(str, literals))}")
+def mismatch(value: Any, hint: Any) -> str:
+    """What a type with its range takes, in words, where `value` is none of it; otherwise empty."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        reasons = [mismatch(value, part) for part in parts if part is not NoneType]
+        return "" if "" in reasons or (value is None and NoneType in parts) else " or ".join(reasons)
+    if kind is Literal:
+        fits = isinstance(value, str) and value in parts
+        return "" if fits else f"one of {', '.join(map(str, parts))}"
+    if kind is Annotated:
+        wrong = mismatch(value, parts[0])
+        limits = [limit for limit in parts[1:] if isinstance(limit, Range)]
+        out = [str(limit) for limit in limits if wrong or not limit.low <= value <= limit.high]
+        return ", ".join(filter(None, [wrong, *out]))
+    if kind in (dict, list):
+        inner = value.values() if isinstance(value, dict) else value
+        fits = isinstance(value, kind) and not any(mismatch(part, parts[-1]) for part in inner)
+        return "" if fits else f"a {kind.__name__}"
+    fits = hint is Any or isinstance(value, hint)
+    if hint is float:
+        fits = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    if isinstance(value, bool) and hint in (int, float):
+        fits = False
+    return "" if fits else _IN_WORDS[hint]

@@ -20,7 +20,7 @@ from infocapsgan.systems.gan import ADAM_BETAS, GANSettings, LatentGAN
 class DCGANSettings(GANSettings):
     """DCGAN: CapsuleGAN's generator against a discriminator of convolutions."""
 
-    batch_size: Count = 16
+    batch_size: Count | None = 16
     """Real images per step, over all processes; as many are generated (published: 32 together)."""
     noise_dim: Count | None = None
     """Normal values in a latent vector [100, of the generator text 28]."""

@@ -77,7 +77,7 @@ class InfoCapsGANSettings(ClassCodeSettings):
         super().__post_init__()
         if self.frechet_samples and not self.adversarial_weight:
             raise ValueError("--frechet-samples: takes 0 with --adversarial-weight 0, without a generator")
-        if self.diversity_weight and self.batch_size < 2:
+        if self.diversity_weight and self.batch_size == 1:
             raise ValueError(
                 f"--batch-size: got {self.batch_size}, takes at least 2 with --diversity-weight, which "
                 "compares two images"

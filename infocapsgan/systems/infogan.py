@@ -36,9 +36,9 @@ LEAN, THICKNESS = 0.5, 1.0  # of copies, where a continuous code is to change by
 class InfoGANSettings(ClassCodeSettings):
     """InfoGAN: a GAN with a categorical code and continuous codes."""
 
-    batch_size: Count = 256
+    batch_size: Count | None = 256
     """Images per step, over all processes."""
-    epochs: Count = 50
+    epochs: Count | None = 50
     """Passes over the training images."""
     width: Annotated[int, Range(8)] = 64
     """Channels of the first convolution; the next has twice as many, the dense layer 16 times."""

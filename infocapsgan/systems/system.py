@@ -101,6 +101,8 @@ class System(nn.Module):
         settings = cls.Settings(recipe=recipe, dataset=dataset)  # type: ignore[arg-type]  # checked there
         options = cls.datasets.get(dataset, {}) | cls.recipes[recipe]
         options |= cls.tuned.get(dataset, {}) if recipe == "tuned" else {}
+        if dataset == "folder":  # the number of its images chooses, see engine/start.py
+            options |= {"batch_size": None, "epochs": None}
         return dataclasses.replace(settings, **options)
 
     @classmethod

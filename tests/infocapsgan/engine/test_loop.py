@@ -1,9 +1,12 @@
 """The command as a user runs it, in a process of its own."""
 
+import functools
 import json
 import os
+import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,15 +16,18 @@ from safetensors.torch import load_file
 import capsops
 from capsops.dispatch import requested
 from infocapsgan import data
-from infocapsgan import train as train_module
+from infocapsgan.engine import checkpoint, loop
 from infocapsgan.engine.checkpoint import checkpoints
 from infocapsgan.engine.command_line import parse
-from infocapsgan.engine.run_directory import RunError, read_metrics
+from infocapsgan.engine.loop import Interruption, train
+from infocapsgan.engine.run_directory import RunDirectory, RunError, read_metrics
 from infocapsgan.engine.train_state import NonFiniteLossError
 from infocapsgan.metrics.clustering import kmeans_accuracy
 from infocapsgan.systems import DCGAN, SYSTEMS, CapsNet, InfoCapsGAN, System
+from infocapsgan.train import main
 from tests.processes import ROOT, start_python
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 SMALL = ["--width", "8", "--batch-size", "8", "--evaluate-every", "100", "--checkpoint-every", "5"]
 
 
@@ -64,7 +70,7 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(system, options, tmp_pa
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_resume_can_lengthen(number, tmp_path):
     process = start("capsnet", *SMALL, "--out", tmp_path / "run")
     wait_for_checkpoint(tmp_path / "run", process)
@@ -83,8 +89,9 @@ def test_a_run_directory_holds_everything(tmp_path, capsys):
     settings = InfoCapsGAN(
         width=8, batch_size=8, max_steps=3, evaluate_every=2, checkpoint_every=1, out=tmp_path / "run"
     ).settings
-    line = train_module.train(InfoCapsGAN, settings)
-    path = tmp_path / "run"
+    result = train(InfoCapsGAN, settings)
+    path, line = tmp_path / "run", result.line
+    assert (result.path, result.finished) == (path, True)
     assert line.startswith("unsupervised accuracy 0.")
     assert "(k-means on pixels: 0.7" in line
     assert str(path / "samples") in line
@@ -121,12 +128,12 @@ def test_a_loss_that_is_not_finite_stops_at_the_state_before_it(tmp_path, monkey
     def settings(out, steps):
         return CapsNet(width=8, batch_size=8, max_steps=steps, out=tmp_path / out).settings
 
-    train_module.train(CapsNet, settings("short", 2))
+    train(CapsNet, settings("short", 2))
     monkeypatch.setattr(CapsNet, "step", broken)
     with pytest.raises(
         NonFiniteLossError, match=r"step 3: the loss of model is nan\. The state after step 2"
     ):
-        train_module.train(CapsNet, settings("broken", 5))
+        train(CapsNet, settings("broken", 5))
     (saved,) = checkpoints(tmp_path / "broken" / "checkpoints")
     (wanted,) = checkpoints(tmp_path / "short" / "checkpoints")
     for file in ("weights.safetensors", "training.safetensors"):
@@ -146,7 +153,7 @@ def test_a_signal_before_a_bad_loss_is_found_still_saves(tmp_path, monkeypatch):
 
     monkeypatch.setattr(CapsNet, "step", broken)
     settings = CapsNet(width=8, batch_size=8, max_steps=9, out=tmp_path / "run").settings
-    assert "interrupted after step 1." in train_module.train(CapsNet, settings)
+    assert "interrupted after step 1." in train(CapsNet, settings).line
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000001"]
 
 
@@ -154,7 +161,7 @@ def test_validation_keeps_the_weights_with_the_lowest_loss(tmp_path, monkeypatch
     losses = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(CapsNet, "validation_loss", lambda self, held_out: next(losses))
     options = {"width": 8, "batch_size": 8, "max_steps": 3, "evaluate_every": 1, "checkpoint_every": 1}
-    train_module.train(CapsNet, CapsNet(validation=True, out=tmp_path / "run", **options).settings)
+    train(CapsNet, CapsNet(validation=True, out=tmp_path / "run", **options).settings)
     folder = tmp_path / "run" / "checkpoints"
     best = load_file(folder / "best" / "weights.safetensors")
     second, third = (load_file(path / "weights.safetensors") for path in checkpoints(folder))
@@ -180,7 +187,7 @@ def test_images_held_out_are_validated_on_and_not_trained_on(tmp_path, monkeypat
     monkeypatch.setattr(data.Dataset, "train_batch", recorded)
     monkeypatch.setattr(CapsNet, "validation_loss", validation_loss)
     options = {"width": 8, "batch_size": 8, "max_steps": 1, "validation": True}
-    train_module.train(CapsNet, CapsNet(out=tmp_path / "run", **options).settings)
+    train(CapsNet, CapsNet(out=tmp_path / "run", **options).settings)
     rest, held_out = data.load("digits").hold_out(0.1)
     assert (len(rest.train_images), len(held_out.test_images)) == (1293, 144)
     assert torch.equal(*trained_on, rest.train_images)
@@ -201,7 +208,7 @@ def test_an_evaluation_leaves_the_system_in_training_mode(tmp_path, monkeypatch)
     monkeypatch.setattr(CapsNet, "step", recorded_step)
     monkeypatch.setattr(CapsNet, "evaluate", recorded_evaluate)
     options = {"width": 8, "batch_size": 8, "max_steps": 2, "evaluate_every": 1}
-    train_module.train(CapsNet, CapsNet(out=tmp_path / "run", **options).settings)
+    train(CapsNet, CapsNet(out=tmp_path / "run", **options).settings)
     assert modes == [("step", True), ("evaluate", False)] * 2
 
 
@@ -219,31 +226,31 @@ def test_the_last_metrics_are_those_of_all_test_images(tmp_path, monkeypatch):
     for validation, wanted in ((False, [10, 360]), (True, [10, 360, 360])):  # once more, of the best weights
         measured_on.clear()
         out = tmp_path / f"validation-{validation}"
-        train_module.train(CapsNet, CapsNet(out=out, validation=validation, **options).settings)
+        train(CapsNet, CapsNet(out=out, validation=validation, **options).settings)
         assert measured_on == wanted
 
 
 def test_a_finished_run_taken_up_again_ends_as_before(tmp_path, monkeypatch):
     monkeypatch.setattr(DCGAN, "fidelity", lambda self, dataset: {"frechet_distance": 7.0})
     options = {"width": 8, "generator_width": 8, "batch_size": 8, "max_steps": 2}
-    train_module.train(DCGAN, DCGAN(out=tmp_path / "run", **options).settings)
+    train(DCGAN, DCGAN(out=tmp_path / "run", **options).settings)
     before = outcome(tmp_path / "run")
     assert before[0]["frechet_distance"] == 7
     (tmp_path / "run" / "summary.json").unlink()  # as if killed just before the end
-    train_module.train(*parse(["--resume", str(tmp_path / "run")]))
+    train(*parse(["--resume", str(tmp_path / "run")]))
     assert outcome(tmp_path / "run") == before
 
 
 def test_what_is_measured_of_fewer_steps_goes_when_a_run_is_made_longer(tmp_path, monkeypatch):
     settings = CapsNet(width=8, batch_size=8, max_steps=2, out=tmp_path / "run").settings
-    train_module.train(CapsNet, settings)
+    train(CapsNet, settings)
     (tmp_path / "run" / "evaluation.json").write_text("{}")
     resume = ["--resume", str(tmp_path / "run")]
-    train_module.train(*parse(resume))  # nothing is left to train
+    train(*parse(resume))  # nothing is left to train
     assert (tmp_path / "run" / "evaluation.json").exists()
     monkeypatch.setattr(CapsNet, "step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train_module.train(*parse([*resume, "--max-steps", "4"]))
+        train(*parse([*resume, "--max-steps", "4"]))
     assert not {"summary.json", "evaluation.json"} & {file.name for file in (tmp_path / "run").iterdir()}
 
 
@@ -261,7 +268,7 @@ def test_a_run_is_not_resumed_while_it_is_trained(tmp_path):
 
 def test_what_is_not_as_the_settings_let_one_expect(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(CapsNet, "step", lambda *_: {})
-    train_module.train(CapsNet, CapsNet(epochs=1, max_steps=500, out=tmp_path / "short").settings)
+    train(CapsNet, CapsNet(epochs=1, max_steps=500, out=tmp_path / "short").settings)
     assert (
         "warning: --max-steps 500 is not reached: --epochs 1 ends after 11 steps" in capsys.readouterr().err
     )
@@ -269,13 +276,13 @@ def test_what_is_not_as_the_settings_let_one_expect(tmp_path, monkeypatch, capsy
 
 def test_a_length_that_leaves_nothing_to_train(tmp_path, capsys):
     settings = CapsNet(width=8, batch_size=8, epochs=1, max_steps=2, out=tmp_path / "run").settings
-    train_module.train(CapsNet, settings)
+    train(CapsNet, settings)
     config = (tmp_path / "run" / "config.json").read_text()
     resume = ["--resume", str(tmp_path / "run")]
     with pytest.raises(RunError, match="has done 2 steps, .* --epochs 1 and --max-steps 1 ends after 1"):
-        train_module.train(*parse([*resume, "--max-steps", "1"]))
+        train(*parse([*resume, "--max-steps", "1"]))
     assert (tmp_path / "run" / "config.json").read_text() == config
-    train_module.train(*parse(resume))
+    train(*parse(resume))
     assert "all 2 steps of --epochs 1 and --max-steps 2 are done" in capsys.readouterr().err
 
 
@@ -288,18 +295,11 @@ def test_a_run_cut_short_before_its_first_validation(tmp_path, monkeypatch):
 
     monkeypatch.setattr(CapsNet, "step", interrupted)
     settings = CapsNet(width=8, batch_size=8, validation=True, out=tmp_path / "run").settings
-    assert "interrupted after step 1." in train_module.train(CapsNet, settings)
-    assert train_module.train(*parse(["--resume", str(tmp_path / "run"), "--max-steps", "1"]))
+    result = train(CapsNet, settings)
+    assert "interrupted after step 1." in result.line
+    assert not result.finished
+    assert train(*parse(["--resume", str(tmp_path / "run"), "--max-steps", "1"]))
     assert outcome(tmp_path / "run")[1] == 1
-
-
-def test_resume_removes_what_a_killed_process_left(tmp_path):
-    settings = CapsNet(width=8, batch_size=8, max_steps=1, out=tmp_path / "run").settings
-    train_module.train(CapsNet, settings)
-    folder = tmp_path / "run" / "checkpoints"
-    (folder / ".step-00000002.7.tmp").mkdir()
-    train_module.train(*parse(["--resume", str(tmp_path / "run"), "--max-steps", "2"]))
-    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 @pytest.mark.slow
@@ -314,8 +314,8 @@ def test_a_compiled_run_resumes_to_the_same_weights_under_the_same_names(tmp_pat
     monkeypatch.setattr(System, "compile_networks", compile_networks)
     options = {"width": 8, "batch_size": 8, "evaluate_every": 1, "compile": True, "validation": True}
     for name, steps in (("unbroken", 3), ("resumed", 2)):
-        train_module.train(CapsNet, CapsNet(out=tmp_path / name, max_steps=steps, **options).settings)
-    train_module.train(*parse(["--resume", str(tmp_path / "resumed"), "--max-steps", "3"]))
+        train(CapsNet, CapsNet(out=tmp_path / name, max_steps=steps, **options).settings)
+    train(*parse(["--resume", str(tmp_path / "resumed"), "--max-steps", "3"]))
     assert len(compiled) == 3
     names = sorted(CapsNet(width=8).state_dict())
     for name in ("best", "step-00000003"):
@@ -328,7 +328,7 @@ def test_a_compiled_run_resumes_to_the_same_weights_under_the_same_names(tmp_pat
 
 def test_weights_of_a_run_load_into_an_ordinary_module(tmp_path):
     options = {"width": 8, "batch_size": 8, "max_steps": 1}
-    train_module.train(CapsNet, CapsNet(out=tmp_path / "run", **options).settings)
+    train(CapsNet, CapsNet(out=tmp_path / "run", **options).settings)
     (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
     system = CapsNet(width=8)
     system.load_state_dict(load_file(saved / "weights.safetensors"))
@@ -350,7 +350,7 @@ def test_ten_steps_on_cifar10(system, tmp_path, monkeypatch):
     settings = SYSTEMS[system](
         dataset="cifar10", data_dir=tmp_path, width=8, batch_size=8, max_steps=10, out=tmp_path / "run"
     ).settings
-    train_module.train(SYSTEMS[system], settings)
+    train(SYSTEMS[system], settings)
     metrics, steps, rows, _ = outcome(tmp_path / "run")
     assert steps == 10
     assert all(0 <= value <= 1 for name, value in metrics.items() if "accuracy" in name)
@@ -368,7 +368,7 @@ def test_what_cannot_serve_is_found_before_there_is_a_run(options, message, tmp_
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     settings = CapsNet(width=8, batch_size=8, max_steps=1, out=tmp_path / "run", **options).settings
     with pytest.raises(RunError, match=message):
-        train_module.train(CapsNet, settings)
+        train(CapsNet, settings)
     assert not (tmp_path / "run").exists()
 
 
@@ -377,22 +377,8 @@ def test_steps_that_end_before_the_generator_comes_in(tmp_path, capsys, monkeypa
     for steps, warned in ((1, True), (2, False)):
         options = {"width": 8, "batch_size": 8, "warm_up": 1, "max_steps": steps}
         settings = InfoCapsGAN(out=tmp_path / str(steps), **options).settings
-        train_module.train(InfoCapsGAN, settings)
+        train(InfoCapsGAN, settings)
         assert ("warning: the generator is not trained" in capsys.readouterr().err) == warned
-
-
-def test_a_state_that_does_not_fit(tmp_path):
-    settings = CapsNet(width=8, batch_size=8, max_steps=1, device="cpu", out=tmp_path / "run").settings
-    train_module.train(CapsNet, settings)
-    (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
-    state = json.loads((saved / "state.json").read_text())
-    for changed, message in (
-        ({"device": "cuda"}, "was trained on cuda and cannot go on on cpu"),
-        ({"optimizers": {}}, "by another version of infocapsgan, .* 'model'"),
-    ):
-        (saved / "state.json").write_text(json.dumps(state | changed))
-        with pytest.raises(RunError, match=f"--resume: .*{message}"):
-            train_module.train(*parse(["--resume", str(tmp_path / "run")]))
 
 
 def test_errors_are_one_line(tmp_path):
@@ -415,31 +401,14 @@ def test_a_run_is_trained_in_the_precision_asked_for(precision, tmp_path, monkey
 
     monkeypatch.setattr(CapsNet, "step", noted)
     options = {"width": 8, "batch_size": 8, "max_steps": 1, "precision": precision}
-    train_module.train(CapsNet, CapsNet(out=tmp_path / "run", **options).settings)
+    train(CapsNet, CapsNet(out=tmp_path / "run", **options).settings)
     assert found == [precision]
-
-
-def test_weights_and_order_and_random_numbers_follow_from_the_seed(tmp_path, monkeypatch):
-    seen = []
-
-    def noted(system, dataset, batches, state, run, **more):
-        weights = next(system.parameters()).detach().clone()
-        seen.append((weights, batches.indices(0), state.rng.uniform(8)))
-        return ""
-
-    monkeypatch.setattr(train_module, "fit", noted)
-    for name, seed in (("first", 0), ("second", 1), ("third", 0)):
-        settings = CapsNet(width=8, batch_size=8, seed=seed, out=tmp_path / name).settings
-        train_module.train(CapsNet, settings)
-    for first, second, third in zip(*seen, strict=True):
-        assert torch.equal(first, third)
-        assert not torch.equal(first, second)
 
 
 def test_the_number_of_epochs_and_how_often_something_is_logged_and_saved(tmp_path):
     options = {"width": 8, "batch_size": 100, "epochs": 1}
     often = {"log_every": 3, "evaluate_every": 10, "checkpoint_every": 6}
-    train_module.train(CapsNet, CapsNet(out=tmp_path / "run", **options, **often).settings)
+    train(CapsNet, CapsNet(out=tmp_path / "run", **options, **often).settings)
     _, steps, rows, _ = outcome(tmp_path / "run")
     assert steps == 14  # of 1437 images
     assert [row["step"] for row in rows if row["kind"] == "train"] == [3, 6, 9, 12, 14]
@@ -467,8 +436,145 @@ def test_infocapsgan_passes_kmeans_on_digits(tmp_path):
 @pytest.mark.parametrize(("impl", "wanted"), [("auto", "reference"), ("cpu", "cpu")])
 def test_impl_auto_leaves_the_default_of_the_process(impl, wanted, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(train_module, "fit", lambda *args, **options: asked.append(requested("auto", "cpu")))
+    monkeypatch.setattr(loop.Trainer, "fit", lambda trainer: asked.append(requested("auto", "cpu")))
     settings = CapsNet(width=8, device="cpu", impl=impl, out=tmp_path / "run").settings
     with capsops.use_impl("reference"):  # as CAPSOPS_IMPL does
-        train_module.train(CapsNet, settings)
+        train(CapsNet, settings)
     assert asked == [wanted]
+
+
+def small(out, **options):
+    return CapsNet(width=8, batch_size=8, **({"max_steps": 2} | options), out=out).settings
+
+
+@pytest.mark.parametrize(("steps", "said"), [(59, False), (60, True)])
+def test_how_long_it_will_take_is_said_after_the_first_steps(steps, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(CapsNet, "step", lambda *_: {})
+    train(CapsNet, small(tmp_path / "run", max_steps=steps))
+    assert (f"{steps} steps will take about 00:0" in capsys.readouterr().err) == said
+
+
+def test_that_time_is_of_the_later_first_steps(tmp_path, monkeypatch, capsys):
+    """The first ones compile or choose algorithms."""
+    clock = iter(range(10_000))
+    monkeypatch.setattr(CapsNet, "step", lambda *_: {})
+    monkeypatch.setattr(loop, "PACE_TO", 25)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: 60 * next(clock))
+    train(CapsNet, small(tmp_path / "run", max_steps=100))
+    assert "100 steps will take about 05:00" in capsys.readouterr().err  # 20 steps in the minute between
+
+
+def test_a_signal_is_noted_once_and_what_it_did_before_comes_back():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    for number in SIGNALS:
+        with Interruption() as interruption:
+            assert not interruption.came
+            os.kill(os.getpid(), number)
+            assert interruption.came
+            assert [signal.getsignal(number) for number in SIGNALS] == before
+    with pytest.raises(ZeroDivisionError), Interruption():
+        1 / 0  # noqa: B018
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_hangup_that_is_ignored_stays_so():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interruption.came
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_training_in_another_thread(tmp_path):
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(train, CapsNet, small(tmp_path / "run")).result().finished
+
+
+def no_room(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("method", ["draw", "draw_curves"])
+def test_no_room_for_pictures(method, tmp_path, monkeypatch):
+    train(CapsNet, small(tmp_path / "unbroken", max_steps=4, evaluate_every=2))
+    settings = small(tmp_path / "run", max_steps=4, evaluate_every=2, checkpoint_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, method, no_room)
+        with pytest.raises(RunError, match=f"{tmp_path / 'run'} cannot be written: No space left on device"):
+            train(CapsNet, settings)
+    train(*parse(["--resume", str(tmp_path / "run")]))
+    assert outcome(tmp_path / "run")[3] == outcome(tmp_path / "unbroken")[3]
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "summary.json"])
+def test_no_room_for_a_file(name, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def full(descriptor):
+        if name in os.readlink(f"/proc/self/fd/{descriptor}"):
+            no_room()
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=f"{tmp_path / 'run'}.* cannot be written: No space left on device"):
+        train(CapsNet, small(tmp_path / "run"))
+
+
+def test_a_run_directory_removed_under_training(tmp_path, monkeypatch):
+    step = CapsNet.step
+
+    def removing(system, images, labels, state):
+        if state.step == 1:
+            shutil.rmtree(tmp_path / "run")
+        return step(system, images, labels, state)
+
+    monkeypatch.setattr(CapsNet, "step", removing)
+    with pytest.raises(RunError, match=f"{tmp_path / 'run'}.* cannot be written"):
+        train(CapsNet, small(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_headline_that_was_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(CapsNet, "evaluate", lambda *_: {"margin_loss": 0.5})
+    monkeypatch.setattr(CapsNet, "baselines", lambda *_: {})
+    line = train(CapsNet, small(tmp_path / "run")).line
+    assert line.startswith("finished after 2 steps in ")
+    assert str(tmp_path / "run" / "samples") in line
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["metrics"], summary["baselines"]) == ({"margin_loss": 0.5}, {})
+
+
+def test_the_state_of_the_gradient_scaler_is_taken_up(tmp_path, monkeypatch):
+    scaler = functools.partial(torch.amp.GradScaler, growth_interval=2)
+    monkeypatch.setattr("torch.amp.GradScaler", scaler)
+    for name, steps in (("unbroken", 5), ("resumed", 3)):
+        train(CapsNet, small(tmp_path / name, max_steps=steps, precision="fp16"))
+    train(*parse(["--resume", str(tmp_path / "resumed"), "--max-steps", "5"]))
+    (unbroken,), resumed = (checkpoints(tmp_path / name / "checkpoints") for name in ("unbroken", "resumed"))
+    states = [json.loads((path / "state.json").read_text())["scalers"] for path in (unbroken, resumed[-1])]
+    assert states[0] == states[1]
+    assert states[0]["model"]["scale"] == 4 * 65536
+    assert outcome(tmp_path / "resumed")[3] == outcome(tmp_path / "unbroken")[3]
+
+
+def test_the_seconds_of_the_first_part_count(tmp_path):
+    train(CapsNet, small(tmp_path / "run"))
+    (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
+    state = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps(state | {"seconds": 1000}))
+    train(*parse(["--resume", str(tmp_path / "run"), "--max-steps", "3"]))
+    last = checkpoint.load(checkpoints(tmp_path / "run" / "checkpoints")[-1])
+    assert 1000 < last.numbers["seconds"] < 1100
+    assert 1000 < json.loads((tmp_path / "run" / "summary.json").read_text())["seconds"] < 1100
+
+
+def test_the_command_names_what_is_wrong_and_fails(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["train", "capsnet", "--out", str(tmp_path / "file" / "run")])
+    with pytest.raises(
+        SystemExit, match=f"error: --out: {tmp_path}/file.* cannot be written: Not a directory"
+    ):
+        main()

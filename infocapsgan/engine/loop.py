@@ -1,0 +1,273 @@
+"""The training loop."""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import capsops
+from infocapsgan.data import Dataset
+from infocapsgan.engine import checkpoint
+from infocapsgan.engine.device import check_impl, local_device
+from infocapsgan.engine.distributed import join, leave
+from infocapsgan.engine.run_directory import device_name, versions, writing
+from infocapsgan.engine.settings import Settings
+from infocapsgan.engine.start import Training, open_run, prepare
+from infocapsgan.engine.train_state import NonFiniteLossError
+from infocapsgan.plotting.curves import training_curves
+from infocapsgan.systems.system import System
+
+PACE_FROM, PACE_TO = 5, 20  # steps between which the time of a step is measured, once
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a training ended.
+
+    Attributes:
+        path: the run directory; the working directory in a process that does not write.
+        finished: whether all steps are done; False after a signal.
+        line: what to print of it; empty in a process that does not write.
+    """
+
+    path: Path
+    finished: bool
+    line: str
+
+
+def train(system_class: type[System], settings: Settings) -> Result:
+    """Trains one system from its settings.
+
+    Raises:
+        DataError: the data are not there, or cannot be read.
+        RunError: this machine lacks what the settings ask for, or the run directory cannot be used.
+        ValueError: the settings do not fit the data or the number of processes.
+        NonFiniteLossError: a loss became NaN or infinite.
+    """
+    device = local_device(settings.device)
+    check_impl(settings.impl, device)
+    torch.backends.cudnn.benchmark = True  # batches are all of one size
+    processes = join(device)
+    impl = capsops.use_impl(settings.impl) if settings.impl != "auto" else nullcontext()
+    with open_run(system_class, settings, processes) as run, impl:
+        result = Trainer(prepare(system_class, settings, run, processes, device)).fit()
+    leave()
+    return result
+
+
+class Trainer:
+    """Takes a training from where it stands to its last step.
+
+    Losses are looked at when something is logged, measured or saved: whether they are finite is known only
+    when the device is done, which is not waited for at each step. Where one was not, the steps since then are
+    done once more, each looked at before the next, to stop at the state before the first bad one.
+
+    A signal ends the loop after its step. Several processes on GPUs end it after the next step at which they
+    ask one another whether there was one (Processes.stop): the answer is waited for, too.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.system, self.state, self.run = training.system, training.state, training.run
+        self.dataset, self.held_out, self.batches = training.dataset, training.held_out, training.batches
+        self.settings, self.writes = self.system.settings, self.state.processes.writes
+        self.evaluate_every = self.settings.evaluate_every or max(100, self.batches.per_epoch)
+        self.checkpoint_every = self.settings.checkpoint_every or self.evaluate_every
+        self.began, self.first_step = time.monotonic() - training.seconds, self.state.step
+        self.centred = self.dataset.centred()
+        self.baselines = self.system.baselines(self.centred)
+        self.metrics: dict[str, float] = {}
+        self.last_checked: checkpoint.Snapshot | None = None
+        self.state.at_once = self.stop = False
+
+    def fit(self) -> Result:
+        """Trains to the last step, or to the one in which a signal comes."""
+        state = self.state
+        with Interruption() as self.interruption, self._progress_bar() as self.bar:
+            while state.step < state.steps and not self.stop:
+                losses = self.step()
+                if losses is None:
+                    continue
+                self.bar.update(state.step - self.bar.n)
+                self.report_pace()
+                if self.due(self.settings.log_every):
+                    self.log(losses)
+                if self.due(self.evaluate_every):
+                    self.evaluate()
+                if self.due(self.checkpoint_every) or self.stop:
+                    self.save()
+        if state.step < state.steps:
+            line = f"interrupted after step {state.step}. {self._how_to_go_on()}"
+            return Result(self.run.path, False, line if self.writes else "")
+        return Result(self.run.path, True, self.finish() if self.writes else "")
+
+    def due(self, every: int) -> bool:
+        """Whether what happens every so many steps, and after the last, happens after this one."""
+        return self.state.step % every == 0 or self.state.step == self.state.steps
+
+    def step(self) -> dict[str, Tensor] | None:
+        """One step, and its named losses; None where a loss was not finite and steps are to be done again."""
+        state, processes = self.state, self.state.processes
+        before = self.last_checked = self.last_checked or checkpoint.capture(self.system, state)
+        try:
+            chosen = processes.part(self.batches.indices(state.step))
+            images, labels = self.dataset.train_batch(chosen, state.rng)
+            losses = self.system.step(images, labels, state)
+            state.step += 1
+            self.stop = processes.stop(self.interruption.came, state.step, state.device)
+            every = (self.settings.log_every, self.evaluate_every, self.checkpoint_every)
+            if self.stop or state.at_once or any(map(self.due, every)):
+                state.check()
+                self.last_checked = None
+            return losses
+        except NonFiniteLossError as error:
+            self.step_back(before, error)
+            return None
+
+    def step_back(self, snapshot: checkpoint.Snapshot, error: NonFiniteLossError) -> None:
+        """Goes back to the state at which all losses were finite; raises if that is the step before."""
+        checkpoint.restore(snapshot, self.system, self.state)
+        if self.state.at_once:
+            self.save()
+            raise NonFiniteLossError(
+                f"step {self.state.step + 1}: {error}. {self._how_to_go_on()}"
+            ) from error
+        self.state.at_once, self.stop = True, False
+
+    def log(self, losses: dict[str, Tensor]) -> None:
+        """Writes the losses of the step, averaged over the processes."""
+        means = {name: value.clone() for name, value in losses.items()}
+        self.state.processes.average_(list(means.values()))
+        values = {name: value.item() for name, value in means.items()}
+        self.run.log("train", self.state.step, self.state.epoch, values)
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in (values | self._headline()).items()})
+
+    def evaluate(self) -> None:
+        """Measures and draws; of held-out images the loss, whose lowest chooses the weights that are kept."""
+        state = self.state
+        if self.held_out:
+            loss = self._measured(self.system.validation_loss, self.held_out.centred())
+            self.run.log("validation", state.step, state.epoch, {"validation_loss": loss})
+            if self.writes:
+                checkpoint.save_best(self.run.checkpoints, self.system, state.step, loss)
+        last = state.step == state.steps
+        self.metrics = self.measure(self.centred if last else self.centred.head(10_000))
+        self.run.log("evaluation", state.step, state.epoch, self.metrics)
+        if self.writes:
+            self.draw()
+
+    def draw(self) -> None:
+        """Writes the system's pictures, and the curves of what was logged so far."""
+        subject = f"{self.system.name} on {self.settings.dataset}"
+        sheets = self._measured(self.system.pictures, self.centred)
+        title = f"{subject}: losses and metrics during training"
+        with writing(self.run.path):
+            self.run.draw(self.state.step, subject, sheets)
+            self.run.draw_curves(training_curves(self.run.rows, self.system, self.baselines, title))
+
+    def measure(self, images: Dataset) -> dict[str, float]:
+        """The metrics of the system, with those of its generated images where they are asked for."""
+        metrics = self._measured(self.system.evaluate, images)
+        return metrics | (self._measured(self.system.sample_quality, self.centred) if self.writes else {})
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        if self.writes:
+            snapshot = checkpoint.capture(self.system, self.state)
+            checkpoint.save(self.run.checkpoints, snapshot, seconds=time.monotonic() - self.began)
+
+    def finish(self) -> str:
+        """Measures the weights that are kept, writes summary.json and returns the last line."""
+        if self.held_out and checkpoint.read_best(self.run.checkpoints):
+            checkpoint.load_best(self.run.checkpoints, self.system)
+            self.metrics = {}
+        self.metrics = self.metrics or self.measure(self.centred)
+        seconds, headline = time.monotonic() - self.began, self.system.headline
+        self.run.summarise(
+            {
+                "metrics": self.metrics,
+                "baselines": {headline: self.baselines} if headline in self.metrics else {},
+                "steps": self.state.step,
+                "epochs": round(self.state.epoch, 4),
+                "seconds": round(seconds, 1),
+                "device": device_name(self.state.device),
+                "versions": versions(),
+            }
+        )
+        reached = f"finished after {self.state.step} steps"
+        if headline in self.metrics:
+            compared = "".join(f" ({name}: {value:.3f})" for name, value in self.baselines.items())
+            reached = f"{headline.replace('_', ' ')} {self.metrics[headline]:.3f}{compared}"
+        return (
+            f"{reached} in {seconds:.0f} s; pictures are in {self.run.path / 'samples'}, "
+            f"curves in {self.run.path / 'curves.png'}"
+        )
+
+    def report_pace(self) -> None:
+        """Says once, after the first steps, how long all of them will take."""
+        done, left = self.state.step - self.first_step, self.state.steps - self.state.step
+        if done == PACE_FROM:
+            self.pace_from = time.monotonic()
+        if done == PACE_TO and left >= 2 * PACE_TO and self.writes:
+            seconds = (time.monotonic() - self.pace_from) / (PACE_TO - PACE_FROM) * (done + left)
+            time_in_all = tqdm.format_interval(seconds)
+            self.bar.write(f"{done + left} steps will take about {time_in_all}", file=sys.stderr)
+
+    def _measured(self, method: Callable[[Dataset], Any], dataset: Dataset) -> Any:
+        """What a method of the system says of a data set: evaluation mode, no gradients, not compiled."""
+        self.system.eval()
+        eager = torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext()
+        with torch.no_grad(), eager:
+            value = method(dataset)
+        self.system.train()
+        return value
+
+    def _headline(self) -> dict[str, float]:
+        return {name: value for name, value in self.metrics.items() if name == self.system.headline}
+
+    def _progress_bar(self) -> tqdm:
+        total, done = self.state.steps, self.state.step
+        return tqdm(total=total, initial=done, unit="step", file=sys.stderr, disable=not self.writes)
+
+    def _how_to_go_on(self) -> str:
+        return f"The state after step {self.state.step} is saved; continue with --resume {self.run.path}"
+
+
+class Interruption:
+    """Notes SIGINT, SIGTERM and SIGHUP, so that the loop ends after its step; a second one acts at once.
+
+    Only the main thread can be told of signals: in another one nothing is noted. A SIGHUP that is ignored
+    already, as under nohup, stays so.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                    self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        self.came = True
+        self.restore()
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Puts back what the signals did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
