@@ -5,23 +5,20 @@ run = infocapsgan.load("runs/0001-infogan-mnist")
 run.predict("digit.png").names, run.sample(10, label=3), run.reconstruct(images), run.capsules(images)
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from infocapsgan.engine.loaded_run import load
-    from infocapsgan.engine.training import train
+    from infocapsgan.train import train
 
 __all__ = ["load", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    # Not imported at once: `python -m infocapsgan.train` imports this module first.
+    # Only when it is asked for: `python -m infocapsgan.train` imports this package first.
     if name == "load":
-        from infocapsgan.engine.loaded_run import load
-
-        return load
+        return importlib.import_module("infocapsgan.engine.loaded_run").load
     if name == "train":
-        from infocapsgan.engine.loop import train
-
-        return train
+        return importlib.import_module("infocapsgan.train")  # which can be called
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

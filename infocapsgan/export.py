@@ -1,8 +1,8 @@
 """Writes a trained system as ONNX: `python -m infocapsgan.export RUN [--out FILE]`.
 
 Systems that classify become a network from images [N, C, H, W], float in [0, 1], to probabilities [N, J] of
-classes or class codes. Others become their generator, from latent vectors to images;
-mimic becomes a network from images to its copies. The file is checked: onnxruntime must compute the same as torch.
+classes or class codes. Others become their generator, from latent vectors to images; mimic becomes a network
+from images to its copies. The file is checked: onnxruntime must compute the same as torch.
 Needs `pip install 'capsops[onnx]'`.
 """
 

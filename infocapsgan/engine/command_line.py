@@ -75,10 +75,7 @@ def parse(words: Sequence[str]) -> tuple[type[System], Settings]:
 
 
 def _parse_resume(words: Sequence[str]) -> tuple[type[System], Settings]:
-    """Every setting comes from the run, except its length and where the data are now.
-
-    The recorded --max-steps would end training before the epochs asked for: --epochs without it lifts it.
-    """
+    """Every setting comes from the run, except its length and where the data are now."""
     parser = _parser()
     parser.add_argument("--resume", type=Path, metavar="DIR", required=True, help="run directory to continue")
     parser.add_argument("--epochs", type=int, help="in all; without --max-steps it lifts that of the run")
@@ -91,19 +88,32 @@ def _parse_resume(words: Sequence[str]) -> tuple[type[System], Settings]:
             f"{' '.join(others)}: cannot be given beside --resume, which takes every setting from the run; "
             "only --epochs, --max-steps and --data-dir can"
         )
+    changed = {key: value for key, value in vars(options).items() if value is not None and key != "resume"}
     try:
-        name, settings = read_settings(options.resume)
+        system, settings = resumed(options.resume, **changed)
     except RunError as error:
         parser.error(f"--resume: {error}")
-    if named and words[0] != name:
-        parser.error(f"SYSTEM: got {words[0]}, but the run in {options.resume} is one of {name}")
-    changed = {key: value for key, value in vars(options).items() if value is not None}
-    if "epochs" in changed:
-        changed.setdefault("max_steps", None)
-    try:
-        return SYSTEMS[name], dataclasses.replace(settings, **_absolute(changed))
     except ValueError as error:
         parser.error(str(error))
+    if named and words[0] != system.name:
+        parser.error(f"SYSTEM: got {words[0]}, but the run in {options.resume} is one of {system.name}")
+    return system, settings
+
+
+def resumed(path: Path, **changed: Any) -> tuple[type[System], Settings]:
+    """The system of the run in `path` and its settings, with the length or the folder of the data changed.
+
+    Raises:
+        RunError: there is no run, or another version of the package wrote it.
+        TypeError: another setting is to be changed.
+        ValueError: the new value is none that the setting takes.
+    """
+    if other := changed.keys() - {"epochs", "max_steps", "data_dir"}:
+        raise TypeError(f"{', '.join(sorted(other))}: cannot be changed when a run is resumed")
+    name, settings = read_settings(path)
+    if "epochs" in changed:  # the recorded max_steps would end training before them
+        changed.setdefault("max_steps", None)
+    return SYSTEMS[name], dataclasses.replace(settings, **_absolute(changed), resume=path)
 
 
 def _absolute(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 import pytest
 
-from infocapsgan import train as train_module
 from infocapsgan.engine import loaded_run as trained
+from infocapsgan.engine import loop as train_module
 from infocapsgan.metrics import features
 from infocapsgan.systems import SYSTEMS
 

@@ -14,7 +14,7 @@ from infocapsgan import data, sweep
 from infocapsgan.engine import sweep as engine
 from infocapsgan.engine.checkpoint import checkpoints
 from infocapsgan.engine.run_directory import alone, read_metrics
-from infocapsgan.metrics.clustering import best
+from infocapsgan.metrics import best
 from infocapsgan.systems import CapsNet
 from tests.processes import ROOT, Process, start_python
 

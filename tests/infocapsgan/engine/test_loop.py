@@ -22,7 +22,7 @@ from infocapsgan.engine.command_line import parse
 from infocapsgan.engine.loop import Interruption, train
 from infocapsgan.engine.run_directory import RunDirectory, RunError, read_metrics
 from infocapsgan.engine.train_state import NonFiniteLossError
-from infocapsgan.metrics.clustering import kmeans_accuracy
+from infocapsgan.metrics.matching import kmeans_accuracy
 from infocapsgan.systems import DCGAN, SYSTEMS, CapsNet, InfoCapsGAN, System
 from infocapsgan.train import main
 from tests.processes import ROOT, start_python
