@@ -57,7 +57,7 @@ def parse(words: Sequence[str]) -> Sweep:
     if own.jobs < 1:
         parser.error(f"--jobs: got {own.jobs}, takes a whole number of at least 1")
     if not 0 <= (own.failed_below or 0) <= 1:
-        parser.error(f"--failed-below: got {own.failed_below}, takes a number from 0 to 1")
+        parser.error(f"--failed-below: got {own.failed_below:g}, takes a number from 0 to 1")
     for option in {word.split("=")[0] for word in options} & {"--seed", "--resume"}:
         parser.error(f"{option}: cannot be given to a sweep, which sets it for each run")
     name = words[0]

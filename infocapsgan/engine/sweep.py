@@ -207,8 +207,8 @@ def claimed(sweep: Sweep) -> Iterator[str | None]:
 
 def _remember(sweep: Sweep) -> str | None:
     file, commit = sweep.path / "sweep.json", _commit()
-    asked = {"system": sweep.name, "settings": _shared(sweep.settings.to_json())}
-    known: dict[str, Any] = asked | {"commits": []}
+    asked: dict[str, Any] = {"system": sweep.name, "settings": _shared(sweep.settings.to_json())}
+    known = asked | {"commits": []}
     if file.exists():
         known = json.loads(file.read_text())
         before, now = ({"system": words["system"]} | words["settings"] for words in (known, asked))
