@@ -49,24 +49,6 @@ def main() -> None:
 
 def parse(words: Sequence[str]) -> Sweep:
     """The words of a command → what it asks for; ends the program with a message where one is wrong."""
-    parser = _parser()
-    named = bool(words) and not words[0].startswith("-")
-    own, options = parser.parse_known_args(list(words[named:]))
-    if not named or words[0] not in SYSTEMS:
-        parser.error(f"SYSTEM: got {words[0] if named else 'none'}, takes one of {', '.join(SYSTEMS)}")
-    if own.jobs < 1:
-        parser.error(f"--jobs: got {own.jobs}, takes a whole number of at least 1")
-    if not 0 <= (own.failed_below or 0) <= 1:
-        parser.error(f"--failed-below: got {own.failed_below}, takes a number from 0 to 1")
-    for option in {word.split("=")[0] for word in options} & {"--seed", "--resume"}:
-        parser.error(f"{option}: cannot be given to a sweep, which sets it for each run")
-    name = words[0]
-    _, settings = command_line.parse([name, *options])
-    path = own.out or Path("runs", f"sweep-{name}-{settings.dataset}-{digest(settings)}")
-    return Sweep(name, settings, tuple(options), own.seeds, path, own.jobs, own.failed_below, own.evaluate)
-
-
-def _parser() -> argparse.ArgumentParser:
     program = command_line.program("sweep")
     parser = argparse.ArgumentParser(
         prog=program,
@@ -81,7 +63,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", help="folder of the sweep (default: one under runs/)")
     add("--failed-below", type=float, metavar="SHARE", help="least headline metric of a run (default: above)")
     add("--evaluate", action="store_true", help="measure each run by infocapsgan.evaluate, too")
-    return parser
+    named = bool(words) and not words[0].startswith("-")
+    own, options = parser.parse_known_args(list(words[named:]))
+    if not named or words[0] not in SYSTEMS:
+        parser.error(f"SYSTEM: got {words[0] if named else 'none'}, takes one of {', '.join(SYSTEMS)}")
+    if own.jobs < 1:
+        parser.error(f"--jobs: got {own.jobs}, takes a whole number of at least 1")
+    if not 0 <= (own.failed_below or 0) <= 1:
+        parser.error(f"--failed-below: got {own.failed_below:g}, takes a number from 0 to 1")
+    for option in {word.split("=")[0] for word in options} & {"--seed", "--resume"}:
+        parser.error(f"{option}: cannot be given to a sweep, which sets it for each run")
+    name = words[0]
+    _, settings = command_line.parse([name, *options])
+    path = own.out or Path("runs", f"sweep-{name}-{settings.dataset}-{digest(settings)}")
+    return Sweep(name, settings, tuple(options), own.seeds, path, own.jobs, own.failed_below, own.evaluate)
 
 
 def _seeds(word: str) -> tuple[int, ...]:

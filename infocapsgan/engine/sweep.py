@@ -57,10 +57,6 @@ class Sweep:
         """The run directory of a seed."""
         return self.path / f"seed-{seed}"
 
-    def log(self, seed: int) -> Path:
-        """What the processes of a seed print."""
-        return self.path / f"seed-{seed}.log"
-
     def missing(self, seed: int) -> Path | None:
         """The file that the next process of a seed has to write; None where the seed is finished."""
         return next((path for name in self.results if not (path := self.run(seed) / name).exists()), None)
@@ -104,7 +100,7 @@ def _finish(sweep: Sweep, seed: int, signals: list[int]) -> str:
                 process.send_signal(signal.SIGTERM if passed_on == 1 else signal.SIGKILL)
             time.sleep(0.1)
         if not (wanted.exists() or signals or _in_use(run)):
-            lines = sweep.log(seed).read_text(errors="replace").splitlines()
+            lines = run.with_suffix(".log").read_text(errors="replace").splitlines()
             last = next((line for line in reversed(lines) if line.strip()), "nothing was printed")
             print(f"seed {seed}: crashed: {last}", flush=True)
             return last
@@ -207,8 +203,8 @@ def claimed(sweep: Sweep) -> Iterator[str | None]:
 
 def _remember(sweep: Sweep) -> str | None:
     file, commit = sweep.path / "sweep.json", _commit()
-    asked = {"system": sweep.name, "settings": _shared(sweep.settings.to_json())}
-    known: dict[str, Any] = asked | {"commits": []}
+    asked: dict[str, Any] = {"system": sweep.name, "settings": _shared(sweep.settings.to_json())}
+    known = asked | {"commits": []}
     if file.exists():
         known = json.loads(file.read_text())
         before, now = ({"system": words["system"]} | words["settings"] for words in (known, asked))
@@ -228,7 +224,7 @@ def digest(settings: Settings) -> str:
 
 
 def _metrics(sweep: Sweep, seeds: list[int]) -> list[dict[str, float]]:
-    """The metrics of each run, all of the same names; raises SweepError as summarise does."""
+    """The metrics of each run, which have the same names; raises SweepError as summarise does."""
     shared, metrics = _shared(sweep.settings.to_json()), []
     for seed in seeds:
         if other := _differences(_shared(sweep.read(seed, SUMMARY)["settings"]), shared):
@@ -248,7 +244,7 @@ def _metrics(sweep: Sweep, seeds: list[int]) -> list[dict[str, float]]:
 
 
 def _start(sweep: Sweep, seed: int) -> subprocess.Popen:
-    run = sweep.run(seed)
+    run, log = sweep.run(seed), sweep.run(seed).with_suffix(".log")
     if (run / SUMMARY).exists():
         words = ["infocapsgan.evaluate", str(run), "--device", sweep.settings.device]
     elif (run / "config.json").exists():
@@ -258,14 +254,14 @@ def _start(sweep: Sweep, seed: int) -> subprocess.Popen:
         shutil.rmtree(run, ignore_errors=True)
         words = ["infocapsgan.train", sweep.name, *sweep.options, "--seed", str(seed), "--out", str(run)]
     threads = str(max(1, torch.get_num_threads() // sweep.jobs))
-    print(f"seed {seed}: {words[0]}, output in {sweep.log(seed)}", flush=True)
-    with sweep.log(seed).open("a") as log:
+    print(f"seed {seed}: {words[0]}, output in {log}", flush=True)
+    with log.open("a") as output:
         # In a session of its own, a run gets no Ctrl-C of the terminal beside the signal that is passed on.
         return subprocess.Popen(
             [sys.executable, "-m", *words],
             env=({"OMP_NUM_THREADS": threads} if sweep.jobs > 1 else {}) | os.environ,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )

@@ -50,6 +50,7 @@ def test_the_version(monkeypatch, capsys):
 
 def test_python_m_reaches_the_commands(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["infocapsgan", "train", "resnet"])
+    monkeypatch.delitem(sys.modules, "infocapsgan.__main__")
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("infocapsgan", run_name="__main__")
     assert caught.value.code == 2

@@ -209,16 +209,18 @@ class LeftBehind(threading.Thread):
 
     def __init__(self, chosen, seed):
         super().__init__()
-        self.chosen, self.seed = chosen, seed
-        self.path = chosen.run(seed)
-        self.path.mkdir(parents=True)
-        self.lock = alone(self.path)
+        self.chosen, self.seed, self.locked = chosen, seed, threading.Event()
         self.start()
+        assert self.locked.wait(timeout=10)
 
     def run(self):
+        path = self.chosen.run(self.seed)
+        path.mkdir(parents=True)
+        lock = alone(path)
+        self.locked.set()
         time.sleep(0.3)
         write_run(self.chosen, self.seed, 0.9, exist_ok=True)
-        self.lock.release()
+        lock.release()
 
 
 def test_runs_that_a_killed_sweep_left_behind_are_waited_for(tmp_path, monkeypatch, capsys):
