@@ -1,63 +1,59 @@
-"""Draws what a trained system does: `python -m infocapsgan.visualize RUN KIND [options]`."""
+"""Draws a picture of a trained system: `python -m infocapsgan.visualize RUN KIND [options]`."""
 
 import argparse
+import inspect
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import docstring_parser
 import torch
 
 from infocapsgan.data import DataError
-from infocapsgan.engine import loaded_run as trained
+from infocapsgan.engine.loaded_run import LoadedRun, load
 from infocapsgan.engine.run_directory import RunError
-from infocapsgan.evaluate import NotApplicableError, add_run_options
-from infocapsgan.plotting import capsules, generated, mistakes, training
-from infocapsgan.plotting.sheet import save_figure, save_gif
+from infocapsgan.engine.settings import Range
+from infocapsgan.evaluate import add_run_options
+from infocapsgan.plotting import KINDS, import_kinds
+from infocapsgan.plotting.figures import save_figure, save_gif
+from infocapsgan.systems import NotApplicableError
 
-KINDS: dict[str, Callable] = {
-    "grid": generated.grid,
-    "traverse": generated.traverse,
-    "morph": generated.morph,
-    "tweak": capsules.tweak,
-    "reconstruct": capsules.reconstruct,
-    "rotate": capsules.rotate,
-    "primary": capsules.primary,
-    "mistakes": mistakes.mistakes,
-    "animate": training.animate,
-    "curves": training.curves,
-}
 GIF_MILLISECONDS = 400
 
 
 def main() -> None:
     """The command line."""
+    import_kinds()
     parser = _parser()
-    given = vars(parser.parse_args())
-    run, kind, out = (given.pop(name) for name in ("run", "kind", "out"))
+    options = vars(parser.parse_args())
+    run, kind, out = (options.pop(name) for name in ("run", "kind", "out"))
     if out and (out.suffix != f".{suffix(kind)}" or out.is_dir()):
         parser.error(f"--out: got {out}, takes a file that ends in .{suffix(kind)}")
-    places = {name: given.pop(name) for name in ("device", "data_dir")}
+    places = {name: options.pop(name) for name in ("device", "data_dir")}
     try:
-        run = trained.load(run, **places)
-        run.warn()
-        path = visualize(run, kind, out, **given)
+        loaded = load(run, **places)
+        loaded.warn()
+        path = visualize(loaded, kind, out, **options)
     except (DataError, RunError, NotApplicableError) as error:
         sys.exit(f"error: {error}")
     print(f"written to {path}")
 
 
-def visualize(run: trained.LoadedRun, kind: str, out: Path | None = None, **options) -> Path:
-    """Writes a picture of KINDS and returns its path.
+def visualize(run: LoadedRun, kind: str, out: Path | None = None, **options: Any) -> Path:
+    """Writes a picture and returns its path.
 
     Args:
-        found: what is drawn.
-        kind: which picture.
+        run: the run.
+        kind: one of infocapsgan.plotting.KINDS.
         out: the file; None is RUN/pictures/KIND.png, or .gif for an animation.
         options: of the kind.
 
     Raises:
         NotApplicableError: there is no such picture of this system.
     """
+    import_kinds()
     path = out or run.path / "pictures" / f"{kind}.{suffix(kind)}"
     with torch.no_grad():
         picture = KINDS[kind](run, **options)
@@ -70,7 +66,7 @@ def visualize(run: trained.LoadedRun, kind: str, out: Path | None = None, **opti
 
 
 def suffix(kind: str) -> str:
-    """What the file of a picture ends in."""
+    """The ending of a picture's file."""
     return "gif" if kind == "animate" else "png"
 
 
@@ -80,49 +76,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    made = {}
     for name, function in KINDS.items():
-        summary = function.__doc__.splitlines()[0]
-        made[name] = kinds.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        made[name].add_argument(
+        documentation = docstring_parser.parse(function.__doc__ or "")
+        summary = documentation.short_description
+        kind = kinds.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        kind.add_argument(
             "--out", type=Path, metavar="FILE", help=f"(default: RUN/pictures/{name}.{suffix(name)})"
         )
-        add_run_options(made[name])
-
-    def add(option: str, names: str, default: int, text: str, least: int = 0) -> None:
-        for name in names.split():
-            made[name].add_argument(
-                option,
-                type=_at_least(least),
-                metavar="N",
-                default=default,
-                help=f"{text} (default: {default})",
-            )
-
-    add("--seed", "grid traverse morph", 0, "of the latent vectors")
-    add("--code", "traverse", 0, "class code of all images, where there are no continuous codes")
-    add("--image", "tweak rotate primary", 0, "number of the test image, from 0 on")
-    add("--degrees", "rotate", 15, "from one angle to the next", 1)
-    add("--images", "reconstruct", 10, "how many test images", 1)
-    add("--images", "mistakes", 60, "how many test images at most", 1)
-    add("--steps", "primary", 1000, "of training of the decoder, 128 images each", 1)
-    made["animate"].add_argument(
-        "--pictures", metavar="NAME", help="which of those in samples/ (default: samples, or the first)"
-    )
-    made["curves"].add_argument("--metric", metavar="NAME", help="one number alone, against epochs")
-    made["curves"].add_argument(
-        "--beside", type=Path, nargs="+", metavar="RUN", default=(), help="runs whose metric is drawn too"
-    )
-    made["curves"].add_argument(
-        "--reach", type=float, nargs="+", metavar="VALUE", default=(), help="tell when each run reached them"
-    )
+        add_run_options(kind)
+        helps = {parameter.arg_name: parameter.description for parameter in documentation.params}
+        hints = typing.get_type_hints(function, include_extras=True)
+        for parameter in list(inspect.signature(function).parameters.values())[1:]:
+            _add_option(kind, parameter, hints[parameter.name], helps[parameter.name] or "")
     return parser
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _add_option(
+    parser: argparse.ArgumentParser, parameter: inspect.Parameter, hint: Any, description: str
+) -> None:
+    """The option of a kind's keyword: Annotated[int, Range], a string, or a sequence of paths or numbers."""
+    option = f"--{parameter.name.replace('_', '-')}"
+    if hasattr(hint, "__metadata__"):
+        shown = f"{description} (default: {parameter.default})"
+        parser.add_argument(
+            option, type=_whole(hint.__metadata__[0]), metavar="N", default=parameter.default, help=shown
+        )
+        return
+    kind = typing.get_args(hint)[0]
+    many = {} if kind is str else {"nargs": "+"}
+    metavar = {str: "NAME", Path: "RUN", float: "VALUE"}[kind]
+    parser.add_argument(
+        option, type=kind, metavar=metavar, default=parameter.default, help=description, **many
+    )
+
+
+def _whole(limits: Range) -> Callable[[str], int]:
     def parse(word: str) -> int:
-        if not word.isdecimal() or int(word) < least:
-            raise argparse.ArgumentTypeError(f"got {word}, takes a whole number of at least {least}")
+        if not word.isdecimal() or not limits.low <= int(word) <= limits.high:
+            raise argparse.ArgumentTypeError(f"got {word}, takes a whole number of {limits}")
         return int(word)
 
     return parse

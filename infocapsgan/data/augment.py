@@ -1,4 +1,7 @@
-"""Moved and deformed copies of images, in batches, on the device that holds them."""
+"""Augmentation: randomly transformed copies of images [B, C, H, W], on their device.
+
+Random numbers come from the argument `rng`; `background` is the value of what comes in from outside.
+"""
 
 import functools
 import math
@@ -23,54 +26,44 @@ def random_affine(
     shift: float = 0.1,
     background: float = 0.0,
 ) -> Tensor:
-    """A turned, scaled, sheared and shifted copy of each image, each by an amount of its own.
+    """Rotates, scales, shears and shifts each image, by amounts sampled uniformly for each.
 
     Args:
-        images: [B, C, H, W].
-        rng: where the random numbers come from.
-        degrees: largest turn to either side.
+        degrees: largest rotation to either side.
         scale: largest relative change of the size.
-        shear: largest shift of a row against one that is as far away.
-        shift: largest shift, as a part of the image's width or height.
-        background: the value of what comes in from outside.
+        shear: largest shift of a row, over its distance from the row that stays.
+        shift: largest shift, as a share of the image's width or height.
     """
     B = len(images)
-    turn, size, lean = (rng.uniform(B) * 2 - 1 for _ in range(3))
-    turn, size, lean = turn * math.radians(degrees), 1 + size * scale, lean * shear
-    matrix = torch.stack(
-        [size * turn.cos(), lean - size * turn.sin(), size * turn.sin(), size * turn.cos()], dim=1
-    )
+    angle, size, slant = (rng.uniform(B) * 2 - 1 for _ in range(3))
+    angle, size, slant = angle * math.radians(degrees), 1 + size * scale, slant * shear
+    cos, sin = size * angle.cos(), size * angle.sin()
+    matrix = torch.stack([cos, slant - sin, sin, cos], dim=1)
     offset = (rng.uniform(B, 2) * 2 - 1) * (2 * shift)  # the grid runs from −1 to 1
-    return _mapped(images, torch.cat([matrix.view(B, 2, 2), offset[:, :, None]], dim=2), background)
+    return _resample(images, torch.cat([matrix.view(B, 2, 2), offset[:, :, None]], dim=2), background)
 
 
-def _mapped(images: Tensor, matrix: Tensor, background: float) -> Tensor:
-    """Images [B, C, H, W] whose places are taken to those of the originals by `matrix` [B, 2, 3]."""
+def _resample(images: Tensor, matrix: Tensor, background: float) -> Tensor:
+    """Images whose coordinates `matrix` [B, 2, 3] maps to those of the originals."""
     grid = F.affine_grid(matrix.to(images.dtype), list(images.shape), align_corners=False)
     return F.grid_sample(images - background, grid, align_corners=False) + background
 
 
 @record_function("augmentation")
 def shear(images: Tensor, slant: Tensor, *, background: float = 0.0) -> Tensor:
-    """Each image [B, C, H, W] sheared about its middle, to the right where `slant` [B] is above 0.
-
-    Args:
-        images: what is sheared.
-        slant: a row's shift over its height above the middle: what strokes.slant then finds more.
-        background: the value of what comes in from outside.
-    """
+    """Shears each image about its middle by `slant` [B], a row's shift to the right over its height there."""
     H, W = images.shape[2:]
     matrix = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
     matrix[:, 0, 1] = slant * H / W  # the grid runs from −1 to 1 along both sides, rows from the top
-    return _mapped(images, matrix, background)
+    return _resample(images, matrix, background)
 
 
 @record_function("augmentation")
 def thicken(images: Tensor, pixels: Tensor) -> Tensor:
-    """Each image [B, C, H, W] with bright strokes that are wider by about `pixels` [B], from −2 to 2.
+    """Widens the bright strokes of each image by about `pixels` [B], from −2 to 2.
 
-    Between the image and its dilation, or for negative numbers its erosion, by a cross of 3 × 3, which moves
-    each border of a stroke by a pixel. Strokes that are as thin as what is taken from them vanish.
+    Interpolates between the image and its dilation, or for negative numbers its erosion, by a cross of 3 × 3,
+    which moves each border of a stroke by a pixel. Strokes that are thinner than that vanish.
     """
     grown = functools.reduce(torch.maximum, _neighbours(images, -math.inf))
     shrunk = functools.reduce(torch.minimum, _neighbours(images, math.inf))
@@ -87,9 +80,9 @@ def _neighbours(images: Tensor, outside: float) -> list[Tensor]:
 
 @record_function("augmentation")
 def random_erasing(images: Tensor, rng: ShardedGenerator, *, share: float, background: float = 0.0) -> Tensor:
-    """Each image [B, C, H, W] with one rectangle of background in it (Zhong et al. 2017, random erasing).
+    """Fills one rectangle of each image with background (Zhong et al. 2017, random erasing).
 
-    Its height and width are each drawn from 0 to `share` of the image's; its centre is anywhere in the image.
+    Its height and width are uniform from 0 to `share` of the image's, its centre uniform in the image.
     """
     near = []
     for side in images.shape[2:]:
@@ -102,23 +95,23 @@ def random_erasing(images: Tensor, rng: ShardedGenerator, *, share: float, backg
 
 @record_function("augmentation")
 def random_shift(images: Tensor, rng: ShardedGenerator, pixels: int, background: float = 0.0) -> Tensor:
-    """Each image [B, C, H, W] moved by a whole number of pixels, up to `pixels`, along each axis."""
+    """Shifts each image by a whole number of pixels, up to `pixels`, along each axis."""
     padded = F.pad(images, [pixels] * 4, value=background)
     return crop(padded, rng.integers(2 * pixels + 1, len(images), 2), images.shape[-1])
 
 
 @record_function("augmentation")
 def random_horizontal_flip(images: Tensor, rng: ShardedGenerator) -> Tensor:
-    """Each image [B, C, H, W] mirrored left to right, or not, with probability ½."""
+    """Mirrors each image left to right with probability ½."""
     mirrored = rng.integers(2, len(images)).bool()[:, None, None, None]
     return torch.where(mirrored, images.flip(3), images)
 
 
 @record_function("augmentation")
 def color_jitter(images: Tensor, rng: ShardedGenerator, *, brightness: float, contrast: float) -> Tensor:
-    """Each image in [0, 1] brighter or darker by up to `brightness`, its contrast times 1 ± `contrast`.
+    """Adds up to ± `brightness` to each image in [0, 1] and multiplies its contrast by 1 ± `contrast`.
 
-    Contrast is taken about the mean of each channel; what leaves [0, 1] is clipped.
+    Contrast is relative to the mean of each channel; what leaves [0, 1] is clipped.
     """
     change = rng.uniform(len(images), 2, 1, 1, 1) * 2 - 1
     mean = images.mean(dim=(2, 3), keepdim=True)
@@ -130,11 +123,9 @@ def color_jitter(images: Tensor, rng: ShardedGenerator, *, brightness: float, co
 def elastic_transform(
     images: Tensor, rng: ShardedGenerator, strength: float, *, smoothness: float = 4.0
 ) -> Tensor:
-    """Elastic deformation: pixels are displaced by a smooth random field (Simard, Steinkraus, Platt 2003).
+    """Displaces the pixels of each image by a smooth random field (Simard, Steinkraus, Platt 2003).
 
     Args:
-        images: [B, C, H, W].
-        rng: where the fields come from.
         strength: root mean square of a displacement along an axis, in pixels.
         smoothness: standard deviation of the Gaussian that smooths the field, in pixels.
     """
@@ -146,7 +137,7 @@ def elastic_transform(
     field = F.conv2d(F.conv2d(field, kernel[None, None, :, None]), kernel[None, None, None, :])
     # grid_sample takes (column, row) in units in which the image is 2 wide and 2 high.
     scale = torch.tensor([2 / W, 2 / H], device=images.device)
-    still = torch.eye(2, 3, device=images.device).expand(B, 2, 3)
-    grid = F.affine_grid(still, list(images.shape), align_corners=False)
+    identity = torch.eye(2, 3, device=images.device).expand(B, 2, 3)
+    grid = F.affine_grid(identity, list(images.shape), align_corners=False)
     grid = grid + strength * scale * field.view(B, 2, H, W).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid.to(images.dtype), align_corners=False)

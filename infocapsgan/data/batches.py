@@ -1,4 +1,4 @@
-"""Batches in a shuffled order that can be taken up again at any step."""
+"""Batches in a shuffled order that can be resumed at any step."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 class Batches:
     """Which images make up which step: each epoch is a permutation, its incomplete last batch is left out.
 
-    The order of an epoch depends on the seed and the number of the epoch alone, so a position is one number:
+    The order of an epoch depends only on the seed and the number of the epoch, so a position is one number:
     the step.
 
     Args:

@@ -2,11 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from infocapsgan.engine.rng import ShardedGenerator
+
+DIGITS = tuple("0123456789")
+Set = TypeVar("Set", bound="Dataset")
+TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 @dataclass(frozen=True)
@@ -15,6 +20,11 @@ class Dataset:
 
     Images may be larger than `size`: a training batch is then cropped at random places, and
     centred() crops the middle, for evaluations.
+
+    Attributes:
+        class_names: a short name for each label.
+        split: of a directory of images, the paths of the images of "train" and of "test" in the order of the
+            tensors, below the directory and with slashes; None where the split is published.
     """
 
     name: str
@@ -23,6 +33,8 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
     size: int = 28
+    class_names: tuple[str, ...] = DIGITS
+    split: dict[str, list[str]] | None = None
 
     @property
     def labelled(self) -> bool:
@@ -41,7 +53,7 @@ class Dataset:
         """All test images and labels, up to `size` at a time."""
         return zip(self.test_images.split(size), self.test_labels.split(size), strict=True)
 
-    def hold_out(self, share: float) -> tuple["Dataset", "Dataset"]:
+    def hold_out(self: Set, share: float) -> tuple[Set, Set]:
         """The data without a `share` of the training images (seed 0), and those as test images."""
         order = torch.randperm(len(self.train_labels), generator=torch.Generator().manual_seed(0))
         number = round(share * len(order))
@@ -49,9 +61,14 @@ class Dataset:
             raise ValueError(f"share: got {share}, takes a share that leaves images on both sides")
         out, kept = order[:number].to(self.train_labels.device), order[number:].to(self.train_labels.device)
         rest = replace(self, train_images=self.train_images[kept], train_labels=self.train_labels[kept])
-        return rest, replace(rest, test_images=self.train_images[out], test_labels=self.train_labels[out])
+        held_out = replace(rest, test_images=self.train_images[out], test_labels=self.train_labels[out])
+        if self.split is None:
+            return rest, held_out
+        train, test = ([self.split["train"][i] for i in part.tolist()] for part in (kept, out))
+        rest = replace(rest, split=self.split | {"train": train})
+        return rest, replace(held_out, split={"train": train, "test": test})
 
-    def centred(self) -> "Dataset":
+    def centred(self: Set) -> Set:
         """The same data with every image cropped to its middle."""
         margin = self.train_images.shape[-1] - self.size
         if not margin:
@@ -63,25 +80,14 @@ class Dataset:
             test_images=self.test_images[:, :, middle, middle],
         )
 
-    def to(self, device: torch.device | str) -> "Dataset":
-        """The same data on `device`, where the batches are then drawn."""
-        return replace(
-            self,
-            train_images=self.train_images.to(device),
-            train_labels=self.train_labels.to(device),
-            test_images=self.test_images.to(device),
-            test_labels=self.test_labels.to(device),
-        )
+    def to(self: Set, device: torch.device | str) -> Set:
+        """The same data on `device`, where the batches are then made."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
-    def head(self, images: int) -> "Dataset":
+    def head(self: Set, images: int) -> Set:
         """The first `images` of each split."""
-        return replace(
-            self,
-            train_images=self.train_images[:images],
-            train_labels=self.train_labels[:images],
-            test_images=self.test_images[:images],
-            test_labels=self.test_labels[:images],
-        )
+        split = self.split and {part: paths[:images] for part, paths in self.split.items()}
+        return replace(self, split=split, **{name: getattr(self, name)[:images] for name in TENSORS})
 
 
 def evenly(images: Tensor, number: int) -> Tensor:
@@ -98,10 +104,10 @@ def crop(images: Tensor, corners: Tensor, size: int) -> Tensor:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 → float32 in [0, 1], what classifiers take."""
-    return images.float() / 255
+    """Images as uint8, or as floats in [0, 1] already → floats in [0, 1], what classifiers take."""
+    return images if images.is_floating_point() else images.float() / 255
 
 
 def to_symmetric(images: Tensor) -> Tensor:
-    """uint8 → float32 in [−1, 1], the range of a generator's tanh."""
-    return images.float() / 127.5 - 1
+    """Images as uint8, or as floats in [0, 1] → floats in [−1, 1], the range of a generator's tanh."""
+    return images * 2 - 1 if images.is_floating_point() else images.float() / 127.5 - 1

@@ -7,15 +7,14 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+
+from infocapsgan.data.dataset import Dataset
+from infocapsgan.data.registry import ImageShape, register
 
 
-def load(data_dir: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """8 × 8 images enlarged to 28 × 28 (bilinear), 80 / 20, stratified with seed 0; `data_dir` is not read.
-
-    Returns:
-        train images [1437, 1, 28, 28], train labels, test images [360, 1, 28, 28], test labels.
-    """
+@register("digits", ImageShape(1, 28, 10), rank=1)
+def load(data_dir: str | Path | None = None) -> Dataset:
+    """8 × 8 images enlarged to 28 × 28 (bilinear), 80 / 20, stratified with seed 0."""
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
     images = F.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False)
@@ -24,4 +23,4 @@ def load(data_dir: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Te
     train, test = train_test_split(
         np.arange(len(labels)), test_size=0.2, random_state=0, stratify=digits.target
     )
-    return images[train], labels[train], images[test], labels[test]
+    return Dataset("digits", images[train], labels[train], images[test], labels[test])

@@ -1,45 +1,46 @@
-"""Where the files of a data set lie, and how they come there."""
+"""Where the files of a data set lie, and how they are downloaded."""
 
 import gzip
 import hashlib
 import os
 import sys
-import urllib.error
-import urllib.request
+import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from tqdm import tqdm
+from filelock import FileLock
+from pooch import HTTPDownloader
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from infocapsgan.engine.atomic import atomic_folder
 
 UNREADABLE = (EOFError, OSError, ValueError, zlib.error)  # what reading a damaged gz file raises
+REMEDY = "remove it and get it again"
 
 
 class DataError(RuntimeError):
-    """A data file is damaged, or missing and not to be had."""
+    """A data file is damaged, or is missing and could not be downloaded."""
 
 
 class File(NamedTuple):
-    """A file and the checksum of its content (of what is inside, for a gz file that is no archive)."""
+    """A file and the checksum of its content: of what is inside, for a gz file that is no archive."""
 
     name: str
-    checksum: str
+    checksum: str = ""
     algorithm: str = "sha256"
 
 
 class Source(NamedTuple):
-    """The files of a data set, the folder that holds them, and the address they come from."""
+    """The files of a data set and where they lie; they are below `url`, each by itself or in an archive."""
 
     folder: str
     url: str
     files: tuple[File, ...]
+    other_folders: tuple[str, ...] = ()
+    archive: File | None = None
 
 
 def folders(data_dir: str | Path | None) -> list[Path]:
@@ -56,128 +57,118 @@ def cache_folder() -> Path:
 def find(source: Source, data_dir: str | Path | None = None) -> list[Path]:
     """The paths of the files of `source`, each with its checksum verified; missing ones are downloaded.
 
-    They are downloaded into `data_dir` where one is given, else into the user's cache folder.
+    A file NAME.gz may also lie there uncompressed, as NAME. Downloads go to `data_dir` where it is set, else
+    to the user's cache folder.
 
     Raises:
         DataError: a file does not have its checksum, or is missing and could not be downloaded.
     """
     places = [folder / source.folder for folder in folders(data_dir)]
-    for place in places:
-        paths = [place / file.name for file in source.files]
-        if all(path.is_file() for path in paths):
-            for path, file in zip(paths, source.files, strict=True):
-                verify(path, file)
-            return paths
+    for folder in folders(data_dir):
+        for layout in (source.folder, *source.other_folders):
+            if paths := _lying_in(folder / layout, source):
+                return paths
     target = places[0] if data_dir else places[-1]
     try:
+        if source.archive:
+            return _unpack(source, source.archive, target)
         return [download(source.url + file.name, target / file.name, file) for file in source.files]
     except OSError as error:
-        names = [file.name for file in source.files]
-        raise unreachable(source.folder, places, source.url, target, names, error) from error
+        raise DataError(
+            f"the data set {source.folder} is in none of {', '.join(map(str, places))} "
+            f"and could not be downloaded from {source.url} ({error}). "
+            f"Put these files into {target}: {', '.join(file.name for file in source.files)}"
+        ) from error
 
 
-def unreachable(
-    name: str, places: list[Path], url: str, target: Path, wanted: list[str], error: OSError
-) -> DataError:
-    """The error that says which files to put where."""
-    return DataError(
-        f"the data set {name} is in none of {', '.join(map(str, places))} "
-        f"and could not be downloaded from {url} ({error}). "
-        f"Put these files into {target}: {', '.join(wanted)}"
-    )
+def _lying_in(folder: Path, source: Source) -> list[Path]:
+    """The verified files of `source` in a folder, empty where one is missing."""
+    paths = []
+    for file in source.files:
+        names = (file.name, file.name.removesuffix(".gz"))
+        paths += [folder / name for name in names if (folder / name).is_file()][:1]
+    if len(paths) < len(source.files):
+        return []
+    for path, file in zip(paths, source.files, strict=True):
+        verify(path, file)
+    return paths
 
 
-def download(url: str, path: Path, file: File, *, open_url: Callable = urllib.request.urlopen) -> Path:
-    """Gets one file. What an earlier, broken download left is continued; `path` appears when it is whole.
+def _unpack(source: Source, archive: File, target: Path) -> list[Path]:
+    with locked(target):
+        if not (paths := _lying_in(target, source)):  # another process may have made them meanwhile
+            path = download(source.url + archive.name, target.parent / archive.name, archive)
+            with tarfile.open(path) as packed, atomic_folder(target) as temporary:
+                for file in source.files:
+                    content = packed.extractfile(f"{source.folder}/{file.name}")
+                    (temporary / file.name).write_bytes(content.read())  # type: ignore[union-attr]
+            paths = _lying_in(target, source)
+    return paths
 
-    Of several processes that want it one gets it, the others wait.
+
+def download(url: str, path: Path, file: File) -> Path:
+    """Downloads one file, unless it is there; `path` appears only when its content is whole and verified.
+
+    Of several processes that want it one downloads it, the others wait. A failed download leaves nothing.
 
     Raises:
-        DataError: what is there, or what came, does not have its checksum; what came is removed.
+        DataError: what is there, or what was received, does not have its checksum.
         OSError: the download failed or broke off.
     """
     if not path.is_file():
-        with held(path):
-            if not path.is_file():  # another process may have got it meanwhile
-                _get(url, path, file, open_url)
+        with locked(path) as folder:
+            if not path.is_file():  # another process may have downloaded it meanwhile
+                _download(url, path, file, folder)
                 return path
     verify(path, file)
     return path
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Waits until no other process holds `path`, and holds it until the block ends; makes its folder.
+def locked(path: Path) -> Iterator[Path]:
+    """Keeps other processes that want to make `path` waiting until the block ends.
 
-    A lock file beside it stays behind. Where the system or the file system has no locks, nothing is held.
+    Gives the nearest folder above `path` that exists. The lock is a file there for as long as the block
+    lasts: no folder is made for it, so that a block that fails has none to remove.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        if fcntl:
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    lock = folder / f".{path.name}.lock"
+    with FileLock(lock):
+        try:
+            yield folder
+        finally:
+            with suppress(PermissionError):  # Windows keeps open files; filelock itself removes them there
+                lock.unlink(missing_ok=True)
 
 
-def _get(url: str, path: Path, file: File, open_url: Callable) -> None:
-    part = path.with_name(path.name + ".part")
-    done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-    try:
-        response = open_url(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing is left to send, the part is whole already
-            raise
-    else:
-        with response:
-            _receive(response, part, done if response.status == 206 else 0)
-    if wrong := _what_is_wrong(part, file):
-        part.unlink()
-        raise DataError(f"what came from {url} {wrong}; it was removed, try again to get it anew")
-    os.replace(part, path)
+def _download(url: str, path: Path, file: File, folder: Path) -> None:
+    print(f"downloading {url}", file=sys.stderr)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=folder) as temporary:
+        received = Path(temporary) / path.name
+        HTTPDownloader(progressbar=True)(url, str(received), None)
+        verify(received, file, f"what came from {url}", "it was removed, try again to get it anew")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(received, path)
 
 
-def _receive(response, part: Path, done: int) -> None:
-    length = response.headers.get("Content-Length")
-    total = done + int(length) if length else None
-    bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=part.stem, file=sys.stderr)
-    with bar, part.open("ab" if done else "wb") as out:
-        while chunk := response.read(1 << 16):
-            out.write(chunk)
-            bar.update(len(chunk))
-    if total is not None and part.stat().st_size != total:
-        raise OSError(
-            f"{part.stem} broke off at {part.stat().st_size} of {total} bytes; try again to continue it"
+def verify(path: Path, file: File, name: str = "", remedy: str = REMEDY) -> None:
+    """Raises DataError where the content of `path` does not have the checksum of `file`, if that has one."""
+    if not file.checksum:
+        return
+    content = path.read_bytes() if file.name.endswith(".tar.gz") else unpacked(path, name, remedy)
+    digest = hashlib.new(file.algorithm, content).hexdigest()
+    if digest != file.checksum:
+        raise DataError(
+            f"{name or path} does not have the expected content: its {file.algorithm} is {digest}, "
+            f"{file.checksum} was expected; {remedy}"
         )
 
 
-def verify(path: Path, file: File) -> None:
-    """Raises DataError where the content of `path` does not have the checksum of `file`."""
-    if wrong := _what_is_wrong(path, file):
-        raise DataError(f"{path} {wrong}; remove it and get it again")
-
-
-def unpacked(path: Path) -> bytes:
-    """What is inside a gz file; raises DataError where it is damaged."""
+def unpacked(path: Path, name: str = "", remedy: str = REMEDY) -> bytes:
+    """The content of a file, decompressed where it is a gz file; raises DataError where that is damaged."""
     try:
-        return gzip.decompress(path.read_bytes())
+        content = path.read_bytes()
+        # By what it is, not by its name: some servers and browsers decompress what they transfer.
+        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     except UNREADABLE as error:
-        raise DataError(f"{path} is damaged ({error}); remove it and get it again") from error
-
-
-def _what_is_wrong(path: Path, file: File) -> str:
-    """Why the content of `path` is not that of `file`; empty where it is."""
-    digest = hashlib.new(file.algorithm)
-    opened = gzip.open if file.name.endswith(".gz") and not file.name.endswith(".tar.gz") else open
-    try:
-        with opened(path, "rb") as content:
-            while chunk := content.read(1 << 20):
-                digest.update(chunk)
-    except UNREADABLE as error:
-        return f"is damaged ({error})"
-    if digest.hexdigest() == file.checksum:
-        return ""
-    return (
-        f"does not have the expected content: its {file.algorithm} is {digest.hexdigest()}, "
-        f"{file.checksum} was expected"
-    )
+        raise DataError(f"{name or path} is damaged ({error}); {remedy}") from error

@@ -1,123 +1,126 @@
 """Any directory of images, with or without class folders."""
 
+from collections import Counter
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from infocapsgan.data.dataset import DIGITS, Dataset
 from infocapsgan.data.files import DataError
+from infocapsgan.data.images import is_grey, read_image
+from infocapsgan.data.registry import ImageShape, register
 
-SIZE = 32
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-CLASSES_WITHOUT_FOLDERS = 10
+SIZE, SMALLEST, LARGEST = 32, 28, 128
+SUFFIXES = ".bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp"
+
+Labelled: TypeAlias = tuple[Path, int]  # an image and its label
 
 
-def load(data_dir: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images as 3 × 32 × 32, the middle square resized: train images and labels, test images and labels.
+def shape(data_dir: str | Path | None = None, image_size: int | None = None) -> ImageShape:
+    """Channels, size and classes of a directory of images, from names and headers; see load()."""
+    return _shape(*_listing(data_dir), image_size)
+
+
+@register("folder", shape, rank=7)
+def load(data_dir: str | Path | None = None, image_size: int | None = None) -> Dataset:
+    """The images in `data_dir` as square pictures of `image_size` pixels, 32 by default.
 
     `data_dir` holds images, or a folder of images for each class, or train/ and test/ with either. Without
     those two a fifth of the images (seed 0, the same share of each class) is the test split. Without class
     folders, or with one, every label is 0 and a class code has ten values; metrics against labels then mean
-    nothing. Names that begin with a dot are passed over. Each split is in an order of chance, the same at
-    every call: its first images are a fair sample of it. Grey images may have 16 bits a pixel.
+    nothing. Names that begin with a dot are passed over, and so is what is no regular file. Each split is in
+    a random order, the same at every call: its first images are a fair sample of it.
+
+    The images have one channel where the headers of all say that they are grey (images.is_grey), else three;
+    images.py says how each is read.
 
     Raises:
-        DataError: there is no such folder, no image in it, or one cannot be read or has pixels of 32 bits;
-            train/ or test/ is there without the other, or test/ has a class that train/ lacks.
+        ValueError: the image size is no multiple of 4 from 28 to 128.
+        DataError: there is no such folder, no image in it or in one of its class folders, or one cannot be
+            read or has pixels of 32 bits; train/ or test/ is there without the other, or test/ has a class
+            that train/ lacks.
     """
-    root = _root(data_dir)
-    train, test = _splits(root)
-    names = class_names(train)
-    if test:
-        if unknown := sorted(set(class_names(test)) - set(names)):
-            raise DataError(f"{test} holds classes that {train} lacks: {', '.join(unknown)}")
-        return *_read(_shuffled(_images(train, names))), *_read(_shuffled(_images(test, names)))
-    images, labels = _read(_images(root, names))
-    try:
-        train, test = train_test_split(
-            np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels.numpy()
-        )
-    except ValueError as error:
-        raise DataError(f"{root} holds too few images for a train and a test split ({error})") from error
-    return images[train], labels[train], images[test], labels[test]
+    splits, names = _listing(data_dir)
+    channels, size, _ = _shape(splits, names, image_size)
+    if len(splits) == 2:
+        train, test = (_shuffled(images) for images in splits)
+    else:
+        (images,) = splits
+        labels = [label for _, label in images]
+        try:
+            orders = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+        except ValueError as error:
+            message = f"{data_dir} holds too few images for a train and a test split ({error})"
+            raise DataError(message) from error
+        train, test = ([images[i] for i in order] for order in orders)
+    parts = {"train": train, "test": test}
+    split = {part: [path.relative_to(str(data_dir)).as_posix() for path, _ in parts[part]] for part in parts}
+    tensors = *_read(train, channels, size), *_read(test, channels, size)
+    return Dataset("folder", *tensors, size, names, split)
 
 
-def classes(data_dir: str | Path | None) -> int:
-    """How many classes the directory has, read from its folders alone."""
-    return len(label_names(data_dir)) or CLASSES_WITHOUT_FOLDERS
+def _shape(splits: list[list[Labelled]], names: tuple[str, ...], image_size: int | None) -> ImageShape:
+    size = SIZE if image_size is None else image_size
+    if type(size) is not int or size % 4 or not SMALLEST <= size <= LARGEST:
+        raise ValueError(f"--image-size: got {size}, takes a multiple of 4 from {SMALLEST} to {LARGEST}")
+    grey = all(is_grey(path) for images in splits for path, _ in images)
+    return ImageShape(1 if grey else 3, size, len(names))
 
 
-def label_names(data_dir: str | Path | None) -> list[str]:
-    """The names of its class folders, in the order of their labels; none where there are not two of them."""
-    names = class_names(_splits(_root(data_dir))[0])
-    return names if len(names) > 1 else []
-
-
-def class_names(folder: Path) -> list[str]:
-    """The folders in `folder`, in the order of their labels."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _root(data_dir: str | Path | None) -> Path:
+def _listing(data_dir: str | Path | None) -> tuple[list[list[Labelled]], tuple[str, ...]]:
+    """Training and test images, or all in one list where they are not apart; a name for each class."""
     if data_dir is None or not Path(data_dir).is_dir():
         raise DataError(f"--data-dir: got {data_dir}, takes the directory of images for --dataset folder")
-    return Path(data_dir)
-
-
-def _splits(root: Path) -> tuple[Path, Path | None]:
-    """The folders of training and test images; `root` and None where it holds one set of images."""
+    root = Path(data_dir)
     train, test = root / "train", root / "test"
     if train.is_dir() != test.is_dir():
         raise DataError(
-            f"{root} holds the folders {', '.join(class_names(root))}; --dataset folder takes both "
+            f"{root} holds the folders {', '.join(_folders(root))}; --dataset folder takes both "
             "train and test, or neither and a folder for each class"
         )
-    return (train, test) if test.is_dir() else (root, None)
+    places = [train, test] if test.is_dir() else [root]
+    names = _folders(places[0])
+    if unknown := sorted(set(_folders(places[-1])) - set(names)):
+        raise DataError(f"{test} holds classes that {train} lacks: {', '.join(unknown)}")
+    return [_images(place, names) for place in places], tuple(names) if len(names) > 1 else DIGITS
 
 
-def _images(folder: Path, names: list[str]) -> list[tuple[Path, int]]:
-    places = [(folder / name, label) for label, name in enumerate(names)] or [(folder, 0)]
-    found = [
-        (path, label)
-        for place, label in places
+def _folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _images(folder: Path, names: list[str]) -> list[Labelled]:
+    places = [(folder / name, label) for label, name in enumerate(names) if (folder / name).is_dir()]
+    if names and not places:
+        raise DataError(f"{folder} holds none of the class folders {', '.join(names)}")
+    return [(path, label) for place, label in places or [(folder, 0)] for path in _images_below(place)]
+
+
+def _images_below(place: Path) -> list[Path]:
+    files = [
+        path
         for path in sorted(place.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(place).parts)
+        if not any(part.startswith(".") for part in path.relative_to(place).parts) and path.is_file()
     ]
-    if not found:
-        raise DataError(f"{folder} holds no images; they end in one of {', '.join(SUFFIXES)}")
-    return found
+    images = [path for path in files if path.suffix.lower() in SUFFIXES.split()]
+    if images:
+        return images
+    others = Counter(path.suffix.lower() or "no suffix" for path in files)
+    passed_over = ", ".join(f"{suffix} ({number})" for suffix, number in sorted(others.items()))
+    raise DataError(
+        f"{place} holds no images, which end in one of {SUFFIXES}; passed over: {passed_over or 'nothing'}"
+    )
 
 
-def _shuffled(found: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-    return [found[i] for i in order.tolist()]
+def _shuffled(images: list[Labelled]) -> list[Labelled]:
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return [images[i] for i in order.tolist()]
 
 
-def _read(found: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
-    images = torch.stack([_pixels(path) for path, _ in found])
-    return images, torch.tensor([label for _, label in found])
-
-
-def _pixels(path: Path) -> Tensor:
-    try:
-        image = _eight_bits(Image.open(path), path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path} cannot be read as an image ({error})") from error
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.resize((SIZE, SIZE), box=(left, top, left + side, top + side))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
-    """Pillow cuts larger values off at 255 where it is left to convert them."""
-    # By its version Pillow has grey images of 16 bits as I;16, or as I with the format alone to tell.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise DataError(f"{path} has pixels of 32 bits (mode {image.mode}); takes 8 or 16")
-    return image
+def _read(images: list[Labelled], channels: int, size: int) -> tuple[Tensor, Tensor]:
+    pixels = torch.stack([read_image(path, channels, size) for path, _ in images])
+    return pixels, torch.tensor([label for _, label in images])

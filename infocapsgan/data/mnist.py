@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST: four gz files in the idx format each."""
+"""MNIST and Fashion-MNIST: four files in the idx format each."""
 
 import math
 from pathlib import Path
@@ -7,56 +7,61 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infocapsgan.data.dataset import Dataset
 from infocapsgan.data.files import DataError, File, Source, find, unpacked
+from infocapsgan.data.registry import ImageShape, register
 
-# The checksums are those of the content: the same set is published in differently compressed gz files.
-MNIST = Source(
-    folder="mnist",
-    url="https://ossci-datasets.s3.amazonaws.com/mnist/",
-    files=(
-        File(
-            "train-images-idx3-ubyte.gz", "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"
-        ),
-        File(
-            "train-labels-idx1-ubyte.gz", "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"
-        ),
-        File("t10k-images-idx3-ubyte.gz", "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
-        File("t10k-labels-idx1-ubyte.gz", "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
-    ),
-)
-FASHION_MNIST = Source(
-    folder="fashion-mnist",
-    url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-    files=(
-        File(
-            "train-images-idx3-ubyte.gz", "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"
-        ),
-        File(
-            "train-labels-idx1-ubyte.gz", "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"
-        ),
-        File("t10k-images-idx3-ubyte.gz", "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
-        File("t10k-labels-idx1-ubyte.gz", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
-    ),
+SHAPE = ImageShape(1, 28, 10)
+NAMES = tuple(
+    f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
 
 
-def load_mnist(data_dir: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Train images [60000, 1, 28, 28], train labels, test images [10000, 1, 28, 28], test labels."""
-    return _load(MNIST, data_dir)
+def _source(folder: str, torchvision: str, url: str, *checksums: str) -> Source:
+    """The checksums are those of the content: the same set is published in differently compressed files."""
+    return Source(folder, url, tuple(map(File, NAMES, checksums)), (torchvision,))
 
 
-def load_fashion_mnist(data_dir: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+MNIST = _source(
+    "mnist",
+    "MNIST/raw",
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+)
+FASHION_MNIST = _source(
+    "fashion-mnist",
+    "FashionMNIST/raw",
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+)
+CLOTHES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+
+
+@register("mnist", SHAPE, rank=2)
+def load_mnist(data_dir: str | Path | None = None) -> Dataset:
+    """60,000 training images and 10,000 test images [1, 28, 28] of digits."""
+    return Dataset("mnist", *_read(MNIST, data_dir))
+
+
+@register("fashion-mnist", SHAPE, rank=3)
+def load_fashion_mnist(data_dir: str | Path | None = None) -> Dataset:
     """As load_mnist; the classes are ten kinds of clothes."""
-    return _load(FASHION_MNIST, data_dir)
+    return Dataset("fashion-mnist", *_read(FASHION_MNIST, data_dir), class_names=CLOTHES)
 
 
-def _load(source: Source, data_dir: str | Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _read(source: Source, data_dir: str | Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     train_images, train_labels, test_images, test_labels = (read_idx(path) for path in find(source, data_dir))
     return train_images[:, None], train_labels.long(), test_images[:, None], test_labels.long()
 
 
 def read_idx(path: Path) -> Tensor:
-    """A gz file in the idx format → a uint8 tensor.
+    """A file in the idx format, gz or not → a uint8 tensor.
 
     The format: two zero bytes, one byte for the type (8: unsigned byte), one byte for the number of axes,
     each axis as a big-endian 32-bit number, then the values, last axis fastest.

@@ -1,10 +1,12 @@
-"""The data sets there are."""
+"""Every data set under its name; a module registers its own."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from infocapsgan.data import cifar10, digits, folder, mnist, multi_mnist, smallnorb
 from infocapsgan.data.dataset import Dataset
+
+Loader = TypeVar("Loader", bound=Callable[..., Dataset])
 
 
 class ImageShape(NamedTuple):
@@ -15,44 +17,68 @@ class ImageShape(NamedTuple):
     classes: int
 
 
-_SETS = {
-    "digits": (ImageShape(1, 28, 10), digits.load),
-    "mnist": (ImageShape(1, 28, 10), mnist.load_mnist),
-    "fashion-mnist": (ImageShape(1, 28, 10), mnist.load_fashion_mnist),
-    "cifar10": (ImageShape(3, 32, 10), cifar10.load),
-    "smallnorb": (ImageShape(1, 32, 5), smallnorb.load),
-    "multi-mnist": (ImageShape(1, multi_mnist.SIZE, 10), multi_mnist.load),
-    "folder": (ImageShape(3, folder.SIZE, folder.CLASSES_WITHOUT_FOLDERS), folder.load),
-}
-NAMES = tuple(_SETS)
-SINGLE_NAMES = tuple(name for name in NAMES if name != "multi-mnist")
-"""Those whose images have one label each."""
+class Entry(NamedTuple):
+    """What register() was called with."""
+
+    load: Callable[..., Dataset]
+    shape: ImageShape | Callable[..., ImageShape]
+    labels: int
+    rank: int
 
 
-def image_shape(name: str, data_dir: str | Path | None = None) -> ImageShape:
-    """Channels, size and classes of the data set `name`, known before its files are read."""
-    shape = _find(name)[0]
-    return shape._replace(classes=folder.classes(data_dir)) if name == "folder" else shape
+_SETS: dict[str, Entry] = {}
 
 
-def load(name: str, data_dir: str | Path | None = None) -> Dataset:
+def register(
+    name: str, shape: ImageShape | Callable[..., ImageShape], *, labels: int = 1, rank: int = 100
+) -> Callable[[Loader], Loader]:
+    """Decorator that makes a function the loader of the data set `name`.
+
+    The function takes `data_dir`. Where the shape depends on the files, `shape` is a function, and both take
+    `data_dir` and `image_size`. Each image has so many `labels`. Sets of lower rank come first in lists.
+    """
+
+    def add(loader: Loader) -> Loader:
+        _SETS[name] = Entry(loader, shape, labels, rank)
+        return loader
+
+    return add
+
+
+def names(*, labels: int | None = None) -> tuple[str, ...]:
+    """The names of all data sets by rank, or of those whose images have so many labels."""
+    ranked = sorted(_SETS, key=lambda name: _SETS[name].rank)
+    return tuple(name for name in ranked if labels in (None, _SETS[name].labels))
+
+
+def image_shape(
+    name: str, data_dir: str | Path | None = None, *, image_size: int | None = None
+) -> ImageShape:
+    """Channels, size and classes of a data set, without reading its pixels; arguments as of load()."""
+    shape = _find(name, image_size).shape
+    return shape if isinstance(shape, ImageShape) else shape(data_dir, image_size)
+
+
+def load(name: str, data_dir: str | Path | None = None, *, image_size: int | None = None) -> Dataset:
     """Reads a data set, and downloads it first where it is missing.
 
     Args:
         name: one of `NAMES`.
         data_dir: the folder that holds `mnist/` and its like; None looks in $INFOCAPSGAN_DATA, then in the
-            user's cache folder.
+            user's cache folder. For `folder`, the directory of images.
+        image_size: for `folder` only, height and width: a multiple of 4 from 28 to 128; None is 32.
 
     Raises:
-        ValueError: no data set has that name.
+        ValueError: no data set has that name, or the image size does not suit it.
         DataError: a file is damaged, or is missing and could not be downloaded.
     """
-    shape, read = _find(name)
-    found = read(data_dir)
-    return found if isinstance(found, Dataset) else Dataset(name, *found, size=shape.size)
+    entry = _find(name, image_size)
+    return entry.load(data_dir) if isinstance(entry.shape, ImageShape) else entry.load(data_dir, image_size)
 
 
-def _find(name: str):
+def _find(name: str, image_size: int | None) -> Entry:
     if name not in _SETS:
-        raise ValueError(f"dataset: got {name!r}, takes one of {', '.join(NAMES)}")
+        raise ValueError(f"dataset: got {name!r}, takes one of {', '.join(names())}")
+    if image_size is not None and isinstance(_SETS[name].shape, ImageShape):
+        raise ValueError(f"--image-size: got {image_size} with --dataset {name}, goes with --dataset folder")
     return _SETS[name]

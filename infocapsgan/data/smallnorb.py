@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infocapsgan.data.dataset import Dataset
 from infocapsgan.data.files import DataError, File, Source, find, unpacked
+from infocapsgan.data.registry import ImageShape, register
 
 SIZE = 48  # of 96 × 96, resized as published; batches are cropped from it
 BYTES, INTEGERS = 0x1E3D4C55, 0x1E3D4C54
@@ -16,33 +18,29 @@ BYTES, INTEGERS = 0x1E3D4C55, 0x1E3D4C54
 SMALLNORB = Source(
     folder="smallnorb",
     url="https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",
-    files=(
-        File(
-            "smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat.gz", "8138a0902307b32dfa0025a36dfa45ec", "md5"
-        ),
-        File(
-            "smallnorb-5x46789x9x18x6x2x96x96-training-cat.mat.gz", "fd5120d3f770ad57ebe620eb61a0b633", "md5"
-        ),
-        File(
-            "smallnorb-5x01235x9x18x6x2x96x96-testing-dat.mat.gz", "e9920b7f7b2869a8f1a12e945b2c166c", "md5"
-        ),
-        File(
-            "smallnorb-5x01235x9x18x6x2x96x96-testing-cat.mat.gz", "fd5120d3f770ad57ebe620eb61a0b633", "md5"
-        ),
+    files=tuple(
+        File(f"smallnorb-5x{split}-{kind}.mat.gz", checksum, "md5")
+        for split, kind, checksum in (
+            ("46789x9x18x6x2x96x96-training", "dat", "8138a0902307b32dfa0025a36dfa45ec"),
+            ("46789x9x18x6x2x96x96-training", "cat", "fd5120d3f770ad57ebe620eb61a0b633"),
+            ("01235x9x18x6x2x96x96-testing", "dat", "e9920b7f7b2869a8f1a12e945b2c166c"),
+            ("01235x9x18x6x2x96x96-testing", "cat", "fd5120d3f770ad57ebe620eb61a0b633"),
+        )
     ),
 )
+TOYS = ("animal", "human", "plane", "truck", "car")
 
 
-def load(data_dir: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Train images [48600, 1, 48, 48] of both cameras, train labels, and as many test images and labels."""
-    train_images, train_labels, test_images, test_labels = (
-        read_matrix(path) for path in find(SMALLNORB, data_dir)
-    )
-    return *_flat(train_images, train_labels), *_flat(test_images, test_labels)
+@register("smallnorb", ImageShape(1, 32, 5), rank=5)
+def load(data_dir: str | Path | None = None) -> Dataset:
+    """48,600 training images [1, 48, 48] of both cameras and as many test images, for crops of 32 × 32."""
+    images, labels, test_images, test_labels = (read_matrix(path) for path in find(SMALLNORB, data_dir))
+    splits = *_flat(images, labels), *_flat(test_images, test_labels)
+    return Dataset("smallnorb", *splits, size=32, class_names=TOYS)
 
 
 def read_matrix(path: Path) -> Tensor:
-    """A gz file of smallNORB's binary format → a tensor of bytes or 32-bit integers.
+    """A file of smallNORB's binary format → a tensor of bytes or 32-bit integers.
 
     The format, little-endian: a number for the type of the values, the number of axes, each axis (at least
     three numbers are there), then the values, last axis fastest.

@@ -1,23 +1,27 @@
-"""What a run left behind, ready to be measured and drawn."""
+"""A run directory, loaded: the trained system, ready to be used, measured and drawn."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from infocapsgan.data import Dataset
-from infocapsgan.data.class_names import class_names
+from infocapsgan.data.images import to_images
 from infocapsgan.engine import checkpoint
 from infocapsgan.engine.device import local_device
+from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.run_directory import RunError, read_config
 from infocapsgan.engine.settings import Settings
-from infocapsgan.systems import SYSTEMS
-from infocapsgan.systems.system import System
+from infocapsgan.models.capsule_encoder import Capsules
+from infocapsgan.systems import SYSTEMS, NotApplicableError, System
+
+BATCH = 500
 
 
 class Weights(NamedTuple):
@@ -28,8 +32,30 @@ class Weights(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Predictions:
+    """What a system predicts for images.
+
+    Attributes:
+        names: the predicted class of each image, by name [N].
+        labels: its number, 0 … J − 1, as int64 [N]; [N, 2] of a system trained on pairs of digits.
+        probabilities: of each class [N, J]. Of capsule classifiers these are lengths of capsules, each from 0
+            to 1, which do not add up to 1.
+        class_names: what each column of `probabilities` stands for.
+    """
+
+    names: list[str]
+    labels: Tensor
+    probabilities: Tensor
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class LoadedRun:
     """A trained system in evaluation mode.
+
+    Images are tensors or arrays (uint8, or float in [0, 1]), PIL images, paths, or a sequence of these; they
+    are resized and brought to the system's channels as images of --dataset folder are (data/images.py). What
+    comes back is on the system's device.
 
     Attributes:
         path: the run directory.
@@ -45,6 +71,102 @@ class LoadedRun:
     weights: Weights
     device: torch.device
 
+    @torch.no_grad()
+    def predict(self, images: Any) -> Predictions:
+        """The class of each image, and the probability of each class.
+
+        A system that learned without labels predicts its class codes. They have the names of the classes that
+        they were matched with on the labelled training images, if each was.
+
+        Raises:
+            NotApplicableError: the system does not classify.
+        """
+        system, pixels = self.system, self._images(images)
+        if system.why_not("cluster"):
+            system.require("classify", "predict")
+            probabilities, names = self._in_batches(system.classify, pixels), self.class_names
+        else:
+            probabilities = self._in_batches(system.code_probabilities, pixels)
+            names = tuple(f"code {code}" for code in range(system.codes))
+            labels = system.label_of_code
+            if system.codes == len(self.class_names) and labels is not None and bool((labels >= 0).all()):
+                # A one-to-one map: column j becomes that of the code which was matched with label j.
+                probabilities, names = probabilities[:, labels.argsort()], self.class_names
+        labels = probabilities.argmax(dim=1)
+        if system.settings.dataset == "multi-mnist":
+            labels = probabilities.topk(2, dim=1).indices.sort(dim=1).values
+        rows = labels.view(len(labels), -1).tolist()
+        return Predictions(["+".join(names[j] for j in row) for row in rows], labels, probabilities, names)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        number: int = 1,
+        *,
+        label: int | str | None = None,
+        code: int | None = None,
+        codes: Sequence[float] | Tensor | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Generated images [number, C, H, W] in [0, 1].
+
+        Args:
+            number: of images.
+            label: a class, by number or name: the class code that was matched with it is used.
+            code: the class code itself; without either it is random.
+            codes: the continuous codes, in training from −1 to 1: one value each, or [number, codes].
+            seed: of the noise and of the codes that are not set.
+
+        Raises:
+            NotApplicableError: the system does not generate images from noise, or has no such code.
+            ValueError: a value is out of range, or no code was matched with the label.
+        """
+        system = self.system
+        system.require("latents", "sample")
+        if number < 1:
+            raise ValueError(f"number: got {number}, takes at least 1")
+        chosen: dict[str, Tensor] = {}
+        if label is not None or code is not None:
+            chosen["code"] = torch.full((number,), self._code(label, code), device=self.device)
+        if codes is not None:
+            if not system.continuous_codes:
+                raise NotApplicableError(f"codes: this {self.name} has no continuous codes")
+            values = torch.as_tensor(codes, dtype=torch.float32, device=self.device)
+            if values.shape not in ((system.continuous_codes,), (number, system.continuous_codes)):
+                raise ValueError(
+                    f"codes: got shape {list(values.shape)}, takes [{system.continuous_codes}] or "
+                    f"[{number}, {system.continuous_codes}]"
+                )
+            chosen["continuous"] = values.expand(number, -1)
+        rng = ShardedGenerator(seed, self.device)
+        return system.generate(system.random_latents(number, rng, **chosen))
+
+    @torch.no_grad()
+    def reconstruct(self, images: Any) -> Tensor:
+        """What the system reconstructs of each image [N, C, H, W] in [0, 1], from the class it predicts.
+
+        Raises:
+            NotApplicableError: the system reconstructs no images.
+        """
+        self.system.require("reconstruct", "reconstruct")
+        return self._in_batches(self.system.reconstruct, self._images(images))
+
+    @torch.no_grad()
+    def capsules(self, images: Any) -> Capsules:
+        """Primary capsules [N, I, K] and class capsules [N, J, D] of each image.
+
+        Raises:
+            NotApplicableError: the system has no capsules.
+        """
+        self.system.require("capsules", "capsules")
+        parts = [self.system.capsules(part) for part in self._images(images).split(BATCH)]
+        return Capsules(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each label, as it was when the run was trained."""
+        return self.system.class_names
+
     @property
     def subject(self) -> str:
         """What was trained, in words: for the title of a picture."""
@@ -58,37 +180,59 @@ class LoadedRun:
         return f"{self.subject}, {chosen}step {self.weights.step:,}"
 
     def warn(self) -> None:
-        """Says on standard error what of it is not trained yet."""
+        """Says on standard error which part is not trained yet."""
         if untrained := self.system.untrained(self.weights.step):
             print(f"warning: {untrained}", file=sys.stderr)
-
-    def named(self, labels: Tensor) -> str:
-        """The class of a label, in words; of several labels, joined by +."""
-        names = class_names(self.system.settings.dataset, self.system.settings.data_dir)
-        return "+".join(names[label] for label in labels.flatten().tolist())
 
     @cached_property
     def dataset(self) -> Dataset:
         """The data that the system was trained on, cropped to the middle, on its device."""
         return self.system.load_data().to(self.device).centred()
 
+    def _images(self, images: Any) -> Tensor:
+        return to_images(images, self.system.image_shape).to(self.device)
 
-def load(path: Path, *, device: str = "auto", data_dir: Path | None = None) -> LoadedRun:
-    """Reads the system of the run in `path`.
+    def _in_batches(self, method: Any, images: Tensor) -> Tensor:
+        return torch.cat([method(part) for part in images.split(BATCH)])
+
+    def _code(self, label: int | str | None, code: int | None) -> int:
+        """The class code that is asked for."""
+        system = self.system
+        if not system.codes:
+            raise NotApplicableError(f"label, code: this {self.name} has no class code")
+        if label is not None and code is not None:
+            raise ValueError(f"label and code exclude one another, got both ({label!r} and {code})")
+        if code is not None:
+            if not 0 <= code < system.codes:
+                raise ValueError(f"code: got {code}, takes 0 to {system.codes - 1}")
+            return code
+        matched = [] if system.label_of_code is None else system.label_of_code.tolist()
+        names = [self.class_names[j] for j in sorted(matched) if j >= 0]
+        number = self.class_names.index(label) if isinstance(label, str) and label in names else label
+        if number not in matched or number == -1:
+            takes = f"one of {', '.join(names)}" if names else "none: its codes were matched with no labels"
+            raise ValueError(f"label: got {label!r}, takes {takes}")
+        return matched.index(number)
+
+
+def load(path: str | Path, *, device: str = "auto", data_dir: str | Path | None = None) -> LoadedRun:
+    """Reads a run directory; the training data are not needed.
 
     Args:
-        path: a run directory.
+        path: of the run directory.
         device: auto, cpu or cuda; auto takes a GPU where there is one.
-        data_dir: where the data are now, if not where the run found them.
+        data_dir: where the training data are now, if they were moved: for `dataset`, `evaluate`, `visualize`.
 
     Raises:
-        RunError: there is no run, it has no checkpoint, another version of the package wrote it, or there is
-            no such device.
-        DataError: the directory of images that the system was trained on is not there.
+        RunError: there is no run, it has no checkpoint that can be read, another version of the package wrote
+            it, or there is no such device.
     """
+    path = Path(path)
     name, settings = read_settings(path)
     weights = _weights(path)
-    system = SYSTEMS[name](replace(settings, data_dir=data_dir) if data_dir else settings)
+    settings = replace(settings, data_dir=Path(data_dir)) if data_dir else settings
+    system = SYSTEMS[name](settings)
+    system.class_names = system.load_data().class_names  # TEMPORARY
     try:
         system.load_state_dict(load_file(weights.checkpoint / checkpoint.WEIGHTS))
     except RuntimeError as error:

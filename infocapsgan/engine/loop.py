@@ -19,10 +19,12 @@ from infocapsgan.data import Dataset
 from infocapsgan.engine import checkpoint
 from infocapsgan.engine.device import check_impl, local_device
 from infocapsgan.engine.distributed import join, leave
-from infocapsgan.engine.run_directory import device_name, versions, writing
+from infocapsgan.engine.run_directory import NoRunDirectory, RunDirectory, device_name, versions, writing
 from infocapsgan.engine.settings import Settings
-from infocapsgan.engine.start import Training, open_run, prepare
+from infocapsgan.engine.start import Training, prepare
 from infocapsgan.engine.train_state import NonFiniteLossError
+from infocapsgan.plotting.curves import training_curves
+from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.system import System
 
 PACE_FROM, PACE_TO = 5, 20  # steps between which the time of a step is measured, once
@@ -57,7 +59,8 @@ def train(system_class: type[System], settings: Settings) -> Result:
     torch.backends.cudnn.benchmark = True  # batches are all of one size
     processes = join(device)
     impl = capsops.use_impl(settings.impl) if settings.impl != "auto" else nullcontext()
-    with open_run(system_class, settings, processes) as run, impl:
+    directory = RunDirectory.open(system_class.name, settings) if processes.writes else NoRunDirectory()
+    with directory as run, impl:
         result = Trainer(prepare(system_class, settings, run, processes, device)).fit()
     leave()
     return result
@@ -104,7 +107,7 @@ class Trainer:
                 if self.due(self.checkpoint_every) or self.stop:
                     self.save()
         if state.step < state.steps:
-            line = f"interrupted after step {state.step}. {self._how_to_go_on()}"
+            line = f"interrupted after step {state.step}. {self._how_to_resume()}"
             return Result(self.run.path, False, line if self.writes else "")
         return Result(self.run.path, True, self.finish() if self.writes else "")
 
@@ -137,7 +140,7 @@ class Trainer:
         if self.state.at_once:
             self.save()
             raise NonFiniteLossError(
-                f"step {self.state.step + 1}: {error}. {self._how_to_go_on()}"
+                f"step {self.state.step + 1}: {error}. {self._how_to_resume()}"
             ) from error
         self.state.at_once, self.stop = True, False
 
@@ -160,15 +163,23 @@ class Trainer:
         last = state.step == state.steps
         self.metrics = self.measure(self.centred if last else self.centred.head(10_000))
         self.run.log("evaluation", state.step, state.epoch, self.metrics)
-        pictures = self._measured(self.system.pictures, self.centred)
+        sheets = self._measured(self.system.pictures, self.centred)
+        if self.writes:
+            self.draw(sheets)
+
+    def draw(self, sheets: dict[str, Sheet]) -> None:
+        """Writes pictures, and the curves so far."""
+        subject = f"{self.system.name} on {self.settings.dataset}"
+        title = f"{subject}: losses and metrics during training"
+        curves = training_curves(self.run.rows, self.system, self.baselines, title)
         with writing(self.run.path):
-            self.run.draw(state.step, pictures)
-            self.run.draw_curves(self.system.headline, self.baselines)
+            self.run.draw(self.state.step, subject, sheets)
+            self.run.draw_curves(curves)
 
     def measure(self, images: Dataset) -> dict[str, float]:
         """The metrics of the system, with those of its generated images where they are asked for."""
         metrics = self._measured(self.system.evaluate, images)
-        return metrics | (self._measured(self.system.fidelity, self.centred) if self.writes else {})
+        return metrics | (self._measured(self.system.sample_quality, self.centred) if self.writes else {})
 
     def save(self) -> None:
         """Writes a checkpoint."""
@@ -229,7 +240,7 @@ class Trainer:
         total, done = self.state.steps, self.state.step
         return tqdm(total=total, initial=done, unit="step", file=sys.stderr, disable=not self.writes)
 
-    def _how_to_go_on(self) -> str:
+    def _how_to_resume(self) -> str:
         return f"The state after step {self.state.step} is saved; continue with --resume {self.run.path}"
 
 

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple, get_type_hints
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
 from safetensors import SafetensorError
-from torch import Tensor
 
 import capsops
 from infocapsgan.engine.atomic import atomic_file, remove_unfinished
 from infocapsgan.engine.events import EventFile
 from infocapsgan.engine.settings import Settings, mismatch
-from infocapsgan.plotting import png as pictures
+from infocapsgan.plotting.figures import pixels, save_figure, sheet_figure
+from infocapsgan.plotting.sheet import Sheet
 
 CONFIG, METRICS, SUMMARY, EVALUATION = "config.json", "metrics.jsonl", "summary.json", "evaluation.json"
 LOCK, FOLDERS = ".lock", ("samples", "checkpoints")
@@ -67,12 +68,14 @@ class RunDirectory:
         self.rows: list[dict[str, Any]] = []
 
     @classmethod
-    def create(cls, system: str, settings: Settings) -> "RunDirectory":
-        """Makes the directory of a new run.
+    def open(cls, system: str, settings: Settings) -> "RunDirectory":
+        """Makes the directory of a new run, or takes that of --resume.
 
         Raises:
             RunError: --out names a directory that is not empty, or one that cannot be made.
         """
+        if settings.resume:
+            return cls(settings.resume)
         with writing(settings.out or Path("runs"), "--out: "):
             path = settings.out or _make_numbered(Path("runs"), f"{system}-{settings.dataset}")
             if not _is_free(path):
@@ -104,8 +107,8 @@ class RunDirectory:
             write_config(self.path, config)
             self._metrics = (self.path / METRICS).open("a")
             self._files.append(self._metrics)
-            self._board = EventFile(self.path, step + 1)
-            self._files.append(self._board)
+            self._events = EventFile(self.path, step + 1)
+            self._files.append(self._events)
 
     def __enter__(self) -> "RunDirectory":
         return self
@@ -150,7 +153,7 @@ class RunDirectory:
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
             for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+                self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def summarise(self, outcome: dict[str, Any]) -> None:
         """Writes summary.json: what was trained, and `outcome`."""
@@ -158,22 +161,23 @@ class RunDirectory:
         shared = {key: settings[key] for key in ("dataset", "recipe", "seed")}
         write_json(self.path / SUMMARY, {"system": name, **shared, **outcome, "settings": settings})
 
-    def draw(self, step: int, images: dict[str, tuple[Tensor, int]]) -> None:
-        """Writes grids of images, given with the length of a row, to samples/ and TensorBoard."""
-        for name, (stack, columns) in images.items():
-            picture = pictures.grid(stack, columns)
-            pictures.save_png(self.path / "samples" / f"{name}-{step:08d}.png", picture)
-            self._board.add_image(name, picture.numpy(), step, dataformats="HWC")
+    def draw(self, step: int, subject: str, sheets: dict[str, Sheet]) -> None:
+        """Writes pictures of a step to samples/ and TensorBoard."""
+        for name, sheet in sheets.items():
+            figure = sheet_figure(f"{subject}, step {step:,}", sheet)
+            save_figure(self.path / "samples" / f"{name}-{step:08d}.png", figure)
+            self._events.add_image(name, pixels(figure), step, dataformats="HWC")
 
-    def draw_curves(self, headline: str, baselines: dict[str, float]) -> None:
+    def draw_curves(self, figure: Figure) -> None:
         """Writes curves.png anew."""
-        pictures.save_curves(self.path / "curves.png", self.rows, headline, baselines)
+        save_figure(self.path / "curves.png", figure)
 
 
 class NoRunDirectory:
     """The run directory of a process that does not write."""
 
     path = checkpoints = Path()
+    rows: list[dict[str, Any]] = []  # noqa: RUF012
 
     def log(self, *_: Any, **__: Any) -> None:
         """Nothing."""

@@ -1,1 +1,51 @@
-"""What is measured of a trained system."""
+"""What is measured of a trained system, in groups: a module for each group, which registers itself."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from infocapsgan.data import Dataset
+    from infocapsgan.systems import System
+
+Measured = tuple[dict[str, float], dict[str, Any]]
+"""Metrics by name, and further details for evaluation.json."""
+
+
+class Group(NamedTuple):
+    """A group of metrics.
+
+    Attributes:
+        why_not: why the group does not apply to a system and its data; empty where it does.
+        measure: measures a system on its data, with so many images where it generates any.
+    """
+
+    why_not: "Callable[[System, Dataset], str]"
+    measure: "Callable[[System, Dataset, int], Measured]"
+
+
+GROUPS: dict[str, Group] = {}
+HIGHER_IS_BETTER = {"accuracy", "unsupervised_accuracy", "nmi", "ari", "sample_precision", "sample_recall"}
+LOWER_IS_BETTER = {"error", "pair_error", "margin_loss", "squared_error", "frechet_distance"}
+
+
+def register(name: str, why_not: "Callable[[System, Dataset], str]") -> Callable:
+    """Registers the function that it decorates as the group `name`."""
+
+    def decorate(measure: "Callable[[System, Dataset, int], Measured]") -> Callable:
+        GROUPS[name] = Group(why_not, measure)
+        return measure
+
+    return decorate
+
+
+def best(name: str, values: list[float]) -> float | None:
+    """The best of a metric's values; None where neither more nor less of it is better."""
+    if name in HIGHER_IS_BETTER:
+        return max(values)
+    return min(values) if name in LOWER_IS_BETTER else None
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

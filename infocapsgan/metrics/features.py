@@ -4,6 +4,8 @@ Inception knows photographs; for the small images here the project trains a conv
 own on the training split of the same data: two convolutions of 3 × 3 (32 and 64 channels, batch norm, ReLU,
 halved), a dense layer of 64, ReLU: the features; and a dense layer to the classes. Always from seed 0, with
 Adam, and kept in the user's cache folder, so that all runs on a data set are measured by the same numbers.
+Of images without labels it learns by how many quarter turns each was rotated (Gidaris, Singh, Komodakis 2018,
+Unsupervised Representation Learning by Predicting Image Rotations).
 """
 
 import hashlib
@@ -23,7 +25,7 @@ from infocapsgan.data.dataset import to_unit
 from infocapsgan.data.files import cache_folder
 from infocapsgan.engine.atomic import atomic_folder
 from infocapsgan.engine.rng import ShardedGenerator
-from infocapsgan.metrics.clustering import accuracy
+from infocapsgan.metrics.classification import accuracy
 
 VERSION = 1  # of the network and what else is not in the key of the cache
 FEATURES = 64
@@ -70,11 +72,13 @@ class FeatureExtractor:
 
     Attributes:
         classifier: on the device of the data.
+        task: what it tells apart, in a word.
         accuracy: on the test split.
         checksum: sha256 of its weights; figures of classifiers that differ here are not to be compared.
     """
 
     classifier: FeatureClassifier
+    task: str
     accuracy: float
     checksum: str
 
@@ -85,7 +89,9 @@ def feature_extractor(dataset: Dataset, classes: int) -> FeatureExtractor:
     Of several processes that train it at once the first to finish keeps it, and the others take that one.
     """
     folder = cache_folder() / "features" / f"{dataset.name}-{_key(dataset)}"
-    device = dataset.train_images.device
+    device, task = dataset.train_images.device, "classes" if dataset.labelled else "rotations"
+    if not dataset.labelled:
+        dataset, classes = rotated(dataset), 4
     with torch.random.fork_rng():
         torch.manual_seed(0)
         classifier = FeatureClassifier(dataset.train_images.shape[1], dataset.size, classes).to(device)
@@ -93,16 +99,29 @@ def feature_extractor(dataset: Dataset, classes: int) -> FeatureExtractor:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _train(classifier, dataset)
         logits = classifier.classify(classifier.of_all(dataset.test_images))
-        found = accuracy(logits.argmax(dim=1), dataset.test_labels)
+        share = accuracy(logits.argmax(dim=1), dataset.test_labels)
         with atomic_folder(folder, keep=True) as temporary:
             save_file(classifier.state_dict(), temporary / "weights.safetensors")
-            (temporary / "classifier.json").write_text(json.dumps({"accuracy": found}))
+            (temporary / "classifier.json").write_text(json.dumps({"accuracy": share}))
     classifier.load_state_dict(load_file(folder / "weights.safetensors"))
     return FeatureExtractor(
         classifier.eval().requires_grad_(False),
+        task,
         json.loads((folder / "classifier.json").read_text())["accuracy"],
         _checksum(folder / "weights.safetensors"),
     )
+
+
+def rotated(dataset: Dataset) -> Dataset:
+    """Each image turned by 0 to 3 quarter turns, their number as its label."""
+
+    def turn(images: Tensor) -> tuple[Tensor, Tensor]:
+        turns = torch.arange(len(images), device=images.device) % 4
+        parts = [torch.rot90(images[turns == n], n, dims=(2, 3)) for n in range(4)]
+        return torch.cat(parts), torch.cat([turns[turns == n] for n in range(4)])
+
+    (train, train_labels), (test, test_labels) = turn(dataset.train_images), turn(dataset.test_images)
+    return Dataset(dataset.name, train, train_labels, test, test_labels, dataset.size)
 
 
 @torch.enable_grad()

@@ -1,4 +1,7 @@
-"""The published systems, by the names of the command line."""
+"""The published systems. Every module here is imported, and the systems in it register themselves."""
+
+import importlib
+import pkgutil
 
 from infocapsgan.systems.capsnet import CapsNet
 from infocapsgan.systems.capsulegan import CapsuleGAN
@@ -7,19 +10,10 @@ from infocapsgan.systems.encoder import Encoder
 from infocapsgan.systems.infocapsgan import InfoCapsGAN
 from infocapsgan.systems.infogan import InfoGAN
 from infocapsgan.systems.mimic import Mimic
-from infocapsgan.systems.system import System
-
-SYSTEMS: dict[str, type[System]] = {
-    "infocapsgan": InfoCapsGAN,
-    "mimic": Mimic,
-    "capsulegan": CapsuleGAN,
-    "infogan": InfoGAN,
-    "dcgan": DCGAN,
-    "capsnet": CapsNet,
-    "encoder": Encoder,
-}
+from infocapsgan.systems.system import ABILITIES, SYSTEMS, NotApplicableError, System
 
 __all__ = [
+    "ABILITIES",
     "DCGAN",
     "SYSTEMS",
     "CapsNet",
@@ -28,5 +22,9 @@ __all__ = [
     "InfoCapsGAN",
     "InfoGAN",
     "Mimic",
+    "NotApplicableError",
     "System",
 ]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

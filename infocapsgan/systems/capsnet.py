@@ -6,7 +6,7 @@ for the deconvolutional decoder, batch norm, the schedules of the reconstruction
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,14 @@ from infocapsgan.data.augment import (
     random_shift,
 )
 from infocapsgan.data.dataset import to_unit
-from infocapsgan.data.multi_mnist import TEST_PAIRS, MultiMNIST, overlaid
+from infocapsgan.data.multi_mnist import TEST_PAIRS, MultiMNIST, overlay
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Count, Share, Weight, Whole
 from infocapsgan.engine.train_state import TrainState, adam
-from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
+from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules, lengths
 from infocapsgan.models.decoders import DeconvolutionalDecoder, FullyConnectedDecoder, masked
 from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
+from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.supervised import Supervised, SupervisedSettings
 
 CLASS_DIM = 16
@@ -121,7 +122,7 @@ class CapsNetModel(nn.Module):
         return capsules, self.decoder(masked(capsules, classes))
 
 
-class CapsNet(Supervised):
+class CapsNet(Supervised, name="capsnet"):
     """CapsNet; see the module. The network is `model`."""
 
     Settings = CapsNetSettings
@@ -152,7 +153,9 @@ class CapsNet(Supervised):
         },
     }
 
-    def __init__(self, settings: Settings | None = None, **options) -> None:
+    settings: CapsNetSettings
+
+    def __init__(self, settings: CapsNetSettings | None = None, **options: Any) -> None:
         super().__init__(settings, **options)
         self.model = CapsNetModel(*self.image_shape, self.settings)
         if self.settings.recipe == "published":
@@ -177,12 +180,12 @@ class CapsNet(Supervised):
         images = self.augmented(to_unit(images), state.rng)
         self.optimizers["model"].param_groups[0]["lr"] = s.learning_rate * s.rate_decay ** int(state.epoch)
         with state.autocast():
-            capsules = self.model.encoder(encoder_input(images)).classes
+            capsules = self.capsules(images).classes
             margin = self.margin_loss(capsules, labels).mean()
-            error = self.rebuilding_error(capsules, labels, images, s.reconstruction_loss).mean()
+            error = self.reconstruction_error(capsules, labels, images, s.reconstruction_loss).mean()
         weight = s.reconstruction_weight * schedule(s.reconstruction_schedule, state.epoch)
         state.update("model", margin + weight * error)
-        right = correct(self.predicted(capsules, labels), labels).float().mean()
+        right = (self.predicted(capsules, labels) == labels).float().mean()
         return {"margin": margin.detach(), "reconstruction": error.detach(), "batch_accuracy": right}
 
     def augmented(self, images: Tensor, rng: ShardedGenerator) -> Tensor:
@@ -205,73 +208,86 @@ class CapsNet(Supervised):
         target = F.one_hot(label_columns(labels), self.image_shape.classes).sum(dim=1)
         return losses.margin_loss(lengths(capsules.float()), target)
 
-    def rebuilding_error(self, capsules: Tensor, classes: Tensor, images: Tensor, kind: str) -> Tensor:
-        """The error of each image [B] rebuilt from its class; of a pair, the mean of its digits alone."""
+    def reconstruction_error(self, capsules: Tensor, classes: Tensor, images: Tensor, kind: str) -> Tensor:
+        """The error of each image [B] reconstructed from its class; of a pair, the mean over its digits."""
         digits = images.split(1, dim=1) if classes.dim() == 2 else [images]
         errors = [
-            reconstruction_error(self.model.decoder(masked(capsules, one)), digit, kind)
+            image_error(self.decode(capsules, one), digit, kind)
             for one, digit in zip(label_columns(classes).unbind(1), digits, strict=True)
         ]
         return torch.stack(errors).mean(dim=0)
 
     def predicted(self, capsules: Tensor, labels: Tensor) -> Tensor:
         """The longest capsule of each image [B], or the two longest [B, 2], in the order of the labels."""
-        found = lengths(capsules).topk(label_columns(labels).shape[1], dim=1).indices
+        longest = lengths(capsules).topk(label_columns(labels).shape[1], dim=1).indices
         if labels.dim() == 1:
-            return found[:, 0]
-        crossed = (found[:, 0] == labels[:, 1]) | (found[:, 1] == labels[:, 0])
-        return torch.where(crossed[:, None], found.flip(1), found)
+            return longest[:, 0]
+        crossed = (longest[:, 0] == labels[:, 1]) | (longest[:, 1] == labels[:, 0])
+        return torch.where(crossed[:, None], longest.flip(1), longest)
 
     def validation_loss(self, held_out: Dataset) -> float:
         """Margin loss plus α times the squared error."""
         metrics = self.evaluate(held_out)
         return metrics["margin_loss"] + self.settings.reconstruction_weight * metrics["squared_error"]
 
-    def predictions(self, dataset: Dataset) -> dict[str, Tensor]:
+    def test_predictions(self, dataset: Dataset) -> dict[str, Tensor]:
         """For each test image its `predicted` class, `margin_loss` [N] and `squared_error` [N].
 
-        The predicted classes are [N], or [N, 2] of pairs, in the order of the labels. Images are rebuilt from
-        the predicted class.
+        The predicted classes are [N], or [N, 2] of pairs, in the order of the labels. Images are
+        reconstructed from the predicted class.
         """
         parts = []
         for pixels, labels in dataset.test_batches(500):
             images = to_unit(pixels)
-            capsules = self.model.encoder(encoder_input(images)).classes
+            capsules = self.capsules(images).classes
             classes = self.predicted(capsules, labels)
             margin = self.margin_loss(capsules, labels)
-            parts.append((classes, margin, self.rebuilding_error(capsules, classes, images, "squared")))
+            parts.append((classes, margin, self.reconstruction_error(capsules, classes, images, "squared")))
         names = ("predicted", "margin_loss", "squared_error")
         return {name: torch.cat(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
 
-    def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """Accuracy, margin loss and squared error of the test split, rebuilt from the predicted class.
+    def capsules(self, images: Tensor) -> Capsules:
+        """Primary capsules [N, I, 8] and class capsules [N, J, 16]."""
+        return self.model.encoder(encoder_input(to_unit(images)))
 
-        The accuracy of pairs counts digits; `pair_error` is the share of pairs in which either is wrong.
-        """
-        judged = self.predictions(dataset)
-        right = correct(judged["predicted"], dataset.test_labels)
-        metrics = {
-            "accuracy": right.double().mean().item(),
-            "margin_loss": judged["margin_loss"].mean().item(),
-            "squared_error": judged["squared_error"].mean().item(),
-        }
-        if dataset.test_labels.dim() == 2:
-            metrics["pair_error"] = 1 - right.all(dim=1).double().mean().item()
-        return metrics
+    @property
+    def routing(self) -> RoutingCapsules:
+        """The layer that routes primary capsules to class capsules."""
+        return self.model.encoder.classes
 
-    def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
-        """Ten test images; below each what is rebuilt from its true classes, and from the predicted ones."""
-        images, labels = to_unit(dataset.test_images[:10]), dataset.test_labels[:10]
-        capsules = self.model.encoder(encoder_input(images)).classes
-        rows = [encoder_input(images)]
-        for classes in (labels, self.predicted(capsules, labels)):
-            rows += [self.model.decoder(masked(capsules, one)) for one in label_columns(classes).unbind(1)]
-        return {"reconstructions": (torch.cat(rows), len(images))}
+    def decode(self, capsules: Tensor, classes: Tensor) -> Tensor:
+        """Class capsules [N, J, 16] → images made from those of `classes` [N] only."""
+        return self.model.decoder(masked(capsules, classes))
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images made from the longest class capsule of each image."""
+        capsules = self.capsules(images).classes
+        return self.decode(capsules, lengths(capsules).argmax(dim=1))
+
+    def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
+        """Ten test images; below each what is reconstructed from its true classes, and the predicted ones."""
+        return {"reconstructions": self.reconstruction_sheet(dataset.head(10))}
+
+    def reconstruction_sheet(self, dataset: Dataset) -> Sheet:
+        """The test images; below each what is reconstructed from its true classes, and the predicted ones."""
+        images, labels = to_unit(dataset.test_images), dataset.test_labels
+        capsules = self.capsules(images).classes
+        predicted = self.predicted(capsules, labels)
+        shown, rows = [encoder_input(images)], ["image"]
+        for name, classes in (("true", labels), ("predicted", predicted)):
+            for digit, one in enumerate(label_columns(classes).unbind(1)):
+                shown.append(self.decode(capsules, one))
+                rows.append(f"from the {name} label" + f", digit {digit + 1}" * (classes.dim() == 2))
+        both = zip(labels, predicted, strict=True)
+        heads = [f"{self.class_name(true)}\n{self.class_name(guess)}" for true, guess in both]
+        return Sheet(
+            torch.cat(shown), len(images), rows, heads, xlabel="true label, and below the predicted one"
+        )
 
 
 def encoder_input(images: Tensor) -> Tensor:
     """What the encoder is given: images as they are, pairs of digits [B, 2, H, W] overlaid."""
-    return overlaid(images) if images.shape[1] == 2 else images
+    return overlay(images) if images.shape[1] == 2 else images
 
 
 def label_columns(labels: Tensor) -> Tensor:
@@ -279,12 +295,7 @@ def label_columns(labels: Tensor) -> Tensor:
     return labels.view(len(labels), -1)
 
 
-def correct(predicted: Tensor, labels: Tensor) -> Tensor:
-    """Which predictions are right [B]; of pairs, which digits [B, 2]: both orders are those of the labels."""
-    return predicted == labels
-
-
-def reconstruction_error(rebuilt: Tensor, images: Tensor, kind: str) -> Tensor:
+def image_error(rebuilt: Tensor, images: Tensor, kind: str) -> Tensor:
     """The "squared" or "absolute" error of each image [B], summed over its pixels in [0, 1]."""
     difference = (rebuilt.float() - images).flatten(1)
     return (difference.square() if kind == "squared" else difference.abs()).sum(dim=1)

@@ -9,8 +9,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from capsops.nn import RoutingCapsules
+from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.engine.settings import Count
-from infocapsgan.models.capsule_encoder import CapsuleEncoder
+from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules
 from infocapsgan.systems.dcgan import DCGAN, DCGANSettings
 
 CLASS_CAPSULES, CLASS_DIM = 10, 16
@@ -47,13 +49,24 @@ class CapsuleDiscriminator(nn.Module):
         return self.verdict(self.encoder(images).classes).flatten()
 
 
-class CapsuleGAN(DCGAN):
+class CapsuleGAN(DCGAN, name="capsulegan"):
     """CapsuleGAN; see the module."""
 
     Settings = CapsuleGANSettings
+    settings: CapsuleGANSettings
+    discriminator: CapsuleDiscriminator
     tuned: ClassVar = {"digits": {"generator_width": 32, "width": 32, "epochs": 30}}
 
     def make_discriminator(self) -> nn.Module:
         """Images → logits."""
         s, shape = self.settings, self.image_shape
         return CapsuleDiscriminator(shape.channels, shape.size, width=s.width, iterations=s.iterations)
+
+    def capsules(self, images: Tensor) -> Capsules:
+        """The discriminator's primary capsules [N, I, 8] and its ten capsules of 16 [N, 10, 16]."""
+        return self.discriminator.encoder(to_symmetric(images))
+
+    @property
+    def routing(self) -> RoutingCapsules:
+        """The discriminator's routing layer."""
+        return self.discriminator.encoder.classes

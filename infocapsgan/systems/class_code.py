@@ -10,7 +10,7 @@ comes in. From the first step on it would disturb the classes: they form around 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from infocapsgan.data.augment import random_affine, random_erasing
 from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.engine.settings import Share, Weight, Whole
 from infocapsgan.engine.train_state import TrainState
-from infocapsgan.metrics.clustering import clustering_metrics, kmeans_accuracy
+from infocapsgan.metrics.matching import clustering_metrics, kmeans_accuracy, match_clusters
+from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.gan import GAN, GANSettings
 
 
@@ -73,13 +74,39 @@ NO_REAL_IMAGES: dict[str, Any] = {
 
 
 class ClassCodeGAN(GAN):
-    """A GAN whose discriminator says which class an image is of."""
+    """A GAN whose discriminator says which class an image is of.
+
+    The buffer `label_of_code` is saved with the weights that it belongs to.
+    """
 
     headline = "unsupervised_accuracy"
     settings: ClassCodeSettings
+    label_of_code: Tensor
+    terms: ClassVar = GAN.terms | {
+        "information": "↑ (mutual information of image and class, nats)",
+        "consistency": "↓ (divergence between an image and its augmented copy, nats)",
+        "smoothness": "↓ (divergence under the worst small change of an image, nats)",
+        "unsupervised_accuracy": "↑",
+        "nmi": "↑ (normalised mutual information)",
+        "ari": "↑ (adjusted Rand index)",
+    }
+
+    def __init__(self, settings: ClassCodeSettings | None = None, **options: Any) -> None:
+        super().__init__(settings, **options)
+        self.label_of_code = torch.full((self.codes,), -1)
+
+    @property
+    def codes(self) -> int:
+        """How many values the class code has."""
+        return self.image_shape.classes
+
+    @property
+    def noise_dim(self) -> int:
+        """Normal values in a latent vector, beside the codes."""
+        return self.settings.noise_dim
 
     def class_logits(self, images: Tensor) -> Tensor:
-        """What a softmax makes class probabilities of [B, J], of images [B, C, H, W] in [−1, 1]."""
+        """What a softmax turns into class probabilities [B, J], of images [B, C, H, W] in [−1, 1]."""
         raise NotImplementedError
 
     def generates(self, state: TrainState) -> bool:
@@ -138,19 +165,32 @@ class ClassCodeGAN(GAN):
         """Log-probabilities of the classes [B, J], of images [B, C, H, W] in [−1, 1]."""
         return self.class_logits(images).float().log_softmax(dim=1)
 
-    def clusters(self, images: Tensor) -> Tensor:
-        """The likeliest class of each image [N], of images [N, C, H, W] as uint8."""
-        found = [self.class_logits(to_symmetric(part)) for part in images.split(500)]
-        return torch.cat(found).argmax(dim=1)
+    def cluster(self, images: Tensor) -> Tensor:
+        """The most probable class code of each image [N]."""
+        return torch.cat([self.class_logits(to_symmetric(part)) for part in images.split(500)]).argmax(dim=1)
+
+    def code_probabilities(self, images: Tensor) -> Tensor:
+        """The probability of each class code [N, codes]; each row adds up to 1."""
+        return self.class_log_probabilities(to_symmetric(images)).exp()
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """Unsupervised accuracy, NMI and ARI of the classes of real images, and how many are of each."""
-        train, test = self.clusters(dataset.train_images), self.clusters(dataset.test_images)
-        classes = self.image_shape.classes
-        metrics = clustering_metrics(train, dataset.train_labels, test, dataset.test_labels, classes)
-        shares = torch.bincount(test, minlength=classes) / len(test)
+        """Unsupervised accuracy, NMI and ARI, where the images have labels, and the share of each cluster."""
+        test, metrics = self.cluster(dataset.test_images), {}
+        if dataset.labelled:
+            train, classes = self.cluster(dataset.train_images), self.image_shape.classes
+            matched = match_clusters(train, dataset.train_labels, self.codes, classes)
+            metrics = clustering_metrics(matched, test, dataset.test_labels)
+            self.label_of_code.copy_(matched)
+        shares = torch.bincount(test, minlength=self.codes) / len(test)
         return metrics | {f"share_of_cluster_{j}": share for j, share in enumerate(shares.tolist())}
 
     def baselines(self, dataset: Dataset) -> dict[str, float]:
-        """k-means on the pixels."""
+        """k-means on the pixels, where the images have labels."""
+        if not dataset.labelled:
+            return {}
         return {"k-means on pixels": kmeans_accuracy(dataset, self.image_shape.classes)}
+
+    def code_sheet(self, latents: Tensor, **labels: Any) -> Sheet:
+        """Generated images, a row for each class code, named with the class that it was matched with."""
+        columns = len(latents) // self.codes
+        return Sheet(self.generate(latents), columns, self.code_names, ylabel=self.code_label, **labels)

@@ -4,7 +4,7 @@ Source of the discriminator: Radford, Metz, Chintala 2016.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -32,7 +32,7 @@ class DCGANSettings(GANSettings):
     """Of both networks."""
 
 
-class DCGAN(LatentGAN):
+class DCGAN(LatentGAN, name="dcgan"):
     """DCGAN; see the module."""
 
     Settings = DCGANSettings
@@ -43,11 +43,13 @@ class DCGAN(LatentGAN):
     }
     tuned: ClassVar = {"digits": {"generator_width": 32, "width": 64, "epochs": 30}}
 
-    def __init__(self, settings: Settings | None = None, **options) -> None:
+    settings: DCGANSettings
+
+    def __init__(self, settings: DCGANSettings | None = None, **options: Any) -> None:
         super().__init__(settings, **options)
         s, shape = self.settings, self.image_shape
         if s.generator == "capsule":
-            self.generator = PicturesOnly(self.noise_dim, *shape, width=s.width)
+            self.generator = ImagesOnly(self.noise_dim, *shape, width=s.width)
         else:
             kind = UpsamplingGenerator if s.generator == "code" else TransposedGenerator
             self.generator = kind(self.noise_dim, shape.channels, shape.size, width=s.generator_width)
@@ -69,8 +71,8 @@ class DCGAN(LatentGAN):
         return ConvolutionalDiscriminator(shape.channels, shape.size, width=self.settings.width)
 
 
-class PicturesOnly(CapsuleGenerator):
-    """A capsule generator that hands out its images without its capsules."""
+class ImagesOnly(CapsuleGenerator):
+    """A capsule generator that returns its images without its capsules."""
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         return super().forward(latent)[0]

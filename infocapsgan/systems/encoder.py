@@ -4,20 +4,21 @@ What InfoCapsGAN reaches without labels is measured against this: the same netwo
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from capsops.nn import RoutingCapsules
 from infocapsgan import losses
 from infocapsgan.data import Dataset
 from infocapsgan.data.augment import random_affine
-from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.data.dataset import to_symmetric, to_unit
 from infocapsgan.engine.settings import Weight
 from infocapsgan.engine.train_state import TrainState, adam
-from infocapsgan.metrics.clustering import accuracy
-from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
+from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules, lengths
+from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.supervised import Supervised, SupervisedSettings
 
 
@@ -33,7 +34,7 @@ class EncoderSettings(SupervisedSettings):
     """Whether the encoder normalises after its first convolution."""
 
 
-class Encoder(Supervised):
+class Encoder(Supervised, name="encoder"):
     """InfoCapsGAN's encoder as a classifier; the network is `model`."""
 
     Settings = EncoderSettings
@@ -43,7 +44,9 @@ class Encoder(Supervised):
     }
     tuned: ClassVar = {"digits": {"width": 32, "epochs": 15}}
 
-    def __init__(self, settings: Settings | None = None, **options) -> None:
+    settings: EncoderSettings
+
+    def __init__(self, settings: EncoderSettings | None = None, **options: Any) -> None:
         super().__init__(settings, **options)
         s = self.settings
         self.model = CapsuleEncoder(*self.image_shape, width=s.width, batch_norm=s.batch_norm, bias=False)
@@ -64,34 +67,36 @@ class Encoder(Supervised):
         """Margin loss of each image [B], of its class capsules' lengths [B, J]."""
         return losses.margin_loss(found.float(), F.one_hot(labels, self.image_shape.classes))
 
-    def predictions(self, dataset: Dataset) -> dict[str, Tensor]:
+    def test_predictions(self, dataset: Dataset) -> dict[str, Tensor]:
         """For each test image its `predicted` class [N] and its `margin_loss` [N]."""
-        found = torch.cat(
-            [lengths(self.model(to_symmetric(part)).classes) for part in dataset.test_images.split(500)]
-        )
+        found = torch.cat([self.classify(part) for part in dataset.test_images.split(500)])
         return {
             "predicted": found.argmax(dim=1),
             "margin_loss": self.margin_loss(found, dataset.test_labels),
         }
 
-    def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """Accuracy and margin loss on the test split."""
-        judged = self.predictions(dataset)
-        return {
-            "accuracy": accuracy(judged["predicted"], dataset.test_labels),
-            "margin_loss": judged["margin_loss"].mean().item(),
-        }
+    def capsules(self, images: Tensor) -> Capsules:
+        """Primary capsules [N, I, 8] and class capsules [N, J, 16]."""
+        return self.model(to_symmetric(images))
+
+    @property
+    def routing(self) -> RoutingCapsules:
+        """The layer that routes primary capsules to class capsules."""
+        return self.model.classes
 
     def validation_loss(self, held_out: Dataset) -> float:
         """Margin loss."""
         return self.evaluate(held_out)["margin_loss"]
 
-    def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
-        """Test images, a row for each class they are taken for; an empty place is grey."""
-        images = dataset.test_images[:200]
-        found = lengths(self.model(to_symmetric(images)).classes).argmax(dim=1)
+    def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
+        """Test images, each in the row of the class that is predicted for it; an empty place is grey."""
+        images, classes = dataset.test_images[:200], self.image_shape.classes
+        predicted = self.classify(images).argmax(dim=1)
         rows = []
-        for j in range(self.image_shape.classes):
-            row = images[found == j][:10].float() / 255
+        for j in range(classes):
+            row = to_unit(images[predicted == j][:10])
             rows.append(F.pad(row, [0, 0, 0, 0, 0, 0, 0, 10 - len(row)], value=0.5))
-        return {"predictions": (torch.cat(rows), 10)}
+        names = [self.class_name(j) for j in range(classes)]
+        return {
+            "predictions": Sheet(torch.cat(rows), 10, names, ylabel="predicted class", xlabel="test images")
+        }

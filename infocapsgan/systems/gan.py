@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,12 @@ from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Range, Settings, Weight, Whole
 from infocapsgan.engine.train_state import TrainState
 from infocapsgan.metrics.features import feature_extractor
-from infocapsgan.metrics.fidelity import frechet_distance
+from infocapsgan.metrics.frechet_distance import frechet_distance
+from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.system import System
 
 ADAM_BETAS = (0.5, 0.999)  # of Radford, Metz, Chintala 2016, and of every system here
+SAME_LATENTS = "generated images, of the same latent vectors at every step of training"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,17 @@ class GANSettings(Settings):
 class GAN(System):
     """A system with a `generator`, a `discriminator`, and where asked for an average of the generator."""
 
+    headline = "discriminator_accuracy"
+    terms: ClassVar = {
+        "discriminator": "(loss: real or generated)",
+        "generator": "(loss: deceive the discriminator)",
+        "real_accuracy": "(real images that the discriminator calls real)",
+        "generated_accuracy": "(generated images that it calls generated)",
+        "discriminator_accuracy": "(mean of both; 0.5: it cannot tell)",
+        "frechet_distance": "↓",
+        "squared_error": "↓",
+    }
+    settings: GANSettings
     generator: nn.Module
     discriminator: nn.Module
 
@@ -65,7 +78,7 @@ class GAN(System):
 
     @property
     def networks(self) -> list[nn.Module]:
-        """Generator and discriminator; the average only draws."""
+        """Generator and discriminator; the average is not trained."""
         return [self.generator, self.discriminator]
 
     @property
@@ -73,44 +86,28 @@ class GAN(System):
         """The generator that pictures and evaluations come from."""
         return self.average or self.generator
 
-    def random_latents(self, number: int, rng: ShardedGenerator, images: Tensor) -> Tensor:
-        """Latent vectors [number, …] drawn as in training.
-
-        Args:
-            number: of latents.
-            rng: where the random numbers come from.
-            images: real ones [N, C, H, W] as uint8, for a generator whose latents are taken from them.
-        """
-        raise NotImplementedError
-
     def generate(self, latents: Tensor) -> Tensor:
-        """The images [N, C, H, W] in [0, 1] that the generator makes of latents [N, …]."""
+        """Latent vectors [N, …] → images [N, C, H, W] in [0, 1]."""
         parts = [self.sampling_generator(part) for part in latents.to(self.device).split(500)]
         images = torch.cat([part[0] if isinstance(part, tuple) else part for part in parts])
         return (images.float() + 1) / 2
 
-    def load_data(self) -> Dataset:
-        """The data set that the settings name; with labels, where a classifier's features are needed."""
-        dataset = super().load_data()
-        if self.settings.frechet_samples and not dataset.labelled:
-            raise ValueError(
-                "--frechet-samples: the features are those of a classifier, and these images have no labels"
-            )
-        return dataset
-
-    def fidelity(self, dataset: Dataset) -> dict[str, float]:
+    def sample_quality(self, dataset: Dataset) -> dict[str, float]:
         """The Fréchet distance of --frechet-samples generated images to as many test images."""
         number = min(self.settings.frechet_samples, len(dataset.test_images))
         if not number:
             return {}
         classifier = feature_extractor(dataset, self.image_shape.classes).classifier
-        generated = self.generate(
-            self.random_latents(number, ShardedGenerator(0, self.device), dataset.train_images)
-        )
+        rng = ShardedGenerator(0, self.device)
+        generated = self.generate(self.random_latents(number, rng, images=dataset.train_images))
         real, generated = (
             classifier.of_all(images) for images in (evenly(dataset.test_images, number), generated)
         )
         return {"frechet_distance": frechet_distance(real, generated)}
+
+    def baselines(self, dataset: Dataset) -> dict[str, float]:
+        """A discriminator that cannot tell real from generated."""
+        return {"cannot tell": 0.5}
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -145,13 +142,6 @@ class GAN(System):
 class LatentGAN(GAN):
     """A GAN whose generator takes normal values and whose discriminator says only real or generated."""
 
-    headline = "discriminator_accuracy"
-
-    @property
-    def noise_dim(self) -> int:
-        """Normal values in a latent vector."""
-        return self.settings.noise_dim
-
     def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """The discriminator once, then the generator once on new latents; labels are not looked at."""
         rng, B, N = state.rng, len(images), self.noise_dim
@@ -176,7 +166,13 @@ class LatentGAN(GAN):
             "generated_accuracy": (logit < 0).float().mean(),
         }
 
-    def random_latents(self, number: int, rng: ShardedGenerator, images: Tensor) -> Tensor:
+    def latents(self, noise: Tensor, code: Tensor | None = None, continuous: Tensor | None = None) -> Tensor:
+        """The noise [N, noise_dim] itself."""
+        return noise
+
+    def random_latents(
+        self, number: int, rng: ShardedGenerator, *, images: Tensor | None = None, **codes: Tensor
+    ) -> Tensor:
         """Normal values [number, noise_dim]."""
         return rng.normal(number, self.noise_dim)
 
@@ -193,25 +189,29 @@ class LatentGAN(GAN):
         for images, latent in zip(real.split(250), latents.split(250), strict=True):
             real_right.append(self.logits(images) > 0)
             generated_right.append(self.logits(self.sampling_generator(latent)) < 0)
-        shares = [torch.cat(right).float().mean().item() for right in (real_right, generated_right)]
-        return {
-            "discriminator_accuracy": sum(shares) / 2,
-            "real_accuracy": shares[0],
-            "generated_accuracy": shares[1],
-        }
+        return discriminator_metrics(real_right, generated_right)
 
-    def baselines(self, dataset: Dataset) -> dict[str, float]:
-        """A discriminator that cannot tell."""
-        return {"cannot tell": 0.5}
-
-    def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
+    def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
         """Samples of fixed latents; and rows that go in a straight line from one latent to another."""
         latents = self.fixed_latents(100)
         lines = torch.cat([morph(a, b, 10) for a, b in zip(latents[:10], latents[10:20], strict=True)])
+        shares = [f"{n / 9:.1f}" for n in range(10)]
         return {
-            name: ((self.sampling_generator(chosen) + 1) / 2, 10)
-            for name, chosen in (("samples", latents), ("morph", lines))
+            "samples": Sheet(self.generate(latents), 10, xlabel=SAME_LATENTS),
+            "morph": Sheet(
+                self.generate(lines), 10, heads=shares, xlabel="from one latent vector to another"
+            ),
         }
+
+
+def discriminator_metrics(real_right: list[Tensor], generated_right: list[Tensor]) -> dict[str, float]:
+    """The shares of real and of generated images [N] that a discriminator is right about, and their mean."""
+    real, generated = (torch.cat(right).float().mean().item() for right in (real_right, generated_right))
+    return {
+        "discriminator_accuracy": (real + generated) / 2,
+        "real_accuracy": real,
+        "generated_accuracy": generated,
+    }
 
 
 def morph(start: Tensor, end: Tensor, steps: int) -> Tensor:

@@ -15,7 +15,7 @@ images of one class are rewarded for being apart (diversity_weight).
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,9 @@ from infocapsgan.models.capsule_encoder import (
     unsquashed_lengths,
 )
 from infocapsgan.models.capsule_generator import KERNEL_SIZE, CapsuleGenerator
+from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.class_code import NO_REAL_IMAGES, ClassCodeGAN, ClassCodeSettings
-from infocapsgan.systems.gan import ADAM_BETAS
+from infocapsgan.systems.gan import ADAM_BETAS, SAME_LATENTS
 
 LAST_DIM = 52  # numbers in the discriminator's last capsule
 DETAILS_DIM = 128  # hidden numbers between its primary capsules and its verdict on details
@@ -123,7 +124,7 @@ class Discriminator(nn.Module):
         return Verdict(logit.flatten(), last, capsules)
 
 
-class InfoCapsGAN(ClassCodeGAN):
+class InfoCapsGAN(ClassCodeGAN, name="infocapsgan"):
     """InfoCapsGAN; see the module."""
 
     Settings = InfoCapsGANSettings
@@ -153,7 +154,14 @@ class InfoCapsGAN(ClassCodeGAN):
         "fashion-mnist": {"warm_up": 2000},
     }
 
-    def __init__(self, settings: Settings | None = None, **options) -> None:
+    terms: ClassVar = ClassCodeGAN.terms | {
+        "code": "↓ (class code recognised in generated images)",
+        "diversity": "↓ (images of one code differ as their noise does)",
+    }
+    settings: InfoCapsGANSettings
+    discriminator: Discriminator
+
+    def __init__(self, settings: InfoCapsGANSettings | None = None, **options: Any) -> None:
         super().__init__(settings, **options)
         s, shape = self.settings, self.image_shape
         self.generator = CapsuleGenerator(s.noise_dim + shape.classes, *shape, width=s.width)
@@ -181,10 +189,17 @@ class InfoCapsGAN(ClassCodeGAN):
         """The discriminator's logits [B] of images [B, C, H, W] in [−1, 1]: above 0 for real."""
         return self.discriminator(images).logit
 
-    def latent(self, noise: Tensor, code: Tensor) -> Tensor:
-        """Noise [B, noise_dim] and class codes [B] → latent vectors [B, noise_dim + classes]."""
-        latent = torch.cat([noise, F.one_hot(code, self.image_shape.classes)], dim=1)
+    def latents(self, noise: Tensor, code: Tensor | None = None, continuous: Tensor | None = None) -> Tensor:
+        """Noise [B, noise_dim] and class codes [B] (None: 0) → latent vectors [B, noise_dim + classes]."""
+        code = torch.zeros(len(noise), dtype=torch.long, device=noise.device) if code is None else code
+        latent = torch.cat([noise, F.one_hot(code, self.codes)], dim=1)
         return capsops.squash(latent) if self.settings.latent == "squashed" else latent
+
+    def why_not(self, ability: str) -> str:
+        """As of every system; without the adversarial part the generator is not trained."""
+        if ability in ("generate", "latents") and not self.settings.adversarial_weight:
+            return "with --adversarial-weight 0 its generator was not trained"
+        return super().why_not(ability)
 
     def generates(self, state: TrainState) -> bool:
         """Whether the generator takes part in this step."""
@@ -200,14 +215,14 @@ class InfoCapsGAN(ClassCodeGAN):
 
     def logits_of(self, capsules: Capsules) -> Tensor:
         """What class_logits gives, of capsules that are there already."""
-        found = lengths if self.settings.evidence == "length" else unsquashed_lengths
-        return self.settings.temperature * found(capsules.classes).float()
+        evidence = lengths if self.settings.evidence == "length" else unsquashed_lengths
+        return self.settings.temperature * evidence(capsules.classes).float()
 
     def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """Discriminator and generator once each; the labels are not looked at."""
         s, rng, B = self.settings, state.rng, len(images)
         real = to_symmetric(images)
-        noise, code = rng.normal(B, s.noise_dim), rng.integers(self.image_shape.classes, B)
+        noise, code = rng.normal(B, s.noise_dim), rng.integers(self.codes, B)
         if s.diversity_weight:
             if B % 2 and state.processes.world > 1:
                 raise ValueError(
@@ -225,23 +240,23 @@ class InfoCapsGAN(ClassCodeGAN):
             seen = self.discriminator(real)
             loss = self.real_images_loss(real, self.logits_of(seen.capsules), state, named)
             if generating:
-                latent = self.latent(noise, code)
+                latent = self.latents(noise, code)
                 generated, _ = self.generator(latent)
-                judged = self.discriminator(generated.detach())
+                verdict = self.discriminator(generated.detach())
                 named["discriminator"] = self.adversarial_discriminator_loss(
-                    real, generated, seen.logit, judged.logit, state
+                    real, generated, seen.logit, verdict.logit, state
                 )
-                named["code"] = self.code_loss(judged, code)
+                named["code"] = self.code_loss(verdict, code)
                 loss = loss + s.adversarial_weight * named["discriminator"]
                 loss = loss + s.code_weight * s.batch_size * named["code"]
         state.update("discriminator", loss)
 
         if generating:
             with state.autocast():
-                judged = self.discriminator(generated)
-                named["generator"] = self.adversarial_generator_loss(judged.logit)
+                verdict = self.discriminator(generated)
+                named["generator"] = self.adversarial_generator_loss(verdict.logit)
                 loss = s.adversarial_weight * named["generator"]
-                loss = loss + s.code_weight * s.batch_size * self.code_loss(judged, code)
+                loss = loss + s.code_weight * s.batch_size * self.code_loss(verdict, code)
                 if s.diversity_weight:
                     named["diversity"] = losses.mode_seeking(
                         generated.float(), latent, mean=state.processes.mean
@@ -251,47 +266,58 @@ class InfoCapsGAN(ClassCodeGAN):
             self.update_average()
         return {name: value.detach() for name, value in named.items()}
 
-    def code_loss(self, judged: Verdict, code: Tensor) -> Tensor:
+    def code_loss(self, verdict: Verdict, code: Tensor) -> Tensor:
         """How badly the class capsules' lengths tell the code that the generator was given."""
         target = F.one_hot(code, self.image_shape.classes)
-        return losses.margin_loss(lengths(judged.capsules.classes), target).mean()
+        return losses.margin_loss(lengths(verdict.capsules.classes), target).mean()
 
-    def random_latents(self, number: int, rng: ShardedGenerator, images: Tensor) -> Tensor:
-        """Latents of normal noise and evenly drawn class codes [number, noise_dim + classes]."""
-        noise = rng.normal(number, self.settings.noise_dim)
-        return self.latent(noise, rng.integers(self.image_shape.classes, number))
+    def random_latents(
+        self, number: int, rng: ShardedGenerator, *, images: Tensor | None = None, **codes: Tensor
+    ) -> Tensor:
+        """Latent vectors of normal noise and evenly distributed class codes [number, noise_dim + classes]."""
+        noise = rng.normal(number, self.noise_dim)
+        return self.latents(noise, codes.get("code", rng.integers(self.codes, number)))
 
-    def samples(self) -> tuple[Tensor, Capsules]:
-        """Generated images in [−1, 1], a row for each code, and their capsules; always of the same noise."""
-        s, classes = self.settings, self.image_shape.classes
-        noise = torch.randn(SAMPLES_PER_CODE, s.noise_dim, generator=torch.Generator().manual_seed(0))
-        code = torch.arange(classes).repeat_interleave(SAMPLES_PER_CODE)
-        return self.sampling_generator(self.latent(noise.repeat(classes, 1), code).to(self.device))
+    def capsules(self, images: Tensor) -> Capsules:
+        """The discriminator's primary capsules [N, I, 8] and class capsules [N, J, 16]."""
+        return self.discriminator.encoder(to_symmetric(images))
+
+    @property
+    def routing(self) -> RoutingCapsules:
+        """The discriminator's routing layer."""
+        return self.discriminator.encoder.classes
+
+    def fixed_latents(self) -> Tensor:
+        """The same noise for each class code, always [codes · SAMPLES_PER_CODE, noise_dim + classes]."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(SAMPLES_PER_CODE, self.noise_dim, generator=generator)
+        code = torch.arange(self.codes).repeat_interleave(SAMPLES_PER_CODE)
+        return self.latents(noise.repeat(self.codes, 1), code).to(self.device)
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """As of every class code; and the generator's capsules compared with the discriminator's."""
         metrics = super().evaluate(dataset)
         if self.settings.adversarial_weight:
-            images, given = self.samples()
-            metrics |= compare_capsules(given, self.discriminator(images).capsules)
+            images, capsules = self.sampling_generator(self.fixed_latents())
+            metrics |= compare_capsules(capsules, self.discriminator(images).capsules)
         return metrics
 
-    def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
+    def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
         """Samples, a row for each class code."""
-        if not self.settings.adversarial_weight:
+        if self.why_not("generate"):
             return {}
-        return {"samples": ((self.samples()[0] + 1) / 2, SAMPLES_PER_CODE)}
+        return {"samples": self.code_sheet(self.fixed_latents(), xlabel=SAME_LATENTS)}
 
 
-def compare_capsules(given: Capsules, seen: Capsules) -> dict[str, float]:
+def compare_capsules(generator: Capsules, discriminator: Capsules) -> dict[str, float]:
     """The generator's capsules of images against the discriminator's capsules of the same images.
 
     Returns:
         for both layers the mean Euclidean distance and the mean cosine similarity; and the mean length of the
         discriminator's class capsules.
     """
-    metrics = {"class_capsule_length": lengths(seen.classes).mean().item()}
-    for layer, a, b in zip(Capsules._fields, given, seen, strict=True):
+    metrics = {"class_capsule_length": lengths(discriminator.classes).mean().item()}
+    for layer, a, b in zip(Capsules._fields, generator, discriminator, strict=True):
         metrics[f"{layer}_distance"] = (a - b).norm(dim=-1).mean().item()
         metrics[f"{layer}_cosine"] = F.cosine_similarity(a, b, dim=-1).mean().item()
     return metrics

@@ -12,7 +12,7 @@ are wider the second, each by as much as the copy was changed, and neither with 
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,9 @@ from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Count, Range, Weight, Whole
 from infocapsgan.engine.train_state import TrainState, adam
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
+from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.class_code import NO_REAL_IMAGES, ClassCodeGAN, ClassCodeSettings
-from infocapsgan.systems.gan import ADAM_BETAS
+from infocapsgan.systems.gan import ADAM_BETAS, SAME_LATENTS
 
 LEAN, THICKNESS = 0.5, 1.0  # of copies, where a continuous code is to change by 1
 
@@ -43,6 +44,10 @@ class InfoGANSettings(ClassCodeSettings):
     """Channels of the first convolution; the next has twice as many, the dense layer 16 times."""
     noise_dim: Count = 62
     """Normal values in a latent vector, beside the codes."""
+    categorical_codes: Count = 1
+    """One-hot codes in a latent vector; the first is the class code (published: SVHN 4, CelebA 10)."""
+    values: Annotated[int, Range(2)] | None = None
+    """Values of each categorical code [as many as there are classes]."""
     continuous_codes: Whole = 2
     """Uniform values from −1 to 1 in a latent vector."""
     categorical_weight: Weight = 1.0
@@ -71,34 +76,46 @@ class InfoGANDiscriminator(nn.Module):
 
     Args:
         channels, size: of the image.
-        classes: of the categorical code.
+        codes, values: how many categorical codes there are, and the number of values of each.
         continuous: number of continuous codes.
         width: 64 as published.
         batch_norm: whether trunk and recogniser normalise, as published.
     """
 
     def __init__(
-        self, channels: int, size: int, classes: int, continuous: int, *, width: int, batch_norm: bool = True
+        self,
+        channels: int,
+        size: int,
+        *,
+        codes: int,
+        values: int,
+        continuous: int,
+        width: int,
+        batch_norm: bool = True,
     ) -> None:
         super().__init__()
-        self.classes = classes
+        self.codes, self.values = codes, values
         self.trunk = InfoGANTrunk(channels, size, width=width, batch_norm=batch_norm)
         self.verdict = nn.Linear(16 * width, 1)
         self.recogniser = nn.Sequential(
             nn.Linear(16 * width, 2 * width),
             nn.BatchNorm1d(2 * width) if batch_norm else nn.Identity(),
             nn.LeakyReLU(0.1),
-            nn.Linear(2 * width, classes + continuous),
+            nn.Linear(2 * width, codes * values + continuous),
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images → logits [B], logits of the categorical code [B, classes], continuous codes [B, …]."""
+        """Images → logits [B], of the categorical codes [B, codes, values], and continuous codes [B, …]."""
         features = self.trunk(images)
-        codes = self.recogniser(features)
-        return self.verdict(features).flatten(), codes[:, : self.classes], codes[:, self.classes :]
+        categorical, continuous = self.recogniser(features).tensor_split([self.codes * self.values], dim=1)
+        return (
+            self.verdict(features).flatten(),
+            categorical.unflatten(1, (self.codes, self.values)),
+            continuous,
+        )
 
 
-class InfoGAN(ClassCodeGAN):
+class InfoGAN(ClassCodeGAN, name="infogan"):
     """InfoGAN; see the module."""
 
     Settings = InfoGANSettings
@@ -113,14 +130,27 @@ class InfoGAN(ClassCodeGAN):
         "fashion-mnist": {"warm_up": 1000},
     }
 
-    def __init__(self, settings: Settings | None = None, **options) -> None:
+    terms: ClassVar = ClassCodeGAN.terms | {
+        "categorical": "↓ (cross-entropy of the categorical code)",
+        "continuous": "↓ (squared error of the continuous codes)",
+        "meaning": "↓ (error of the continuous codes of changed copies)",
+    }
+    settings: InfoGANSettings
+    discriminator: InfoGANDiscriminator
+
+    def __init__(self, settings: InfoGANSettings | None = None, **options: Any) -> None:
         super().__init__(settings, **options)
-        s, (channels, size, classes) = self.settings, self.image_shape
-        self.generator = InfoGANGenerator(
-            s.noise_dim + classes + s.continuous_codes, channels, size, width=s.width
-        )
+        s, (channels, size, _) = self.settings, self.image_shape
+        latent_dim = s.noise_dim + s.categorical_codes * self.codes + s.continuous_codes
+        self.generator = InfoGANGenerator(latent_dim, channels, size, width=s.width)
         self.discriminator = InfoGANDiscriminator(
-            channels, size, classes, s.continuous_codes, width=s.width, batch_norm=s.batch_norm
+            channels,
+            size,
+            codes=s.categorical_codes,
+            values=self.codes,
+            continuous=s.continuous_codes,
+            width=s.width,
+            batch_norm=s.batch_norm,
         )
         self.stabilise()
         shared = [*self.discriminator.trunk.parameters(), *self.discriminator.verdict.parameters()]
@@ -138,17 +168,32 @@ class InfoGAN(ClassCodeGAN):
         return self.discriminator(images)[0]
 
     def class_logits(self, images: Tensor) -> Tensor:
-        """Logits of the categorical code [B, classes], of images [B, C, H, W] in [−1, 1]."""
-        return self.discriminator(images)[1]
+        """Logits of the first categorical code [B, values], of images [B, C, H, W] in [−1, 1]."""
+        return self.discriminator(images)[1][:, 0]
 
-    def latent(self, noise: Tensor, code: Tensor, continuous: Tensor | None = None) -> Tensor:
-        """Noise [B, noise_dim], classes [B] and continuous codes [B, …] → latent vectors.
+    @property
+    def codes(self) -> int:
+        """How many values each categorical code has."""
+        return self.settings.values or self.image_shape.classes
 
-        Without continuous codes they are 0, the middle of their range.
+    @property
+    def continuous_codes(self) -> int:
+        """How many continuous codes there are."""
+        return self.settings.continuous_codes
+
+    def latents(self, noise: Tensor, code: Tensor | None = None, continuous: Tensor | None = None) -> Tensor:
+        """Noise [B, noise_dim], categorical codes and continuous codes [B, …] → latent vectors.
+
+        Categorical codes are [B, categorical_codes], or [B], the class code; those not mentioned are 0.
+        Without continuous codes these are 0, the middle of their range.
         """
+        s, B = self.settings, len(noise)
+        codes = torch.zeros(B, s.categorical_codes, dtype=torch.long, device=noise.device)
+        if code is not None:
+            codes[:, : 1 if code.dim() == 1 else None] = code.view(B, -1)
         if continuous is None:
-            continuous = noise.new_zeros(len(noise), self.settings.continuous_codes)
-        return torch.cat([noise, F.one_hot(code, self.image_shape.classes), continuous], dim=1)
+            continuous = noise.new_zeros(B, s.continuous_codes)
+        return torch.cat([noise, F.one_hot(codes, self.codes).flatten(1), continuous], dim=1)
 
     def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """What real images say of classes and codes, after the warm-up the two networks; no label is seen."""
@@ -157,7 +202,7 @@ class InfoGAN(ClassCodeGAN):
             self.optimizers["classes"].param_groups[0]["lr"] = self.decayed_rate(s.classes_rate, state)
             with state.autocast():
                 _, categories, values = self.discriminator(real)
-                loss = self.real_images_loss(real, categories, state, named)
+                loss = self.real_images_loss(real, categories[:, 0], state, named)
                 if s.learns_of_copies:
                     named["meaning"] = self.meaning_loss(real, values, state.rng)
                     loss = loss + s.meaning_weight * named["meaning"]
@@ -169,11 +214,11 @@ class InfoGAN(ClassCodeGAN):
     def generator_step(self, real: Tensor, state: TrainState) -> dict[str, Tensor]:
         """The discriminator once, then generator and recogniser once; returns named losses."""
         s, rng, B = self.settings, state.rng, len(real)
-        noise, code = rng.normal(B, s.noise_dim), rng.integers(self.image_shape.classes, B)
+        noise, code = rng.normal(B, s.noise_dim), rng.integers(self.codes, B, s.categorical_codes)
         continuous = rng.uniform(B, s.continuous_codes) * 2 - 1
 
         with state.autocast():
-            generated = self.generator(self.latent(noise, code, continuous))
+            generated = self.generator(self.latents(noise, code, continuous))
             real_logit = self.logits(real)
             logit, categories, values = self.discriminator(generated.detach())
             discriminator = self.adversarial_discriminator_loss(real, generated, real_logit, logit, state)
@@ -199,9 +244,9 @@ class InfoGAN(ClassCodeGAN):
     def information_loss(
         self, categories: Tensor, code: Tensor, values: Tensor, continuous: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted sum, the cross-entropy of the categorical code, the squared error of the others."""
+        """The weighted sum, the cross-entropy of the categorical codes, the others' squared error."""
         s = self.settings
-        categorical = F.cross_entropy(categories.float(), code)
+        categorical = F.cross_entropy(categories.float().flatten(0, 1), code.flatten()) * s.categorical_codes
         squared = (values.float() - continuous).square().sum(dim=1).mean()
         return s.categorical_weight * categorical + s.continuous_weight * squared, categorical, squared
 
@@ -222,47 +267,47 @@ class InfoGAN(ClassCodeGAN):
         change = (self.discriminator(copy)[2].float() - values.float())[:, :2]
         return (change - amounts[:, : change.shape[1]]).square().sum(dim=1).mean()
 
-    def random_latents(self, number: int, rng: ShardedGenerator, images: Tensor) -> Tensor:
-        """Latents of normal noise, evenly drawn classes and continuous codes."""
+    def random_latents(
+        self, number: int, rng: ShardedGenerator, *, images: Tensor | None = None, **codes: Tensor
+    ) -> Tensor:
+        """Latent vectors of normal noise, evenly distributed categorical and continuous codes."""
         s = self.settings
-        return self.latent(
+        noise, categorical = (
             rng.normal(number, s.noise_dim),
-            rng.integers(self.image_shape.classes, number),
-            rng.uniform(number, s.continuous_codes) * 2 - 1,
+            rng.integers(self.codes, number, s.categorical_codes),
         )
+        continuous = rng.uniform(number, s.continuous_codes) * 2 - 1
+        if "code" in codes:
+            categorical[:, 0] = codes["code"]
+        return self.latents(noise, categorical, codes.get("continuous", continuous))
 
-    def traversal(self, index: int, values: Tensor, codes: Tensor, rng: ShardedGenerator) -> Tensor:
-        """Latents of rows along which one continuous code goes through `values` and nothing else changes.
-
-        Args:
-            index: of the continuous code.
-            values: that it takes along a row [V].
-            codes: class of each row [R].
-            rng: where the noise and the other continuous codes of each row come from.
-
-        Returns:
-            [R · V, latent], row by row.
-        """
-        R, V = len(codes), len(values)
-        noise = rng.normal(R, self.settings.noise_dim).repeat_interleave(V, dim=0)
-        continuous = rng.uniform(R, self.settings.continuous_codes) * 2 - 1
-        continuous = continuous.repeat_interleave(V, dim=0)
-        continuous[:, index] = values.repeat(R)
-        return self.latent(noise, codes.repeat_interleave(V), continuous)
-
-    def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
-        """Samples, a row for each class; for each continuous code rows along which it goes from −2 to 2."""
-        s, classes = self.settings, self.image_shape.classes
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(classes, s.noise_dim, generator=generator)
-        code = torch.arange(classes).repeat_interleave(classes)
-        still = torch.zeros(classes**2, s.continuous_codes)
-        drawn = {"samples": self.latent(noise.repeat(classes, 1), code, still)}
-        for index in range(s.continuous_codes):
-            varied = still.clone()
-            varied[:, index] = torch.linspace(-2, 2, classes).repeat(classes)
-            drawn[f"continuous_code_{index}"] = self.latent(noise[:1].expand(classes**2, -1), code, varied)
-        return {
-            name: ((self.sampling_generator(latent.to(self.device)) + 1) / 2, classes)
-            for name, latent in drawn.items()
+    def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
+        """Samples, a row for each class; for each other code rows along which only that code changes."""
+        s, columns = self.settings, 10
+        noise = torch.randn(columns, s.noise_dim, generator=torch.Generator().manual_seed(0))
+        code = torch.arange(self.codes).repeat_interleave(columns)
+        sheets = {
+            "samples": self.code_sheet(self.latents(noise.repeat(self.codes, 1), code), xlabel=SAME_LATENTS)
         }
+        same = noise[:1].expand(len(code), -1)
+        values = torch.linspace(-2, 2, columns)
+        for index in range(s.continuous_codes):
+            varied = torch.zeros(len(code), s.continuous_codes)
+            varied[:, index] = values.repeat(self.codes)
+            sheets[f"continuous_code_{index}"] = self.code_sheet(
+                self.latents(same, code, varied),
+                heads=[f"{value:.1f}" for value in values.tolist()],
+                xlabel=f"continuous code {index}, the noise is the same (in training from −1 to 1)",
+            )
+        for index in range(1, s.categorical_codes):
+            codes = torch.zeros(columns * self.codes, s.categorical_codes, dtype=torch.long)
+            codes[:, index] = torch.arange(self.codes).repeat(columns)
+            latents = self.latents(noise.repeat_interleave(self.codes, dim=0), codes)
+            sheets[f"categorical_code_{index}"] = Sheet(
+                self.generate(latents),
+                self.codes,
+                heads=[str(value) for value in range(self.codes)],
+                xlabel=f"categorical code {index}",
+                ylabel="a row for each noise vector",
+            )
+        return sheets

@@ -5,20 +5,24 @@ Source: the other branch of the public InfoCapsGAN code.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 import capsops
+from capsops.nn import RoutingCapsules
 from infocapsgan.data import Dataset
-from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.data.dataset import to_symmetric, to_unit
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Weight
 from infocapsgan.engine.train_state import TrainState
+from infocapsgan.models.capsule_encoder import Capsules
 from infocapsgan.models.capsule_generator import CapsuleGenerator
-from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings
+from infocapsgan.plotting.sheet import Sheet
+from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings, discriminator_metrics
 from infocapsgan.systems.infocapsgan import LAST_DIM, Discriminator, initialise_as_published
+from infocapsgan.systems.system import NotApplicableError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ class MimicSettings(GANSettings):
     """Whether the discriminator normalises after its first convolution."""
 
 
-class Mimic(GAN):
+class Mimic(GAN, name="mimic"):
     """Mimic; see the module."""
 
     Settings = MimicSettings
@@ -49,9 +53,11 @@ class Mimic(GAN):
         },
     }
     tuned: ClassVar = {"digits": {"width": 32, "epochs": 30}}
-    headline = "discriminator_accuracy"
 
-    def __init__(self, settings: Settings | None = None, **options) -> None:
+    settings: MimicSettings
+    discriminator: Discriminator
+
+    def __init__(self, settings: MimicSettings | None = None, **options: Any) -> None:
         super().__init__(settings, **options)
         s, shape = self.settings, self.image_shape
         self.generator = CapsuleGenerator(LAST_DIM, *shape, width=s.width)
@@ -95,45 +101,52 @@ class Mimic(GAN):
             "squared_error": squared_error(generated.detach(), real),
         }
 
-    def random_latents(self, number: int, rng: ShardedGenerator, images: Tensor) -> Tensor:
+    def random_latents(
+        self, number: int, rng: ShardedGenerator, *, images: Tensor | None = None, **codes: Tensor
+    ) -> Tensor:
         """The discriminator's last capsule of `number` of the real images [number, 52]."""
+        if images is None:
+            raise NotApplicableError(
+                "the latents of mimic are computed from real images: reconstruct() takes them"
+            )
         chosen = images[rng.integers(len(images), number)]
         return torch.cat([self.discriminator(to_symmetric(part)).last for part in chosen.split(500)])
 
-    def mimicked(self, images: Tensor) -> Tensor:
-        """What the generator draws of images [B, C, H, W] in [−1, 1]."""
-        return self.sampling_generator(self.discriminator(images).last)[0]
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """What the generator makes of the discriminator's last capsule of each image."""
+        return self.generate(self.discriminator(to_symmetric(images)).last)
+
+    def capsules(self, images: Tensor) -> Capsules:
+        """The discriminator's primary capsules [N, I, 8] and class capsules [N, J, 16]."""
+        return self.discriminator(to_symmetric(images)).capsules
+
+    @property
+    def routing(self) -> RoutingCapsules:
+        """The discriminator's routing layer."""
+        return self.discriminator.encoder.classes
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """On up to 1,000 test images: how often the discriminator is right, how far the copies are off."""
+        """On up to 1,000 test images: how often the discriminator is right, the copies' squared error."""
         real_right, generated_right, errors = [], [], []
         for part in dataset.test_images[:1000].split(250):
             real = to_symmetric(part)
-            copies = self.mimicked(real)
+            copies = self.sampling_generator(self.discriminator(real).last)[0]
             real_right.append(self.logits(real) > 0)
             generated_right.append(self.logits(copies) < 0)
             errors.append(squared_error(copies, real) * len(real))
-        shares = [torch.cat(right).float().mean().item() for right in (real_right, generated_right)]
-        return {
-            "discriminator_accuracy": sum(shares) / 2,
-            "real_accuracy": shares[0],
-            "generated_accuracy": shares[1],
-            "squared_error": sum(errors).item() / len(dataset.test_images[:1000]),
-        }
+        error = sum(errors).item() / len(dataset.test_images[:1000])
+        return discriminator_metrics(real_right, generated_right) | {"squared_error": error}
 
-    def baselines(self, dataset: Dataset) -> dict[str, float]:
-        """A discriminator that cannot tell."""
-        return {"cannot tell": 0.5}
-
-    def pictures(self, dataset: Dataset) -> dict[str, tuple[Tensor, int]]:
+    def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
         """Five times, if there are as many: ten test images, and below them their copies."""
         columns = min(10, len(dataset.test_images))
         rows = min(5, len(dataset.test_images) // columns)
-        real = to_symmetric(dataset.test_images[: rows * columns])
+        real = dataset.test_images[: rows * columns]
         both = torch.stack(
-            [images.unflatten(0, (rows, columns)) for images in (real, self.mimicked(real))], dim=1
+            [images.unflatten(0, (rows, columns)) for images in (to_unit(real), self.reconstruct(real))],
+            dim=1,
         )
-        return {"copies": ((both.flatten(0, 2) + 1) / 2, columns)}
+        return {"copies": Sheet(both.flatten(0, 2), columns, ["image", "copy"] * rows)}
 
 
 def squared_error(copies: Tensor, real: Tensor) -> Tensor:

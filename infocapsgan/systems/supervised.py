@@ -1,9 +1,13 @@
 """What the systems that are trained with labels have in common."""
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
 
 from infocapsgan.data import DataError, Dataset
 from infocapsgan.engine.settings import Settings
+from infocapsgan.models.capsule_encoder import lengths
 from infocapsgan.systems.system import System
 
 
@@ -16,12 +20,22 @@ class SupervisedSettings(Settings):
 
 
 class Supervised(System):
-    """A classifier."""
+    """A capsule classifier."""
 
     headline = "accuracy"
+    terms: ClassVar = {
+        "margin": "↓ (margin loss of the class capsules' lengths)",
+        "reconstruction": "↓ (error of an image, summed over its pixels)",
+        "margin_loss": "↓",
+        "squared_error": "↓ (reconstruction from the predicted class)",
+        "validation_loss": "↓",
+        "batch_accuracy": "↑",
+        "accuracy": "↑",
+        "pair_error": "↓",
+    }
 
     def load_data(self) -> Dataset:
-        """The data set that the settings name; raises DataError where its images have no labels to learn."""
+        """The data set in the settings; raises DataError where its images have no labels to learn."""
         dataset = super().load_data()
         if not dataset.labelled:
             raise DataError(
@@ -34,3 +48,25 @@ class Supervised(System):
     def validation_share(self) -> float:
         """A tenth, where --validation asks for it."""
         return 0.1 if self.settings.validation else 0.0
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Lengths of the class capsules [N, J], each from 0 to 1.
+
+        A length is the probability that the class is in the image (Sabour et al. 2017, section 2): several
+        classes may be, so lengths do not add up to 1.
+        """
+        return lengths(self.capsules(images).classes).float()
+
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        """Accuracy and mean losses of the test split.
+
+        Of images with two labels the accuracy counts each; `pair_error` is the share of images in which
+        either is wrong.
+        """
+        values = self.test_predictions(dataset)
+        right = values.pop("predicted") == dataset.test_labels
+        metrics = {"accuracy": right.double().mean().item()}
+        metrics |= {name: loss.mean().item() for name, loss in values.items()}
+        if right.dim() == 2:
+            metrics["pair_error"] = 1 - right.all(dim=1).double().mean().item()
+        return metrics

@@ -13,10 +13,13 @@ from infocapsgan import data, evaluate
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.data.multi_mnist import of_digits
 from infocapsgan.engine.loaded_run import LoadedRun, Weights
-from infocapsgan.metrics.clustering import match_clusters
+from infocapsgan.metrics import codes as code_metrics
+from infocapsgan.metrics.classification import classification
+from infocapsgan.metrics.codes import codes, mean_rank_correlation
+from infocapsgan.metrics.matching import match_clusters
 from infocapsgan.models.capsule_encoder import lengths
 from infocapsgan.models.decoders import masked
-from infocapsgan.systems import CapsNet
+from infocapsgan.systems import CapsNet, NotApplicableError
 from tests.tiers import fast_only
 
 
@@ -29,7 +32,7 @@ def run_command(monkeypatch, capsys, *words):
 @pytest.fixture
 def few_rows(monkeypatch):
     """Codes are measured along twenty rows, not two hundred."""
-    monkeypatch.setattr(evaluate, "TRAVERSALS_PER_CLASS", 2)
+    monkeypatch.setattr(code_metrics, "ROWS_PER_CLASS", 2)
 
 
 def test_classification_is_that_of_sklearn(trained_as):
@@ -79,7 +82,7 @@ def test_pairs_are_counted_by_digit_and_by_pair(monkeypatch):
     monkeypatch.setattr(system, "predicted", predicted)
     wrong = (predicted(None, labels) != labels).sum().item()
     with torch.no_grad():
-        metrics, details = evaluate.classification(system, dataset, 0)
+        metrics, details = classification(system, dataset, 0)
     assert metrics["error"] == pytest.approx(wrong / 16)
     assert metrics["pair_error"] == 2 / 8
     assert sum(map(sum, details["confusion"])) == 16
@@ -89,8 +92,8 @@ def test_clusters_are_matched_on_the_training_split(trained_as):
     run = trained_as("infocapsgan")
     result = evaluate.evaluate(run, ["clustering"])
     dataset, details = run.dataset, result["clustering"]
-    clusters = run.system.clusters(dataset.train_images)
-    matched = match_clusters(clusters, dataset.train_labels, 10)
+    clusters = run.system.cluster(dataset.train_images)
+    matched = match_clusters(clusters, dataset.train_labels, 10, 10)
     assert details["label_of_cluster"] == matched.tolist()
     count = np.array(details["confusion"])
     assert result["metrics"]["unsupervised_accuracy"] == pytest.approx(count.trace() / count.sum())
@@ -147,24 +150,24 @@ def test_copies_of_one_digit_are_precise_and_recall_little(trained_as, cache, ke
 def test_rank_correlation_by_hand():
     values = torch.tensor([-1.0, 0, 1])
     rows = torch.tensor([[1.0, 2, 9], [3, 2, 1], [5, 5, 5], [1, 3, 2]])
-    assert evaluate.mean_rank_correlation(values, rows) == pytest.approx((1 - 1 + 0 + 0.5) / 4)
+    assert mean_rank_correlation(values, rows) == pytest.approx((1 - 1 + 0 + 0.5) / 4)
     several = torch.randn(20, 11)
     values = torch.linspace(-1, 1, 11)
     wanted = np.mean([spearmanr(values, row)[0] for row in several])
-    assert evaluate.mean_rank_correlation(values, several) == pytest.approx(wanted)
+    assert mean_rank_correlation(values, several) == pytest.approx(wanted)
 
 
 def test_a_code_that_shears_is_found(trained_as, few_rows, monkeypatch):
     system = trained_as("infogan").system
     grid = torch.arange(28.0) - 13.5
 
-    def drawn(latents):
+    def bars(latents):
         # Code 0 leans a bar, code 1 makes it wider.
         lean, width = latents[:, -2, None, None], 2 + latents[:, -1, None, None]
         return ((grid + lean * grid[:, None]).abs() < width).float()[:, None]
 
-    monkeypatch.setattr(system, "generate", drawn)
-    metrics, details = evaluate.codes(system, None, 0)
+    monkeypatch.setattr(system, "generate", bars)
+    metrics, details = codes(system, None, 0)
     assert metrics["slant_rank_correlation"] > 0.99
     assert metrics["stroke_width_rank_correlation"] > 0.95
     assert metrics["digit_width_rank_correlation"] > 0.95
@@ -179,17 +182,17 @@ def test_metrics_that_do_not_apply(trained_as):
         ("infocapsgan", "codes", "it has no continuous codes; it takes clustering and generation"),
         ("dcgan", "classification", "it is not trained with labels; it takes generation"),
     ):
-        with pytest.raises(evaluate.NotApplicableError, match=f"--metrics: .*{message}"):
+        with pytest.raises(NotApplicableError, match=f"--metrics: .*{message}"):
             evaluate.evaluate(trained_as(name), [group])
 
 
 def test_a_run_without_a_trained_generator(trained_as):
     run = trained_as("infocapsgan")
     settings = type(run.system)(adversarial_weight=0.0, width=8)
-    alone = LoadedRun(run.path, run.name, settings.eval(), Weights(run.path, 4), run.device)
-    assert "frechet_distance" not in evaluate.evaluate(alone)["metrics"]
-    with pytest.raises(evaluate.NotApplicableError, match="generator was not trained"):
-        evaluate.evaluate(alone, ["generation"])
+    without = LoadedRun(run.path, run.name, settings.eval(), Weights(run.path, 4), run.device)
+    assert "frechet_distance" not in evaluate.evaluate(without)["metrics"]
+    with pytest.raises(NotApplicableError, match="generator was not trained"):
+        evaluate.evaluate(without, ["generation"])
 
 
 def test_a_generator_that_has_not_come_in_yet(trained_as, capsys):
@@ -201,22 +204,30 @@ def test_a_generator_that_has_not_come_in_yet(trained_as, capsys):
         assert "warning: the generator is not trained: it comes in after" in capsys.readouterr().err
 
 
-def test_images_without_labels(trained_as, few_rows, monkeypatch):
+def test_images_without_labels(trained_as, few_rows, cache, monkeypatch):
     unlabelled = dataclasses.replace(
         data.load("digits"),
         train_labels=torch.zeros(1437, dtype=int),
         test_labels=torch.zeros(360, dtype=int),
     )
     monkeypatch.setattr(LoadedRun, "dataset", unlabelled)
-    assert set(evaluate.evaluate(trained_as("infogan"))["metrics"]) == {
+    result = evaluate.evaluate(trained_as("infogan"), samples=100)
+    assert result["generation"]["features"].startswith("64 of a classifier of rotations of digits")
+    assert (
+        0
+        < result["generation"]["frechet_distance_of_training_images"]
+        < result["metrics"]["frechet_distance"]
+    )
+    assert set(result["metrics"]) == {
+        "frechet_distance",
+        "sample_precision",
+        "sample_recall",
         "slant_rank_correlation",
         "stroke_width_rank_correlation",
         "digit_width_rank_correlation",
     }
-    with pytest.raises(evaluate.NotApplicableError, match="no metric applies .* its images have no labels"):
-        evaluate.evaluate(trained_as("dcgan"))
     for name in ("capsnet", "encoder"):
-        with pytest.raises(evaluate.NotApplicableError, match="classification: its images have no labels"):
+        with pytest.raises(NotApplicableError, match="classification: its images have no labels"):
             evaluate.evaluate(trained_as(name), ["classification"])
 
 
@@ -224,7 +235,7 @@ def test_too_few_test_images_for_precision_and_recall(trained_as, monkeypatch):
     digits = data.load("digits")
     few = dataclasses.replace(digits, test_images=digits.test_images[:3], test_labels=digits.test_labels[:3])
     monkeypatch.setattr(LoadedRun, "dataset", few)
-    with pytest.raises(evaluate.NotApplicableError, match="generation: .* takes 4 training and test images"):
+    with pytest.raises(NotApplicableError, match="generation: .* takes 4 training and test images"):
         evaluate.evaluate(trained_as("dcgan"), ["generation"])
 
 

@@ -3,7 +3,8 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from infocapsgan.metrics.fidelity import frechet_distance, precision_recall
+from infocapsgan.metrics.frechet_distance import frechet_distance
+from infocapsgan.metrics.precision_recall import precision_recall
 
 
 def test_distance_of_two_normal_distributions_by_hand():

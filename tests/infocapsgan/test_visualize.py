@@ -9,21 +9,32 @@ import pytest
 import torch
 from PIL import Image
 
-from infocapsgan import data, visualize
-from infocapsgan.data.class_names import class_names
+from infocapsgan import data, metrics, visualize
 from infocapsgan.data.multi_mnist import of_digits
 from infocapsgan.engine import loaded_run as trained
 from infocapsgan.engine.checkpoint import save_best
 from infocapsgan.engine.loaded_run import LoadedRun, Weights
 from infocapsgan.engine.rng import ShardedGenerator
-from infocapsgan.evaluate import NotApplicableError
-from infocapsgan.metrics import clustering as metrics
+from infocapsgan.metrics.codes import traversal
 from infocapsgan.models.decoders import FullyConnectedDecoder
-from infocapsgan.plotting import capsules, generated, mistakes, primary_decoder, training
-from infocapsgan.plotting.sheet import sheet_figure
-from infocapsgan.systems import SYSTEMS, CapsNet
+from infocapsgan.plotting import KINDS, import_kinds
+from infocapsgan.plotting import primary as primary_module
+from infocapsgan.plotting.animate import animate, kept_pictures
+from infocapsgan.plotting.curves import curves
+from infocapsgan.plotting.figures import sheet_figure
+from infocapsgan.plotting.grid import grid
+from infocapsgan.plotting.mistakes import mistakes
+from infocapsgan.plotting.morph import morph
+from infocapsgan.plotting.primary import couplings_to_predicted, primary, primary_decoder
+from infocapsgan.plotting.reconstruct import reconstruct
+from infocapsgan.plotting.rotate import rotate, rotated
+from infocapsgan.plotting.sheet import Sheet
+from infocapsgan.plotting.traverse import traverse
+from infocapsgan.plotting.tweak import tweak
+from infocapsgan.systems import SYSTEMS, CapsNet, NotApplicableError
 from tests.tiers import slow
 
+import_kinds()
 APPLIES = {
     "infocapsgan": {"grid", "traverse", "morph", "mistakes", "animate", "curves"},
     "infogan": {"grid", "traverse", "morph", "mistakes", "animate", "curves"},
@@ -64,7 +75,7 @@ def ticks(axes):
         slow(system, kind)
         if system in ("mimic", "capsulegan", "dcgan") or (kind == "curves" and system != "capsnet")
         else (system, kind)
-        for system, kind in itertools.product(SYSTEMS, visualize.KINDS)
+        for system, kind in itertools.product(SYSTEMS, KINDS)
     ],
 )
 def test_every_kind_is_drawn_or_says_why_not(system, kind, trained_as, tmp_path):
@@ -85,7 +96,7 @@ def test_every_kind_is_drawn_or_says_why_not(system, kind, trained_as, tmp_path)
 def test_a_sheet_by_hand():
     images = torch.zeros(3, 1, 4, 4)
     images[1] = 1.0
-    figure = sheet_figure("title", images, 2, rows=["a", "b"], heads=["x", "y"], xlabel="across")
+    figure = sheet_figure("title", Sheet(images, 2, ["a", "b"], ["x", "y"], xlabel="across"))
     (picture,) = sheets(figure)
     assert picture.shape == (12, 12, 3)
     assert (picture[:4, :4] == 0).all()
@@ -99,20 +110,20 @@ def test_a_sheet_by_hand():
 
 def test_rows_of_the_grid_are_class_codes(trained_as):
     run = trained_as("infocapsgan")
-    figure = generated.grid(run)
+    figure = grid(run)
     images = cells(figure, 10)
     assert not np.array_equal(images[0][0], images[1][0])
     assert not np.array_equal(images[0][0], images[0][1])
     assert figure.axes[0].get_ylabel() == "class code"
     assert run.subject in figure.axes[0].get_title()
-    again, other = sheets(generated.grid(run))[0], sheets(generated.grid(run, seed=1))[0]
+    again, other = sheets(grid(run))[0], sheets(grid(run, seed=1))[0]
     assert np.array_equal(again, sheets(figure)[0])
     assert not np.array_equal(other, again)
 
 
 def test_each_continuous_code_has_a_sheet(trained_as):
     run = trained_as("infogan")
-    figure = generated.traverse(run)
+    figure = traverse(run)
     assert len(figure.axes) == 2
     for index, axes in enumerate(figure.axes):
         assert f"continuous code {index}" in axes.get_xlabel()
@@ -122,7 +133,7 @@ def test_each_continuous_code_has_a_sheet(trained_as):
     # In the middle of its range a code is 0, and the rest of the row is as in the first column.
     system = run.system
     rows = torch.arange(10)
-    latents = system.traversal(1, torch.tensor([-1.0, 0.0, 1.0]), rows, ShardedGenerator(0))
+    latents = traversal(system, 1, torch.tensor([-1.0, 0.0, 1.0]), rows, ShardedGenerator(0))
     latents = latents.view(10, 3, -1)
     assert torch.equal(latents[:, :, -1], torch.tensor([-1.0, 0, 1]).expand(10, 3))
     assert torch.equal(latents[:, 0, :-1], latents[:, 2, :-1])
@@ -130,28 +141,28 @@ def test_each_continuous_code_has_a_sheet(trained_as):
 
 def test_noise_is_traversed_where_there_is_no_continuous_code(trained_as):
     run = trained_as("infocapsgan")
-    first, other = (generated.traverse(run, code=code) for code in (0, 7))
+    first, other = (traverse(run, code=code) for code in (0, 7))
     images = cells(first, 9)
     assert not np.array_equal(images[0][0], images[0][8])
     assert not np.array_equal(sheets(first)[0], sheets(other)[0])
     assert "class code 7" in other.axes[0].get_title()
     with pytest.raises(NotApplicableError, match="--code: got 10, takes 0 to 9"):
-        generated.traverse(run, code=10)
+        traverse(run, code=10)
 
 
 def test_lines_go_from_one_class_code_to_the_next(trained_as):
-    figure = generated.morph(trained_as("infocapsgan"))
+    figure = morph(trained_as("infocapsgan"))
     images = cells(figure, 11)
     for j in range(10):
         assert np.array_equal(images[j][10], images[(j + 1) % 10][0])
         assert not np.array_equal(images[j][0], images[j][5])
-    assert ticks(figure.axes[0])[1][9] == "9 → 0"
+    assert ticks(figure.axes[0])[1][9] == "9 → 4  to  0 → 1"
     assert ticks(figure.axes[0])[0][3] == "0.3"
 
 
 def test_tweaks_leave_the_middle_column_as_it_was(trained_as):
     run = trained_as("capsnet")
-    figure = capsules.tweak(run, image=3)
+    figure = tweak(run, image=3)
     images = cells(figure, 12)
     assert len(images) == 16
     assert all(np.array_equal(row[6], images[0][6]) for row in images)
@@ -163,14 +174,14 @@ def test_tweaks_leave_the_middle_column_as_it_was(trained_as):
     assert np.array_equal(images[5][0], run.dataset.test_images[3, 0].numpy())
     assert ticks(figure.axes[0])[0][1] == "-0.25"
     with pytest.raises(NotApplicableError, match="--image: got 360, takes 0 to 359"):
-        capsules.tweak(run, image=360)
+        tweak(run, image=360)
 
 
 def test_a_tweak_is_added_as_its_head_says(trained_as):
     run = trained_as("capsnet")
     given = []
     run.system.model.decoder.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    heads = ticks(capsules.tweak(run).axes[0])[0]
+    heads = ticks(tweak(run).axes[0])[0]
     changed = given[0].view(16, 11, 10, 16)
     change = changed - changed[:, 5:6]
     predicted = changed[0, 5].norm(dim=1).argmax()
@@ -183,35 +194,35 @@ def test_a_tweak_is_added_as_its_head_says(trained_as):
 def test_an_image_is_turned_counter_clockwise():
     image = torch.zeros(1, 1, 3, 3)
     image[0, 0, 0, 1] = 1  # above the middle
-    turned = capsules.turned(image, torch.tensor([0, 90, 180, 270]))[:, 0]
+    turned = rotated(image, torch.tensor([0, 90, 180, 270]))[:, 0]
     for place, (row, column) in enumerate([(0, 1), (1, 0), (2, 1), (1, 2)]):
         assert turned[place, row, column] == pytest.approx(1, abs=1e-5)
 
 
 def test_every_angle_is_drawn(trained_as):
-    figure = capsules.rotate(trained_as("capsnet"), degrees=30)
+    figure = rotate(trained_as("capsnet"), degrees=30)
     curve, axes = figure.axes
     assert len(curve.lines[0].get_xdata()) == 12
     first = cells(figure, 12)
     assert len(first) == 2
     assert not np.array_equal(first[0][0], first[0][3])
     assert [text.split("°")[0] for text in ticks(axes)[0]] == [str(angle) for angle in range(0, 360, 30)]
-    assert len(capsules.rotate(trained_as("encoder"), degrees=25).axes) == 3
+    assert len(rotate(trained_as("encoder"), degrees=25).axes) == 3
 
 
 def test_a_primary_capsule_is_scaled_from_left_to_right(run_of, tmp_path, monkeypatch):
     run = trained.load(shutil.copytree(run_of("capsnet"), tmp_path / "run"), device="cpu")
-    figure = capsules.primary(run, steps=30)
+    figure = primary(run, steps=30)
     images = cells(figure, 11)
     assert len(images) == 10
     assert np.array_equal(images[0][1], images[9][1])  # scaled by 0, all are the same
     assert not np.array_equal(images[0][1], images[0][10])
     assert not np.array_equal(images[0][10], images[9][10])
     # The decoder is kept; another number of steps is another decoder.
-    monkeypatch.setattr(primary_decoder, "_train", None)
-    assert np.array_equal(sheets(capsules.primary(run, steps=30))[0], sheets(figure)[0])
+    monkeypatch.setattr(primary_module, "_train", None)
+    assert np.array_equal(sheets(primary(run, steps=30))[0], sheets(figure)[0])
     with pytest.raises(TypeError):
-        capsules.primary(run, steps=31)
+        primary(run, steps=31)
 
 
 @pytest.mark.parametrize("stem", ["single", "stacked"])
@@ -220,32 +231,34 @@ def test_primary_capsules_are_named_by_their_place(stem, tmp_path, monkeypatch):
     run = LoadedRun(tmp_path, "capsnet", system, Weights(tmp_path, 1), torch.device("cpu"))
     u = system.model.encoder(torch.rand(1, 1, 28, 28)).primary
     decoder = FullyConnectedDecoder(u[0].numel(), 1, 28).eval().requires_grad_(False)
-    monkeypatch.setattr(capsules, "primary_decoder", lambda *given: (decoder, 1.0))
+    monkeypatch.setattr(primary_module, "primary_decoder", lambda *given: (decoder, 1.0))
     coupling = torch.zeros(u.shape[:2])
     # On a grid of 6 × 6: the first type's last place, then the second type's in row 1, column 2.
     coupling[0, 35], coupling[0, 36 + 6 + 2] = 0.9, 0.5
-    monkeypatch.setattr(capsules, "couplings_to", lambda *given: (coupling, torch.zeros(1).long()))
-    monkeypatch.setattr(capsules, "lengths", lambda u: torch.ones(u.shape[:-1]))
-    rows = ticks(capsules.primary(run).axes[0])[1]
+    monkeypatch.setattr(
+        primary_module, "couplings_to_predicted", lambda *given: (coupling, torch.zeros(1).long())
+    )
+    monkeypatch.setattr(primary_module, "lengths", lambda u: torch.ones(u.shape[:-1]))
+    rows = ticks(primary(run).axes[0])[1]
     assert rows[:2] == ["type 0, row 5, column 5: 0.90", "type 1, row 1, column 2: 0.50"]
 
 
 def test_other_weights_of_the_same_name_have_another_decoder(run_of, tmp_path, monkeypatch):
     path = shutil.copytree(run_of("capsnet"), tmp_path / "run")
     trainings = []
-    monkeypatch.setattr(primary_decoder, "_train", lambda *given: trainings.append(given) or 0.5)
+    monkeypatch.setattr(primary_module, "_train", lambda *given: trainings.append(given) or 0.5)
     for step, count in ((1, 1), (1, 1), (2, 2)):
         system = trained.load(path, device="cpu").system
         system.model.encoder.conv.bias.fill_(step)
         save_best(path / "checkpoints", system, step, 1 / step)
         run = trained.load(path, device="cpu")
-        primary_decoder.primary_decoder(run, run.system, 30)
+        primary_decoder(run, 30)
         assert len(trainings) == count
 
 
 def test_couplings_to_the_predicted_class(trained_as):
     system, u = trained_as("capsnet").system, torch.randn(3, 36, 8)
-    run, predicted = primary_decoder.couplings_to(system, u)
+    run, predicted = couplings_to_predicted(system, u)
     layer = system.model.encoder.classes
     u_hat = torch.einsum("ijdk,bik->bijd", layer.weight, u)
     logits, wanted = torch.zeros(3, 36, 10), None
@@ -260,19 +273,19 @@ def test_couplings_to_the_predicted_class(trained_as):
 
 
 def test_a_primary_decoder_is_trained_on_capsules_scaled_by_their_coupling(trained_as, monkeypatch):
-    run, given, primary = trained_as("capsnet"), [], []
+    run, given, capsules = trained_as("capsnet"), [], []
 
     def couplings_to(system, u):
-        primary.append(u)
+        capsules.append(u)
         return torch.full(u.shape[:2], 0.25), None
 
-    monkeypatch.setattr(primary_decoder, "couplings_to", couplings_to)
+    monkeypatch.setattr(primary_module, "couplings_to_predicted", couplings_to)
     decoder = FullyConnectedDecoder(36 * 8, 1, 28)
     decoder.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    assert primary_decoder._train(decoder, run, run.system, 1) == 0.25
+    assert primary_module._train(decoder, run, 1) == 0.25
     chosen = given[0].norm(dim=2) > 0
     assert (chosen.sum(dim=1) == 1).all()
-    torch.testing.assert_close(given[0][chosen], 0.25 * primary[0][chosen])
+    torch.testing.assert_close(given[0][chosen], 0.25 * capsules[0][chosen])
 
 
 def test_reconstructions_come_from_the_label_of_their_row(trained_as, monkeypatch):
@@ -282,7 +295,7 @@ def test_reconstructions_come_from_the_label_of_their_row(trained_as, monkeypatc
     monkeypatch.setattr(run.system, "predicted", lambda capsules, labels: guess)
     given = []
     run.system.model.decoder.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    heads, rows = ticks(capsules.reconstruct(run, images=3).axes[0])
+    heads, rows = ticks(reconstruct(run, images=3).axes[0])
     assert heads == [f"{true}\n{taken}" for true, taken in zip(labels, guess, strict=True)]
     assert rows == ["image", "from the true label", "from the predicted label"]
     true, taken = (capsule.view(3, 10, 16).norm(dim=2).argmax(dim=1) for capsule in given)
@@ -292,12 +305,12 @@ def test_reconstructions_come_from_the_label_of_their_row(trained_as, monkeypatc
 
 def test_reconstructions_name_both_labels(trained_as):
     run = trained_as("capsnet")
-    figure = capsules.reconstruct(run, images=7)
+    figure = reconstruct(run, images=7)
     assert len(cells(figure, 7)) == 3
     labels = run.dataset.test_labels[:7].tolist()
     assert [text.split("\n")[0] for text in ticks(figure.axes[0])[0]] == [str(label) for label in labels]
-    copies = capsules.reconstruct(trained_as("mimic"), images=4)
-    assert ticks(copies.axes[0])[1] == ["image", "copy"]
+    copies = reconstruct(trained_as("mimic"), images=4)
+    assert ticks(copies.axes[0])[1] == ["image", "reconstruction"]
 
 
 def test_pairs_of_digits(tmp_path, monkeypatch):
@@ -307,20 +320,20 @@ def test_pairs_of_digits(tmp_path, monkeypatch):
     monkeypatch.setattr(LoadedRun, "dataset", pairs)
     system = CapsNet(dataset="multi-mnist", width=8).eval().requires_grad_(False)
     run = LoadedRun(tmp_path, "capsnet", system, Weights(tmp_path, 1), torch.device("cpu"))
-    figure = capsules.reconstruct(run, images=3)
+    figure = reconstruct(run, images=3)
     assert len(cells(figure, 3, size=36)) == 5
     assert "+" in ticks(figure.axes[0])[0][0]
-    assert "20 test images" in mistakes.mistakes(run).axes[0].get_title()
-    for view in (capsules.tweak, capsules.rotate, capsules.primary):
+    assert "20 test images" in mistakes(run).axes[0].get_title()
+    for view in (tweak, rotate, primary):
         with pytest.raises(NotApplicableError, match="does not apply to pairs of digits"):
             view(run)
 
 
 def test_mistakes_are_those_of_the_confusion_matrix(trained_as):
     run = trained_as("encoder")
-    figure = mistakes.mistakes(run, images=12)
+    figure = mistakes(run, images=12)
     dataset = run.dataset
-    predicted = run.system.predictions(dataset)["predicted"]
+    predicted = run.system.test_predictions(dataset)["predicted"]
     wrong = (predicted != dataset.test_labels).nonzero()[:, 0]
     axes = figure.axes[0]
     assert f"{len(wrong)} of 360 test images" in axes.get_title()
@@ -333,32 +346,26 @@ def test_mistakes_of_clusters_that_are_matched_on_the_training_split(trained_as,
     images = torch.tensor([0, 0, 1, 1], dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 28, 28)
     splits = images, torch.tensor([1, 1, 0, 0]), images, torch.tensor([0, 0, 1, 0])
     monkeypatch.setattr(LoadedRun, "dataset", data.Dataset("small", *splits))
-    monkeypatch.setattr(run.system, "clusters", lambda images: images[:, 0, 0, 0].long())
-    captions = [text.get_text() for text in mistakes.mistakes(run).axes[0].texts]
+    monkeypatch.setattr(run.system, "cluster", lambda images: images[:, 0, 0, 0].long())
+    captions = [text.get_text() for text in mistakes(run).axes[0].texts]
     assert captions == ["0 → 1", "0 → 1", "1 → 0"]
 
 
 def test_labels_are_words_where_the_data_have_words(trained_as, tmp_path, monkeypatch):
-    for name in ("dogs", "cats"):
-        (tmp_path / name).mkdir()
-    assert class_names("digits") == [str(j) for j in range(10)]
-    assert class_names("cifar10")[3] == "cat"
-    assert class_names("folder", tmp_path) == ["cats", "dogs"]
-    for name in ("fashion-mnist", "cifar10", "smallnorb"):
-        assert len(class_names(name)) == data.image_shape(name).classes
-    monkeypatch.setattr("infocapsgan.engine.loaded_run.class_names", lambda *_: ["a long word"] * 10)
-    captions = [text.get_text() for text in mistakes.mistakes(trained_as("encoder")).axes[0].texts]
+    for name in ("encoder", "capsnet"):
+        monkeypatch.setattr(SYSTEMS[name], "class_names", ("a long word",) * 10)
+    captions = [text.get_text() for text in mistakes(trained_as("encoder")).axes[0].texts]
     assert set(captions) == {"a long word\n→ a long word"}
-    heads = ticks(capsules.reconstruct(trained_as("capsnet")).axes[0])[0]
+    heads = ticks(reconstruct(trained_as("capsnet")).axes[0])[0]
     assert set(heads) == {"a long word\na long word"}
 
 
 def test_no_mistake_is_no_picture(trained_as, monkeypatch):
     run = trained_as("encoder")
     right = {"predicted": run.dataset.test_labels}
-    monkeypatch.setattr(run.system, "predictions", lambda dataset: right)
-    with pytest.raises(NotApplicableError, match="every test image is taken for what it is"):
-        mistakes.mistakes(run)
+    monkeypatch.setattr(run.system, "test_predictions", lambda dataset: right)
+    with pytest.raises(NotApplicableError, match="the prediction is right for every test image"):
+        mistakes(run)
 
 
 def test_an_animation_has_a_frame_for_each_picture(run_of, tmp_path, monkeypatch, capsys):
@@ -375,23 +382,26 @@ def test_an_animation_has_a_frame_for_each_picture(run_of, tmp_path, monkeypatch
     assert np.abs(frames[0] - frames[1]).max() > 50
 
     run = trained.load(run, device="cpu")
-    assert list(training.kept_pictures(run.path)) == ["continuous_code_0", "continuous_code_1", "samples"]
-    titles = [figure.axes[0].get_title() for figure in training.animate(run, pictures="continuous_code_1")]
-    assert [title.split("\n")[1].split(",")[0] for title in titles] == ["step 2", "step 4"]
+    assert list(kept_pictures(run.path)) == ["continuous_code_0", "continuous_code_1", "samples"]
+    frames = animate(run, pictures="continuous_code_1")
+    assert len(frames) == 2
+    assert len({frame.size for frame in frames}) == 1
     with pytest.raises(NotApplicableError, match="--pictures: got x, takes one of continuous_code_0, "):
-        training.animate(run, pictures="x")
+        animate(run, pictures="x")
     shutil.rmtree(run.path / "samples")
     with pytest.raises(NotApplicableError, match="samples holds no pictures"):
-        training.animate(run)
+        animate(run)
 
 
 def test_curves_hold_every_number(trained_as):
     run = trained_as("infocapsgan")
-    figure = training.curves(run)
+    figure = curves(run)
     labels = {line.get_label() for axes in figure.axes for line in axes.lines}
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     names = {name for row in rows for name in row} - {"kind", "step", "epoch"}
+    labels |= {label.split(" ↑")[0].split(" ↓")[0].split(" (")[0] for label in labels}
     assert {name.replace("_", " ") for name in names} <= labels
+    assert any(label.startswith("information ↑") for label in labels)
     assert any(label.startswith("k-means") for label in labels)
 
 
@@ -409,22 +419,26 @@ def test_runs_are_compared(trained_as, run_of, tmp_path, monkeypatch):
         others.append(path)
     monkeypatch.setattr(metrics, "LOWER_IS_BETTER", {"distance"})
     run = replace(trained_as("dcgan"), path=others[0])
-    figure = training.curves(run, metric="distance", beside=others[1:], reach=[10, 2])
+    figure = curves(run, metric="distance", beside=others[1:], reach=[10, 2])
     (axes,) = figure.axes
     assert [list(line.get_ydata()) for line in axes.lines[:3]] == [[30, 9, 12], [40, 20, 15], [8]]
     assert list(axes.lines[0].get_xdata()) == [0, 0.5, 1]
     assert len({line.get_color() for line in axes.lines[:2]}) == 1
+    assert len({line.get_linestyle() for line in axes.lines[:2]}) == 2
     assert axes.lines[2].get_color() != axes.lines[0].get_color()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "dcgan on digits, 2 runs\n10: 0.5, –\n2: –, –",
-        "capsulegan on digits, 1 run\n10: 0\n2: –",
+        "dcgan on digits: dcgan-0\n10 in epoch 0.5\n2 in epoch –",
+        "dcgan on digits: dcgan-1\n10 in epoch –\n2 in epoch –",
+        "capsulegan on digits: capsulegan-2\n10 in epoch 0\n2 in epoch –",
     ]
+    (axes,) = curves(run, metric="distance", beside=others[1:2]).axes
+    assert len({line.get_color() for line in axes.lines}) == 2  # of one system, a colour a run
     with pytest.raises(NotApplicableError, match="--reach: neither more nor less of loss is better"):
-        training.curves(run, metric="loss", reach=[1])
+        curves(run, metric="loss", reach=[1])
     with pytest.raises(NotApplicableError, match="--metric: .* holds no size"):
-        training.curves(run, metric="size")
+        curves(run, metric="size")
     with pytest.raises(NotApplicableError, match="--beside, --reach: take --metric"):
-        training.curves(run, reach=[1])
+        curves(run, reach=[1])
 
 
 def test_errors_of_the_command(tmp_path, run_of, monkeypatch, capsys):
@@ -455,7 +469,7 @@ def test_images_without_labels_hold_no_mistakes(trained_as, monkeypatch):
     labels = torch.zeros_like(digits.train_labels)
     monkeypatch.setattr(LoadedRun, "dataset", replace(digits, train_labels=labels))
     with pytest.raises(NotApplicableError, match="mistakes does not apply .* its images have no labels"):
-        mistakes.mistakes(trained_as("infogan"))
+        mistakes(trained_as("infogan"))
 
 
 def test_held_out_images_have_curves_of_their_own(trained_as, tmp_path):
@@ -465,7 +479,7 @@ def test_held_out_images_have_curves_of_their_own(trained_as, tmp_path):
         for kind in ("train", "validation", "evaluation")
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figure = training.curves(replace(trained_as("capsnet"), path=tmp_path))
+    figure = curves(replace(trained_as("capsnet"), path=tmp_path))
     assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == [
         "training batches: losses",
         "held-out training images: losses",

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from infocapsgan.data import DataError, cifar10, image_shape, load
+from infocapsgan.data import DataError, cifar10, files, image_shape, load
 from infocapsgan.data.files import File
 
 
@@ -18,9 +18,9 @@ def content(images=2, seed=0):
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / cifar10.FOLDER).mkdir()
+    (tmp_path / cifar10.SOURCE.folder).mkdir()
     for seed, name in enumerate((*cifar10.TRAIN, cifar10.TEST)):
-        (tmp_path / cifar10.FOLDER / name).write_bytes(pickle.dumps(content(seed=seed), protocol=2))
+        (tmp_path / cifar10.SOURCE.folder / name).write_bytes(pickle.dumps(content(seed=seed), protocol=2))
     return tmp_path
 
 
@@ -42,7 +42,7 @@ def test_what_is_more_than_arrays_is_not_unpickled(tmp_path):
 
 
 def test_damaged_files(folder):
-    path = folder / cifar10.FOLDER / "data_batch_1"
+    path = folder / cifar10.SOURCE.folder / "data_batch_1"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     with pytest.raises(DataError, match="data_batch_1 is not a CIFAR-10 file or is damaged"):
@@ -70,24 +70,46 @@ def test_the_archive_is_unpacked_once(folder, tmp_path, monkeypatch):
     target.mkdir()
     archive = target / "cifar-10-python.tar.gz"
     with tarfile.open(archive, "w:gz") as packed:
-        packed.add(folder / cifar10.FOLDER, cifar10.FOLDER)
-    known = (File(archive.name, checksum(archive)),)
-    monkeypatch.setattr(cifar10, "ARCHIVE", cifar10.ARCHIVE._replace(files=known))
+        packed.add(folder / cifar10.SOURCE.folder, cifar10.SOURCE.folder)
+    known = File(archive.name, checksum(archive))
+    monkeypatch.setattr(cifar10, "SOURCE", cifar10.SOURCE._replace(archive=known))
     monkeypatch.delenv("INFOCAPSGAN_DATA", raising=False)
-    unpacked, atomic_folder = [], cifar10.atomic_folder
+    unpacked, atomic_folder = [], files.atomic_folder
 
     def slowly(path):
         unpacked.append(path)
         time.sleep(0.1)
         return atomic_folder(path)
 
-    monkeypatch.setattr(cifar10, "atomic_folder", slowly)
+    monkeypatch.setattr(files, "atomic_folder", slowly)
     with ThreadPoolExecutor(3) as pool:
         for dataset in pool.map(lambda _: load("cifar10", target), range(3)):
             assert dataset.train_images.shape == (10, 3, 32, 32)
-    assert unpacked == [target / cifar10.FOLDER]
-    assert (target / cifar10.FOLDER / cifar10.TEST).is_file()
+    assert unpacked == [target / cifar10.SOURCE.folder]
+    assert (target / cifar10.SOURCE.folder / cifar10.TEST).is_file()
 
 
 def checksum(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_without_a_network_the_six_files_are_named_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.delenv("INFOCAPSGAN_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cifar10, "SOURCE", cifar10.SOURCE._replace(url="http://127.0.0.1:9/"))
+    with pytest.raises(DataError) as caught:
+        load("cifar10", tmp_path / "data")
+    place = tmp_path / "data" / "cifar-10-batches-py"
+    assert f"Put these files into {place}: data_batch_1, data_batch_2" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_incomplete_folder_is_replaced(folder, tmp_path, monkeypatch):
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(folder / cifar10.SOURCE.folder, cifar10.SOURCE.folder)
+    known = File(archive.name, checksum(archive))
+    monkeypatch.setattr(cifar10, "SOURCE", cifar10.SOURCE._replace(archive=known))
+    monkeypatch.delenv("INFOCAPSGAN_DATA", raising=False)
+    (folder / cifar10.SOURCE.folder / "data_batch_2").unlink()
+    assert load("cifar10", folder).train_images.shape == (10, 3, 32, 32)

@@ -2,17 +2,15 @@ import functools
 import gzip
 import hashlib
 import http.server
-import runpy
-import sys
+import os
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from infocapsgan.data import files
-from infocapsgan.data.files import DataError, File, Source, download, find, folders, verify
+from infocapsgan.data.files import DataError, File, Source, download, find, folders, unpacked, verify
 
 CONTENT = bytes(range(256)) * 1000
 GOOD = File("values.bin", hashlib.sha256(CONTENT).hexdigest())
@@ -20,111 +18,127 @@ NOWHERE = "http://127.0.0.1:9/"  # the discard port, where nothing listens
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `content`, from the byte that is asked for."""
+    """Serves `content`, of which a request that finds `ends` not empty gets so many bytes."""
 
     content = CONTENT
-    asked: list[str | None]
+    requests: list[str]
+    ends: list[int]
+    delay = 0.0
 
     def do_GET(self):
-        wanted = self.headers.get("Range")
-        self.asked.append(wanted)
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-        if start >= len(self.content):
-            self.send_error(416)
-            return
-        self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(self.content) - start))
+        self.requests.append(self.path)
+        end = self.ends.pop(0) if self.ends else None
+        time.sleep(self.delay)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
         self.end_headers()
-        self.wfile.write(self.content[start:])
+        self.wfile.write(self.content[:end])
 
     def log_message(self, *_):
         pass
 
 
 @pytest.fixture
-def server():
-    Server.asked = []
+def server(monkeypatch):
+    monkeypatch.setattr(Server, "requests", [], raising=False)
+    monkeypatch.setattr(Server, "ends", [], raising=False)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as served:
         threading.Thread(target=functools.partial(served.serve_forever, 0.01), daemon=True).start()
         yield f"http://127.0.0.1:{served.server_address[1]}/values.bin"
         served.shutdown()
 
 
-def visible(folder):
-    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_download(tmp_path, server):
+def test_download(tmp_path, server, capsys):
     path = download(server, tmp_path / "new" / "values.bin", GOOD)
     assert path.read_bytes() == CONTENT
-    assert visible(path.parent) == ["values.bin"]
-    assert Server.asked == [None]
+    assert names(tmp_path) == ["new"]
+    assert names(tmp_path / "new") == ["values.bin"]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+    output = capsys.readouterr()
+    assert f"downloading {server}" in output.err
+    assert "100%" in output.err
+    assert not output.out
 
 
-def test_a_broken_download_is_continued(tmp_path, server):
-    (tmp_path / "values.bin.part").write_bytes(CONTENT[:1000])
-    assert download(server, tmp_path / "values.bin", GOOD).read_bytes() == CONTENT
-    assert Server.asked == ["bytes=1000-"]
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
-def test_a_whole_part_needs_no_more(tmp_path, server):
-    (tmp_path / "values.bin.part").write_bytes(CONTENT)
-    assert download(server, tmp_path / "values.bin", GOOD).read_bytes() == CONTENT
+def test_a_file_that_is_there_is_not_downloaded(tmp_path, server):
+    (tmp_path / "values.bin").write_bytes(CONTENT)
+    download(server, tmp_path / "values.bin", GOOD)
+    assert Server.requests == []
 
 
-def test_a_download_with_a_wrong_checksum_leaves_nothing(tmp_path, server):
-    with pytest.raises(DataError, match="does not have the expected content"):
-        download(server, tmp_path / "values.bin", GOOD._replace(checksum="0" * 64))
-    assert visible(tmp_path) == []
+def fails(kind, server, monkeypatch):
+    """A download that fails, and what its error says."""
+    if kind == "checksum":
+        return (
+            server,
+            GOOD._replace(checksum="0" * 64),
+            DataError,
+            f"what came from {server} does not have .*; it",
+        )
+    if kind == "damaged":
+        monkeypatch.setattr(Server, "content", gzip.compress(CONTENT)[:100])
+        return server, GOOD, DataError, f"what came from {server} is damaged .*; it was removed, try again"
+    if kind == "broken off":
+        Server.ends.append(1000)
+        return server, GOOD, OSError, "IncompleteRead"
+    return NOWHERE, GOOD, OSError, "Connection refused"
 
 
-def test_several_that_want_a_file_at_once_download_it_once(tmp_path, server):
-    def slow(request, timeout):
-        time.sleep(0.1)
-        return urllib.request.urlopen(request, timeout=timeout)
+@pytest.mark.parametrize("kind", ["checksum", "damaged", "broken off", "no network"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_failed_download_leaves_nothing_behind(kind, there, tmp_path, server, monkeypatch):
+    url, file, error, message = fails(kind, server, monkeypatch)
+    if there:
+        (tmp_path / "cache" / "mnist").mkdir(parents=True)
+    with pytest.raises(error, match=message):
+        download(url, tmp_path / "cache" / "mnist" / "values.bin", file)
+    assert list(tmp_path.rglob("*")) == ([tmp_path / "cache", tmp_path / "cache" / "mnist"] if there else [])
+    monkeypatch.setattr(Server, "content", CONTENT)
+    assert download(server, tmp_path / "cache" / "mnist" / "values.bin", GOOD).read_bytes() == CONTENT
+
+
+def test_the_file_appears_only_when_it_is_verified(tmp_path, server, monkeypatch):
+    path, seen, verify = tmp_path / "values.bin", [], files.verify
+    monkeypatch.setattr(files, "verify", lambda *args: seen.append(path.exists()) or verify(*args))
+    download(server, path, GOOD)
+    assert seen == [False]
+
+
+def test_several_that_want_a_file_at_once_download_it_once(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(Server, "delay", 0.1)
 
     def get(_):
-        return download(server, tmp_path / "values.bin", GOOD, open_url=slow).read_bytes()
+        return download(server, tmp_path / "new" / "values.bin", GOOD).read_bytes()
 
     with ThreadPoolExecutor(4) as pool:  # a lock belongs to a file that was opened, not to a process
         assert list(pool.map(get, range(4))) == [CONTENT] * 4
-    assert Server.asked == [None]
-    assert visible(tmp_path) == ["values.bin"]
+    assert Server.requests == ["/values.bin"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "values.bin"]
 
 
-def test_what_waited_for_a_broken_download_goes_on_with_it(tmp_path, server):
-    ends = iter((1000, None))
-
-    def broken(request, timeout):
-        response = urllib.request.urlopen(request, timeout=timeout)
-        end, whole = next(ends), response.read
-        if end:
-            chunks = iter((whole()[:end], b""))
-            response.read = lambda _: next(chunks)
-        return response
+def test_what_waited_for_a_failed_download_tries_itself(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(Server, "delay", 0.1)
+    Server.ends.append(1000)
 
     def get(_):
         try:
-            return download(server, tmp_path / "values.bin", GOOD, open_url=broken).read_bytes()
-        except OSError as error:
-            return str(error)
+            return download(server, tmp_path / "values.bin", GOOD).read_bytes()
+        except OSError:
+            return None
 
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(get, range(2)))
-    assert CONTENT in found
-    assert f"values.bin broke off at 1000 of {len(CONTENT)} bytes; try again to continue it" in found
-    assert Server.asked == [None, "bytes=1000-"]
-
-
-def test_without_locks_files_are_downloaded_all_the_same(tmp_path, server, monkeypatch):
-    def refused(*_):
-        raise OSError("not implemented")
-
-    monkeypatch.setattr(files.fcntl, "flock", refused)
-    assert download(server, tmp_path / "one" / "values.bin", GOOD).read_bytes() == CONTENT
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    elsewhere = runpy.run_path(files.__file__)
-    assert elsewhere["download"](server, tmp_path / "two" / "values.bin", GOOD).read_bytes() == CONTENT
+        assert set(pool.map(get, range(2))) == {CONTENT, None}
+    assert names(tmp_path) == ["values.bin"]
 
 
 def test_without_a_network_the_error_says_what_to_put_where(tmp_path, monkeypatch):
@@ -156,6 +170,21 @@ def test_a_wrong_file_of_the_user_is_named(tmp_path):
         find(Source("small", NOWHERE, (GOOD,)), tmp_path)
 
 
+@pytest.mark.parametrize("content", [CONTENT, gzip.compress(CONTENT)])
+@pytest.mark.parametrize("place", ["small", "Other/raw"])
+@pytest.mark.parametrize("name", ["values", "values.gz"])
+def test_uncompressed_files_and_other_folders_are_looked_into(place, name, content, tmp_path):
+    path = tmp_path / place / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    source = Source("small", NOWHERE, (GOOD._replace(name="values.gz"),), ("Other/raw",))
+    assert find(source, tmp_path) == [path]
+    assert unpacked(path) == CONTENT
+    path.write_bytes(CONTENT[1:])
+    with pytest.raises(DataError, match=f"{place}/{name} does not have the expected content"):
+        find(source, tmp_path)
+
+
 def test_a_gz_file_is_known_by_what_is_inside(tmp_path):
     path = tmp_path / "values.gz"
     file = GOOD._replace(name="values.gz")
@@ -174,16 +203,3 @@ def test_every_flipped_byte_of_a_gz_file_is_found(tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         with pytest.raises(DataError, match=r"values\.gz (is damaged|does not have the expected content)"):
             verify(path, file)
-
-
-def test_a_damaged_part_is_removed_and_got_anew(tmp_path, server, monkeypatch):
-    packed = gzip.compress(CONTENT)
-    monkeypatch.setattr(Server, "content", packed)
-    file = GOOD._replace(name="values.gz")
-    part = tmp_path / "values.gz.part"
-    part.write_bytes(packed[:10] + b"\xff" + packed[11:100])
-    with pytest.raises(DataError, match="is damaged .* it was removed, try again") as caught:
-        download(server, tmp_path / "values.gz", file)
-    assert server in str(caught.value)
-    assert not part.exists()
-    assert download(server, tmp_path / "values.gz", file).read_bytes() == packed

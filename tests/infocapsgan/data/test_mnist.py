@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from infocapsgan.data import DataError, files, load
-from infocapsgan.data.mnist import _load, read_idx
+from infocapsgan.data import DataError, files, load, mnist
+from infocapsgan.data.mnist import _read, read_idx
 
 
 def idx(shape, values):
@@ -37,7 +37,7 @@ def test_a_set_of_four_files(tmp_path):
         write(tmp_path / "small" / f"{name}.gz", content)
         made.append(files.File(f"{name}.gz", hashlib.sha256(content).hexdigest()))
     source = files.Source("small", "http://localhost:9/", tuple(made))
-    train_images, train_labels, test_images, test_labels = _load(source, tmp_path)
+    train_images, train_labels, test_images, test_labels = _read(source, tmp_path)
     assert train_images.tolist() == [[[[1, 2]]], [[[3, 4]]]]
     assert train_labels.tolist() == [7, 9]
     assert test_images.tolist() == [[[[5, 6]]]]
@@ -78,6 +78,28 @@ def test_a_flipped_byte(tmp_path):
 def test_what_is_no_idx_file(tmp_path):
     with pytest.raises(DataError, match="begins with 00 00 0d 01"):
         read_idx(write(tmp_path / "x.gz", b"\x00\x00\x0d\x01"))
+
+
+@pytest.mark.parametrize(
+    ("name", "constant", "folder"),
+    [("mnist", "MNIST", "MNIST"), ("fashion-mnist", "FASHION_MNIST", "FashionMNIST")],
+)
+def test_the_layout_of_torchvision_is_read(name, constant, folder, tmp_path, monkeypatch):
+    source = getattr(mnist, constant)
+    contents = [idx((2, 1, 2), [1, 2, 3, 4]), idx((2,), [7, 9]), idx((1, 1, 2), [5, 6]), idx((1,), [3])]
+    files_there = tmp_path / folder / "raw"
+    files_there.mkdir(parents=True)
+    known = []
+    for file, content in zip(source.files, contents, strict=True):
+        (files_there / file.name.removesuffix(".gz")).write_bytes(content)
+        known.append(file._replace(checksum=hashlib.sha256(content).hexdigest()))
+    monkeypatch.setattr(mnist, constant, source._replace(files=tuple(known)))
+    dataset = load(name, tmp_path)
+    assert dataset.train_images.tolist() == [[[[1, 2]]], [[[3, 4]]]]
+    assert dataset.test_labels.tolist() == [3]
+    (files_there / "t10k-labels-idx1-ubyte").write_bytes(idx((1,), [4]))
+    with pytest.raises(DataError, match=f"{folder}/raw/t10k-labels-idx1-ubyte does not have the expected"):
+        load(name, tmp_path)
 
 
 needs_mnist = pytest.mark.skipif(

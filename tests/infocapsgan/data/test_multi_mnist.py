@@ -3,7 +3,7 @@ import torch
 
 from infocapsgan.data import image_shape, multi_mnist
 from infocapsgan.data.dataset import to_unit
-from infocapsgan.data.multi_mnist import ByClass, draw_pairs, labels_of, of_digits, overlaid, rendered
+from infocapsgan.data.multi_mnist import ByClass, labels_of, of_digits, overlay, render, sample_pairs
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.train_state import TrainState
 from infocapsgan.systems import CapsNet
@@ -19,8 +19,8 @@ def digits():
 
 
 def paired(images, labels, first, rng):
-    pairs = draw_pairs(labels, ByClass.of(labels), first, rng)
-    return rendered(images, pairs), labels_of(labels, pairs)
+    pairs = sample_pairs(labels, ByClass.of(labels), first, rng)
+    return render(images, pairs), labels_of(labels, pairs)
 
 
 def test_a_pair_is_two_digits_of_different_classes(digits):
@@ -47,7 +47,7 @@ def test_test_pairs_are_always_the_same(digits):
     assert first.test_labels[:, 0].bincount().tolist() == [10] * 10
 
 
-def test_training_pairs_are_drawn_anew(digits):
+def test_training_pairs_are_sampled_anew(digits):
     dataset, rng = of_digits(*digits, *digits, 10), ShardedGenerator(0)
     first, second = (dataset.train_batch(torch.arange(40), rng) for _ in range(2))
     assert not torch.equal(first[0], second[0])
@@ -57,7 +57,7 @@ def test_training_pairs_are_drawn_anew(digits):
     assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
-def test_pairs_beyond_those_stored_are_drawn_when_they_are_wanted(digits, monkeypatch):
+def test_pairs_beyond_those_stored_are_rendered_when_they_are_used(digits, monkeypatch):
     whole = of_digits(*digits, *digits, 50)
     assert whole.pairs is None
     monkeypatch.setattr(multi_mnist, "STORED", 20)
@@ -80,7 +80,7 @@ def test_capsnet_is_measured_on_all_test_pairs(digits, monkeypatch):
     measured = []
     for stored in (30, 8):
         monkeypatch.setattr(multi_mnist, "STORED", stored)
-        monkeypatch.setattr("infocapsgan.data.load", lambda *_: of_digits(*digits, *digits, 4))
+        monkeypatch.setattr("infocapsgan.data.load", lambda *_, **options: of_digits(*digits, *digits, 4))
         with torch.no_grad():
             measured.append(system.evaluate(system.load_data()))
     assert measured[0] == measured[1]
@@ -104,7 +104,7 @@ def test_each_digit_is_rebuilt_by_itself(digits):
 
 def test_digits_are_added_and_clipped():
     pair = torch.tensor([[[[0.25, 0.75]], [[0.5, 0.75]]]])
-    assert overlaid(pair).tolist() == [[[[0.75, 1.0]]]]
+    assert overlay(pair).tolist() == [[[[0.75, 1.0]]]]
 
 
 def test_capsnet_trains_on_pairs_and_tells_both_digits(digits):

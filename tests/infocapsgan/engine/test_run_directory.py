@@ -21,7 +21,7 @@ CONFIG = Config("capsnet", CapsNet.defaults().to_json(), SHAPE, ["a", "b"], {"tr
 
 
 def create(out):
-    return RunDirectory.create("capsnet", dataclasses.replace(CapsNet.defaults(), out=out))
+    return RunDirectory.open("capsnet", dataclasses.replace(CapsNet.defaults(), out=out))
 
 
 def no_room(*_, **__):
@@ -126,7 +126,7 @@ def fill_the_disk(run, file):
         if file == "metrics":
             resumed._metrics = full
         else:
-            resumed._board._records._writer = resumed._board._file = full
+            resumed._events._records._writer = resumed._events._file = full
         resumed.log("train", 5, 2.5, {"loss": 0.5})
 
 
@@ -141,7 +141,7 @@ def test_a_row_on_a_full_disk(file, run):
 def test_a_file_that_cannot_be_closed_releases_the_lock(run, monkeypatch):
     resumed = RunDirectory(run)
     resumed.begin(CONFIG, 3)
-    monkeypatch.setattr(resumed._board, "close", no_room)
+    monkeypatch.setattr(resumed._events, "close", no_room)
     with pytest.raises(RunError, match="run cannot be written: No space"), resumed:
         pass
     lock_run(run).release()

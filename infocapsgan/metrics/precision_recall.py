@@ -1,27 +1,9 @@
-"""How near generated images come to real ones, in the features of both."""
+"""Precision and recall of generated images, in the features of real and generated ones."""
 
 import torch
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch import Tensor
 
 NEIGHBOURS = 3
-
-
-def frechet_distance(real: Tensor, generated: Tensor) -> float:
-    """Fréchet distance between the normal distributions fitted to two sets of features.
-
-    ‖m_r − m_g‖² + tr(S_r + S_g − 2 (S_r S_g)^½) with the means m and covariances S (Heusel et al. 2017).
-
-    Args:
-        real: features of real images [N, F].
-        generated: features of generated images [M, F].
-    """
-    given = nn.Identity()  # the features are made already, by a classifier that is not Inception
-    given.num_features = real.shape[1]
-    distance = FrechetInceptionDistance(given).to(real.device).set_dtype(torch.float64)
-    distance.update(real.double(), real=True)
-    distance.update(generated.double(), real=False)
-    return distance.compute().item()
 
 
 def precision_recall(real: Tensor, generated: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:

@@ -1,0 +1,56 @@
+"""How well a system that was trained with labels predicts them."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from sklearn.metrics import confusion_matrix
+from torch import Tensor
+
+from infocapsgan.data import Dataset
+from infocapsgan.metrics import Measured, register
+
+if TYPE_CHECKING:
+    from infocapsgan.systems import System
+
+
+def why_not(system: "System", dataset: Dataset) -> str:
+    """Why the group does not apply; empty where it does."""
+    return system.why_not("classify") or ("" if dataset.labelled else "its images have no labels")
+
+
+@register("classification", why_not)
+def classification(system: "System", dataset: Dataset, samples: int) -> Measured:
+    """Accuracy, error and losses of the test split, its confusion matrix; the error of pairs of labels."""
+    values, labels = system.test_predictions(dataset), dataset.test_labels
+    predicted = values.pop("predicted")
+    right = predicted == labels
+    metrics = {"accuracy": accuracy(predicted, labels)}
+    metrics["error"] = 1 - metrics["accuracy"]
+    if labels.dim() == 2:
+        metrics["pair_error"] = 1 - right.all(dim=1).double().mean().item()
+    metrics |= {name: loss.double().mean().item() for name, loss in values.items()}
+    return metrics, confusion(predicted, labels, system.image_shape.classes)
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """The share of predictions [N] that equal their label [N]."""
+    return float((predictions == labels).double().mean())
+
+
+def confusion(predictions: Tensor, labels: Tensor, classes: int) -> dict[str, list]:
+    """The confusion matrix, and from it how well each class is recognised.
+
+    Args:
+        predictions: [N] or, of several labels an image, [N, M] in the order of the labels.
+        labels: of the same shape.
+        classes: how many there are.
+
+    Returns:
+        `confusion`: how many images of a label (row) were predicted as a class (column) [classes][classes];
+        `per_class_accuracy`: the share of each label's images that were recognised [classes]; None where the
+        label has no image.
+    """
+    both = (values.cpu().numpy().ravel() for values in (labels, predictions))
+    count = confusion_matrix(*both, labels=np.arange(classes))
+    per_class = [int(count[j, j]) / int(row.sum()) if row.any() else None for j, row in enumerate(count)]
+    return {"confusion": count.tolist(), "per_class_accuracy": per_class}

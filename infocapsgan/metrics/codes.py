@@ -1,0 +1,73 @@
+"""What continuous codes mean on digits: how monotone slant and widths move along each code."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from infocapsgan.data import Dataset
+from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.metrics import HIGHER_IS_BETTER, Measured, register
+from infocapsgan.metrics.morphometry import MEASURES
+
+if TYPE_CHECKING:
+    from infocapsgan.systems import System
+
+DIGIT_SETS = ("digits", "mnist")
+ROWS_PER_CLASS, STEPS = 20, 11
+HIGHER_IS_BETTER |= {f"{name}_rank_correlation" for name in MEASURES}
+
+
+def why_not(system: "System", dataset: Dataset) -> str:
+    """Why the group does not apply; empty where it does."""
+    if system.settings.dataset not in DIGIT_SETS:
+        return f"slant and width are measured on {' and '.join(DIGIT_SETS)} only"
+    return "" if system.continuous_codes else "it has no continuous codes"
+
+
+@register("codes", why_not)
+def codes(system: "System", dataset: Dataset, samples: int) -> Measured:
+    """Spearman's rank correlation of slant, stroke width and digit width with each continuous code.
+
+    Along rows in which only the code changes, from −1 to 1, averaged over the rows, 20 a class; a row along
+    which a measure does not change counts as 0. The metrics are the largest absolute mean of any code.
+    """
+    values = torch.linspace(-1, 1, STEPS, device=system.device)
+    rows = torch.arange(system.codes, device=system.device).repeat_interleave(ROWS_PER_CLASS)
+    per_code: dict[str, list[float]] = {name: [] for name in MEASURES}
+    for index in range(system.continuous_codes):
+        images = system.generate(traversal(system, index, values, rows, ShardedGenerator(0, system.device)))
+        for name, measure in MEASURES.items():
+            per_code[name].append(mean_rank_correlation(values, measure(images).view(len(rows), -1)))
+    metrics = {f"{name}_rank_correlation": max(map(abs, each)) for name, each in per_code.items()}
+    return metrics, {f"{name}_of_each_code": each for name, each in per_code.items()}
+
+
+def traversal(system: "System", index: int, values: Tensor, codes: Tensor, rng: ShardedGenerator) -> Tensor:
+    """Latents of rows along which one continuous code goes through `values` and nothing else changes.
+
+    Args:
+        system: one with continuous codes.
+        index: of the continuous code.
+        values: of the code along a row [V].
+        codes: the class code of each row [R].
+        rng: where the noise and the other continuous codes of each row come from.
+
+    Returns:
+        [R · V, latent], row by row.
+    """
+    R, V = len(codes), len(values)
+    noise = rng.normal(R, system.noise_dim).repeat_interleave(V, dim=0)
+    continuous = rng.uniform(R, system.continuous_codes) * 2 - 1
+    continuous = continuous.repeat_interleave(V, dim=0)
+    continuous[:, index] = values.repeat(R)
+    return system.latents(noise, codes.repeat_interleave(V), continuous)
+
+
+def mean_rank_correlation(values: Tensor, rows: Tensor) -> float:
+    """Spearman's rank correlation of `rows` [R, V] with `values` [V], averaged; constant rows are 0."""
+    numbers = values.cpu().numpy()
+    each = [spearmanr(numbers, row).statistic if np.ptp(row) else 0.0 for row in rows.cpu().numpy()]
+    return float(np.mean(each))

@@ -1,0 +1,51 @@
+"""How close generated images come to real ones."""
+
+from typing import TYPE_CHECKING
+
+from infocapsgan.data import Dataset
+from infocapsgan.data.dataset import evenly
+from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.metrics import Measured, register
+from infocapsgan.metrics.features import FEATURES, feature_extractor
+from infocapsgan.metrics.frechet_distance import frechet_distance
+from infocapsgan.metrics.precision_recall import NEIGHBOURS, precision_recall
+
+if TYPE_CHECKING:
+    from infocapsgan.systems import System
+
+
+def why_not(system: "System", dataset: Dataset) -> str:
+    """Why the group does not apply; empty where it does."""
+    few = min(len(dataset.train_images), len(dataset.test_images)) <= NEIGHBOURS
+    return system.why_not("generate") or (
+        f"it takes {NEIGHBOURS + 1} training and test images" if few else ""
+    )
+
+
+@register("generation", why_not)
+def generation(system: "System", dataset: Dataset, samples: int) -> Measured:
+    """Fréchet distance, precision and recall of generated images against test images.
+
+    The distance of training images to the same test images stands beside them: nobody gets far below it.
+    """
+    number = min(samples, len(dataset.test_images))
+    extractor = feature_extractor(dataset, system.image_shape.classes)
+    rng = ShardedGenerator(0, dataset.train_images.device)
+    generated = system.generate(system.random_latents(number, rng, images=dataset.train_images))
+    real, of_training, of_generated = (
+        extractor.classifier.of_all(images)
+        for images in (evenly(dataset.test_images, number), evenly(dataset.train_images, number), generated)
+    )
+    precision, recall = precision_recall(real, of_generated)
+    metrics = {
+        "frechet_distance": frechet_distance(real, of_generated),
+        "sample_precision": precision,
+        "sample_recall": recall,
+    }
+    return metrics, {
+        "features": f"{FEATURES} of a classifier of {extractor.task} of {dataset.name}, not Inception",
+        "classifier_accuracy": extractor.accuracy,
+        "classifier_checksum": extractor.checksum,
+        "samples": number,
+        "frechet_distance_of_training_images": frechet_distance(real, of_training),
+    }

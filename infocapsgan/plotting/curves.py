@@ -1,0 +1,179 @@
+"""Losses and metrics of a run against its steps, and one metric of several runs against their epochs."""
+
+import json
+import re
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from infocapsgan.engine.loaded_run import LoadedRun
+from infocapsgan.engine.run_directory import SUMMARY, read_config, read_metrics
+from infocapsgan.metrics import best
+from infocapsgan.plotting import register
+from infocapsgan.plotting.figures import LOG_FROM, new_figure
+from infocapsgan.systems import NotApplicableError, System
+
+CLUSTERS, CAPSULES, SHARES, LOSSES = (
+    "share of images in each cluster",
+    "capsules of generator and discriminator",
+    "shares of images and scores, from 0 to 1",
+    "losses",
+)
+SPLITS = {"train": "training batches", "validation": "held-out training images", "evaluation": "test images"}
+Rows = Sequence[dict[str, Any]]
+
+
+@register
+def curves(
+    run: LoadedRun,
+    *,
+    metric: str | None = None,
+    beside: Sequence[Path] = (),
+    reach: Sequence[float] = (),
+) -> Figure:
+    """Losses and metrics of training batches, held-out and test images against steps; or one of several runs.
+
+    Args:
+        run: the run.
+        metric: one number only, against epochs.
+        beside: runs whose metric is drawn, too.
+        reach: values of the metric: the legend says in which epoch each run reached them.
+    """
+    if metric:
+        return comparison([run.path, *beside], metric, reach)
+    if beside or reach:
+        raise NotApplicableError("--beside, --reach: take --metric, the number to compare")
+    rows = read_metrics(run.path)
+    if not rows:
+        raise NotApplicableError(f"curves: {run.path} holds no metrics yet")
+    summary = run.path / SUMMARY
+    baselines = json.loads(summary.read_text())["baselines"] if summary.exists() else {}
+    title = f"{run.title}\nlosses and metrics during training"
+    return training_curves(rows, run.system, baselines.get(run.system.headline, {}), title)
+
+
+def training_curves(rows: Rows, system: System, baselines: dict[str, float], title: str) -> Figure:
+    """A panel for each kind of number and each split; an arrow in the legend says which way is better.
+
+    Args:
+        rows: of metrics.jsonl.
+        system: whose `terms` say what the numbers are.
+        baselines: values of the system's headline metric that simpler methods reach, by name.
+        title: of the figure.
+    """
+    panels = []
+    for split, images in SPLITS.items():
+        of_split = [row for row in rows if row["kind"] == split]
+        for kind in (LOSSES, SHARES, CLUSTERS, CAPSULES):
+            if names := [name for name in _names(of_split) if _kind(name) == kind]:
+                panels.append((f"{images}: {kind}", kind, of_split, names))
+    wide, high = min(3, len(panels)), -(-len(panels) // 3)
+    figure = new_figure(5.4 * wide, 4.0 * high, title)
+    axes = figure.subplots(high, wide, squeeze=False).ravel()
+    for place, (heading, kind, values, names) in zip(axes, panels, strict=False):
+        _plot(place, kind, values, names, system.terms)
+        place.set(xlabel="step", title=heading)
+        place.title.set_fontsize("medium")
+        if system.headline in names and values[0]["kind"] == "evaluation":
+            for (name, value), style in zip(baselines.items(), cycle(("--", ":", "-.")), strict=False):
+                place.axhline(value, color="gray", linestyle=style, label=f"{name}: {value:.3f}")
+        place.legend(fontsize="x-small", ncols=2 if len(names) > 5 else 1)
+    for place in axes[len(panels) :]:
+        place.set_visible(False)
+    return figure
+
+
+def _plot(axes: Axes, kind: str, rows: Rows, names: Sequence[str], terms: dict[str, str]) -> None:
+    for name in names:
+        having = [row for row in rows if name in row]
+        marks: dict[str, Any] = {"marker": "o", "markersize": 3} if len(having) < 40 else {}
+        label = name.replace("_", " ") + (f" {terms[name]}" if name in terms else "")
+        steps, values = [row["step"] for row in having], [row[name] for row in having]
+        axes.plot(steps, values, label=label, linewidth=1, **marks)
+    if kind == SHARES:
+        axes.set_ylim(min(0, axes.get_ylim()[0]), 1.02)
+    elif kind == CLUSTERS:
+        axes.set_ylim(0)
+    elif kind == LOSSES:
+        values = [row[name] for row in rows for name in names if name in row]
+        if min(values) > 0 and max(values) / min(values) > LOG_FROM:
+            axes.set_yscale("log")
+
+
+def _kind(name: str) -> str:
+    """The panel that a number of metrics.jsonl belongs to."""
+    if re.search(r"^share_of_cluster_\d+$", name):
+        return CLUSTERS
+    if re.search(r"cosine|distance|capsule_length", name):
+        return CAPSULES
+    return SHARES if re.search(r"accuracy|^nmi$|^ari$|^pair_error$", name) else LOSSES
+
+
+def _names(rows: Rows) -> list[str]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if name not in ("kind", "step", "epoch")]
+
+
+def comparison(paths: Sequence[Path], metric: str, reach: Sequence[float] = ()) -> Figure:
+    """`metric` of the runs against epochs.
+
+    Runs of one system have a colour each; of several systems, a colour a system and a line style a run.
+
+    Args:
+        paths: of the runs.
+        metric: a number of metrics.jsonl.
+        reach: values, each drawn as a line across; the legend tells the epoch of the first evaluation of each
+            run that is no worse.
+
+    Raises:
+        NotApplicableError: a run does not hold the metric, or nothing says which of its values are better.
+        RunError: there is no such run.
+    """
+    if reach and best(metric, [0.0]) is None:
+        raise NotApplicableError(f"--reach: neither more nor less of {metric} is better")
+    systems: dict[str, int] = {}
+    runs = []
+    for path in paths:
+        name, settings, *_ = read_config(path)
+        if not (line := points(read_metrics(path), metric)):
+            raise NotApplicableError(f"--metric: {path} holds no {metric}")
+        runs.append((path, f"{name} on {settings['dataset']}", line))
+        systems.setdefault(runs[-1][1], len(systems))
+    figure = new_figure(7.5, 5.0, f"{metric.replace('_', ' ')} during training")
+    axes = figure.subplots()
+    for number, (path, system, line) in enumerate(runs):
+        before = [other for _, other, _ in runs[:number]].count(system)
+        style = {"color": f"C{systems[system]}", "linestyle": ("-", "--", ":", "-.")[before % 4]}
+        if len(systems) == 1:
+            style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
+        epochs = [f"{value:g} in epoch {_shown(first_epoch(line, metric, value))}" for value in reach]
+        label = "\n".join([f"{system}: {path.resolve().name}", *epochs])
+        axes.plot(*zip(*line, strict=True), label=label, marker="o", markersize=3, linewidth=1, **style)
+    for value in reach:
+        axes.axhline(value, color="gray", linestyle="--", linewidth=0.8)
+    values = [value for _, _, line in runs for _, value in line]
+    if 0 < LOG_FROM * min(values) < max(values):
+        axes.set_yscale("log")
+    axes.set(xlabel="epoch", ylabel=metric.replace("_", " "))
+    axes.legend(fontsize="small")
+    return figure
+
+
+def points(rows: Rows, metric: str) -> list[tuple[float, float]]:
+    """Epoch and value of each evaluation that holds the metric; where none does, of each row that does."""
+    having = [row for row in rows if metric in row]
+    evaluations = [row for row in having if row["kind"] == "evaluation"]
+    return [(row["epoch"], row[metric]) for row in evaluations or having]
+
+
+def first_epoch(line: Sequence[tuple[float, float]], metric: str, value: float) -> float | None:
+    """The epoch of the first point that is no worse than `value`; None where there is none."""
+    return next((epoch for epoch, reached in line if best(metric, [reached, value]) == reached), None)
+
+
+def _shown(epoch: float | None) -> str:
+    return "–" if epoch is None else f"{epoch:.3g}"
