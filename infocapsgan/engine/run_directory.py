@@ -236,7 +236,7 @@ def read_config(path: Path) -> Config:
             f"{values.get('format', 1)}; takes format {FORMAT}: use that version, or train the system again"
         )
     for name, hint in get_type_hints(Config).items():
-        if not has_types(values, **{name: hint}):
+        if mismatch(values.get(name), hint):
             raise RunError(f"{path / CONFIG} is damaged: {name} is missing or of a wrong type")
     if values["image_shape"].keys() != {"channels", "size", "classes"}:
         raise RunError(f"{path / CONFIG} is damaged: image_shape takes channels, size and classes")
@@ -262,17 +262,14 @@ def _row(line: bytes) -> dict[str, Any] | None:
     """The row in a line; None where it is cut, garbled, or not of the numbers that log() writes."""
     with suppress(RecursionError, ValueError):
         row = json.loads(line)
-        numbers = {name: float for name in row if name != "kind"} | {"step": int, "epoch": float}
-        if isinstance(row, dict) and has_types(row, kind=str, **numbers):
-            return row
+        numbers = {name: int | float for name in row if name != "kind"} | {"step": int, "epoch": int | float}
+        return row if has_types(row, kind=str, **numbers) else None
     return None
 
 
 def has_types(values: Any, **types: Any) -> bool:
-    """Whether `values`, read from JSON, is a dict with these keys, and the value of each is of this type."""
-    return isinstance(values, dict) and not any(
-        mismatch(values.get(key), kind) for key, kind in types.items()
-    )
+    """Whether `values` is a dict with these keys, and the value of each is of this type."""
+    return isinstance(values, dict) and all(isinstance(values.get(key), kind) for key, kind in types.items())
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -184,6 +184,13 @@ def test_damaged_rows(line, run, capsys):
     assert f"warning: {run / 'metrics.jsonl'}: 1 damaged rows are left out" in capsys.readouterr().err
 
 
+def test_numbers_that_are_not_finite_are_kept(run):
+    with RunDirectory(run) as resumed:
+        resumed.begin(CONFIG, 3)
+        resumed.log("evaluation", 4, 2.0, {"nmi": float("nan"), "loss": float("inf")})
+    assert read_metrics(run)[-1]["loss"] == float("inf")
+
+
 def test_what_killed_processes_left_is_removed_when_a_run_begins(run):
     for name in (".curves.png.7.tmp", "samples/.samples-00000002.png.7.tmp"):
         (run / name).touch()
