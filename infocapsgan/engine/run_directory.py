@@ -260,7 +260,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     """The row in a line; None where it is cut, garbled, or not of the numbers that log() writes."""
-    with suppress(RecursionError, ValueError):
+    with suppress(RecursionError, TypeError, ValueError):
         row = json.loads(line)
         numbers = {name: int | float for name in row if name != "kind"} | {"step": int, "epoch": int | float}
         return row if has_types(row, kind=str, **numbers) else None

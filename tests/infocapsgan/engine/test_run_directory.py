@@ -166,6 +166,7 @@ def test_what_was_logged_after_the_checkpoint_is_dropped(run):
         b"\xff\xfe",
         b"[" * 100_000,
         b"[]",
+        b"5",
         b'{"kind": "train"}',
         b'{"kind": "train", "step": "3", "epoch": 1}',
         b'{"kind": 1, "step": 3, "epoch": 1}',
