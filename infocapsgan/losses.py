@@ -19,10 +19,14 @@ def margin_loss(
 
     Args:
         lengths: ‖v_j‖ of the class capsules [B, J].
-        target: T, one-hot or with several ones [B, J].
-        upper, lower: what the length of a present class should exceed, of an absent one stay below.
+        target: T, one-hot or with several ones [B, J], or the index of each sample's class, integers [B].
+        upper, lower: the length that a present class should exceed, and that an absent one should not.
         absent: weight of the absent classes.
+
+    Raises:
+        ValueError: the target has another shape or type, or an index is not one of the J classes.
     """
+    target = _multi_hot(target, lengths)
     present = target * F.relu(upper - lengths).square()
     return (present + absent * (1 - target) * F.relu(lengths - lower).square()).sum(dim=1)
 
@@ -143,6 +147,22 @@ def mode_seeking(
         mean((x[1::2] - x[0 : len(x) - 1 : 2]).abs().mean()) for x in (images, latents)
     )
     return 1 / (between_images / between_latents + least)
+
+
+def _multi_hot(target: Tensor, lengths: Tensor) -> Tensor:
+    """The target of margin_loss as numbers [B, J]."""
+    B, J = lengths.shape
+    if target.shape == (B, J):
+        return target if target.is_floating_point() else target.to(lengths.dtype)
+    if target.shape != (B,) or target.dtype == torch.bool or target.is_floating_point():
+        raise ValueError(
+            f"target: got {target.dtype} of shape {list(target.shape)}, takes classes as integers [{B}], "
+            f"or a number for each class [{B}, {J}]"
+        )
+    try:
+        return F.one_hot(target.long(), J)
+    except RuntimeError as error:  # on a GPU the kernel itself stops at such an index
+        raise ValueError(f"target: got {target.tolist()}, takes classes from 0 to {J - 1}") from error
 
 
 def _unit(x: Tensor) -> Tensor:

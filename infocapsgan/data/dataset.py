@@ -1,6 +1,6 @@
 """What a data set is."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -93,6 +93,11 @@ class Dataset:
 def evenly(images: Tensor, number: int) -> Tensor:
     """`number` of the images, spread over all of them: files may be sorted by class."""
     return images[torch.linspace(0, len(images) - 1, number, dtype=torch.float64).round().long()]
+
+
+def in_batches(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """function(inputs), of many inputs [N, …] up to 500 at a time."""
+    return torch.cat([function(part) for part in inputs.split(500)])
 
 
 def crop(images: Tensor, corners: Tensor, size: int) -> Tensor:

@@ -116,9 +116,14 @@ def download(url: str, path: Path, file: File) -> Path:
         OSError: the download failed or broke off.
     """
     if not path.is_file():
-        with locked(path) as folder:
+        with locked(path) as folder, TemporaryDirectory(prefix=f".{path.name}.", dir=folder) as temporary:
             if not path.is_file():  # another process may have downloaded it meanwhile
-                _download(url, path, file, folder)
+                print(f"downloading {url}", file=sys.stderr)
+                received = Path(temporary) / path.name
+                HTTPDownloader(progressbar=True)(url, str(received), None)
+                verify(received, file, f"what came from {url}", "it was removed, try again to get it anew")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(received, path)
                 return path
     verify(path, file)
     return path
@@ -139,16 +144,6 @@ def locked(path: Path) -> Iterator[Path]:
         finally:
             with suppress(PermissionError):  # Windows keeps open files; filelock itself removes them there
                 lock.unlink(missing_ok=True)
-
-
-def _download(url: str, path: Path, file: File, folder: Path) -> None:
-    print(f"downloading {url}", file=sys.stderr)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=folder) as temporary:
-        received = Path(temporary) / path.name
-        HTTPDownloader(progressbar=True)(url, str(received), None)
-        verify(received, file, f"what came from {url}", "it was removed, try again to get it anew")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(received, path)
 
 
 def verify(path: Path, file: File, name: str = "", remedy: str = REMEDY) -> None:

@@ -2,10 +2,14 @@
 
 import argparse
 import dataclasses
+import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any, get_type_hints
 
 import tyro
+from docstring_parser import parse_from_object
 
 from infocapsgan.engine.loaded_run import read_settings
 from infocapsgan.engine.run_directory import RunError
@@ -13,8 +17,25 @@ from infocapsgan.engine.settings import Settings
 from infocapsgan.systems import SYSTEMS
 from infocapsgan.systems.system import System
 
-PROGRAM = "python -m infocapsgan.train"
 DEFAULT_SYSTEM = "infocapsgan"
+GROUPS = {
+    "data": ("dataset", "data_dir", "image_size"),
+    "run directory": ("out", "resume", "log_every", "evaluate_every", "checkpoint_every"),
+    "machine": ("device", "impl", "precision", "compile"),
+}
+"""Headings in --help for options that all systems have; the others stand under "training"."""
+FOLDER = """\
+With --dataset folder the images are in --data-dir, laid out in one of three ways:
+  a.png b.jpg …                     images without labels
+  cats/a.png … dogs/b.png …         a folder for each class
+  train/… test/…                    both with images, or both with a folder for each class;
+                                    without them a fifth of the images is the test split"""
+
+
+def program(command: str) -> str:
+    """How the user called a command: `infocapsgan train`, or `python -m infocapsgan.train`."""
+    script = f"infocapsgan {command}"
+    return script if sys.argv[0] == script else f"python -m infocapsgan.{command}"
 
 
 def parse(words: Sequence[str]) -> tuple[type[System], Settings]:
@@ -24,72 +45,102 @@ def parse(words: Sequence[str]) -> tuple[type[System], Settings]:
     """
     if any(word == "--resume" or word.startswith("--resume=") for word in words):
         return _parse_resume(words)
-    name, options = _system_name(words)
-    system = SYSTEMS[name]
+    named = bool(words) and not words[0].startswith("-")
+    name = words[0] if named else DEFAULT_SYSTEM
+    if name not in SYSTEMS:
+        _parser().error(f"SYSTEM: got {name}, takes one of {', '.join(SYSTEMS)}")
+    system, options = SYSTEMS[name], list(words[named:])
     first = _parser(add_help=False)
     first.add_argument("--recipe", default="tuned")
     first.add_argument("--dataset", default="digits")
     chosen, _ = first.parse_known_args(options)
-    known = chosen.recipe in system.recipes and chosen.dataset in _choices(system, "dataset")
-    defaults = system.defaults(chosen.recipe, chosen.dataset) if known else system.defaults()
-    settings = tyro.cli(
-        system.Settings,
-        args=list(options),
-        default=defaults,
-        prog=f"{PROGRAM} {name}",
-        description=f"{system.Settings.__doc__}\n\nUsage: {PROGRAM} [{'|'.join(SYSTEMS)}] [options]. "
-        f"Defaults are those of --recipe {defaults.recipe} --dataset {defaults.dataset}.",
+    try:
+        defaults: Settings = system.defaults(chosen.recipe, chosen.dataset)
+    except ValueError:  # tyro says which of the two is wrong, and what it takes
+        defaults = system.defaults()
+    about = system.Settings.__doc__ if named else _overview()
+    groups: Any = tyro.cli(
+        _grouped(defaults),
+        args=options,
+        prog=" ".join([program("train"), *words[:named]]),
+        description=f"{about}\n\nUsage: {program('train')} [{'|'.join(SYSTEMS)}] [options]\n\nThe defaults "
+        f"below are those of {name} --recipe {defaults.recipe} --dataset {defaults.dataset}.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
     )
-    return system, settings
+    values = {name: value for group in vars(groups).values() for name, value in vars(group).items()}
+    try:
+        return system, system.Settings(**_absolute(values))
+    except ValueError as error:
+        _parser().error(str(error))
 
 
 def _parse_resume(words: Sequence[str]) -> tuple[type[System], Settings]:
-    """Every setting comes from the run; its length alone can be changed.
+    """Every setting comes from the run, except its length and where the data are now.
 
-    The recorded --max-steps would end training before the epochs asked for: --epochs given alone lifts it.
+    The recorded --max-steps would end training before the epochs asked for: --epochs without it lifts it.
     """
     parser = _parser()
     parser.add_argument("--resume", type=Path, metavar="DIR", required=True, help="run directory to continue")
-    parser.add_argument(
-        "--epochs",
-        type=int,
-        help="passes over the training images, in all; alone it lifts the --max-steps of the run",
-    )
+    parser.add_argument("--epochs", type=int, help="in all; without --max-steps it lifts that of the run")
     parser.add_argument("--max-steps", type=int, help="number of steps, in all")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data are now, if they moved")
     named = bool(words) and not words[0].startswith("-")
-    given, others = parser.parse_known_args(list(words[named:]))
+    options, others = parser.parse_known_args(list(words[named:]))
     if others:
         parser.error(
             f"{' '.join(others)}: cannot be given beside --resume, which takes every setting from the run; "
-            "only --epochs and --max-steps can"
+            "only --epochs, --max-steps and --data-dir can"
         )
     try:
-        name, settings = read_settings(given.resume)
+        name, settings = read_settings(options.resume)
     except RunError as error:
         parser.error(f"--resume: {error}")
     if named and words[0] != name:
-        parser.error(f"SYSTEM: got {words[0]}, but the run in {given.resume} is one of {name}")
-    length = {key: getattr(given, key) for key in ("epochs", "max_steps") if getattr(given, key) is not None}
-    if given.epochs is not None:
-        length["max_steps"] = given.max_steps
+        parser.error(f"SYSTEM: got {words[0]}, but the run in {options.resume} is one of {name}")
+    changed = {key: value for key, value in vars(options).items() if value is not None}
+    if "epochs" in changed:
+        changed.setdefault("max_steps", None)
     try:
-        settings = dataclasses.replace(settings, **length, resume=given.resume)
+        return SYSTEMS[name], dataclasses.replace(settings, **_absolute(changed))
     except ValueError as error:
         parser.error(str(error))
-    return SYSTEMS[name], settings
 
 
-def _system_name(words: Sequence[str]) -> tuple[str, Sequence[str]]:
-    if not words or words[0].startswith("-"):
-        return DEFAULT_SYSTEM, words
-    if words[0] not in SYSTEMS:
-        _parser().error(f"SYSTEM: got {words[0]}, takes one of {', '.join(SYSTEMS)}")
-    return words[0], words[1:]
+def _absolute(values: dict[str, Any]) -> dict[str, Any]:
+    """With the absolute path of the data, so that a run can be continued from another working directory."""
+    return values | ({"data_dir": values["data_dir"].absolute()} if values.get("data_dir") else {})
 
 
-def _parser(**options) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=PROGRAM, allow_abbrev=False, **options)
+def _grouped(defaults: Settings) -> type:
+    """A dataclass of dataclasses, one for each heading in --help, with fields and values of `defaults`."""
+    kind = type(defaults)
+    owners = [owner for owner in reversed(kind.__mro__) if dataclasses.is_dataclass(owner)]
+    hints = get_type_hints(kind, include_extras=True)
+    help_of = {doc.arg_name: doc.description for owner in owners for doc in parse_from_object(owner).params}
+    headings = {name: heading for heading, names in GROUPS.items() for name in names}
+    groups: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    for name in (field.name for field in dataclasses.fields(kind)):
+        owner = next(owner for owner in owners if name in owner.__dataclass_fields__)
+        if owner is Settings:
+            group = headings.get(name, "training"), ""
+        else:
+            group = owner.__name__.removesuffix("Settings"), str(owner.__doc__)
+        hint: Any = Annotated[hints[name], tyro.conf.arg(help=help_of[name])]
+        groups[group].append((name, hint, dataclasses.field(default=getattr(defaults, name))))
+    fields: list[Any] = []
+    for number, ((heading, about), options) in enumerate(groups.items()):
+        group_type = dataclasses.make_dataclass("Options", options)
+        hint = Annotated[group_type, tyro.conf.arg(name=heading, help=about)]
+        fields.append((f"group_{number}", hint, dataclasses.field(default_factory=group_type)))
+    return dataclasses.make_dataclass("Groups", fields)
 
 
-def _choices(system: type[System], field: str) -> tuple[str, ...]:
-    return system.Settings.__dataclass_fields__[field].type.__args__
+def _overview() -> str:
+    """The systems in a line each, and how a folder of images is laid out."""
+    first_lines = {name: str(system.Settings.__doc__).splitlines()[0] for name, system in SYSTEMS.items()}
+    lines = (f"  {name:13}{line.partition(': ')[2]}\n" for name, line in first_lines.items())
+    return f"Trains a system:\n{''.join(lines)}\nSYSTEM --help lists the options of one.\n\n{FOLDER}"
+
+
+def _parser(**options: Any) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=program("train"), allow_abbrev=False, **options)

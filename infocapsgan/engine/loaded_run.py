@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infocapsgan.data import Dataset
+from infocapsgan.data import Dataset, ImageShape
+from infocapsgan.data.dataset import in_batches
 from infocapsgan.data.images import to_images
 from infocapsgan.engine import checkpoint
 from infocapsgan.engine.device import local_device
@@ -20,8 +21,6 @@ from infocapsgan.engine.run_directory import RunError, read_config
 from infocapsgan.engine.settings import Settings
 from infocapsgan.models.capsule_encoder import Capsules
 from infocapsgan.systems import SYSTEMS, NotApplicableError, System
-
-BATCH = 500
 
 
 class Weights(NamedTuple):
@@ -84,9 +83,9 @@ class LoadedRun:
         system, pixels = self.system, self._images(images)
         if system.why_not("cluster"):
             system.require("classify", "predict")
-            probabilities, names = self._in_batches(system.classify, pixels), self.class_names
+            probabilities, names = in_batches(system.classify, pixels), self.class_names
         else:
-            probabilities = self._in_batches(system.code_probabilities, pixels)
+            probabilities = in_batches(system.code_probabilities, pixels)
             names = tuple(f"code {code}" for code in range(system.codes))
             labels = system.label_of_code
             if system.codes == len(self.class_names) and labels is not None and bool((labels >= 0).all()):
@@ -139,7 +138,7 @@ class LoadedRun:
                 )
             chosen["continuous"] = values.expand(number, -1)
         rng = ShardedGenerator(seed, self.device)
-        return system.generate(system.random_latents(number, rng, **chosen))
+        return in_batches(system.generate, system.random_latents(number, rng, **chosen))
 
     @torch.no_grad()
     def reconstruct(self, images: Any) -> Tensor:
@@ -149,7 +148,7 @@ class LoadedRun:
             NotApplicableError: the system reconstructs no images.
         """
         self.system.require("reconstruct", "reconstruct")
-        return self._in_batches(self.system.reconstruct, self._images(images))
+        return in_batches(self.system.reconstruct, self._images(images))
 
     @torch.no_grad()
     def capsules(self, images: Any) -> Capsules:
@@ -159,8 +158,7 @@ class LoadedRun:
             NotApplicableError: the system has no capsules.
         """
         self.system.require("capsules", "capsules")
-        parts = [self.system.capsules(part) for part in self._images(images).split(BATCH)]
-        return Capsules(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        return self.system.capsules(self._images(images))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -191,9 +189,6 @@ class LoadedRun:
 
     def _images(self, images: Any) -> Tensor:
         return to_images(images, self.system.image_shape).to(self.device)
-
-    def _in_batches(self, method: Any, images: Tensor) -> Tensor:
-        return torch.cat([method(part) for part in images.split(BATCH)])
 
     def _code(self, label: int | str | None, code: int | None) -> int:
         """The class code that is asked for."""
@@ -228,11 +223,11 @@ def load(path: str | Path, *, device: str = "auto", data_dir: str | Path | None 
             it, or there is no such device.
     """
     path = Path(path)
-    name, settings = read_settings(path)
+    config, (name, settings) = read_config(path), read_settings(path)
     weights = _weights(path)
     settings = replace(settings, data_dir=Path(data_dir)) if data_dir else settings
-    system = SYSTEMS[name](settings)
-    system.class_names = system.load_data().class_names  # TEMPORARY
+    system = SYSTEMS[name](settings, image_shape=ImageShape(**config.image_shape))
+    system.class_names = tuple(config.class_names)
     try:
         system.load_state_dict(load_file(weights.checkpoint / checkpoint.WEIGHTS))
     except RuntimeError as error:
@@ -260,7 +255,8 @@ def _weights(path: Path) -> Weights:
     folder = path / "checkpoints"
     if best := checkpoint.read_best(folder):
         return Weights(folder / checkpoint.BEST, best["step"])
-    saved = checkpoint.checkpoints(folder)
-    if not saved:
+    newest = checkpoint.load_newest(folder)
+    if newest is None:
         raise RunError(f"{path} has no checkpoint yet; train on with --resume {path}")
-    return Weights(saved[-1], int(saved[-1].name.removeprefix("step-")))
+    snapshot, saved = newest
+    return Weights(saved, snapshot.numbers["step"])

@@ -24,7 +24,6 @@ from infocapsgan.engine.settings import Settings
 from infocapsgan.engine.start import Training, prepare
 from infocapsgan.engine.train_state import NonFiniteLossError
 from infocapsgan.plotting.curves import training_curves
-from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.system import System
 
 PACE_FROM, PACE_TO = 5, 20  # steps between which the time of a step is measured, once
@@ -163,18 +162,17 @@ class Trainer:
         last = state.step == state.steps
         self.metrics = self.measure(self.centred if last else self.centred.head(10_000))
         self.run.log("evaluation", state.step, state.epoch, self.metrics)
-        sheets = self._measured(self.system.pictures, self.centred)
         if self.writes:
-            self.draw(sheets)
+            self.draw()
 
-    def draw(self, sheets: dict[str, Sheet]) -> None:
-        """Writes pictures, and the curves so far."""
+    def draw(self) -> None:
+        """Writes the system's pictures, and the curves of what was logged so far."""
         subject = f"{self.system.name} on {self.settings.dataset}"
+        sheets = self._measured(self.system.pictures, self.centred)
         title = f"{subject}: losses and metrics during training"
-        curves = training_curves(self.run.rows, self.system, self.baselines, title)
         with writing(self.run.path):
             self.run.draw(self.state.step, subject, sheets)
-            self.run.draw_curves(curves)
+            self.run.draw_curves(training_curves(self.run.rows, self.system, self.baselines, title))
 
     def measure(self, images: Dataset) -> dict[str, float]:
         """The metrics of the system, with those of its generated images where they are asked for."""

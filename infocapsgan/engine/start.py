@@ -68,6 +68,7 @@ def prepare(
     torch.manual_seed(settings.seed)
     system = system_class(settings).to(device)
     dataset = system.load_data().to(device)
+    system.class_names = dataset.class_names
     held_out = None
     if system.validation_share:
         dataset, held_out = dataset.hold_out(system.validation_share)
@@ -89,7 +90,6 @@ def prepare(
         processes=processes,
     )
     training = Training(system, dataset, held_out, batches, state, run)
-    system.class_names = dataset.class_names
     shape, names = system.image_shape._asdict(), list(dataset.class_names)
     config = Config(system.name, settings.to_json(), shape, names, dataset.split)
     if settings.resume:

@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from infocapsgan.data import Dataset
+from infocapsgan.data.dataset import in_batches
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.metrics import HIGHER_IS_BETTER, Measured, register
 from infocapsgan.metrics.morphometry import MEASURES
@@ -38,7 +39,8 @@ def codes(system: "System", dataset: Dataset, samples: int) -> Measured:
     rows = torch.arange(system.codes, device=system.device).repeat_interleave(ROWS_PER_CLASS)
     per_code: dict[str, list[float]] = {name: [] for name in MEASURES}
     for index in range(system.continuous_codes):
-        images = system.generate(traversal(system, index, values, rows, ShardedGenerator(0, system.device)))
+        latents = traversal(system, index, values, rows, ShardedGenerator(0, system.device))
+        images = in_batches(system.generate, latents)
         for name, measure in MEASURES.items():
             per_code[name].append(mean_rank_correlation(values, measure(images).view(len(rows), -1)))
     metrics = {f"{name}_rank_correlation": max(map(abs, each)) for name, each in per_code.items()}

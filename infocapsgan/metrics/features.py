@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from infocapsgan.data import Dataset
 from infocapsgan.data.augment import random_shift
 from infocapsgan.data.batches import Batches
-from infocapsgan.data.dataset import to_unit
+from infocapsgan.data.dataset import in_batches, to_unit
 from infocapsgan.data.files import cache_folder
 from infocapsgan.engine.atomic import atomic_folder
 from infocapsgan.engine.rng import ShardedGenerator
@@ -61,9 +61,8 @@ class FeatureClassifier(nn.Module):
 
     def of_all(self, images: Tensor) -> Tensor:
         """Features [N, 64] of images [N, C, H, W] as uint8, or in [0, 1]."""
-        parts = images.split(500)
         with torch.no_grad():
-            return torch.cat([self(to_unit(part) if part.dtype == torch.uint8 else part) for part in parts])
+            return in_batches(lambda part: self(to_unit(part)), images)
 
 
 @dataclass(frozen=True)

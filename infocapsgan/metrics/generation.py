@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from infocapsgan.data import Dataset
-from infocapsgan.data.dataset import evenly
+from infocapsgan.data.dataset import evenly, in_batches
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.metrics import Measured, register
 from infocapsgan.metrics.features import FEATURES, feature_extractor
@@ -31,7 +31,8 @@ def generation(system: "System", dataset: Dataset, samples: int) -> Measured:
     number = min(samples, len(dataset.test_images))
     extractor = feature_extractor(dataset, system.image_shape.classes)
     rng = ShardedGenerator(0, dataset.train_images.device)
-    generated = system.generate(system.random_latents(number, rng, images=dataset.train_images))
+    latents = system.random_latents(number, rng, images=dataset.train_images)
+    generated = in_batches(system.generate, latents)
     real, of_training, of_generated = (
         extractor.classifier.of_all(images)
         for images in (evenly(dataset.test_images, number), evenly(dataset.train_images, number), generated)

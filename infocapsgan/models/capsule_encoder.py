@@ -19,13 +19,15 @@ class Capsules(NamedTuple):
 class CapsuleEncoder(nn.Module):
     """Image → Conv, ReLU → primary capsules of 8 → routing → class capsules (Sabour et al. 2017, figure 1).
 
+    The first convolution has stride 1, and first_stride(size) for images of 48 × 48 and more.
+
     Args:
         channels: of the image.
         size: height and width of the image in pixels.
         classes: J, number of class capsules.
         width: channels of both convolutions; width / 8 types of primary capsules.
         class_dim: D, numbers in a class capsule.
-        kernel_size: of both convolutions, the second with stride 2.
+        kernel_size: of both convolutions; the second has stride 2.
         iterations: of the routing.
         batch_norm: whether to normalise between the first convolution and its ReLU.
         bias: whether the class capsules have a learned β.
@@ -47,7 +49,7 @@ class CapsuleEncoder(nn.Module):
         leaky: bool = False,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, width, kernel_size)
+        self.conv = nn.Conv2d(channels, width, kernel_size, stride=first_stride(size))
         self.norm = nn.BatchNorm2d(width) if batch_norm else nn.Identity()
         self.primary = PrimaryCapsules(width, width // PRIMARY_DIM, PRIMARY_DIM, kernel_size, stride=2)
         self.classes = RoutingCapsules(
@@ -61,13 +63,24 @@ class CapsuleEncoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Capsules:
+        """Images [B, C, H, W] → primary capsules [B, I, 8] and class capsules [B, J, D]."""
         primary = self.primary(self.norm(self.conv(images)).relu())
         return Capsules(primary, self.classes(primary))
 
 
+def first_stride(size: int) -> int:
+    """The stride that brings images of `size` pixels to about 32: size / 32, rounded; 1 below 48."""
+    return max(1, (size + 16) // 32)
+
+
+def first_grid(size: int, kernel_size: int) -> int:
+    """Height and width of what the first convolution makes of images of `size` pixels."""
+    return (size - kernel_size) // first_stride(size) + 1
+
+
 def primary_grid(size: int, kernel_size: int) -> int:
     """Height and width of the grid of primary capsules for images of `size` pixels."""
-    return (size - 2 * (kernel_size - 1) - 1) // 2 + 1
+    return (first_grid(size, kernel_size) - kernel_size) // 2 + 1
 
 
 def lengths(capsules: Tensor) -> Tensor:
@@ -78,9 +91,9 @@ def lengths(capsules: Tensor) -> Tensor:
 def unsquashed_lengths(capsules: Tensor) -> Tensor:
     """‖s‖ of capsules v = squash(s) [..., D] → [...], in float32.
 
-    √(‖v‖ / (1 − ‖v‖)), for ‖v‖ = ‖s‖² / (1 + ‖s‖²). Where s is short, ‖v‖ hardly moves with it: a
-    loss of ‖s‖ itself still reaches capsules that have shrunk to next to nothing. At 0 and from 100 on the
-    gradient is 0.
+    √(‖v‖ / (1 − ‖v‖)), for ‖v‖ = ‖s‖² / (1 + ‖s‖²). Where s is short, the gradient of ‖v‖ nearly
+    vanishes; that of ‖s‖ does not, so that a loss of it still trains capsules that are almost 0. At 0 and
+    from 100 on the gradient is 0.
     """
-    found = lengths(capsules).float()
-    return (found / (1 - found).clamp(min=1e-4)).clamp(1e-12, 1e4).sqrt()
+    squashed = lengths(capsules).float()
+    return (squashed / (1 - squashed).clamp(min=1e-4)).clamp(1e-12, 1e4).sqrt()

@@ -4,16 +4,18 @@ import torch
 from torch import Tensor, nn
 
 from capsops.nn import RoutingCapsules
-from infocapsgan.models.capsule_encoder import PRIMARY_DIM, Capsules, primary_grid
+from infocapsgan.models.capsule_encoder import PRIMARY_DIM, Capsules, first_grid, first_stride, primary_grid
 
-KERNEL_SIZE = 9  # of the encoder's convolutions, which this network runs backwards
+KERNEL_SIZE = 9  # of the convolutions of the encoder that this network inverts
 
 
 class CapsuleGenerator(nn.Module):
-    """Latent → class capsules → primary capsules → image: the capsule encoder turned round.
+    """Latent → class capsules → primary capsules → image: the layers of CapsuleEncoder in reverse order.
 
-    Both capsule layers are plain sums of predictions, squashed: s_j = Σ_i W_ij u_i, without routing. The
-    primary capsules are laid out as `width` channels and enlarged by two transposed convolutions.
+    Both capsule layers are squashed sums of predictions, s_j = Σ_i W_ij u_i, without routing. The primary
+    capsules are laid out as `width` channels and enlarged by two transposed convolutions with the strides of
+    the encoder. Each kernel is larger than 9 by what its convolution in the encoder leaves over at the edge,
+    so that the maps have the encoder's sizes.
 
     Args:
         latent_dim: numbers in a latent vector.
@@ -36,12 +38,13 @@ class CapsuleGenerator(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = primary_grid(size, KERNEL_SIZE)
+        middle, stride = first_grid(size, KERNEL_SIZE), first_stride(size)
         primary = width // PRIMARY_DIM * self.grid**2
         self.classes = RoutingCapsules(1, classes, latent_dim, class_dim, iterations=0, bias=False)
         self.primary = RoutingCapsules(classes, primary, class_dim, PRIMARY_DIM, iterations=0, bias=False)
-        self.enlarge = nn.ConvTranspose2d(width, width, KERNEL_SIZE + 1, stride=2)
+        self.enlarge = nn.ConvTranspose2d(width, width, middle - 2 * (self.grid - 1), stride=2)
         self.norm = nn.BatchNorm2d(width)
-        self.paint = nn.ConvTranspose2d(width, channels, KERNEL_SIZE)
+        self.paint = nn.ConvTranspose2d(width, channels, size - stride * (middle - 1), stride=stride)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Capsules]:
         """Latent vectors [B, latent_dim] → images [B, channels, size, size] in [−1, 1], and the capsules."""

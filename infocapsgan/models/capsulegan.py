@@ -36,8 +36,8 @@ class UpsamplingGenerator(nn.Module):
 class TransposedGenerator(nn.Module):
     """Latent → 128 × 3 × 3 → 64 × 5 × 5 → 32 × 7 × 7 → 3 × 14 × 14 → 28 × 28: CapsuleGAN's text.
 
-    Transposed convolutions with 3 × 3 kernels, ReLU between, tanh at the end. The maps are one larger at the
-    third layer for images of 32 × 32.
+    Transposed convolutions with 3 × 3 kernels, ReLU between, tanh at the end. Images of another size start
+    from maps of size / 4 − 4.
 
     Args:
         latent_dim: numbers in a latent vector.

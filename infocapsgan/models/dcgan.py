@@ -15,7 +15,8 @@ class ConvolutionalDiscriminator(nn.Module):
 
     def __init__(self, channels: int, size: int, *, width: int = 256) -> None:
         super().__init__()
-        layers, before = [], channels
+        layers: list[nn.Module] = []
+        before = channels
         for step, after in enumerate((width // 4, width // 2, width)):
             layers.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
             layers += [nn.BatchNorm2d(after)] if step else []

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infocapsgan.models.capsule_encoder import first_stride
+
 
 class FullyConnectedDecoder(nn.Module):
     """J · D → 512 → 1024 → pixels in [0, 1] (Sabour, Frosst, Hinton 2017, figure 2).
@@ -15,7 +17,8 @@ class FullyConnectedDecoder(nn.Module):
 
     def __init__(self, capsules: int, channels: int, size: int, *, batch_norm: bool = False) -> None:
         super().__init__()
-        layers, before = [], capsules
+        layers: list[nn.Module] = []
+        before = capsules
         for width in (512, 1024):
             layers += [nn.Linear(before, width)]
             layers += [nn.BatchNorm1d(width)] if batch_norm else []
@@ -29,6 +32,7 @@ class FullyConnectedDecoder(nn.Module):
         )
 
     def forward(self, capsules: Tensor) -> Tensor:
+        """Class capsules [B, J, D], masked → images [B, channels, size, size] in [0, 1]."""
         return self.layers(capsules.flatten(1))
 
 
@@ -36,7 +40,9 @@ class DeconvolutionalDecoder(nn.Module):
     """J · D → J maps → ConvT(32, k9, s2) → ConvT(64, k9) → ConvT(k2) → pixels in [0, 1].
 
     The maps are 6 × 6 for images of 28 × 28; larger images have one more ConvT(128, k9), and start from
-    4 × 4 for 32 × 32. It has a fifth of the fully connected decoder's weights (public CapsNet studies).
+    4 × 4 for 32 × 32. For images of 48 × 48 and more the last convolution has stride first_stride(size), a
+    kernel of twice that and more, and the others make maps for an image that is smaller by that stride. At
+    28 × 28 it has a fifth of the fully connected decoder's weights (public CapsNet studies).
 
     Args:
         capsules: J · D, numbers in all class capsules together.
@@ -51,9 +57,11 @@ class DeconvolutionalDecoder(nn.Module):
         super().__init__()
         if size % 2 or size < 18:
             raise ValueError(f"size: got {size}, takes an even number of pixels, at least 18")
-        widths = (32, 64) if size <= 28 else (32, 64, 128)
-        grid = size // 2 - 4 * len(widths)  # what the kernels of 9 and 2 and the stride add up from
-        layers = [nn.Linear(capsules, classes * grid**2)]
+        stride = first_stride(size)
+        half = size // stride // 2
+        widths = (32, 64) if half <= 14 else (32, 64, 128)
+        grid = half - 4 * len(widths)  # stride 2 and kernels of 9 make 2 · half − 1 of it
+        layers: list[nn.Module] = [nn.Linear(capsules, classes * grid**2)]
         layers += [nn.BatchNorm1d(classes * grid**2)] if batch_norm else []
         layers += [nn.ReLU(), nn.Unflatten(1, (classes, grid, grid))]
         before = classes
@@ -62,9 +70,11 @@ class DeconvolutionalDecoder(nn.Module):
             layers += [nn.BatchNorm2d(width)] if batch_norm else []
             layers += [nn.ReLU()]
             before = width
-        self.layers = nn.Sequential(*layers, nn.ConvTranspose2d(before, channels, 2), nn.Sigmoid())
+        last = nn.ConvTranspose2d(before, channels, size - stride * (2 * half - 2), stride=stride)
+        self.layers = nn.Sequential(*layers, last, nn.Sigmoid())
 
     def forward(self, capsules: Tensor) -> Tensor:
+        """Class capsules [B, J, D], masked → images [B, channels, size, size] in [0, 1]."""
         return self.layers(capsules.flatten(1))
 
 

@@ -7,7 +7,8 @@ class InfoGANGenerator(nn.Module):
     """Latent → dense 16·width → dense maps of 2·width → ConvT k4 s2, …: InfoGAN's generator.
 
     Batch norm and ReLU between, tanh at the end. Images of 28 × 28 are enlarged twice from 7 × 7, of 32 × 32
-    three times from 4 × 4 (Chen et al. 2016, appendix C.1).
+    three times from 4 × 4 (Chen et al. 2016, appendix C.1), larger ones infogan_levels(size) times; output
+    padding gives the odd sizes between.
 
     Args:
         latent_dim: numbers in a latent vector.
@@ -18,7 +19,7 @@ class InfoGANGenerator(nn.Module):
     def __init__(self, latent_dim: int, channels: int, size: int, *, width: int = 64) -> None:
         super().__init__()
         levels = infogan_levels(size)
-        before, grid = width * 2 ** (levels - 1), size // 2**levels
+        before, grid = width * 2 ** (levels - 1), size >> levels
         layers = [
             nn.Linear(latent_dim, 16 * width),
             nn.BatchNorm1d(16 * width),
@@ -28,16 +29,12 @@ class InfoGANGenerator(nn.Module):
             nn.ReLU(),
             nn.Unflatten(1, (before, grid, grid)),
         ]
-        for _ in range(levels - 1):
-            layers += [
-                nn.ConvTranspose2d(before, before // 2, 4, stride=2, padding=1),
-                nn.BatchNorm2d(before // 2),
-                nn.ReLU(),
-            ]
-            before //= 2
-        self.layers = nn.Sequential(
-            *layers, nn.ConvTranspose2d(before, channels, 4, stride=2, padding=1), nn.Tanh()
-        )
+        for level in reversed(range(levels)):
+            after, odd = before // 2 if level else channels, (size >> level) % 2
+            layers.append(nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, output_padding=odd))
+            layers += [nn.BatchNorm2d(after), nn.ReLU()] if level else [nn.Tanh()]
+            before = after
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, latent: Tensor) -> Tensor:
         """Latent vectors [B, latent_dim] → images [B, channels, size, size] in [−1, 1]."""
@@ -57,14 +54,15 @@ class InfoGANTrunk(nn.Module):
 
     def __init__(self, channels: int, size: int, *, width: int = 64, batch_norm: bool = True) -> None:
         super().__init__()
-        layers, before = [], channels
+        layers: list[nn.Module] = []
+        before = channels
         for level in range(infogan_levels(size)):
             after = width * 2**level
             layers.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
             layers += [nn.BatchNorm2d(after)] if level and batch_norm else []
             layers.append(nn.LeakyReLU(0.1))
             before = after
-        grid = size // 2 ** infogan_levels(size)
+        grid = size >> infogan_levels(size)
         self.layers = nn.Sequential(
             *layers,
             nn.Flatten(),
@@ -79,5 +77,5 @@ class InfoGANTrunk(nn.Module):
 
 
 def infogan_levels(size: int) -> int:
-    """How many times InfoGAN halves an image: 28 → 7, 32 → 4."""
-    return 2 if size <= 28 else 3
+    """How many times InfoGAN halves an image: until it is smaller than 8, 28 → 7, 32 → 4, 100 → 6."""
+    return size.bit_length() - 3

@@ -9,11 +9,12 @@ from infocapsgan.models.capsule_encoder import PRIMARY_DIM, Capsules
 class StackedCapsuleEncoder(nn.Module):
     """Image → four convolutions → primary capsules of 8 → routing → class capsules.
 
-    In place of CapsuleEncoder's two convolutions of 9 × 9 there are five of 3 × 3 with width / 2, width,
-    width, 2 · width and 2 · width channels, the last those of width / 4 types of primary capsules. The second
-    and the last have stride 2. A primary capsule sees 17 × 17 pixels, as CapsuleEncoder's does. A deeper stem
-    with batch norm under the capsules is the idea of Efficient-CapsNet (Mazzia, Salvetti, Chiaberge 2021),
-    whose attention in place of routing is not used here.
+    CapsuleEncoder has two convolutions of 9 × 9; this has five of 3 × 3 with width / 2, width, width,
+    2 · width and 2 · width channels, the last those of width / 4 types of primary capsules. The second and
+    the last have stride 2; the first too for images of 48 × 48 and more, the third for 96 × 96 and more. For
+    images below 48 × 48 a primary capsule sees 17 × 17 pixels, as CapsuleEncoder's does. A deeper stem with
+    batch norm is the idea of Efficient-CapsNet (Mazzia, Salvetti, Chiaberge 2021), whose attention is not
+    used here: this network has routing.
 
     Args:
         channels: of the image.
@@ -37,12 +38,14 @@ class StackedCapsuleEncoder(nn.Module):
         leaky: bool = False,
     ) -> None:
         super().__init__()
-        layers, before = [], channels
-        for after, stride in ((width // 2, 1), (width, 2), (width, 1), (2 * width, 1)):
+        layers: list[nn.Module] = []
+        before = channels
+        strides = (2 if size >= 48 else 1, 2, 2 if size >= 96 else 1, 1)
+        for after, stride in zip((width // 2, width, width, 2 * width), strides, strict=True):
             layers.append(nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False))
             layers += [nn.BatchNorm2d(after), nn.ReLU()]
-            before = after
-        types, grid = before // PRIMARY_DIM, ((size + 1) // 2 - 3) // 2 + 1
+            before, size = after, (size - 1) // stride + 1
+        types, grid = before // PRIMARY_DIM, (size - 3) // 2 + 1
         self.stem = nn.Sequential(*layers)
         self.primary = PrimaryCapsules(before, types, PRIMARY_DIM, 3, stride=2)
         self.classes = RoutingCapsules(

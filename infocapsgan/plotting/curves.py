@@ -138,10 +138,10 @@ def comparison(paths: Sequence[Path], metric: str, reach: Sequence[float] = ()) 
     systems: dict[str, int] = {}
     runs = []
     for path in paths:
-        name, settings, *_ = read_config(path)
+        config = read_config(path)
         if not (line := points(read_metrics(path), metric)):
             raise NotApplicableError(f"--metric: {path} holds no {metric}")
-        runs.append((path, f"{name} on {settings['dataset']}", line))
+        runs.append((path, f"{config.system} on {config.settings['dataset']}", line))
         systems.setdefault(runs[-1][1], len(systems))
     figure = new_figure(7.5, 5.0, f"{metric.replace('_', ' ')} during training")
     axes = figure.subplots()

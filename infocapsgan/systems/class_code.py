@@ -18,7 +18,7 @@ from torch import Tensor
 from infocapsgan import losses
 from infocapsgan.data import Dataset
 from infocapsgan.data.augment import random_affine, random_erasing
-from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.data.dataset import in_batches, to_symmetric
 from infocapsgan.engine.settings import Share, Weight, Whole
 from infocapsgan.engine.train_state import TrainState
 from infocapsgan.metrics.matching import clustering_metrics, kmeans_accuracy, match_clusters
@@ -167,7 +167,7 @@ class ClassCodeGAN(GAN):
 
     def cluster(self, images: Tensor) -> Tensor:
         """The most probable class code of each image [N]."""
-        return torch.cat([self.class_logits(to_symmetric(part)) for part in images.split(500)]).argmax(dim=1)
+        return in_batches(lambda part: self.class_logits(to_symmetric(part)), images).argmax(dim=1)
 
     def code_probabilities(self, images: Tensor) -> Tensor:
         """The probability of each class code [N, codes]; each row adds up to 1."""

@@ -14,7 +14,7 @@ from capsops.nn import RoutingCapsules
 from infocapsgan import losses
 from infocapsgan.data import Dataset
 from infocapsgan.data.augment import random_affine
-from infocapsgan.data.dataset import to_symmetric, to_unit
+from infocapsgan.data.dataset import in_batches, to_symmetric, to_unit
 from infocapsgan.engine.settings import Weight
 from infocapsgan.engine.train_state import TrainState, adam
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules, lengths
@@ -69,7 +69,7 @@ class Encoder(Supervised, name="encoder"):
 
     def test_predictions(self, dataset: Dataset) -> dict[str, Tensor]:
         """For each test image its `predicted` class [N] and its `margin_loss` [N]."""
-        found = torch.cat([self.classify(part) for part in dataset.test_images.split(500)])
+        found = in_batches(self.classify, dataset.test_images)
         return {
             "predicted": found.argmax(dim=1),
             "margin_loss": self.margin_loss(found, dataset.test_labels),

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from infocapsgan import losses
 from infocapsgan.data import Dataset
-from infocapsgan.data.dataset import evenly, to_symmetric
+from infocapsgan.data.dataset import evenly, in_batches, to_symmetric
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Range, Settings, Weight, Whole
 from infocapsgan.engine.train_state import TrainState
@@ -88,9 +88,8 @@ class GAN(System):
 
     def generate(self, latents: Tensor) -> Tensor:
         """Latent vectors [N, …] → images [N, C, H, W] in [0, 1]."""
-        parts = [self.sampling_generator(part) for part in latents.to(self.device).split(500)]
-        images = torch.cat([part[0] if isinstance(part, tuple) else part for part in parts])
-        return (images.float() + 1) / 2
+        images = self.sampling_generator(latents.to(self.device))
+        return ((images[0] if isinstance(images, tuple) else images).float() + 1) / 2
 
     def sample_quality(self, dataset: Dataset) -> dict[str, float]:
         """The Fréchet distance of --frechet-samples generated images to as many test images."""
@@ -99,7 +98,8 @@ class GAN(System):
             return {}
         classifier = feature_extractor(dataset, self.image_shape.classes).classifier
         rng = ShardedGenerator(0, self.device)
-        generated = self.generate(self.random_latents(number, rng, images=dataset.train_images))
+        latents = self.random_latents(number, rng, images=dataset.train_images)
+        generated = in_batches(self.generate, latents)
         real, generated = (
             classifier.of_all(images) for images in (evenly(dataset.test_images, number), generated)
         )

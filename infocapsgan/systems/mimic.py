@@ -13,7 +13,7 @@ from torch import Tensor
 import capsops
 from capsops.nn import RoutingCapsules
 from infocapsgan.data import Dataset
-from infocapsgan.data.dataset import to_symmetric, to_unit
+from infocapsgan.data.dataset import in_batches, to_symmetric, to_unit
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Weight
 from infocapsgan.engine.train_state import TrainState
@@ -110,11 +110,15 @@ class Mimic(GAN, name="mimic"):
                 "the latents of mimic are computed from real images: reconstruct() takes them"
             )
         chosen = images[rng.integers(len(images), number)]
-        return torch.cat([self.discriminator(to_symmetric(part)).last for part in chosen.split(500)])
+        return in_batches(lambda part: self.discriminator(to_symmetric(part)).last, chosen)
+
+    def copied(self, images: Tensor) -> Tensor:
+        """What the generator makes of images [B, C, H, W] in [−1, 1], in that range, too."""
+        return self.sampling_generator(self.discriminator(images).last)[0]
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """What the generator makes of the discriminator's last capsule of each image."""
-        return self.generate(self.discriminator(to_symmetric(images)).last)
+        return (self.copied(to_symmetric(images)).float() + 1) / 2
 
     def capsules(self, images: Tensor) -> Capsules:
         """The discriminator's primary capsules [N, I, 8] and class capsules [N, J, 16]."""
@@ -130,7 +134,7 @@ class Mimic(GAN, name="mimic"):
         real_right, generated_right, errors = [], [], []
         for part in dataset.test_images[:1000].split(250):
             real = to_symmetric(part)
-            copies = self.sampling_generator(self.discriminator(real).last)[0]
+            copies = self.copied(real)
             real_right.append(self.logits(real) > 0)
             generated_right.append(self.logits(copies) < 0)
             errors.append(squared_error(copies, real) * len(real))

@@ -1,12 +1,14 @@
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from infocapsgan import data
 from infocapsgan.engine.command_line import parse
+from infocapsgan.engine.run_directory import Config, write_config
 from infocapsgan.engine.settings import option_name
 from infocapsgan.systems import SYSTEMS, CapsNet, InfoCapsGAN
 
@@ -73,9 +75,13 @@ def test_values_are_checked_in_python_too():
 
 @pytest.fixture
 def run(tmp_path):
-    settings = CapsNet.defaults("published", "mnist").to_json()
-    (tmp_path / "config.json").write_text(json.dumps({"system": "capsnet", "settings": settings}))
+    record(tmp_path, CapsNet.defaults("published", "mnist"))
     return tmp_path
+
+
+def record(path, settings):
+    shape = {"channels": 1, "size": 28, "classes": 10}
+    write_config(path, Config("capsnet", settings.to_json(), shape, list("0123456789"), None))
 
 
 def test_resume_takes_the_settings_of_the_run(run):
@@ -87,8 +93,7 @@ def test_resume_takes_the_settings_of_the_run(run):
 
 
 def test_epochs_alone_lift_the_recorded_number_of_steps(run):
-    settings = CapsNet(max_steps=7, epochs=20).settings.to_json()
-    (run / "config.json").write_text(json.dumps({"system": "capsnet", "settings": settings}))
+    record(run, CapsNet(max_steps=7, epochs=20).settings)
     for words, epochs, steps in (
         ([], 20, 7),
         (["--epochs", "50"], 50, None),
@@ -101,6 +106,7 @@ def test_epochs_alone_lift_the_recorded_number_of_steps(run):
 
 def test_nothing_else_can_be_given_beside_resume(run, capsys):
     assert "--seed 3: cannot be given beside --resume" in fails(capsys, "--resume", str(run), "--seed", "3")
+    assert "only --epochs, --max-steps and --data-dir can" in fails(capsys, f"--resume={run}", "--out", "x")
     assert "is one of capsnet" in fails(capsys, "infocapsgan", "--resume", str(run))
     assert "--epochs: got 0, takes at least 1" in fails(capsys, "--resume", str(run), "--epochs", "0")
 
@@ -114,13 +120,84 @@ def test_resume_of_a_run_of_another_version(run, capsys):
     fewer = {name: value for name, value in config["settings"].items() if name != "out"}
     for changed, message in (
         ({"system": "resnet"}, "holds a run of 'resnet', which is none of infocapsgan"),
-        ({"settings": config["settings"] | {"depth": 3}}, "by another version of infocapsgan: .*'depth'"),
-        ({"settings": fewer}, "by another version of infocapsgan: 'out'"),
+        (
+            {"settings": config["settings"] | {"depth": 3}},
+            "by another version of infocapsgan: --depth is unknown",
+        ),
+        ({"settings": fewer}, "by another version of infocapsgan: --out is missing"),
     ):
         (run / "config.json").write_text(json.dumps(config | changed))
         assert re.search(f"--resume: .*{message}", fails(capsys, "--resume", str(run)))
 
 
-def test_paths_stay_paths():
+def test_a_relative_data_dir_becomes_absolute(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     settings = parse(["--out", "somewhere", "--data-dir", "data"])[1]
-    assert (settings.out, settings.data_dir) == (Path("somewhere"), Path("data"))
+    assert (settings.out, settings.data_dir) == (Path("somewhere"), tmp_path / "data")
+    assert parse(["--data-dir", "/data"])[1].data_dir == Path("/data")
+    assert parse(["--resume", str(run), "--data-dir", "moved"])[1].data_dir == tmp_path / "moved"
+    assert parse(["--resume", str(run)])[1].data_dir is None
+
+
+def headings(capsys, *words):
+    """The options under each heading of --help."""
+    with pytest.raises(SystemExit):
+        parse([*words, "--help"])
+    found = {}
+    for line in capsys.readouterr().out.splitlines():
+        text = line.strip(" ╭╮│─")
+        if re.fullmatch("([A-Za-z ]+ )?options", text):
+            options = found[text] = []
+        elif option := re.match("--[a-z-]+[a-z]", text):
+            options.append(option[0])
+    return found
+
+
+def test_help_groups_the_options(capsys):
+    found = headings(capsys, "infogan")
+    assert list(found) == [
+        "options",
+        "training options",
+        "data options",
+        "run directory options",
+        "machine options",
+        "GAN options",
+        "ClassCode options",
+        "InfoGAN options",
+    ]
+    assert found["machine options"] == ["--device", "--impl", "--precision", "--compile"]
+    assert {"--epochs", "--batch-size", "--seed"} <= set(
+        found["training options"]
+    )  # batch_size is overridden
+    assert {"--out", "--resume", "--log-every"} <= set(found["run directory options"])
+    assert "--adversarial-loss" in found["GAN options"]
+    assert "--noise-dim" in found["InfoGAN options"]
+    assert list(headings(capsys, "capsulegan"))[-3:] == ["GAN options", "DCGAN options", "CapsuleGAN options"]
+    assert list(headings(capsys, "capsnet"))[-2:] == ["Supervised options", "CapsNet options"]
+
+
+def test_help_without_a_system_says_what_each_is_and_how_folders_are_laid_out(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = capsys.readouterr().out
+    for name in SYSTEMS:
+        assert len(re.findall(rf"^  {name} +[\w-].*\.$", shown, re.MULTILINE)) == 1
+    assert "capsnet      supervised capsule classifier with reconstruction (Sabour, Frosst, Hinton" in shown
+    assert re.search("cats/a.png .* a folder for each class\n", shown)
+    assert "train/… test/…" in shown
+    assert "machine options" in shown
+    assert shown.startswith("usage: python -m infocapsgan.train [-h]")
+
+
+def test_help_shows_the_text_of_the_most_special_class(capsys):
+    with pytest.raises(SystemExit):
+        parse(["capsnet", "--help"])
+    assert "multi-mnist overlays pairs" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_the_name_of_the_program_in_messages(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["infocapsgan train"])
+    assert "infocapsgan train: error: SYSTEM: got resnet" in fails(capsys, "resnet")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/infocapsgan/train.py"])
+    assert "python -m infocapsgan.train: error: SYSTEM: got resnet" in fails(capsys, "resnet")

@@ -19,6 +19,35 @@ def test_margin_loss_of_two_present_classes():
     torch.testing.assert_close(losses.margin_loss(lengths, target), torch.tensor([0.2**2 + 0.5 * 0.2**2]))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_margin_loss_of_labels_where_there_are_as_many_as_classes(dtype):
+    lengths, labels = torch.rand(4, 4), torch.tensor([3, 1, 0, 2])
+    wanted = torch.tensor([0.8915, 0.4855, 0.4156, 0.4573])
+    for target in (labels, torch.eye(4)[labels], torch.eye(4, dtype=torch.bool)[labels]):
+        target = target.to(dtype) if target is labels else target
+        torch.testing.assert_close(losses.margin_loss(lengths, target), wanted, atol=1e-4, rtol=0)
+    one_hot = torch.eye(4, dtype=dtype)[labels]
+    torch.testing.assert_close(losses.margin_loss(lengths, one_hot), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.zeros(3), r"target: got torch.float32 of shape \[3\], takes classes as integers \[3\], or a "),
+        (torch.zeros(3, dtype=torch.bool), "target: got torch.bool"),
+        (torch.zeros(2, dtype=torch.int64), r"target: .* of shape \[2\]"),
+        (torch.zeros(3, 1), r"target: .* of shape \[3, 1\]"),
+        (torch.zeros(1, 4), r"target: .* of shape \[1, 4\]"),
+        (torch.zeros(()), r"target: .* of shape \[\]"),
+        (torch.tensor([0, 1, 4]), r"target: got \[0, 1, 4\], takes classes from 0 to 3"),
+        (torch.tensor([0, -1, 2]), r"target: got \[0, -1, 2\], takes classes from 0 to 3"),
+    ],
+)
+def test_margin_loss_of_what_is_no_target(target, message):
+    with pytest.raises(ValueError, match=message):
+        losses.margin_loss(torch.rand(3, 4), target)
+
+
 def test_adversarial_losses_by_hand():
     zero, large = torch.zeros(3), torch.full((3,), 100.0)
     assert losses.discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2))

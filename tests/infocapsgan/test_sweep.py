@@ -1,7 +1,9 @@
 import json
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from infocapsgan import data, sweep
+from infocapsgan.engine import sweep as engine
 from infocapsgan.engine.checkpoint import checkpoints
-from infocapsgan.engine.run_directory import read_metrics
+from infocapsgan.engine.run_directory import alone, read_metrics
 from infocapsgan.metrics.clustering import best
 from infocapsgan.systems import CapsNet
 from tests.processes import ROOT, Process, start_python
@@ -32,7 +35,7 @@ def forked(monkeypatch):
         return Process(command[1:], env, log=stdout)
 
     if sys.platform == "linux":
-        monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": start}))
+        monkeypatch.setattr(engine, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": start}))
 
 
 def fails(capsys, *words):
@@ -42,9 +45,9 @@ def fails(capsys, *words):
     return " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def write_run(found, seed, value, *, baseline=0.8, seconds=10.0):
+def write_run(found, seed, value, *, baseline=0.8, seconds=10.0, exist_ok=False):
     path = found.run(seed)
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=exist_ok)
     summary = {
         "metrics": {"unsupervised_accuracy": value, "share_of_cluster_0": 0.1},
         "baselines": {"unsupervised_accuracy": {"k-means on pixels": baseline}},
@@ -83,6 +86,7 @@ def test_nothing_starts_before_all_options_are_right(capsys, monkeypatch):
         (("capsnet", "--seeds", "1,1"), "--seeds: got 1,1, takes"),
         (("capsnet", "--seeds", "x"), "--seeds: got x, takes"),
         (("capsnet", "--seeds", "1", "--jobs", "0"), "--jobs: got 0, takes a whole number of at least 1"),
+        (("capsnet", "--seeds", "1", "--jobs", "x"), "--jobs: invalid int value: 'x'"),
         (("capsnet", "--seeds", "1", "--failed-below", "95"), "--failed-below: got 95, takes a number from"),
         (("capsnet", "--seeds", "1", "--seed", "3"), "--seed: cannot be given to a sweep"),
         (("capsnet", "--seeds", "1", "--resume=x"), "--resume: cannot be given to a sweep"),
@@ -164,16 +168,95 @@ def test_less_is_better_of_an_error():
 
 def test_a_folder_is_for_one_sweep(tmp_path):
     words = ["capsnet", "--seeds", "0", "--out", str(tmp_path)]
-    sweep.remember(sweep.parse(words))
-    sweep.remember(sweep.parse([*words[:2], "5..7", *words[3:]]))
+
+    def claim(*words):
+        with sweep.claimed(sweep.parse(words)):
+            pass
+
+    claim(*words)
+    claim(*words[:2], "5..7", *words[3:])
     with pytest.raises(sweep.SweepError, match="holds a sweep with other settings: epochs 15"):
-        sweep.remember(sweep.parse([*words, "--epochs", "2"]))
-    with sweep.alone(tmp_path), pytest.raises(sweep.SweepError, match="still at work"), sweep.alone(tmp_path):
-        pass
+        claim(*words, "--epochs", "2")
+    with (
+        sweep.claimed(sweep.parse(words)),
+        pytest.raises(sweep.SweepError, match="another sweep is still at work in"),
+    ):
+        claim(*words)
     (tmp_path / "sweep.json").unlink()
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(sweep.SweepError, match="is not empty and holds no sweep"):
-        sweep.remember(sweep.parse(words))
+        claim(*words)
+
+
+def test_the_commits_of_all_starts(tmp_path, monkeypatch):
+    chosen = sweep.parse(["capsnet", "--seeds", "0", "--out", str(tmp_path)])
+    for commit, known in (("a1", "a1"), ("a1", "a1"), (None, "a1"), ("b2-dirty", "a1 / b2-dirty")):
+        monkeypatch.setattr(engine, "_commit", lambda commit=commit: commit)
+        with sweep.claimed(chosen) as commits:
+            assert commits == known
+
+
+def test_a_file_in_place_of_the_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    words = ["capsnet", "--seeds", "0", "--out", str(tmp_path / "file" / "sweep")]
+    monkeypatch.setattr(sys, "argv", ["sweep", *words])
+    with pytest.raises(SystemExit, match="error: .*file"):
+        sweep.main()
+
+
+class LeftBehind(threading.Thread):
+    """Trains the run of a seed for a moment, as the process that a killed sweep left behind."""
+
+    def __init__(self, chosen, seed):
+        super().__init__()
+        self.chosen, self.seed = chosen, seed
+        self.path = chosen.run(seed)
+        self.path.mkdir(parents=True)
+        self.lock = alone(self.path)
+        self.start()
+
+    def run(self):
+        time.sleep(0.3)
+        write_run(self.chosen, self.seed, 0.9, exist_ok=True)
+        self.lock.release()
+
+
+def test_runs_that_a_killed_sweep_left_behind_are_waited_for(tmp_path, monkeypatch, capsys):
+    chosen = sweep.parse(["infocapsgan", "--seeds", "0,1", "--out", str(tmp_path)])
+    started = []
+
+    class Ends:
+        def __init__(self, command, **_):
+            started.append(int(command[command.index("--seed") + 1]))
+            assert (chosen.run(0) / "summary.json").exists()  # the run left behind counts as the one job
+            write_run(chosen, started[-1], 0.9)
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(engine.subprocess, "Popen", Ends)
+    left = LeftBehind(chosen, 0)
+    assert sweep.run_all(chosen) == {}
+    left.join()
+    assert started == [1]
+    assert f"seed 0: another process trains {chosen.run(0)}; waiting for it" in capsys.readouterr().out
+
+
+def test_a_run_left_behind_that_locks_its_folder_after_the_sweep_looked(tmp_path, monkeypatch):
+    chosen = sweep.parse(["infocapsgan", "--seeds", "0", "--out", str(tmp_path)])
+    left = []
+
+    class Refused:
+        def __init__(self, command, **_):
+            left.append(LeftBehind(chosen, 0))
+
+        def poll(self):
+            return 1
+
+    monkeypatch.setattr(engine.subprocess, "Popen", Refused)
+    assert sweep.run_all(chosen) == {}
+    assert len(left) == 1
+    left[0].join()
 
 
 def test_a_sweep_interrupted_and_taken_up_again(forked, tmp_path, monkeypatch, capsys):
@@ -209,7 +292,7 @@ def test_a_sweep_interrupted_and_taken_up_again(forked, tmp_path, monkeypatch, c
     assert [row["step"] for row in rows if row["kind"] == "train"] == [10, 20, 30]
 
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("seed-*/*.json")}
-    assert again().startswith("seed 0: is finished\nseed 1: is finished\n")
+    assert re.match(r"seed 0: is finished: accuracy .*\nseed 1: is finished: accuracy .*\n\|", again())
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
@@ -227,11 +310,10 @@ def test_a_crash_is_counted_and_the_others_go_on_and_are_evaluated(forked, tmp_p
     )
     found.run(0).mkdir()
     (found.run(0) / "config.json").write_text('{"system": "resnet", "settings": {}}')
-    outcome = sweep.run_all(found)
-    assert not outcome.interrupted
-    assert list(outcome.crashed) == [0]
-    assert "resnet" in outcome.crashed[0]
-    metrics = sweep.summarise(found, outcome.crashed)["metrics"]
+    crashed = sweep.run_all(found)
+    assert list(crashed) == [0]
+    assert "resnet" in crashed[0]
+    metrics = sweep.summarise(found, crashed)["metrics"]
     assert metrics["error"]["values"] == [1 - metrics["accuracy"]["best"]]
 
 
@@ -258,8 +340,8 @@ def test_as_many_runs_at_a_time_as_asked_for_and_all_on_one_device(tmp_path, mon
                 Path(self.words[1], "evaluation.json").write_text("{}")
             return 0
 
-    monkeypatch.setattr(sweep.subprocess, "Popen", Process)
-    assert not sweep.run_all(found).crashed
+    monkeypatch.setattr(engine.subprocess, "Popen", Process)
+    assert sweep.run_all(found) == {}
     assert len(commands) == 6
     assert max(most) == 2
     for command in commands:

@@ -351,13 +351,13 @@ def test_mistakes_of_clusters_that_are_matched_on_the_training_split(trained_as,
     assert captions == ["0 → 1", "0 → 1", "1 → 0"]
 
 
-def test_labels_are_words_where_the_data_have_words(trained_as, tmp_path, monkeypatch):
-    for name in ("encoder", "capsnet"):
-        monkeypatch.setattr(SYSTEMS[name], "class_names", ("a long word",) * 10)
-    captions = [text.get_text() for text in mistakes(trained_as("encoder")).axes[0].texts]
+def test_labels_are_words_where_the_data_have_words(trained_as, monkeypatch):
+    encoder, capsnet = trained_as("encoder"), trained_as("capsnet")
+    for run in (encoder, capsnet):
+        monkeypatch.setattr(run.system, "class_names", ("a long word",) * 10)
+    captions = [text.get_text() for text in mistakes(encoder).axes[0].texts]
     assert set(captions) == {"a long word\n→ a long word"}
-    heads = ticks(reconstruct(trained_as("capsnet")).axes[0])[0]
-    assert set(heads) == {"a long word\na long word"}
+    assert set(ticks(reconstruct(capsnet).axes[0])[0]) == {"a long word\na long word"}
 
 
 def test_no_mistake_is_no_picture(trained_as, monkeypatch):

@@ -25,12 +25,22 @@ def window(mode):
     pixels[..., :3] = RED
     pixels[8:24, 8:24, 3] = 255
     image = Image.fromarray(pixels)
+    if mode == "PA":
+        with_palette = image.convert("RGB").quantize().convert("PA")
+        with_palette.putalpha(image.getchannel("A"))
+        return with_palette
     return image.quantize() if mode == "P" else image.convert(mode)
 
 
 @pytest.mark.parametrize(
     ("mode", "suffix", "options"),
-    [("RGBA", "png", {}), ("RGBA", "webp", {"lossless": True}), ("P", "png", {}), ("RGBA", "gif", {})],
+    [
+        ("RGBA", "png", {}),
+        ("RGBA", "webp", {"lossless": True}),
+        ("P", "png", {}),
+        ("PA", "tif", {}),
+        ("RGBA", "gif", {}),
+    ],
 )
 def test_transparency_is_composited_on_black(mode, suffix, options, tmp_path):
     pixels = read_image(saved(window(mode), tmp_path / f"x.{suffix}", **options), 3, 32).int()

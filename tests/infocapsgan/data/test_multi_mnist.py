@@ -94,9 +94,9 @@ def test_each_digit_is_rebuilt_by_itself(digits):
     pairs, labels = next(of_digits(*digits, *digits, 6).test_batches(6))
     pairs = to_unit(pairs)
     capsules = torch.rand(6, 10, 16)
-    found = system.rebuilding_error(capsules, labels, pairs, "squared")
+    found = system.reconstruction_error(capsules, labels, pairs, "squared")
     alone = [
-        system.rebuilding_error(capsules, labels[:, digit], pairs[:, digit, None], "squared")
+        system.reconstruction_error(capsules, labels[:, digit], pairs[:, digit, None], "squared")
         for digit in (0, 1)
     ]
     torch.testing.assert_close(found, sum(alone) / 2)
@@ -119,10 +119,10 @@ def test_capsnet_trains_on_pairs_and_tells_both_digits(digits):
     system.eval()
     with torch.no_grad():
         metrics = system.evaluate(dataset)
-        pictures, columns = system.pictures(dataset)["reconstructions"]
+        sheet = system.pictures(dataset)["reconstructions"]
     assert metrics["pair_error"] >= 1 - metrics["accuracy"]
-    assert pictures.shape == (50, 1, 36, 36)
-    assert columns == 10
+    assert sheet.images.shape == (50, 1, 36, 36)
+    assert sheet.columns == 10
     rest, held_out = dataset.hold_out(0.25)
     assert (len(rest.train_labels), held_out.test_images.shape) == (30, (10, 2, 36, 36))
 

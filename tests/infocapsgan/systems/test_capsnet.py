@@ -17,7 +17,7 @@ from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.train_state import TrainState, parameter_count
 from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
 from infocapsgan.systems import CapsNet, capsnet
-from infocapsgan.systems.capsnet import reconstruction_error, schedule
+from infocapsgan.systems.capsnet import image_error, schedule
 from tests.tiers import slow
 
 
@@ -54,8 +54,8 @@ def test_the_reconstruction_comes_from_the_class_that_is_given_or_from_the_longe
 
 def test_errors_are_sums_over_pixels():
     rebuilt, images = torch.tensor([[0.5, 1.0], [0, 0]]), torch.tensor([[0.0, 0], [0, 0.5]])
-    assert reconstruction_error(rebuilt, images, "squared").tolist() == [1.25, 0.25]
-    assert reconstruction_error(rebuilt, images, "absolute").tolist() == [1.5, 0.5]
+    assert image_error(rebuilt, images, "squared").tolist() == [1.25, 0.25]
+    assert image_error(rebuilt, images, "absolute").tolist() == [1.5, 0.5]
 
 
 def test_schedules_by_hand():
@@ -127,10 +127,11 @@ def test_pictures_are_rebuilt_from_the_true_and_below_from_the_predicted_class(m
     digits = data.load("digits")
     images, labels = to_unit(digits.test_images[:10]), digits.test_labels[:10]
     with torch.no_grad():
-        pictures, columns = system.pictures(digits)["reconstructions"]
+        sheet = system.pictures(digits)["reconstructions"]
         wanted = [images, *(system.model(images, classes)[1] for classes in (labels, (labels + 1) % 10))]
-    assert columns == 10
-    torch.testing.assert_close(pictures, torch.cat(wanted))
+    assert sheet.columns == 10
+    assert sheet.heads[0] == f"{labels[0]}\n{(labels[0] + 1) % 10}"
+    torch.testing.assert_close(sheet.images, torch.cat(wanted))
 
 
 @pytest.mark.parametrize(

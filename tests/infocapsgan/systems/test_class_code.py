@@ -116,7 +116,7 @@ def test_how_many_images_are_of_each_class(name, digits):
     few = digits.head(300)
     with torch.no_grad():
         metrics = system.evaluate(few)
-        found = torch.bincount(system.clusters(few.test_images), minlength=10)
+        found = torch.bincount(system.cluster(few.test_images), minlength=10)
     shares = [metrics[f"share_of_cluster_{j}"] for j in range(10)]
     assert shares == pytest.approx((found / found.sum()).tolist())
 
@@ -127,7 +127,7 @@ def test_pictures_have_a_code_in_each_row_and_a_noise_in_each_column(name, digit
     latents, noise_dim = [], system.settings.noise_dim
     system.sampling_generator.register_forward_hook(lambda _, inputs, __: latents.append(inputs[0]))
     with torch.no_grad():
-        columns = system.pictures(digits)["samples"][1]
+        columns = system.pictures(digits)["samples"].columns
     noise, code, _ = latents[0].view(10, columns, -1).tensor_split((noise_dim, noise_dim + 10), dim=2)
     torch.testing.assert_close(noise, noise[:1].expand_as(noise))
     assert len(noise[0].unique(dim=0)) == columns

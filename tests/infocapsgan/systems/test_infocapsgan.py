@@ -42,11 +42,11 @@ def test_published_initialisation():
 def test_noise_and_code_are_squashed_together_as_published():
     system = InfoCapsGAN(recipe="published", width=8)
     noise, code = torch.randn(5, 52), torch.arange(5)
-    latent = system.latent(noise, code)
+    latent = system.latents(noise, code)
     together = torch.cat([noise, torch.eye(10)[:5]], dim=1)
     n = together.norm(dim=1, keepdim=True)
     torch.testing.assert_close(latent, together * n / (1 + n**2))
-    assert InfoCapsGAN(width=8).latent(noise, code)[:, 52:].argmax(dim=1).tolist() == [0, 1, 2, 3, 4]
+    assert InfoCapsGAN(width=8).latents(noise, code)[:, 52:].argmax(dim=1).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("recipe", "loss"), [("tuned", "code"), slow("published", "discriminator")])
@@ -95,8 +95,8 @@ def test_a_batch_without_neighbours_is_refused():
 
 
 def test_neighbours_are_of_one_class_where_their_images_are_kept_apart(monkeypatch):
-    codes, latent = [], InfoCapsGAN.latent
-    monkeypatch.setattr(InfoCapsGAN, "latent", lambda *given: codes.append(given[2]) or latent(*given))
+    codes, latents = [], InfoCapsGAN.latents
+    monkeypatch.setattr(InfoCapsGAN, "latents", lambda *given: codes.append(given[2]) or latents(*given))
     digits = data.load("digits")
     for weight, B in ((0.0, 16), (0.5, 16), (0.5, 7)):
         torch.manual_seed(0)

@@ -67,9 +67,9 @@ def test_accuracies_of_detection_are_named():
 
 def test_information_loss_by_hand():
     system = InfoGAN(width=8)
-    categories = torch.zeros(2, 10)
+    categories = torch.zeros(2, 1, 10)
     found, wanted = torch.tensor([[0.0, 1], [1, 1]]), torch.tensor([[1.0, 1], [1, -1]])
-    total, categorical, squared = system.information_loss(categories, torch.tensor([3, 4]), found, wanted)
+    total, categorical, squared = system.information_loss(categories, torch.tensor([[3], [4]]), found, wanted)
     assert categorical.item() == pytest.approx(math.log(10))
     assert squared.item() == 2.5
     assert total.item() == pytest.approx(math.log(10) + 0.5 * 2.5)
@@ -100,16 +100,16 @@ def test_training_lowers_the_code_losses():
     assert rows[-1]["categorical"] < 0.8 * rows[0]["categorical"]
 
 
-def test_continuous_codes_are_drawn_from_minus_one_to_one(monkeypatch):
-    drawn, latent = [], InfoGAN.latent
-    monkeypatch.setattr(InfoGAN, "latent", lambda *given: drawn.append(given[3]) or latent(*given))
+def test_continuous_codes_are_sampled_from_minus_one_to_one(monkeypatch):
+    seen, latents = [], InfoGAN.latents
+    monkeypatch.setattr(InfoGAN, "latents", lambda *given: seen.append(given[3]) or latents(*given))
     torch.manual_seed(0)
     system = InfoGAN(width=8, batch_size=64, warm_up=0)
     digits = data.load("digits")
     system.step(
         digits.train_images[:64], digits.train_labels[:64], TrainState(system.optimizers, ShardedGenerator(0))
     )
-    (codes,) = drawn
+    (codes,) = seen
     assert -1 <= codes.min() < -0.8
     assert 0.8 < codes.max() <= 1
 
@@ -169,3 +169,37 @@ def test_each_part_has_its_own_learning_rate():
     assert rates == {"discriminator": 3e-4, "generator": 5e-4, "classes": 7e-4}
     betas = {optimizer.param_groups[0]["betas"] for optimizer in system.optimizers.values()}
     assert betas == {(0.5, 0.999)}
+
+
+def test_several_categorical_codes_of_any_number_of_values():
+    torch.manual_seed(0)
+    digits = data.load("digits")
+    system = InfoGAN(width=8, batch_size=32, warm_up=0, categorical_codes=3, values=4, noise_dim=4)
+    assert (system.codes, system.latents(torch.zeros(2, 4)).shape) == (4, (2, 4 + 3 * 4 + 2))
+    state = TrainState(system.optimizers, ShardedGenerator(0))
+    rows = [system.step(digits.train_images[:32], digits.train_labels[:32], state) for _ in range(60)]
+    assert rows[0]["categorical"] > 2.5 * math.log(4)  # of each code
+    assert rows[-1]["categorical"] < 0.8 * rows[0]["categorical"]
+    system.eval()
+    with torch.no_grad():
+        _, categories, continuous = system.discriminator(torch.zeros(5, 1, 28, 28))
+        metrics = system.evaluate(digits.head(100))
+        sheets = system.pictures(digits)
+        latents = system.random_latents(200, ShardedGenerator(0), code=torch.full((200,), 3))
+    assert (categories.shape, continuous.shape) == ((5, 3, 4), (5, 2))
+    assert (system.label_of_code >= 0).all()  # four clusters have four of the ten labels
+    assert len([name for name in metrics if name.startswith("share_of_cluster")]) == 4
+    names = ["samples", "continuous_code_0", "continuous_code_1", "categorical_code_1", "categorical_code_2"]
+    assert list(sheets) == names
+    codes = latents[:, 4:16].view(200, 3, 4)
+    assert (codes.sum(dim=2) == 1).all()
+    assert (codes[:, 0].argmax(dim=1) == 3).all()
+    assert codes[:, 1:].sum(dim=0).min() > 30
+
+
+def test_the_first_code_and_all_codes_of_a_latent():
+    system, noise = InfoGAN(width=8, categorical_codes=2, values=3, noise_dim=1), torch.zeros(2, 1)
+    first = system.latents(noise, torch.tensor([2, 1]))
+    assert first[:, 1:7].tolist() == [[0, 0, 1, 1, 0, 0], [0, 1, 0, 1, 0, 0]]
+    both = system.latents(noise, torch.tensor([[2, 1], [0, 2]]), torch.ones(2, 2))
+    assert both.tolist() == [[0, 0, 0, 1, 0, 1, 0, 1, 1], [0, 1, 0, 0, 0, 0, 1, 1, 1]]

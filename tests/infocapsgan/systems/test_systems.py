@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 
 from infocapsgan import data
-from infocapsgan.data import folder
 from infocapsgan.engine import checkpoint
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.train_state import DTYPES, TrainState
-from infocapsgan.systems import SYSTEMS
+from infocapsgan.systems import ABILITIES, SYSTEMS, NotApplicableError
 from infocapsgan.systems.gan import GAN
 from infocapsgan.systems.supervised import Supervised
 from tests.tiers import fast_only, slow
@@ -36,6 +35,18 @@ FULL["infocapsgan"] |= {"batch_norm": True, "smoothness_weight": 1.0}
 FULL["infogan"] |= {"warm_up": 2, "smoothness_after": 1}
 FULL["capsnet"] |= {"encoder_batch_norm": True, "decoder_batch_norm": True, "deform": 1.0, "flip": True}
 FULL["capsnet"] |= {"brightness": 0.1, "contrast": 0.1, "reconstruction_schedule": "early"}
+
+
+GENERATES, ROUTES = {"generate", "latents"}, {"capsules", "routing"}
+CAN = {
+    "capsnet": {"classify", "reconstruct", "decode"} | ROUTES,
+    "encoder": {"classify"} | ROUTES,
+    "infocapsgan": {"cluster"} | GENERATES | ROUTES,
+    "mimic": {"generate", "reconstruct"} | ROUTES,
+    "infogan": {"cluster"} | GENERATES,
+    "capsulegan": GENERATES | ROUTES,
+    "dcgan": GENERATES,
+}
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +94,10 @@ def test_twenty_steps_evaluation_and_pictures(name, recipe, digits):
         pictures = system.pictures(digits)
     assert 0 <= metrics[system.headline] <= 1
     assert pictures
-    for images, columns in pictures.values():
-        assert images.shape[1:] == (1, 28, 28)
-        assert images.shape[0] % columns == 0
-        assert 0 <= images.min() <= images.max() <= 1
+    for sheet in pictures.values():
+        assert sheet.images.shape[1:] == (1, 28, 28)
+        assert len(sheet.images) % sheet.columns == 0
+        assert 0 <= sheet.images.min() <= sheet.images.max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -121,20 +132,21 @@ def finite_and_changed(system, dataset):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "shape"), [("cifar10", (3, 32, 32)), ("smallnorb", (1, 32, 32)), ("folder", (3, 32, 32))]
+    ("dataset", "shape"), [("cifar10", (3, 32, 32)), ("smallnorb", (1, 32, 32)), ("folder", (3, 64, 64))]
 )
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_step_on_images_of_other_shapes(name, dataset, shape, tmp_path):
     torch.manual_seed(0)
     options = SMALL[name] | {"data_dir": tmp_path, "batch_size": 4}
-    system = SYSTEMS[name](dataset=dataset, **options)
+    image_shape = data.ImageShape(shape[0], shape[1], 10) if dataset == "folder" else None
+    system = SYSTEMS[name](dataset=dataset, image_shape=image_shape, **options)
     images, labels = torch.randint(256, (4, *shape)).byte(), torch.arange(4)
     named = system.step(images, labels, TrainState(system.optimizers, ShardedGenerator(0)))
     assert all(torch.isfinite(value) for value in named.values())
     few = data.Dataset(dataset, images, labels, images.repeat(3, 1, 1, 1), labels.repeat(3), size=32)
     system.eval()
     with torch.no_grad():
-        assert all(images.shape[1:] == shape for images, _ in system.pictures(few).values())
+        assert all(sheet.images.shape[1:] == shape for sheet in system.pictures(few).values())
 
 
 @pytest.mark.parametrize("name", fast_only(["capsnet", "infocapsgan"], SYSTEMS))
@@ -169,16 +181,56 @@ def test_no_weights_of_an_unsupervised_system_are_chosen():
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_folder_is_looked_through_once(name, tmp_path, monkeypatch):
-    looked, classes = [], folder.classes
-    monkeypatch.setattr(folder, "classes", lambda data_dir: looked.append(data_dir) or classes(data_dir))
+    looked, shape = [], data.ImageShape(3, 32, 10)
+    monkeypatch.setattr(data, "image_shape", lambda *given, **more: looked.append(given) or shape)
     torch.manual_seed(0)
     options = SMALL[name] | {"data_dir": tmp_path, "batch_size": 4}
     system = SYSTEMS[name](dataset="folder", **options)
     images, labels = torch.randint(256, (4, 3, 32, 32)).byte(), torch.arange(4)
     for one in (system, copy.deepcopy(system), pickle.loads(pickle.dumps(system))):
         one.step(images, labels, TrainState(one.optimizers, ShardedGenerator(0)))
-        assert one.image_shape == (3, 32, 10)
-    assert looked == [tmp_path]
+        assert one.image_shape == shape
+    assert looked == [("folder", tmp_path)]
+    SYSTEMS[name](dataset="folder", image_shape=shape, **options)
+    assert len(looked) == 1
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_abilities(name, digits):
+    system, images = SYSTEMS[name](**SMALL[name]).eval(), digits.test_images[:6]
+    able = {ability for ability in ABILITIES if not system.why_not(ability)}
+    assert able == CAN[name]
+    unit = images.float() / 255
+    with torch.no_grad():
+        if "capsules" in able:
+            primary, classes = system.capsules(images)
+            assert (primary.shape[2], classes.shape) == (8, (6, 10, 16))
+            assert system.routing.weight.shape[0] == primary.shape[1]
+            torch.testing.assert_close(system.capsules(unit).classes, classes)
+        if "classify" in able:
+            lengths = system.classify(images)
+            assert lengths.shape == (6, 10)
+            assert torch.equal(lengths.argmax(dim=1), system.test_predictions(digits)["predicted"][:6])
+            torch.testing.assert_close(system.classify(unit), lengths)
+        if "cluster" in able:
+            probabilities = system.code_probabilities(images)
+            torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(6))
+            assert torch.equal(probabilities.argmax(dim=1), system.cluster(images))
+            torch.testing.assert_close(system.code_probabilities(unit), probabilities)
+        if "reconstruct" in able:
+            rebuilt = system.reconstruct(images)
+            assert rebuilt.shape == images.shape
+            assert 0 <= rebuilt.min() <= rebuilt.max() <= 1
+            torch.testing.assert_close(system.reconstruct(unit), rebuilt)
+        if "generate" in able:
+            latents = system.random_latents(3, ShardedGenerator(0), images=images)
+            assert system.generate(latents).shape == (3, 1, 28, 28)
+        if "latents" in able:
+            noise = torch.randn(2, system.noise_dim)
+            assert system.latents(noise).shape[1] == latents.shape[1]
+    for ability in set(ABILITIES) - able:
+        with pytest.raises(NotApplicableError, match=f"x does not apply to this {name}: .*; it applies to "):
+            system.require(ability, "x")
 
 
 @pytest.mark.parametrize("place", ["", "one_class"])

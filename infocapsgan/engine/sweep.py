@@ -1,0 +1,308 @@
+"""Several runs of one system, which differ in their seed, and what they come to."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from infocapsgan.engine.run_directory import EVALUATION, SUMMARY, RunError, alone, write_json
+from infocapsgan.engine.settings import Settings
+from infocapsgan.metrics.clustering import best
+from infocapsgan.systems import SYSTEMS
+
+
+class SweepError(RuntimeError):
+    """A sweep cannot start in its folder, or its runs did not leave what a summary is made of."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a command asks for."""
+
+    name: str  # of the system
+    settings: Settings  # of its runs, except for seed and folder
+    options: tuple[str, ...]  # the words that give those settings to train
+    seeds: tuple[int, ...]  # one run each
+    path: Path  # the folder of the sweep
+    jobs: int  # how many runs at a time
+    failed_below: float | None  # the headline metric that a run must reach; None: see infocapsgan.sweep
+    evaluated: bool  # whether infocapsgan.evaluate measures each run at its end
+
+    @property
+    def headline(self) -> str:
+        """The metric that decides whether a run has failed."""
+        return SYSTEMS[self.name].headline
+
+    @property
+    def results(self) -> list[str]:
+        """The files that a finished run has, in the order in which they are written."""
+        return [SUMMARY, EVALUATION] if self.evaluated else [SUMMARY]
+
+    def run(self, seed: int) -> Path:
+        """The run directory of a seed."""
+        return self.path / f"seed-{seed}"
+
+    def log(self, seed: int) -> Path:
+        """What the processes of a seed print."""
+        return self.path / f"seed-{seed}.log"
+
+    def missing(self, seed: int) -> Path | None:
+        """The file that the next process of a seed has to write; None where the seed is finished."""
+        return next((path for name in self.results if not (path := self.run(seed) / name).exists()), None)
+
+    def read(self, seed: int, name: str) -> dict[str, Any]:
+        """One of the results of a seed."""
+        return json.loads((self.run(seed) / name).read_text())
+
+
+def run_all(sweep: Sweep) -> dict[int, str]:
+    """Runs the processes of all seeds that are not finished, `jobs` at a time, and waits for them.
+
+    SIGINT, SIGTERM and SIGHUP are passed on to the runs, which save their state; a second one kills them.
+    Returns the last line that each crashed run printed, by its seed.
+
+    Raises:
+        KeyboardInterrupt: a signal ended the runs.
+    """
+    with _received_signals() as signals, ThreadPoolExecutor(sweep.jobs) as pool:
+        lines = list(pool.map(lambda seed: _finish(sweep, seed, signals), sweep.seeds))
+    if signals:
+        raise KeyboardInterrupt
+    return {seed: line for seed, line in zip(sweep.seeds, lines, strict=True) if line}
+
+
+def _finish(sweep: Sweep, seed: int, signals: list[int]) -> str:
+    """Runs one process after the other until a seed is finished; returns the last line of one that crashed.
+
+    A run that a killed sweep left behind still trains: it is waited for, in place of one of the jobs.
+    """
+    while (wanted := sweep.missing(seed)) and not signals:
+        if _in_use(run := sweep.run(seed)):
+            print(f"seed {seed}: another process trains {run}; waiting for it", flush=True)
+            while _in_use(run) and not signals:
+                time.sleep(0.1)
+            continue
+        process, passed_on = _start(sweep, seed), 0
+        while process.poll() is None:
+            if len(signals) > passed_on:
+                passed_on = len(signals)
+                process.send_signal(signal.SIGTERM if passed_on == 1 else signal.SIGKILL)
+            time.sleep(0.1)
+        if not (wanted.exists() or signals or _in_use(run)):
+            lines = sweep.log(seed).read_text(errors="replace").splitlines()
+            last = next((line for line in reversed(lines) if line.strip()), "nothing was printed")
+            print(f"seed {seed}: crashed: {last}", flush=True)
+            return last
+    if not wanted:
+        summary = sweep.read(seed, SUMMARY)
+        value, seconds = summary["metrics"][sweep.headline], summary["seconds"]
+        print(f"seed {seed}: is finished: {sweep.headline} {value:.4f} in {seconds:.0f} s", flush=True)
+    return ""
+
+
+def _in_use(run: Path) -> bool:
+    """Whether a process trains the run."""
+    try:
+        if run.is_dir():
+            alone(run).release()
+    except RunError:
+        return True
+    return False
+
+
+def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
+    """What the runs of a finished sweep came to, with the keys of results/*.json.
+
+    Raises:
+        SweepError: no run came to an end, or one has other settings than the sweep, or lacks a metric that
+            others have.
+    """
+    seeds = [seed for seed in sweep.seeds if seed not in crashed]
+    if not seeds:
+        raise SweepError(f"every run crashed; what they printed is in {sweep.path}/seed-*.log")
+    summaries = [sweep.read(seed, SUMMARY) for seed in seeds]
+    metrics = _metrics(sweep, seeds)
+    values = {name: [of_run[name] for of_run in metrics] for name in metrics[0]}
+    first, below = summaries[0], sweep.failed_below
+    if below is None and sweep.headline == "unsupervised_accuracy":
+        below = max(first["baselines"][sweep.headline].values())
+    reached = zip(seeds, values[sweep.headline], strict=True)
+    failed = [seed for seed, value in reached if below is not None and value < below]
+    ended = max((sweep.run(seed) / SUMMARY).stat().st_mtime for seed in seeds)
+    return {
+        "system": sweep.name,
+        "dataset": first["settings"]["dataset"],
+        "recipe": first["settings"]["recipe"],
+        "seeds": seeds,
+        "metrics": {name: _spread(name, of_metric) for name, of_metric in values.items()},
+        "baselines": first["baselines"],
+        "failed": {
+            "share": (len(failed) + len(crashed)) / len(sweep.seeds),
+            "below": below,
+            "seeds": failed,
+            "crashed": {str(seed): line for seed, line in crashed.items()},
+        },
+        "seconds": [summary["seconds"] for summary in summaries],
+        "device": " / ".join(dict.fromkeys(summary["device"] for summary in summaries)),
+        "versions": {
+            name: " / ".join(dict.fromkeys(summary["versions"][name] for summary in summaries))
+            for name in first["versions"]
+        },
+        "date": date.fromtimestamp(ended).isoformat(),
+        "settings": _shared(first["settings"]),
+    }
+
+
+def table(sweep: Sweep, result: dict[str, Any]) -> str:
+    """A Markdown table of one row: the headline metric in per cent, failures, seconds of a run."""
+    headline, failed = result["metrics"][sweep.headline], result["failed"]
+    mean, std, best_ = (100 * (headline[key] or 0) for key in ("mean", "std", "best"))
+    threshold = f" (below {100 * failed['below']:.1f} % or crashed)" if failed["below"] is not None else ""
+    cells = {
+        "system": result["system"],
+        "data": result["dataset"],
+        "recipe": result["recipe"],
+        "seeds": f"{len(sweep.seeds)}",
+        f"{sweep.headline.replace('_', ' ')}, %": f"{mean:.2f} ± {std:.2f}",
+        "best, %": f"{best_:.2f}" if headline["best"] is not None else "–",
+        f"failed{threshold}": f"{round(failed['share'] * len(sweep.seeds))} of {len(sweep.seeds)}",
+        "seconds a run": f"{statistics.fmean(result['seconds']):.0f}",
+    }
+    rows = (cells.keys(), ("---",) * len(cells), cells.values())
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+@contextmanager
+def claimed(sweep: Sweep) -> Iterator[str | None]:
+    """Makes the folder, keeps other sweeps out of it and writes there what the sweep is.
+
+    Yields the commits of all its starts so far.
+
+    Raises:
+        SweepError: another sweep is at work there, or the folder has something else in it, or a sweep with
+            other settings.
+    """
+    sweep.path.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(sweep.path / "sweep.lock", timeout=0):
+            yield _remember(sweep)
+    except Timeout as error:
+        raise SweepError(f"--out: another sweep is still at work in {sweep.path}") from error
+
+
+def _remember(sweep: Sweep) -> str | None:
+    file, commit = sweep.path / "sweep.json", _commit()
+    asked = {"system": sweep.name, "settings": _shared(sweep.settings.to_json())}
+    known: dict[str, Any] = asked | {"commits": []}
+    if file.exists():
+        known = json.loads(file.read_text())
+        before, now = ({"system": words["system"]} | words["settings"] for words in (known, asked))
+        if other := _differences(before, now):
+            raise SweepError(f"--out: {sweep.path} holds a sweep with other settings: {other}")
+    elif any(path.name != "sweep.lock" for path in sweep.path.iterdir()):
+        raise SweepError(f"--out: {sweep.path} is not empty and holds no sweep")
+    if commit and commit not in known["commits"]:
+        known["commits"].append(commit)
+    write_json(file, known)
+    return " / ".join(known["commits"]) or None
+
+
+def digest(settings: Settings) -> str:
+    """Tells sweeps with other settings apart, so that the same command finds its folder again."""
+    return hashlib.sha256(json.dumps(_shared(settings.to_json()), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _metrics(sweep: Sweep, seeds: list[int]) -> list[dict[str, float]]:
+    """The metrics of each run, all of the same names; raises SweepError as summarise does."""
+    shared, metrics = _shared(sweep.settings.to_json()), []
+    for seed in seeds:
+        if other := _differences(_shared(sweep.read(seed, SUMMARY)["settings"]), shared):
+            raise SweepError(
+                f"seed {seed} was trained on with other settings: {other}; "
+                f"delete {sweep.run(seed)}, and the same command trains it anew"
+            )
+        metrics.append({k: v for name in sweep.results for k, v in sweep.read(seed, name)["metrics"].items()})
+    names = dict.fromkeys(name for of_run in metrics for name in of_run)
+    for seed, of_run in zip(seeds, metrics, strict=True):
+        if lacking := [name for name in names if name not in of_run]:
+            raise SweepError(
+                f"seed {seed} has no {', '.join(lacking)}, which other seeds have; delete "
+                f"{' and '.join(sweep.results)} in {sweep.run(seed)}, and the same command measures it again"
+            )
+    return metrics
+
+
+def _start(sweep: Sweep, seed: int) -> subprocess.Popen:
+    run = sweep.run(seed)
+    if (run / SUMMARY).exists():
+        words = ["infocapsgan.evaluate", str(run), "--device", sweep.settings.device]
+    elif (run / "config.json").exists():
+        words = ["infocapsgan.train", "--resume", str(run)]
+    else:
+        # A run that was killed before it wrote its config left nothing to go on from.
+        shutil.rmtree(run, ignore_errors=True)
+        words = ["infocapsgan.train", sweep.name, *sweep.options, "--seed", str(seed), "--out", str(run)]
+    threads = str(max(1, torch.get_num_threads() // sweep.jobs))
+    print(f"seed {seed}: {words[0]}, output in {sweep.log(seed)}", flush=True)
+    with sweep.log(seed).open("a") as log:
+        # In a session of its own, a run gets no Ctrl-C of the terminal beside the signal that is passed on.
+        return subprocess.Popen(
+            [sys.executable, "-m", *words],
+            env=({"OMP_NUM_THREADS": threads} if sweep.jobs > 1 else {}) | os.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+@contextmanager
+def _received_signals() -> Iterator[list[int]]:
+    """SIGINT, SIGTERM and SIGHUP that come in its block are added to a list, and do nothing else."""
+    received: list[int] = []
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {kind: signal.signal(kind, lambda number, _: received.append(number)) for kind in kinds}
+    try:
+        yield received
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _shared(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the runs of a sweep have in common."""
+    return {name: value for name, value in settings.items() if name not in ("seed", "out")}
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What `old` has that `new` has not, in words; empty where they are the same."""
+    return ", ".join(f"{key} {old.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key))
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file is part of; None where it is part of none."""
+    here = Path(__file__)
+    command = f"git ls-files --error-unmatch {here.name} && git describe --always --dirty --exclude='*'"
+    done = subprocess.run(command, shell=True, cwd=here.parent, capture_output=True, text=True)
+    return done.stdout.split()[-1] if done.returncode == 0 else None
+
+
+def _spread(name: str, values: list[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (0 of one value), best (None where there is no better) and values."""
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": std, "best": best(name, values), "values": values}

@@ -1,0 +1,133 @@
+"""Writes a trained system as ONNX: `python -m infocapsgan.export RUN [--out FILE]`.
+
+Systems that classify become a network from images [N, C, H, W], float in [0, 1], to probabilities [N, J] of
+classes or class codes. Others become their generator, from latent vectors to images;
+mimic becomes a network from images to its copies. The file is checked: onnxruntime must compute the same as torch.
+Needs `pip install 'capsops[onnx]'`.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import capsops
+from infocapsgan.data import DataError
+from infocapsgan.engine.atomic import atomic_file
+from infocapsgan.engine.loaded_run import load
+from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.engine.run_directory import RunError
+from infocapsgan.systems import System
+
+EXPORTED = {
+    "classify": ("classify", "images", "probabilities"),
+    "cluster": ("code_probabilities", "images", "probabilities"),
+    "latents": ("generate", "latents", "images"),
+    "reconstruct": ("reconstruct", "images", "reconstructions"),
+}
+"""By ability, in order of preference: the method that is exported, its input and its output."""
+TOLERANCE = 1e-4  # largest difference from torch, of numbers from 0 to 1
+
+
+class ExportError(RuntimeError):
+    """A system cannot be written as ONNX, or the file computes something else."""
+
+
+class Inference(nn.Module):
+    """The network that is exported: one method of a system.
+
+    Args:
+        system: in evaluation mode.
+    """
+
+    def __init__(self, system: System) -> None:
+        super().__init__()
+        self.system = system
+        self.method, self.input, self.output = next(
+            exported for ability, exported in EXPORTED.items() if not system.why_not(ability)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`input` → `output`."""
+        return getattr(self.system, self.method)(x)
+
+    def example(self, number: int, seed: int) -> Tensor:
+        """Random inputs [number, …]."""
+        rng = ShardedGenerator(seed)
+        channels, size, _ = self.system.image_shape
+        if self.input == "images":
+            return rng.uniform(number, channels, size, size)
+        return self.system.random_latents(number, rng)
+
+
+def main() -> None:
+    """The command line."""
+    args = _parser().parse_args()
+    try:
+        run = load(args.run, device="cpu")
+        run.warn()
+        out = args.out or run.path / "model.onnx"
+        network = Inference(run.system)
+        difference = export(network, out)
+    except (DataError, RunError, ExportError) as error:
+        sys.exit(f"error: {error}")
+    print(
+        f"{network.input} → {network.output}; onnxruntime differs from torch by at most {difference:.1e}\n"
+        f"written to {out}"
+    )
+
+
+def export(network: Inference, path: Path) -> float:
+    """Writes the network to `path` and returns the largest difference of onnxruntime's result from torch's.
+
+    Raises:
+        ExportError: a package is missing, or the results differ.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  # of torch.onnx.export
+    except ImportError as error:
+        raise ExportError(f"{error}; install it by `pip install 'capsops[onnx]'`") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
+        with warnings.catch_warnings(), capsops.use_impl("reference"):
+            warnings.simplefilter("ignore")  # of the exporter, of its own insides
+            torch.onnx.export(
+                network,
+                (network.example(2, 0),),
+                temporary,
+                input_names=[network.input],
+                output_names=[network.output],
+                dynamic_shapes=({0: torch.export.Dim("N")},),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        session = onnxruntime.InferenceSession(temporary.read_bytes(), providers=["CPUExecutionProvider"])
+        inputs = network.example(3, 1)  # another number than it was traced with
+        with torch.no_grad():
+            wanted = network(inputs)
+        (result,) = session.run(None, {network.input: inputs.numpy()})
+        difference = (torch.from_numpy(result) - wanted).abs().max().item()
+        if not difference <= TOLERANCE:
+            raise ExportError(f"onnxruntime's result differs from torch's by {difference:g}: not written")
+    return difference
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m infocapsgan.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: RUN/model.onnx)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
