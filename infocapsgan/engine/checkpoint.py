@@ -143,7 +143,7 @@ def read_best(folder: Path) -> dict[str, Any] | None:
             state = json.loads((file.metadata() or {}).get("state", "{}"))
     except UNREADABLE as error:
         raise RunError(f"{path} is damaged: {error}") from error
-    if not has_types(state, step=int, validation_loss=float):
+    if not has_types(state, step=int, validation_loss=int | float):
         raise RunError(f"{path} was written by another version of infocapsgan: it does not say its step")
     return state
 
@@ -184,9 +184,7 @@ def load(path: Path) -> Snapshot:
     """
     try:
         numbers = json.loads((path / NUMBERS).read_text())
-        if not has_types(
-            numbers, step=int, device=str, seconds=float, optimizers=dict[str, Any], scalers=dict[str, Any]
-        ):
+        if not has_types(numbers, step=int, device=str, seconds=int | float, optimizers=dict, scalers=dict):
             raise ValueError(f"{NUMBERS} lacks a value, or has one of a wrong type")
         snapshot = Snapshot(load_file(path / WEIGHTS), load_file(path / TRAINING), numbers)
         if path.name != _folder_name(numbers["step"]) or not {RNG, TORCH_RNG} <= snapshot.tensors.keys():

@@ -19,9 +19,9 @@ from infocapsgan.data import Dataset
 from infocapsgan.engine import checkpoint
 from infocapsgan.engine.device import check_impl, local_device
 from infocapsgan.engine.distributed import join, leave
-from infocapsgan.engine.run_directory import device_name, versions, writing
+from infocapsgan.engine.run_directory import NoRunDirectory, RunDirectory, device_name, versions, writing
 from infocapsgan.engine.settings import Settings
-from infocapsgan.engine.start import Training, open_run, prepare
+from infocapsgan.engine.start import Training, prepare
 from infocapsgan.engine.train_state import NonFiniteLossError
 from infocapsgan.plotting.curves import training_curves
 from infocapsgan.systems.system import System
@@ -58,7 +58,8 @@ def train(system_class: type[System], settings: Settings) -> Result:
     torch.backends.cudnn.benchmark = True  # batches are all of one size
     processes = join(device)
     impl = capsops.use_impl(settings.impl) if settings.impl != "auto" else nullcontext()
-    with open_run(system_class, settings, processes) as run, impl:
+    directory = RunDirectory.open(system_class.name, settings) if processes.writes else NoRunDirectory()
+    with directory as run, impl:
         result = Trainer(prepare(system_class, settings, run, processes, device)).fit()
     leave()
     return result
@@ -105,7 +106,7 @@ class Trainer:
                 if self.due(self.checkpoint_every) or self.stop:
                     self.save()
         if state.step < state.steps:
-            line = f"interrupted after step {state.step}. {self._how_to_go_on()}"
+            line = f"interrupted after step {state.step}. {self._how_to_resume()}"
             return Result(self.run.path, False, line if self.writes else "")
         return Result(self.run.path, True, self.finish() if self.writes else "")
 
@@ -138,7 +139,7 @@ class Trainer:
         if self.state.at_once:
             self.save()
             raise NonFiniteLossError(
-                f"step {self.state.step + 1}: {error}. {self._how_to_go_on()}"
+                f"step {self.state.step + 1}: {error}. {self._how_to_resume()}"
             ) from error
         self.state.at_once, self.stop = True, False
 
@@ -237,7 +238,7 @@ class Trainer:
         total, done = self.state.steps, self.state.step
         return tqdm(total=total, initial=done, unit="step", file=sys.stderr, disable=not self.writes)
 
-    def _how_to_go_on(self) -> str:
+    def _how_to_resume(self) -> str:
         return f"The state after step {self.state.step} is saved; continue with --resume {self.run.path}"
 
 

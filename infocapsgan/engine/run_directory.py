@@ -68,12 +68,14 @@ class RunDirectory:
         self.rows: list[dict[str, Any]] = []
 
     @classmethod
-    def create(cls, system: str, settings: Settings) -> "RunDirectory":
-        """Makes the directory of a new run.
+    def open(cls, system: str, settings: Settings) -> "RunDirectory":
+        """Makes the directory of a new run, or takes that of --resume.
 
         Raises:
             RunError: --out names a directory that is not empty, or one that cannot be made.
         """
+        if settings.resume:
+            return cls(settings.resume)
         with writing(settings.out or Path("runs"), "--out: "):
             path = settings.out or _make_numbered(Path("runs"), f"{system}-{settings.dataset}")
             if not _is_free(path):
@@ -105,8 +107,8 @@ class RunDirectory:
             write_config(self.path, config)
             self._metrics = (self.path / METRICS).open("a")
             self._files.append(self._metrics)
-            self._board = EventFile(self.path, step + 1)
-            self._files.append(self._board)
+            self._events = EventFile(self.path, step + 1)
+            self._files.append(self._events)
 
     def __enter__(self) -> "RunDirectory":
         return self
@@ -151,7 +153,7 @@ class RunDirectory:
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
             for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+                self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def summarise(self, outcome: dict[str, Any]) -> None:
         """Writes summary.json: what was trained, and `outcome`."""
@@ -164,7 +166,7 @@ class RunDirectory:
         for name, sheet in sheets.items():
             figure = sheet_figure(f"{subject}, step {step:,}", sheet)
             save_figure(self.path / "samples" / f"{name}-{step:08d}.png", figure)
-            self._board.add_image(name, pixels(figure), step, dataformats="HWC")
+            self._events.add_image(name, pixels(figure), step, dataformats="HWC")
 
     def draw_curves(self, figure: Figure) -> None:
         """Writes curves.png anew."""
@@ -175,6 +177,7 @@ class NoRunDirectory:
     """The run directory of a process that does not write."""
 
     path = checkpoints = Path()
+    rows: list[dict[str, Any]] = []  # noqa: RUF012
 
     def log(self, *_: Any, **__: Any) -> None:
         """Nothing."""
@@ -233,7 +236,7 @@ def read_config(path: Path) -> Config:
             f"{values.get('format', 1)}; takes format {FORMAT}: use that version, or train the system again"
         )
     for name, hint in get_type_hints(Config).items():
-        if not has_types(values, **{name: hint}):
+        if mismatch(values.get(name), hint):
             raise RunError(f"{path / CONFIG} is damaged: {name} is missing or of a wrong type")
     if values["image_shape"].keys() != {"channels", "size", "classes"}:
         raise RunError(f"{path / CONFIG} is damaged: image_shape takes channels, size and classes")
@@ -257,19 +260,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     """The row in a line; None where it is cut, garbled, or not of the numbers that log() writes."""
-    with suppress(RecursionError, ValueError):
+    with suppress(RecursionError, TypeError, ValueError):
         row = json.loads(line)
-        numbers = {name: float for name in row if name != "kind"} | {"step": int, "epoch": float}
-        if isinstance(row, dict) and has_types(row, kind=str, **numbers):
-            return row
+        numbers = {name: int | float for name in row if name != "kind"} | {"step": int, "epoch": int | float}
+        return row if has_types(row, kind=str, **numbers) else None
     return None
 
 
 def has_types(values: Any, **types: Any) -> bool:
-    """Whether `values`, read from JSON, is a dict with these keys, and the value of each is of this type."""
-    return isinstance(values, dict) and not any(
-        mismatch(values.get(key), kind) for key, kind in types.items()
-    )
+    """Whether `values` is a dict with these keys, and the value of each is of this type."""
+    return isinstance(values, dict) and all(isinstance(values.get(key), kind) for key, kind in types.items())
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -19,7 +19,14 @@ from infocapsgan.engine import checkpoint
 from infocapsgan.engine.device import serving_impl
 from infocapsgan.engine.distributed import Processes, synchronise_batch_norm
 from infocapsgan.engine.rng import ShardedGenerator
-from infocapsgan.engine.run_directory import Config, NoRunDirectory, RunDirectory, RunError, read_config
+from infocapsgan.engine.run_directory import (
+    Config,
+    NoRunDirectory,
+    RunDirectory,
+    RunError,
+    read_config,
+    writing,
+)
 from infocapsgan.engine.settings import Settings
 from infocapsgan.engine.train_state import TrainState
 from infocapsgan.systems.system import System
@@ -48,17 +55,6 @@ class Training:
     state: TrainState
     run: RunDirectory | NoRunDirectory
     seconds: float = 0.0
-
-
-def open_run(
-    system_class: type[System], settings: Settings, processes: Processes
-) -> RunDirectory | NoRunDirectory:
-    """The run directory, before anything else is done: a new one, or the one of --resume."""
-    if not processes.writes:
-        return NoRunDirectory()
-    if settings.resume:
-        return RunDirectory(settings.resume)
-    return RunDirectory.create(system_class.name, settings)
 
 
 def prepare(
@@ -150,8 +146,9 @@ def resume(path: Path, here: Config, training: Training) -> Config:
     if writes and state.step == state.steps:
         print(f"nothing is left to train: all {state.step} steps of {length} are done", file=sys.stderr)
     damaged = [saved for saved in checkpoint.checkpoints(folder) if int(saved.name[5:]) > state.step]
-    for saved in damaged if writes else ():  # training comes by there again
-        shutil.rmtree(saved)
+    with writing(folder):
+        for saved in damaged if writes else ():  # training comes by there again
+            shutil.rmtree(saved)
     return before._replace(settings=here.settings)
 
 
@@ -204,14 +201,8 @@ def _put_back(snapshot: checkpoint.Snapshot, path: Path, system: System, state: 
 
 def _check_split(path: Path, before: dict[str, Any] | None, here: dict[str, Any] | None) -> None:
     """Raises RunError where the images are not those that the run began with."""
-    old, new = (
-        {f"{part}: {image}" for part, images in (split or {}).items() for image in images}
-        for split in (before, here)
-    )
-    changes = [
-        f"{len(images)} {what} ({', '.join(sorted(images)[:3])}{', …' if len(images) > 3 else ''})"
-        for what, images in (("added", new - old), ("missing", old - new))
-        if images
-    ]
-    if changes:
-        raise RunError(f"--resume: the images are not those that {path} began with: {'; '.join(changes)}")
+    old, new = ({name for part in (split or {}).values() for name in part} for split in (before, here))
+    for what, images in (("were added", sorted(new - old)), ("are missing", sorted(old - new))):
+        if images:
+            shown = ", ".join([*images[:3], "…"] if len(images) > 3 else images)
+            raise RunError(f"--resume: since {path} began, images {what}: {shown}")

@@ -37,6 +37,12 @@ def test_the_best_are_those_with_the_lowest_loss(tmp_path, system):
     assert (system.model.encoder.conv.bias == 2).all()
 
 
+def test_a_loss_that_is_not_finite_is_not_the_lowest(tmp_path, system):
+    checkpoint.save_best(tmp_path, filled(system, 1), 1, float("nan"))
+    checkpoint.save_best(tmp_path, filled(system, 2), 2, 1.0)
+    assert bias_of(tmp_path / "best") == [2]
+
+
 @pytest.mark.parametrize("killed_at", ["os.replace", "os.fsync"])
 def test_the_best_are_there_until_better_ones_are(killed_at, tmp_path, system, monkeypatch):
     checkpoint.save_best(tmp_path, filled(system, 1), 1, 3.0)

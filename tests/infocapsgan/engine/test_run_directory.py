@@ -21,7 +21,7 @@ CONFIG = Config("capsnet", CapsNet.defaults().to_json(), SHAPE, ["a", "b"], {"tr
 
 
 def create(out):
-    return RunDirectory.create("capsnet", dataclasses.replace(CapsNet.defaults(), out=out))
+    return RunDirectory.open("capsnet", dataclasses.replace(CapsNet.defaults(), out=out))
 
 
 def no_room(*_, **__):
@@ -126,7 +126,7 @@ def fill_the_disk(run, file):
         if file == "metrics":
             resumed._metrics = full
         else:
-            resumed._board._records._writer = resumed._board._file = full
+            resumed._events._records._writer = resumed._events._file = full
         resumed.log("train", 5, 2.5, {"loss": 0.5})
 
 
@@ -141,7 +141,7 @@ def test_a_row_on_a_full_disk(file, run):
 def test_a_file_that_cannot_be_closed_releases_the_lock(run, monkeypatch):
     resumed = RunDirectory(run)
     resumed.begin(CONFIG, 3)
-    monkeypatch.setattr(resumed._board, "close", no_room)
+    monkeypatch.setattr(resumed._events, "close", no_room)
     with pytest.raises(RunError, match="run cannot be written: No space"), resumed:
         pass
     lock_run(run).release()
@@ -166,6 +166,7 @@ def test_what_was_logged_after_the_checkpoint_is_dropped(run):
         b"\xff\xfe",
         b"[" * 100_000,
         b"[]",
+        b"5",
         b'{"kind": "train"}',
         b'{"kind": "train", "step": "3", "epoch": 1}',
         b'{"kind": 1, "step": 3, "epoch": 1}',
@@ -182,6 +183,13 @@ def test_damaged_rows(line, run, capsys):
         file.write(json.dumps(rows[0]) + "\n")
     assert read_metrics(run) == [*rows, rows[0]]
     assert f"warning: {run / 'metrics.jsonl'}: 1 damaged rows are left out" in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_are_kept(run):
+    with RunDirectory(run) as resumed:
+        resumed.begin(CONFIG, 3)
+        resumed.log("evaluation", 4, 2.0, {"nmi": float("nan"), "loss": float("inf")})
+    assert read_metrics(run)[-1]["loss"] == float("inf")
 
 
 def test_what_killed_processes_left_is_removed_when_a_run_begins(run):
