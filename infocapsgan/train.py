@@ -36,7 +36,7 @@ def train(system: str = "infocapsgan", **options: Any) -> LoadedRun:
     Args:
         system: capsnet, capsulegan, dcgan, encoder, infocapsgan, infogan or mimic.
         options: those of the command line, with underscores: see `python -m infocapsgan.train SYSTEM --help`.
-            Beside `resume`, a run directory, only epochs, max_steps and data_dir; `system` then has no effect.
+            Beside `resume`, a run directory, only epochs, max_steps and data_dir; `system` is then ignored.
 
     Raises:
         TypeError: there is no such option.

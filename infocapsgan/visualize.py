@@ -103,7 +103,7 @@ def _add_option(
         )
         return
     kind = typing.get_args(hint)[0]
-    many = {} if kind is str else {"nargs": "+"}
+    many: dict[str, Any] = {} if kind is str else {"nargs": "+"}
     metavar = {str: "NAME", Path: "RUN", float: "VALUE"}[kind]
     parser.add_argument(
         option, type=kind, metavar=metavar, default=parameter.default, help=description, **many

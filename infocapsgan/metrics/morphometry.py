@@ -1,6 +1,7 @@
 """Slant, breadth and width of the strokes of digits in images."""
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
@@ -38,8 +39,8 @@ def _variances(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """μ₂₀ / μ₀₀, μ₁₁ / μ₀₀ and μ₀₂ / μ₀₀ of each image [N]; 0 where it is empty."""
     mass = images[:, 0].double()
     mass = mass / mass.sum((1, 2), keepdim=True).clamp(min=1e-12)
-    y, x = (np.arange(size, dtype=np.float64) for size in mass.shape[1:])
-    y, x = mass.new_tensor(y)[:, None], mass.new_tensor(x)
+    y, x = (torch.arange(size, dtype=mass.dtype, device=mass.device) for size in mass.shape[1:])
+    y = y[:, None]
     x = x - (mass * x).sum((1, 2), keepdim=True)
     y = y - (mass * y).sum((1, 2), keepdim=True)
     return tuple((mass * product).sum((1, 2)) for product in (x * x, x * y, y * y))

@@ -147,9 +147,9 @@ def comparison(paths: Sequence[Path], metric: str, reach: Sequence[float] = ()) 
     axes = figure.subplots()
     for number, (path, system, line) in enumerate(runs):
         before = [other for _, other, _ in runs[:number]].count(system)
-        style = {"color": f"C{systems[system]}", "linestyle": ("-", "--", ":", "-.")[before % 4]}
+        style: dict[str, Any] = {"color": f"C{systems[system]}", "linestyle": ("-", "--", ":", "-.")[before % 4]}
         if len(systems) == 1:
-            style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
+            style: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
         epochs = [f"{value:g} in epoch {_shown(first_epoch(line, metric, value))}" for value in reach]
         label = "\n".join([f"{system}: {path.resolve().name}", *epochs])
         axes.plot(*zip(*line, strict=True), label=label, marker="o", markersize=3, linewidth=1, **style)

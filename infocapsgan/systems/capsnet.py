@@ -40,7 +40,7 @@ CLASS_DIM = 16
 class CapsNetSettings(SupervisedSettings):
     """CapsNet: supervised capsule classifier with reconstruction (Sabour, Frosst, Hinton 2017)."""
 
-    dataset: Literal[NAMES] = "digits"
+    dataset: Literal[NAMES] = "digits"  # type: ignore[valid-type]
     """Images to train on. digits comes with scikit-learn, no download; multi-mnist overlays pairs."""
     iterations: Count = 3
     """Routing iterations."""
@@ -94,12 +94,14 @@ class CapsNetModel(nn.Module):
 
     def __init__(self, channels: int, size: int, classes: int, settings: CapsNetSettings) -> None:
         super().__init__()
-        options = {
+        options: dict[str, Any] = {
             "width": settings.width,
             "class_dim": CLASS_DIM,
             "iterations": settings.iterations,
             "leaky": settings.leaky,
         }
+        self.encoder: CapsuleEncoder | StackedCapsuleEncoder
+        self.decoder: FullyConnectedDecoder | DeconvolutionalDecoder
         if settings.stem == "single":
             options["batch_norm"] = settings.encoder_batch_norm
             self.encoder = CapsuleEncoder(channels, size, classes, **options)

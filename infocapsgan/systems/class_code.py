@@ -100,11 +100,6 @@ class ClassCodeGAN(GAN):
         """How many values the class code has."""
         return self.image_shape.classes
 
-    @property
-    def noise_dim(self) -> int:
-        """Normal values in a latent vector, beside the codes."""
-        return self.settings.noise_dim
-
     def class_logits(self, images: Tensor) -> Tensor:
         """What a softmax turns into class probabilities [B, J], of images [B, C, H, W] in [−1, 1]."""
         raise NotImplementedError

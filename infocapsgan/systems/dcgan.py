@@ -74,5 +74,5 @@ class DCGAN(LatentGAN, name="dcgan"):
 class ImagesOnly(CapsuleGenerator):
     """A capsule generator that returns its images without its capsules."""
 
-    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return super().forward(latent)[0]

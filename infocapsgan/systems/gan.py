@@ -116,8 +116,8 @@ class GAN(System):
             return
         for mean, now in zip(self.average.parameters(), self.generator.parameters(), strict=True):
             mean.lerp_(now, 1 - self.settings.ema)
-        for mean, now in zip(self.average.buffers(), self.generator.buffers(), strict=True):
-            mean.copy_(now)
+        for old, new in zip(self.average.buffers(), self.generator.buffers(), strict=True):
+            old.copy_(new)
 
     def adversarial_discriminator_loss(
         self, real: Tensor, generated: Tensor, real_logit: Tensor, logit: Tensor, state: TrainState

@@ -189,6 +189,11 @@ class InfoCapsGAN(ClassCodeGAN, name="infocapsgan"):
         """The discriminator's logits [B] of images [B, C, H, W] in [−1, 1]: above 0 for real."""
         return self.discriminator(images).logit
 
+    @property
+    def noise_dim(self) -> int:
+        """Normal values in a latent vector, beside the codes."""
+        return self.settings.noise_dim
+
     def latents(self, noise: Tensor, code: Tensor | None = None, continuous: Tensor | None = None) -> Tensor:
         """Noise [B, noise_dim] and class codes [B] (None: 0) → latent vectors [B, noise_dim + classes]."""
         code = torch.zeros(len(noise), dtype=torch.long, device=noise.device) if code is None else code
@@ -231,7 +236,7 @@ class InfoCapsGAN(ClassCodeGAN, name="infocapsgan"):
                 )
             code = code[::2].repeat_interleave(2)[:B]  # neighbours are of one class
         generating = self.generates(state)
-        named = {}
+        named: dict[str, Tensor] = {}
         self.optimizers["discriminator"].param_groups[0]["lr"] = self.decayed_rate(
             s.discriminator_rate, state
         )
@@ -248,7 +253,7 @@ class InfoCapsGAN(ClassCodeGAN, name="infocapsgan"):
                 )
                 named["code"] = self.code_loss(verdict, code)
                 loss = loss + s.adversarial_weight * named["discriminator"]
-                loss = loss + s.code_weight * s.batch_size * named["code"]
+                loss = loss + s.code_weight * B * state.processes.world * named["code"]
         state.update("discriminator", loss)
 
         if generating:
@@ -256,7 +261,7 @@ class InfoCapsGAN(ClassCodeGAN, name="infocapsgan"):
                 verdict = self.discriminator(generated)
                 named["generator"] = self.adversarial_generator_loss(verdict.logit)
                 loss = s.adversarial_weight * named["generator"]
-                loss = loss + s.code_weight * s.batch_size * self.code_loss(verdict, code)
+                loss = loss + s.code_weight * B * state.processes.world * self.code_loss(verdict, code)
                 if s.diversity_weight:
                     named["diversity"] = losses.mode_seeking(
                         generated.float(), latent, mean=state.processes.mean

@@ -181,6 +181,11 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
         """How many continuous codes there are."""
         return self.settings.continuous_codes
 
+    @property
+    def noise_dim(self) -> int:
+        """Normal values in a latent vector, beside the codes."""
+        return self.settings.noise_dim
+
     def latents(self, noise: Tensor, code: Tensor | None = None, continuous: Tensor | None = None) -> Tensor:
         """Noise [B, noise_dim], categorical codes and continuous codes [B, …] → latent vectors.
 
@@ -197,7 +202,8 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
 
     def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """What real images say of classes and codes, after the warm-up the two networks; no label is seen."""
-        s, real, named = self.settings, to_symmetric(images), {}
+        s, real = self.settings, to_symmetric(images)
+        named: dict[str, Tensor] = {}
         if "classes" in self.optimizers:
             self.optimizers["classes"].param_groups[0]["lr"] = self.decayed_rate(s.classes_rate, state)
             with state.autocast():

@@ -138,7 +138,7 @@ class Mimic(GAN, name="mimic"):
             real_right.append(self.logits(real) > 0)
             generated_right.append(self.logits(copies) < 0)
             errors.append(squared_error(copies, real) * len(real))
-        error = sum(errors).item() / len(dataset.test_images[:1000])
+        error = torch.stack(errors).sum().item() / len(dataset.test_images[:1000])
         return discriminator_metrics(real_right, generated_right) | {"squared_error": error}
 
     def pictures(self, dataset: Dataset) -> dict[str, Sheet]:

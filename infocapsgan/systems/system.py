@@ -11,7 +11,7 @@ from capsops.nn import RoutingCapsules
 from infocapsgan import data
 from infocapsgan.data import Dataset, ImageShape
 from infocapsgan.engine.rng import ShardedGenerator
-from infocapsgan.engine.settings import Settings
+from infocapsgan.engine.settings import Settings as BaseSettings
 from infocapsgan.engine.train_state import TrainState
 from infocapsgan.models.capsule_encoder import Capsules
 from infocapsgan.plotting.sheet import Sheet
@@ -53,7 +53,7 @@ class System(nn.Module):
 
     name: ClassVar[str]
     """What the command line calls the system."""
-    Settings: ClassVar[type[Settings]]
+    Settings: ClassVar[type[BaseSettings]]
     recipes: ClassVar[dict[str, dict[str, Any]]]
     """For each recipe, the options whose defaults differ from those of `Settings`."""
     datasets: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -79,7 +79,7 @@ class System(nn.Module):
             SYSTEMS[name] = cls
 
     def __init__(
-        self, settings: Settings | None = None, *, image_shape: ImageShape | None = None, **options: Any
+        self, settings: BaseSettings | None = None, *, image_shape: ImageShape | None = None, **options: Any
     ) -> None:
         super().__init__()
         if settings is None:
@@ -96,7 +96,7 @@ class System(nn.Module):
         self.register_buffer("label_of_code", None)
 
     @classmethod
-    def defaults(cls, recipe: str = "tuned", dataset: str = "digits") -> Settings:
+    def defaults(cls, recipe: str = "tuned", dataset: str = "digits") -> BaseSettings:
         """The settings of a recipe on a data set."""
         settings = cls.Settings(recipe=recipe, dataset=dataset)  # type: ignore[arg-type]  # checked there
         options = cls.datasets.get(dataset, {}) | cls.recipes[recipe]
@@ -106,7 +106,7 @@ class System(nn.Module):
         return dataclasses.replace(settings, **options)
 
     @classmethod
-    def configure(cls, **options: Any) -> Settings:
+    def configure(cls, **options: Any) -> BaseSettings:
         """The defaults of the recipe and the data set among the options, with the other options set."""
         chosen = {name: options[name] for name in ("recipe", "dataset") if name in options}
         return dataclasses.replace(cls.defaults(**chosen), **options)

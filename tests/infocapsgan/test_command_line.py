@@ -63,7 +63,7 @@ def test_no_data_are_loaded_before_the_options_are_checked(capsys, monkeypatch):
     assert "--test-pairs: got 0" in fails(capsys, "capsnet", "--test-pairs", "0")
     assert "letters" in fails(capsys, "--dataset", "letters")
     assert "guessed" in fails(capsys, "--recipe", "guessed")
-    assert "SYSTEM: got resnet, takes one of infocapsgan" in fails(capsys, "resnet")
+    assert "SYSTEM: got resnet, takes one of capsnet" in fails(capsys, "resnet")
 
 
 def test_values_are_checked_in_python_too():
@@ -119,7 +119,7 @@ def test_resume_of_a_run_of_another_version(run, capsys):
     config = json.loads((run / "config.json").read_text())
     fewer = {name: value for name, value in config["settings"].items() if name != "out"}
     for changed, message in (
-        ({"system": "resnet"}, "holds a run of 'resnet', which is none of infocapsgan"),
+        ({"system": "resnet"}, "holds a run of 'resnet', which is none of capsnet"),
         (
             {"settings": config["settings"] | {"depth": 3}},
             "by another version of infocapsgan: --depth is unknown",

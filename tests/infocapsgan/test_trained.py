@@ -48,7 +48,7 @@ def test_what_is_no_run_or_not_readable(copy, tmp_path):
         trained.load(tmp_path)
     config = json.loads((copy / "config.json").read_text())
     for changed, message in (
-        (config | {"system": "resnet"}, "holds a run of 'resnet', which is none of infocapsgan"),
+        (config | {"system": "resnet"}, "holds a run of 'resnet', which is none of capsnet"),
         ({**config, "settings": config["settings"] | {"depth": 3}}, "by another version.*depth"),
         ({**config, "settings": config["settings"] | {"width": 16}}, "do not fit this system.*size mismatch"),
         ({**config, "settings": config["settings"] | {"dataset": "x"}}, "by another version.*--dataset"),

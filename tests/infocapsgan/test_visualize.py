@@ -114,7 +114,7 @@ def test_rows_of_the_grid_are_class_codes(trained_as):
     images = cells(figure, 10)
     assert not np.array_equal(images[0][0], images[1][0])
     assert not np.array_equal(images[0][0], images[0][1])
-    assert figure.axes[0].get_ylabel() == "class code"
+    assert figure.axes[0].get_ylabel() == "class code → class"
     assert run.subject in figure.axes[0].get_title()
     again, other = sheets(grid(run))[0], sheets(grid(run, seed=1))[0]
     assert np.array_equal(again, sheets(figure)[0])
@@ -156,7 +156,9 @@ def test_lines_go_from_one_class_code_to_the_next(trained_as):
     for j in range(10):
         assert np.array_equal(images[j][10], images[(j + 1) % 10][0])
         assert not np.array_equal(images[j][0], images[j][5])
-    assert ticks(figure.axes[0])[1][9] == "9 → 4  to  0 → 1"
+    names = trained_as("infocapsgan").system.code_names
+    assert [name.split(" → ")[0] for name in names] == list("0123456789")  # each with its class
+    assert ticks(figure.axes[0])[1][9] == f"{names[9]}  to  {names[0]}"
     assert ticks(figure.axes[0])[0][3] == "0.3"
 
 
@@ -450,7 +452,7 @@ def test_errors_of_the_command(tmp_path, run_of, monkeypatch, capsys):
 
     assert "error: " in fails(tmp_path, "grid")
     assert "is not a run directory" in fails(tmp_path, "grid")
-    assert "error: grid does not apply to this run of capsnet" in fails(run_of("capsnet"), "grid")
+    assert "error: grid does not apply to this capsnet: it generates no images" in fails(run_of("capsnet"), "grid")
     assert "invalid choice: 'photo'" in fails(tmp_path, "photo")
     assert "--image: got x, takes a whole number" in fails(tmp_path, "tweak", "--image", "x")
     assert "--degrees: got 0, takes a whole number of at least 1" in fails(
