@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from infocapsgan.engine.run_directory import EVALUATION, SUMMARY, RunError, alone, write_json
+from infocapsgan.engine.run_directory import EVALUATION, SUMMARY, RunError, lock_run, write_json
 from infocapsgan.engine.settings import Settings
 from infocapsgan.metrics.clustering import best
 from infocapsgan.systems import SYSTEMS
@@ -119,7 +119,7 @@ def _in_use(run: Path) -> bool:
     """Whether a process trains the run."""
     try:
         if run.is_dir():
-            alone(run).release()
+            lock_run(run).release()
     except RunError:
         return True
     return False

@@ -10,9 +10,9 @@ from infocapsgan import evaluate, visualize
 from infocapsgan.data import DataError
 from infocapsgan.engine import loaded_run as trained
 from infocapsgan.engine.checkpoint import checkpoints, save_best
+from infocapsgan.engine.loop import train
 from infocapsgan.engine.run_directory import RunError
 from infocapsgan.systems import CapsNet
-from infocapsgan.train import train
 
 
 @pytest.fixture
