@@ -7,6 +7,7 @@ Needs `pip install 'capsops[onnx]'`.
 """
 
 import argparse
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -94,7 +95,8 @@ def export(network: Inference, path: Path) -> float:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         with warnings.catch_warnings(), capsops.use_impl("reference"):
-            warnings.simplefilter("ignore")  # of the exporter, of its own insides
+            warnings.simplefilter("ignore")  # the exporter's, of its own insides
+            logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # "torchvision is not installed"
             torch.onnx.export(
                 network,
                 (network.example(2, 0),),

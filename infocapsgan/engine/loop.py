@@ -83,6 +83,7 @@ class Trainer:
         self.evaluate_every = self.settings.evaluate_every or max(100, self.batches.per_epoch)
         self.checkpoint_every = self.settings.checkpoint_every or self.evaluate_every
         self.began, self.first_step = time.monotonic() - training.seconds, self.state.step
+        self.pace_from = self.began
         self.centred = self.dataset.centred()
         self.baselines = self.system.baselines(self.centred)
         self.metrics: dict[str, float] = {}
@@ -149,7 +150,8 @@ class Trainer:
         self.state.processes.average_(list(means.values()))
         values = {name: value.item() for name, value in means.items()}
         self.run.log("train", self.state.step, self.state.epoch, values)
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in (values | self._headline()).items()})
+        headline = {name: value for name, value in self.metrics.items() if name == self.system.headline}
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in (values | headline).items()})
 
     def evaluate(self) -> None:
         """Measures and draws; of held-out images the loss, whose lowest chooses the weights that are kept."""
@@ -193,15 +195,13 @@ class Trainer:
         self.metrics = self.metrics or self.measure(self.centred)
         seconds, headline = time.monotonic() - self.began, self.system.headline
         self.run.summarise(
-            {
-                "metrics": self.metrics,
-                "baselines": {headline: self.baselines} if headline in self.metrics else {},
-                "steps": self.state.step,
-                "epochs": round(self.state.epoch, 4),
-                "seconds": round(seconds, 1),
-                "device": device_name(self.state.device),
-                "versions": versions(),
-            }
+            metrics=self.metrics,
+            baselines={headline: self.baselines} if headline in self.metrics else {},
+            steps=self.state.step,
+            epochs=round(self.state.epoch, 4),
+            seconds=round(seconds, 1),
+            device=device_name(self.state.device),
+            versions=versions(),
         )
         reached = f"finished after {self.state.step} steps"
         if headline in self.metrics:
@@ -231,9 +231,6 @@ class Trainer:
         self.system.train()
         return value
 
-    def _headline(self) -> dict[str, float]:
-        return {name: value for name, value in self.metrics.items() if name == self.system.headline}
-
     def _progress_bar(self) -> tqdm:
         total, done = self.state.steps, self.state.step
         return tqdm(total=total, initial=done, unit="step", file=sys.stderr, disable=not self.writes)
@@ -261,14 +258,10 @@ class Interruption:
                     self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
         return self
 
-    def _note(self, number: int, frame: object) -> None:
-        self.came = True
-        self.restore()
-
     def __exit__(self, *_: object) -> None:
-        self.restore()
-
-    def restore(self) -> None:
-        """Puts back what the signals did before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _note(self, *_: object) -> None:
+        self.came = True
+        self.__exit__()

@@ -87,15 +87,10 @@ class RunDirectory:
         return cls(path)
 
     def begin(self, config: Config, step: int = 0, *, finished: bool = False) -> None:
-        """Writes config.json and opens what is logged to.
+        """Writes config.json and opens the logs, for a training that goes on after `step`.
 
-        What was logged after `step`, what came of fewer steps than there will be, and what a killed process
-        left unfinished is removed.
-
-        Args:
-            config: what loading the run takes.
-            step: the one after which training starts.
-            finished: whether that is the last one.
+        Removes what was logged after it, what killed processes left unfinished, and unless the run is
+        `finished` the results of fewer steps.
         """
         with writing(self.path):
             remove_unfinished(self.path)
@@ -118,9 +113,9 @@ class RunDirectory:
             with writing(self.path):
                 for file in self._files:
                     file.close()
-                if not (self.path / CONFIG).exists():
-                    self._remove_empty()
         finally:
+            if not (self.path / CONFIG).exists():
+                self._remove_empty()
             self._lock.release()
 
     def _remove_empty(self) -> None:
@@ -138,14 +133,7 @@ class RunDirectory:
     def log(self, kind: str, step: int, epoch: float, values: dict[str, float]) -> None:
         """Adds a row to metrics.jsonl and its numbers to TensorBoard.
 
-        Args:
-            kind: "train", "validation" or "evaluation".
-            step: steps done.
-            epoch: the same in epochs.
-            values: by name.
-
-        Raises:
-            RunError: it cannot be written.
+        `kind` is "train", "validation" or "evaluation". Raises RunError where there is no room.
         """
         row = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
         self.rows.append(row)
@@ -155,7 +143,7 @@ class RunDirectory:
             for name, value in values.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
 
-    def summarise(self, outcome: dict[str, Any]) -> None:
+    def summarise(self, **outcome: Any) -> None:
         """Writes summary.json: what was trained, and `outcome`."""
         name, settings, *_ = read_config(self.path)
         shared = {key: settings[key] for key in ("dataset", "recipe", "seed")}
@@ -235,12 +223,11 @@ def read_config(path: Path) -> Config:
             f"{path} was written by infocapsgan {values.get('version', '0.1')}, in format "
             f"{values.get('format', 1)}; takes format {FORMAT}: use that version, or train the system again"
         )
-    for name, hint in get_type_hints(Config).items():
-        if mismatch(values.get(name), hint):
-            raise RunError(f"{path / CONFIG} is damaged: {name} is missing or of a wrong type")
-    if values["image_shape"].keys() != {"channels", "size", "classes"}:
-        raise RunError(f"{path / CONFIG} is damaged: image_shape takes channels, size and classes")
-    return Config(**{name: values[name] for name in Config._fields})
+    config: dict[str, Any] = {name: values.get(name) for name in Config._fields}
+    wrong = [name for name, hint in get_type_hints(Config).items() if mismatch(config[name], hint)]
+    if wrong or values["image_shape"].keys() != {"channels", "size", "classes"}:
+        raise RunError(f"{path / CONFIG} is damaged: {(wrong or ['image_shape'])[0]} is missing or wrong")
+    return Config(**config)
 
 
 def write_config(path: Path, config: Config) -> None:

@@ -43,7 +43,8 @@ def _variances(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     y = y[:, None]
     x = x - (mass * x).sum((1, 2), keepdim=True)
     y = y - (mass * y).sum((1, 2), keepdim=True)
-    return tuple((mass * product).sum((1, 2)) for product in (x * x, x * y, y * y))
+    xx, xy, yy = ((mass * product).sum((1, 2)) for product in (x * x, x * y, y * y))
+    return xx, xy, yy
 
 
 def stroke_width(images: Tensor) -> Tensor:

@@ -51,6 +51,6 @@ class CapsuleGenerator(nn.Module):
         classes = self.classes(latent[:, None])
         primary = self.primary(classes)
         maps = primary.unflatten(1, (-1, self.grid**2)).transpose(2, 3)
-        maps = maps.reshape(len(latent), -1, self.grid, self.grid)
+        maps = maps.flatten(1, 2).unflatten(2, (self.grid, self.grid))
         images = torch.tanh(self.paint(self.norm(self.enlarge(maps)).relu()))
         return images, Capsules(primary, classes)

@@ -23,6 +23,7 @@ CLUSTERS, CAPSULES, SHARES, LOSSES = (
     "shares of images and scores, from 0 to 1",
     "losses",
 )
+LINE_STYLES = ("-", "--", ":", "-.")
 SPLITS = {"train": "training batches", "validation": "held-out training images", "evaluation": "test images"}
 Rows = Sequence[dict[str, Any]]
 
@@ -146,10 +147,9 @@ def comparison(paths: Sequence[Path], metric: str, reach: Sequence[float] = ()) 
     figure = new_figure(7.5, 5.0, f"{metric.replace('_', ' ')} during training")
     axes = figure.subplots()
     for number, (path, system, line) in enumerate(runs):
-        before = [other for _, other, _ in runs[:number]].count(system)
-        style: dict[str, Any] = {"color": f"C{systems[system]}", "linestyle": ("-", "--", ":", "-.")[before % 4]}
-        if len(systems) == 1:
-            style: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
+        same = [other for _, other, _ in runs[:number]].count(system)
+        colour, line_style = (number, number // 10) if len(systems) == 1 else (systems[system], same)
+        style: dict[str, Any] = {"color": f"C{colour % 10}", "linestyle": LINE_STYLES[line_style % 4]}
         epochs = [f"{value:g} in epoch {_shown(first_epoch(line, metric, value))}" for value in reach]
         label = "\n".join([f"{system}: {path.resolve().name}", *epochs])
         axes.plot(*zip(*line, strict=True), label=label, marker="o", markersize=3, linewidth=1, **style)

@@ -1,7 +1,7 @@
 import pytest
 
 from infocapsgan.engine import loaded_run as trained
-from infocapsgan.engine import loop as train_module
+from infocapsgan.engine.loop import train
 from infocapsgan.metrics import features
 from infocapsgan.systems import SYSTEMS
 
@@ -26,7 +26,7 @@ def run_of(tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 # k-means takes longer than the run
                 patch.setattr("infocapsgan.systems.class_code.kmeans_accuracy", lambda *_: 0.8)
-                train_module.train(SYSTEMS[name], system.settings)
+                train(SYSTEMS[name], system.settings)
             made[name] = path
         return made[name]
 

@@ -452,7 +452,8 @@ def test_errors_of_the_command(tmp_path, run_of, monkeypatch, capsys):
 
     assert "error: " in fails(tmp_path, "grid")
     assert "is not a run directory" in fails(tmp_path, "grid")
-    assert "error: grid does not apply to this capsnet: it generates no images" in fails(run_of("capsnet"), "grid")
+    message = "error: grid does not apply to this capsnet: it generates no images from noise"
+    assert message in fails(run_of("capsnet"), "grid")
     assert "invalid choice: 'photo'" in fails(tmp_path, "photo")
     assert "--image: got x, takes a whole number" in fails(tmp_path, "tweak", "--image", "x")
     assert "--degrees: got 0, takes a whole number of at least 1" in fails(
