@@ -13,7 +13,7 @@ import pytest
 from infocapsgan import data, sweep
 from infocapsgan.engine import sweep as engine
 from infocapsgan.engine.checkpoint import checkpoints
-from infocapsgan.engine.run_directory import alone, read_metrics
+from infocapsgan.engine.run_directory import lock_run, read_metrics
 from infocapsgan.metrics import best
 from infocapsgan.systems import CapsNet
 from tests.processes import ROOT, Process, start_python
@@ -216,7 +216,7 @@ class LeftBehind(threading.Thread):
     def run(self):
         path = self.chosen.run(self.seed)
         path.mkdir(parents=True)
-        lock = alone(path)
+        lock = lock_run(path)
         self.locked.set()
         time.sleep(0.3)
         write_run(self.chosen, self.seed, 0.9, exist_ok=True)
@@ -314,7 +314,7 @@ def test_a_crash_is_counted_and_the_others_go_on_and_are_evaluated(forked, tmp_p
     (found.run(0) / "config.json").write_text('{"system": "resnet", "settings": {}}')
     crashed = sweep.run_all(found)
     assert list(crashed) == [0]
-    assert "resnet" in crashed[0]
+    assert "was written by infocapsgan 0.1" in crashed[0]
     metrics = sweep.summarise(found, crashed)["metrics"]
     assert metrics["error"]["values"] == [1 - metrics["accuracy"]["best"]]
 
