@@ -110,7 +110,16 @@ def shapes(tmp_path_factory):
                 picture[row : row + 20, column : column + 20] = 255
             Image.fromarray(picture).save(root / "images" / name / f"{number}.png")
     options = {"dataset": "folder", "data_dir": root / "images", "image_size": 28, "device": "cpu"}
-    infocapsgan.train("capsnet", out=root / "run", width=8, batch_size=12, epochs=12, shift=0, **options)
+    infocapsgan.train(
+        "capsnet",
+        out=root / "run",
+        width=16,
+        batch_size=12,
+        epochs=30,
+        learning_rate=3e-3,
+        shift=0,
+        **options,
+    )
     (root / "images").rename(root / "moved")
     return root
 
