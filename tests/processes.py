@@ -41,7 +41,9 @@ IMPORTS = [
     "PIL.Image",
     "tyro",
     "tqdm",
+    "docstring_parser",
     "filelock",
+    "pooch",
 ]
 
 
