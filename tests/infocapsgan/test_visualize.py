@@ -212,9 +212,10 @@ def test_every_angle_is_drawn(trained_as):
     assert len(rotate(trained_as("encoder"), degrees=25).axes) == 3
 
 
-def test_a_primary_capsule_is_scaled_from_left_to_right(run_of, tmp_path, monkeypatch):
+def test_a_primary_capsule_is_scaled_from_left_to_right(run_of, tmp_path, monkeypatch, capsys):
     run = trained.load(shutil.copytree(run_of("capsnet"), tmp_path / "run"), device="cpu")
     figure = primary(run, steps=30)
+    assert "training the decoder of primary capsules: 100%" in capsys.readouterr().err
     images = cells(figure, 11)
     assert len(images) == 10
     assert np.array_equal(images[0][1], images[9][1])  # scaled by 0, all are the same

@@ -271,6 +271,43 @@ def test_what_a_system_cannot_do_says_which_can(trained_as):
     assert trained_as("mimic").reconstruct(image).shape == image.shape
 
 
+def test_pictures_without_labels(tmp_path, cache, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for number in range(40):
+        picture = rng.integers(0, 255, (48, 40, 3)).astype(np.uint8)
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{number}.png")
+    options = {
+        "categorical_codes": 2,
+        "values": 5,
+        "warm_up": 1,
+        "width": 8,
+        "batch_size": 8,
+        "device": "cpu",
+    }
+    run = infocapsgan.train(
+        "infogan",
+        dataset="folder",
+        data_dir=tmp_path / "pictures",
+        out=tmp_path / "run",
+        max_steps=2,
+        **options,
+    )
+    assert "no labels" in capsys.readouterr().err
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert not {"unsupervised_accuracy", "nmi", "ari"} & summary["metrics"].keys()
+    assert not summary["baselines"]
+    assert run.system.image_shape[:2] == (3, 32)
+    found = run.predict(tmp_path / "pictures" / "0.png")
+    assert found.names == [f"code {found.labels.item()}"]
+    assert found.class_names == ("code 0", "code 1", "code 2", "code 3", "code 4")
+    assert run.sample(3, code=4).shape == (3, 3, 32, 32)
+    metrics = evaluate.evaluate(run, samples=100)["metrics"]
+    assert metrics.keys() == {"frechet_distance", "sample_precision", "sample_recall"}
+    for kind in ("grid", "traverse", "morph", "curves"):
+        assert visualize.visualize(run, kind).exists()
+
+
 def test_pairs_of_digits_are_predicted_as_pairs(tmp_path):
     system = CapsNet(dataset="multi-mnist", width=8).eval().requires_grad_(False)
     system.class_names = tuple("abcdefghij")
