@@ -146,13 +146,7 @@ class CapsNet(Supervised, name="capsnet"):
             "resize": 0.1,
             "shear": 0.1,
         },
-        "multi-mnist": {
-            "stem": "stacked",
-            "width": 64,
-            "batch_size": 64,
-            "epochs": 26,
-            "rate_decay": 0.85,
-        },
+        "multi-mnist": {"stem": "stacked", "width": 64, "batch_size": 64, "epochs": 26, "rate_decay": 0.85},
     }
 
     settings: CapsNetSettings
@@ -250,12 +244,7 @@ class CapsNet(Supervised, name="capsnet"):
 
     def capsules(self, images: Tensor) -> Capsules:
         """Primary capsules [N, I, 8] and class capsules [N, J, 16]."""
-        return self.model.encoder(encoder_input(to_unit(images)))
-
-    @property
-    def routing(self) -> RoutingCapsules:
-        """The layer that routes primary capsules to class capsules."""
-        return self.model.encoder.classes
+        return self.encoder(encoder_input(to_unit(images)))
 
     def decode(self, capsules: Tensor, classes: Tensor) -> Tensor:
         """Class capsules [N, J, 16] → images made from those of `classes` [N] only."""

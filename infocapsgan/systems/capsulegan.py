@@ -9,11 +9,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from capsops.nn import RoutingCapsules
-from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.engine.settings import Count
-from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules
+from infocapsgan.models.capsule_encoder import CapsuleEncoder
 from infocapsgan.systems.dcgan import DCGAN, DCGANSettings
+from infocapsgan.systems.system import CapsuleSystem
 
 CLASS_CAPSULES, CLASS_DIM = 10, 16
 
@@ -49,7 +48,7 @@ class CapsuleDiscriminator(nn.Module):
         return self.verdict(self.encoder(images).classes).flatten()
 
 
-class CapsuleGAN(DCGAN, name="capsulegan"):
+class CapsuleGAN(CapsuleSystem, DCGAN, name="capsulegan"):
     """CapsuleGAN; see the module."""
 
     Settings = CapsuleGANSettings
@@ -61,12 +60,3 @@ class CapsuleGAN(DCGAN, name="capsulegan"):
         """Images → logits."""
         s, shape = self.settings, self.image_shape
         return CapsuleDiscriminator(shape.channels, shape.size, width=s.width, iterations=s.iterations)
-
-    def capsules(self, images: Tensor) -> Capsules:
-        """The discriminator's primary capsules [N, I, 8] and its ten capsules of 16 [N, 10, 16]."""
-        return self.discriminator.encoder(to_symmetric(images))
-
-    @property
-    def routing(self) -> RoutingCapsules:
-        """The discriminator's routing layer."""
-        return self.discriminator.encoder.classes

@@ -23,7 +23,9 @@ from infocapsgan.engine.settings import Share, Weight, Whole
 from infocapsgan.engine.train_state import TrainState
 from infocapsgan.metrics.matching import clustering_metrics, kmeans_accuracy, match_clusters
 from infocapsgan.plotting.sheet import Sheet
-from infocapsgan.systems.gan import GAN, GANSettings
+from infocapsgan.systems.gan import GAN, SAME_LATENTS, GANSettings
+
+SAMPLES_PER_CODE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +65,8 @@ class ClassCodeSettings(GANSettings):
             )
 
 
-NO_REAL_IMAGES: dict[str, Any] = {
-    "warm_up": 0,
-    "settled_rate": 1.0,
-    "information_weight": 0.0,
-    "consistency_weight": 0.0,
-    "smoothness_weight": 0.0,
-}
+NO_REAL_IMAGES: dict[str, Any] = {"warm_up": 0, "settled_rate": 1.0, "smoothness_weight": 0.0}
+NO_REAL_IMAGES |= {"information_weight": 0.0, "consistency_weight": 0.0}
 """The options with which the class code is learned on generated images alone, as published."""
 
 
@@ -110,13 +107,8 @@ class ClassCodeGAN(GAN):
 
     def untrained(self, steps: int) -> str:
         """The generator, unless there are steps after the warm-up."""
-        warm_up = self.settings.warm_up
-        if steps > warm_up:
-            return ""
-        return (
-            f"the generator is not trained: it comes in after the {warm_up} steps of --warm-up, "
-            f"and there are {steps}"
-        )
+        warm_up = f"it comes in after the {self.settings.warm_up} steps of --warm-up, and there are {steps}"
+        return "" if steps > self.settings.warm_up else f"the generator is not trained: {warm_up}"
 
     def decayed_rate(self, rate: float, state: TrainState) -> float:
         """A learning rate on its line from `rate` at the first step to the end of a warm-up."""
@@ -127,25 +119,19 @@ class ClassCodeGAN(GAN):
     def real_images_loss(
         self, real: Tensor, logits: Tensor, state: TrainState, named: dict[str, Tensor]
     ) -> Tensor:
-        """What real images alone say of the classes: certain, evenly used, the same for a changed copy.
+        """What real images [B, C, H, W] alone, with logits [B, J], say of the classes.
 
-        Args:
-            real: images [B, C, H, W] in [−1, 1].
-            logits: their class_logits [B, J].
-            state: where random numbers come from, and how far it is.
-            named: is given each part that has a weight, by its name.
+        These are to be certain, evenly used, the same for a changed copy. Parts are put into `named`.
         """
         s, loss = self.settings, torch.zeros((), device=real.device)
         p = logits.float().log_softmax(dim=1).exp()
         if s.information_weight:
             mean = state.processes.mean
             named["information"] = losses.mutual_information(p, mean=mean)
-            balanced = losses.mutual_information(p, balance=s.balance, mean=mean)
-            loss = loss - s.information_weight * balanced
+            loss = loss - s.information_weight * losses.mutual_information(p, balance=s.balance, mean=mean)
         if s.consistency_weight:
-            copy = random_erasing(
-                random_affine(real, state.rng, background=-1), state.rng, share=s.erased, background=-1
-            )
+            copy = random_affine(real, state.rng, background=-1)
+            copy = random_erasing(copy, state.rng, share=s.erased, background=-1)
             named["consistency"] = losses.divergence(p.detach(), self.class_log_probabilities(copy))
             loss = loss + s.consistency_weight * named["consistency"]
         smooth = s.smoothness_weight and state.step >= s.smoothness_after
@@ -181,9 +167,19 @@ class ClassCodeGAN(GAN):
 
     def baselines(self, dataset: Dataset) -> dict[str, float]:
         """k-means on the pixels, where the images have labels."""
-        if not dataset.labelled:
+        classes = self.image_shape.classes
+        return {"k-means on pixels": kmeans_accuracy(dataset, classes)} if dataset.labelled else {}
+
+    def code_latents(self, number: int) -> Tensor:
+        """The same `number` of latent vectors for each class code, code by code, at every call."""
+        noise = self.fixed_latents(number).repeat(self.codes, 1)
+        return self.latents(noise, torch.arange(self.codes, device=self.device).repeat_interleave(number))
+
+    def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
+        """Samples, a row for each class code; none of a generator that is not trained."""
+        if self.why_not("generate"):
             return {}
-        return {"k-means on pixels": kmeans_accuracy(dataset, self.image_shape.classes)}
+        return {"samples": self.code_sheet(self.code_latents(SAMPLES_PER_CODE), xlabel=SAME_LATENTS)}
 
     def code_sheet(self, latents: Tensor, **labels: Any) -> Sheet:
         """Generated images, a row for each class code, named with the class that it was matched with."""

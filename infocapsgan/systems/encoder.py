@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from capsops.nn import RoutingCapsules
 from infocapsgan import losses
 from infocapsgan.data import Dataset
 from infocapsgan.data.augment import random_affine
 from infocapsgan.data.dataset import in_batches, to_symmetric, to_unit
 from infocapsgan.engine.settings import Weight
 from infocapsgan.engine.train_state import TrainState, adam
-from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules, lengths
+from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
 from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.supervised import Supervised, SupervisedSettings
 
@@ -38,10 +37,7 @@ class Encoder(Supervised, name="encoder"):
     """InfoCapsGAN's encoder as a classifier; the network is `model`."""
 
     Settings = EncoderSettings
-    recipes: ClassVar = {
-        "tuned": {},
-        "published": {"batch_size": 100, "batch_norm": True, "moved": False},
-    }
+    recipes: ClassVar = {"tuned": {}, "published": {"batch_size": 100, "batch_norm": True, "moved": False}}
     tuned: ClassVar = {"digits": {"width": 32, "epochs": 15}}
 
     settings: EncoderSettings
@@ -70,19 +66,7 @@ class Encoder(Supervised, name="encoder"):
     def test_predictions(self, dataset: Dataset) -> dict[str, Tensor]:
         """For each test image its `predicted` class [N] and its `margin_loss` [N]."""
         found = in_batches(self.classify, dataset.test_images)
-        return {
-            "predicted": found.argmax(dim=1),
-            "margin_loss": self.margin_loss(found, dataset.test_labels),
-        }
-
-    def capsules(self, images: Tensor) -> Capsules:
-        """Primary capsules [N, I, 8] and class capsules [N, J, 16]."""
-        return self.model(to_symmetric(images))
-
-    @property
-    def routing(self) -> RoutingCapsules:
-        """The layer that routes primary capsules to class capsules."""
-        return self.model.classes
+        return {"predicted": found.argmax(dim=1), "margin_loss": self.margin_loss(found, dataset.test_labels)}
 
     def validation_loss(self, held_out: Dataset) -> float:
         """Margin loss."""

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Adam
 
 import capsops
 from capsops.nn import RoutingCapsules
@@ -29,21 +30,15 @@ from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Count, Weight
 from infocapsgan.engine.train_state import TrainState
-from infocapsgan.models.capsule_encoder import (
-    CapsuleEncoder,
-    Capsules,
-    lengths,
-    primary_grid,
-    unsquashed_lengths,
-)
-from infocapsgan.models.capsule_generator import KERNEL_SIZE, CapsuleGenerator
-from infocapsgan.plotting.sheet import Sheet
-from infocapsgan.systems.class_code import NO_REAL_IMAGES, ClassCodeGAN, ClassCodeSettings
-from infocapsgan.systems.gan import ADAM_BETAS, SAME_LATENTS
+from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules, lengths, unsquashed_lengths
+from infocapsgan.models.capsule_generator import CapsuleGenerator
+from infocapsgan.systems.class_code import NO_REAL_IMAGES, SAMPLES_PER_CODE, ClassCodeGAN, ClassCodeSettings
+from infocapsgan.systems.gan import ADAM_BETAS
+from infocapsgan.systems.system import CapsuleSystem
 
 LAST_DIM = 52  # numbers in the discriminator's last capsule
-DETAILS_DIM = 128  # hidden numbers between its primary capsules and its verdict on details
-SAMPLES_PER_CODE = 10
+HIDDEN = 128  # numbers between its primary capsules and its verdict on details
+PUBLISHED = {"batch_size": 100, "generator_rate": 2e-4, "discriminator_rate": 2e-5, "batch_norm": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +74,7 @@ class InfoCapsGANSettings(ClassCodeSettings):
             raise ValueError("--frechet-samples: takes 0 with --adversarial-weight 0, without a generator")
         if self.diversity_weight and self.batch_size == 1:
             raise ValueError(
-                f"--batch-size: got {self.batch_size}, takes at least 2 with --diversity-weight, which "
-                "compares two images"
+                "--batch-size: got 1, takes at least 2 with --diversity-weight, which pairs images"
             )
         if not self.adversarial_weight and not self.learns_of_real_images:
             raise ValueError(
@@ -107,12 +101,10 @@ class Discriminator(nn.Module):
         self.encoder = CapsuleEncoder(channels, size, classes, width=width, batch_norm=batch_norm, bias=False)
         self.last = RoutingCapsules(classes, 1, 16, LAST_DIM, iterations=0, bias=False)
         self.verdict = nn.Linear(LAST_DIM, 1)
-        numbers = width * primary_grid(size, KERNEL_SIZE) ** 2
         self.details = None
         if details:
-            self.details = nn.Sequential(
-                nn.Linear(numbers, DETAILS_DIM), nn.LeakyReLU(0.2), nn.Linear(DETAILS_DIM, 1)
-            )
+            numbers = self.encoder.classes.weight[:, 0, 0].numel()  # I · K, of the primary capsules
+            self.details = nn.Sequential(nn.Linear(numbers, HIDDEN), nn.LeakyReLU(0.2), nn.Linear(HIDDEN, 1))
 
     def forward(self, images: Tensor) -> Verdict:
         capsules = self.encoder(images)
@@ -124,22 +116,15 @@ class Discriminator(nn.Module):
         return Verdict(logit.flatten(), last, capsules)
 
 
-class InfoCapsGAN(ClassCodeGAN, name="infocapsgan"):
+class InfoCapsGAN(CapsuleSystem, ClassCodeGAN, name="infocapsgan"):
     """InfoCapsGAN; see the module."""
 
     Settings = InfoCapsGANSettings
     recipes: ClassVar = {
         "tuned": {"ema": 0.98},
-        "published": {
-            **NO_REAL_IMAGES,
-            "batch_size": 100,
-            "latent": "squashed",
-            "generator_rate": 2e-4,
-            "discriminator_rate": 2e-5,
-            "batch_norm": True,
-            "diversity_weight": 0.0,
-            "details": False,
-        },
+        "published": NO_REAL_IMAGES
+        | PUBLISHED
+        | {"latent": "squashed", "diversity_weight": 0.0, "details": False},
     }
     tuned: ClassVar = {
         "digits": {
@@ -169,30 +154,18 @@ class InfoCapsGAN(ClassCodeGAN, name="infocapsgan"):
         if s.recipe == "published":
             self.apply(initialise_as_published)
         self.stabilise()
-        encoder = set(self.discriminator.encoder.parameters())
-        verdict = [weight for weight in self.discriminator.parameters() if weight not in encoder]
+        encoder = list(self.discriminator.encoder.parameters())
+        verdict = [weight for weight in self.discriminator.parameters() if weight not in set(encoder)]
+        groups = [{"params": encoder}, {"params": verdict}]
         self.optimizers = {
-            "discriminator": torch.optim.Adam(
-                [{"params": list(self.discriminator.encoder.parameters())}, {"params": verdict}],
-                s.discriminator_rate,
-                ADAM_BETAS,
-            ),
-            "generator": torch.optim.Adam(self.generator.parameters(), s.generator_rate, ADAM_BETAS),
+            "discriminator": Adam(groups, s.discriminator_rate, ADAM_BETAS),
+            "generator": Adam(self.generator.parameters(), s.generator_rate, ADAM_BETAS),
         }
 
     @property
     def networks(self) -> list[nn.Module]:
         """Generator and encoder. What stands behind that gets no gradient in the warm-up, not one of 0."""
         return [self.generator, self.discriminator.encoder]
-
-    def logits(self, images: Tensor) -> Tensor:
-        """The discriminator's logits [B] of images [B, C, H, W] in [−1, 1]: above 0 for real."""
-        return self.discriminator(images).logit
-
-    @property
-    def noise_dim(self) -> int:
-        """Normal values in a latent vector, beside the codes."""
-        return self.settings.noise_dim
 
     def latents(self, noise: Tensor, code: Tensor | None = None, continuous: Tensor | None = None) -> Tensor:
         """Noise [B, noise_dim] and class codes [B] (None: 0) → latent vectors [B, noise_dim + classes]."""
@@ -276,42 +249,18 @@ class InfoCapsGAN(ClassCodeGAN, name="infocapsgan"):
         target = F.one_hot(code, self.image_shape.classes)
         return losses.margin_loss(lengths(verdict.capsules.classes), target).mean()
 
-    def random_latents(
-        self, number: int, rng: ShardedGenerator, *, images: Tensor | None = None, **codes: Tensor
-    ) -> Tensor:
+    def random_latents(self, number: int, rng: ShardedGenerator, **codes: Any) -> Tensor:
         """Latent vectors of normal noise and evenly distributed class codes [number, noise_dim + classes]."""
         noise = rng.normal(number, self.noise_dim)
         return self.latents(noise, codes.get("code", rng.integers(self.codes, number)))
-
-    def capsules(self, images: Tensor) -> Capsules:
-        """The discriminator's primary capsules [N, I, 8] and class capsules [N, J, 16]."""
-        return self.discriminator.encoder(to_symmetric(images))
-
-    @property
-    def routing(self) -> RoutingCapsules:
-        """The discriminator's routing layer."""
-        return self.discriminator.encoder.classes
-
-    def fixed_latents(self) -> Tensor:
-        """The same noise for each class code, always [codes · SAMPLES_PER_CODE, noise_dim + classes]."""
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(SAMPLES_PER_CODE, self.noise_dim, generator=generator)
-        code = torch.arange(self.codes).repeat_interleave(SAMPLES_PER_CODE)
-        return self.latents(noise.repeat(self.codes, 1), code).to(self.device)
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """As of every class code; and the generator's capsules compared with the discriminator's."""
         metrics = super().evaluate(dataset)
         if self.settings.adversarial_weight:
-            images, capsules = self.sampling_generator(self.fixed_latents())
+            images, capsules = self.sampling_generator(self.code_latents(SAMPLES_PER_CODE))
             metrics |= compare_capsules(capsules, self.discriminator(images).capsules)
         return metrics
-
-    def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
-        """Samples, a row for each class code."""
-        if self.why_not("generate"):
-            return {}
-        return {"samples": self.code_sheet(self.fixed_latents(), xlabel=SAME_LATENTS)}
 
 
 def compare_capsules(generator: Capsules, discriminator: Capsules) -> dict[str, float]:

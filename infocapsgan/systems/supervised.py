@@ -8,7 +8,7 @@ from torch import Tensor
 from infocapsgan.data import DataError, Dataset
 from infocapsgan.engine.settings import Settings
 from infocapsgan.models.capsule_encoder import lengths
-from infocapsgan.systems.system import System
+from infocapsgan.systems.system import CapsuleSystem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class SupervisedSettings(Settings):
     """Hold out a tenth of the training images, and keep the weights with the lowest loss on them."""
 
 
-class Supervised(System):
+class Supervised(CapsuleSystem):
     """A capsule classifier."""
 
     headline = "accuracy"
@@ -43,11 +43,6 @@ class Supervised(System):
                 "takes a folder for each of two classes or more"
             )
         return dataset
-
-    @property
-    def validation_share(self) -> float:
-        """A tenth, where --validation asks for it."""
-        return 0.1 if self.settings.validation else 0.0
 
     def classify(self, images: Tensor) -> Tensor:
         """Lengths of the class capsules [N, J], each from 0 to 1.

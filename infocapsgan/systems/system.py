@@ -10,10 +10,12 @@ from torch.optim import Optimizer
 from capsops.nn import RoutingCapsules
 from infocapsgan import data
 from infocapsgan.data import Dataset, ImageShape
+from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Settings as BaseSettings
 from infocapsgan.engine.train_state import TrainState
-from infocapsgan.models.capsule_encoder import Capsules
+from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules
+from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
 from infocapsgan.plotting.sheet import Sheet
 
 SYSTEMS: dict[str, type["System"]] = {}
@@ -85,9 +87,7 @@ class System(nn.Module):
         if settings is None:
             settings = self.configure(**options)
         elif options:
-            raise ValueError(
-                f"settings and options exclude one another, got both (options: {', '.join(options)})"
-            )
+            raise ValueError(f"settings and options exclude one another, got both, with {', '.join(options)}")
         self.settings = settings
         self.image_shape = image_shape or data.image_shape(
             settings.dataset, settings.data_dir, image_size=settings.image_size
@@ -168,7 +168,7 @@ class System(nn.Module):
     @property
     def validation_share(self) -> float:
         """The share of the training images that is held out to choose weights by; 0: none."""
-        return 0.0
+        return 0.1 if getattr(self.settings, "validation", False) else 0.0
 
     def validation_loss(self, held_out: Dataset) -> float:
         """The loss, on the test images of `held_out`, that is lowest for the weights that are kept."""
@@ -190,8 +190,11 @@ class System(nn.Module):
 
     def why_not(self, ability: str) -> str:
         """Why the system lacks one of ABILITIES; empty where it has it."""
-        defined = getattr(type(self), ability) is not getattr(System, ability)
-        return "" if defined else ABILITIES[ability]
+        return "" if self._defines(ability) else ABILITIES[ability]
+
+    @classmethod
+    def _defines(cls, ability: str) -> bool:
+        return getattr(cls, ability) is not getattr(System, ability)
 
     def require(self, ability: str, purpose: str) -> None:
         """Raises NotApplicableError, which says which systems have the ability, where this one lacks it.
@@ -201,11 +204,9 @@ class System(nn.Module):
             purpose: what it is needed for, as the error names it.
         """
         if reason := self.why_not(ability):
-            able = [
-                n for n, system in SYSTEMS.items() if getattr(system, ability) is not getattr(System, ability)
-            ]
+            able = ", ".join(name for name, system in SYSTEMS.items() if system._defines(ability))
             raise NotApplicableError(
-                f"{purpose} does not apply to this {self.name}: {reason}; it applies to {', '.join(able)}"
+                f"{purpose} does not apply to this {self.name}: {reason}; it applies to {able}"
             )
 
     def classify(self, images: Tensor) -> Tensor:
@@ -243,8 +244,8 @@ class System(nn.Module):
 
     @property
     def noise_dim(self) -> int:
-        """With latents(): how many normal values it takes."""
-        return 0
+        """With latents(): how many normal values it takes, beside the codes."""
+        return getattr(self.settings, "noise_dim", 0)
 
     @property
     def codes(self) -> int:
@@ -254,7 +255,7 @@ class System(nn.Module):
     @property
     def continuous_codes(self) -> int:
         """With latents(): how many continuous codes it takes, from −1 to 1 in training."""
-        return 0
+        return getattr(self.settings, "continuous_codes", 0)
 
     def latents(self, noise: Tensor, code: Tensor | None = None, continuous: Tensor | None = None) -> Tensor:
         """Normal values [N, noise_dim], class codes [N] and continuous codes [N, …] → latent vectors.
@@ -283,3 +284,22 @@ class System(nn.Module):
     def routing(self) -> RoutingCapsules:
         """The layer that routes primary capsules to class capsules."""
         raise NotApplicableError(ABILITIES["routing"])
+
+
+class CapsuleSystem(System):
+    """A system with a capsule encoder, which takes images in [−1, 1]."""
+
+    @property
+    def encoder(self) -> CapsuleEncoder | StackedCapsuleEncoder:
+        """The network from images to capsules; of a GAN it is a part of the discriminator."""
+        kinds = (CapsuleEncoder, StackedCapsuleEncoder)
+        return next(module for module in self.modules() if isinstance(module, kinds))
+
+    def capsules(self, images: Tensor) -> Capsules:
+        """Primary capsules [N, I, 8] and class capsules [N, J, 16]."""
+        return self.encoder(to_symmetric(images))
+
+    @property
+    def routing(self) -> RoutingCapsules:
+        """The encoder's routing layer."""
+        return self.encoder.classes
