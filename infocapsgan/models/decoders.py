@@ -1,5 +1,7 @@
 """From the capsule of a class back to its image."""
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,18 +20,11 @@ class FullyConnectedDecoder(nn.Module):
     def __init__(self, capsules: int, channels: int, size: int, *, batch_norm: bool = False) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        before = capsules
-        for width in (512, 1024):
-            layers += [nn.Linear(before, width)]
-            layers += [nn.BatchNorm1d(width)] if batch_norm else []
-            layers += [nn.ReLU()]
-            before = width
-        self.layers = nn.Sequential(
-            *layers,
-            nn.Linear(before, channels * size**2),
-            nn.Sigmoid(),
-            nn.Unflatten(1, (channels, size, size)),
-        )
+        for before, after in pairwise((capsules, 512, 1024)):
+            norm = [nn.BatchNorm1d(after)] if batch_norm else []
+            layers += [nn.Linear(before, after), *norm, nn.ReLU()]
+        layers += [nn.Linear(1024, channels * size**2), nn.Sigmoid()]
+        self.layers = nn.Sequential(*layers, nn.Unflatten(1, (channels, size, size)))
 
     def forward(self, capsules: Tensor) -> Tensor:
         """Class capsules [B, J, D], masked → images [B, channels, size, size] in [0, 1]."""
@@ -64,13 +59,10 @@ class DeconvolutionalDecoder(nn.Module):
         layers: list[nn.Module] = [nn.Linear(capsules, classes * grid**2)]
         layers += [nn.BatchNorm1d(classes * grid**2)] if batch_norm else []
         layers += [nn.ReLU(), nn.Unflatten(1, (classes, grid, grid))]
-        before = classes
-        for width in widths:
-            layers += [nn.ConvTranspose2d(before, width, 9, stride=2 if width == 32 else 1)]
-            layers += [nn.BatchNorm2d(width)] if batch_norm else []
-            layers += [nn.ReLU()]
-            before = width
-        last = nn.ConvTranspose2d(before, channels, size - stride * (2 * half - 2), stride=stride)
+        for before, after in pairwise((classes, *widths)):
+            norm = [nn.BatchNorm2d(after)] if batch_norm else []
+            layers += [nn.ConvTranspose2d(before, after, 9, stride=2 if after == 32 else 1), *norm, nn.ReLU()]
+        last = nn.ConvTranspose2d(widths[-1], channels, size - stride * (2 * half - 2), stride=stride)
         self.layers = nn.Sequential(*layers, last, nn.Sigmoid())
 
     def forward(self, capsules: Tensor) -> Tensor:

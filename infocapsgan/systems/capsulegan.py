@@ -10,11 +10,11 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from infocapsgan.engine.settings import Count
-from infocapsgan.models.capsule_encoder import CapsuleEncoder
+from infocapsgan.models.capsule_encoder import CLASS_DIM, CapsuleEncoder
 from infocapsgan.systems.dcgan import DCGAN, DCGANSettings
 from infocapsgan.systems.system import CapsuleSystem
 
-CLASS_CAPSULES, CLASS_DIM = 10, 16
+CLASS_CAPSULES = 10
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from infocapsgan.models.capsule_generator import CapsuleGenerator
 from infocapsgan.models.capsulegan import TransposedGenerator, UpsamplingGenerator
 from infocapsgan.models.dcgan import ConvolutionalDiscriminator
 from infocapsgan.plotting.sheet import Sheet
-from infocapsgan.systems.gan import ADAM_BETAS, GAN, SAME_LATENTS, GANSettings, morph
+from infocapsgan.systems.gan import ADAM_BETAS, GAN, SAME_LATENTS, GANSettings, accuracies, morph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,9 @@ class DCGAN(GAN, name="dcgan"):
             self.generator = kind(self.noise_dim, shape.channels, shape.size, width=s.generator_width)
         self.discriminator = self.make_discriminator()
         self.stabilise()
+        networks = {"discriminator": self.discriminator, "generator": self.generator}
         self.optimizers = {
-            name: adam(network.parameters(), s.learning_rate, ADAM_BETAS)
-            for name, network in (("discriminator", self.discriminator), ("generator", self.generator))
+            name: adam(each.parameters(), s.learning_rate, ADAM_BETAS) for name, each in networks.items()
         }
 
     @property
@@ -92,12 +92,8 @@ class DCGAN(GAN, name="dcgan"):
             generator = self.adversarial_generator_loss(self.logits(self.generator(later_latent)))
         state.update("generator", generator)
         self.update_average()
-        return {
-            "discriminator": discriminator.detach(),
-            "generator": generator.detach(),
-            "real_accuracy": (real_logit > 0).float().mean(),
-            "generated_accuracy": (logit < 0).float().mean(),
-        }
+        named = {"discriminator": discriminator.detach(), "generator": generator.detach()}
+        return named | accuracies(real_logit, logit)
 
     def latents(self, noise: Tensor, code: Tensor | None = None, continuous: Tensor | None = None) -> Tensor:
         """The noise [N, noise_dim] itself."""

@@ -55,18 +55,15 @@ class Encoder(Supervised, name="encoder"):
             images = random_affine(images, state.rng, background=-1)
         with state.autocast():
             found = lengths(self.model(images).classes)
-            loss = self.margin_loss(found, labels).mean()
+            loss = losses.margin_loss(found.float(), labels).mean()
         state.update("model", loss)
         return {"margin": loss.detach(), "batch_accuracy": (found.argmax(dim=1) == labels).float().mean()}
-
-    def margin_loss(self, found: Tensor, labels: Tensor) -> Tensor:
-        """Margin loss of each image [B], of its class capsules' lengths [B, J]."""
-        return losses.margin_loss(found.float(), F.one_hot(labels, self.image_shape.classes))
 
     def test_predictions(self, dataset: Dataset) -> dict[str, Tensor]:
         """For each test image its `predicted` class [N] and its `margin_loss` [N]."""
         found = in_batches(self.classify, dataset.test_images)
-        return {"predicted": found.argmax(dim=1), "margin_loss": self.margin_loss(found, dataset.test_labels)}
+        margin = losses.margin_loss(found, dataset.test_labels)
+        return {"predicted": found.argmax(dim=1), "margin_loss": margin}
 
     def validation_loss(self, held_out: Dataset) -> float:
         """Margin loss."""
@@ -81,6 +78,5 @@ class Encoder(Supervised, name="encoder"):
             row = to_unit(images[predicted == j][:10])
             rows.append(F.pad(row, [0, 0, 0, 0, 0, 0, 0, 10 - len(row)], value=0.5))
         names = [self.class_name(j) for j in range(classes)]
-        return {
-            "predictions": Sheet(torch.cat(rows), 10, names, ylabel="predicted class", xlabel="test images")
-        }
+        sheet = Sheet(torch.cat(rows), 10, names, ylabel="predicted class", xlabel="test images")
+        return {"predictions": sheet}

@@ -140,19 +140,24 @@ class GAN(System):
         return torch.randn(number, self.noise_dim, generator=generator).to(self.device)
 
     def discriminator_metrics(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """The shares of real and of generated images, batch by batch, told apart, and their mean."""
-        right = [(self.logits(real) > 0, self.logits(generated) < 0) for real, generated in pairs]
-        real, generated = (torch.cat(part).float().mean().item() for part in zip(*right, strict=True))
-        return {
-            "discriminator_accuracy": (real + generated) / 2,
-            "real_accuracy": real,
-            "generated_accuracy": generated,
-        }
+        """The accuracies on batches of real and of generated images, and their mean."""
+        logits = [(self.logits(real), self.logits(generated)) for real, generated in pairs]
+        shares = accuracies(*map(torch.cat, zip(*logits, strict=True)))
+        metrics = {name: share.item() for name, share in shares.items()}
+        return {"discriminator_accuracy": sum(metrics.values()) / 2, **metrics}
 
 
 def _first(output: Any) -> Tensor:
     """The images or logits that a network returns, by themselves or before others of its results."""
     return output if isinstance(output, Tensor) else output[0]
+
+
+def accuracies(real_logit: Tensor, logit: Tensor) -> dict[str, Tensor]:
+    """The shares of real and of generated images that a discriminator is right about, of its logits [N]."""
+    return {
+        "real_accuracy": (real_logit > 0).float().mean(),
+        "generated_accuracy": (logit < 0).float().mean(),
+    }
 
 
 def morph(start: Tensor, end: Tensor, steps: int) -> Tensor:

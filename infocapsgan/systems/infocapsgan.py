@@ -73,9 +73,7 @@ class InfoCapsGANSettings(ClassCodeSettings):
         if self.frechet_samples and not self.adversarial_weight:
             raise ValueError("--frechet-samples: takes 0 with --adversarial-weight 0, without a generator")
         if self.diversity_weight and self.batch_size == 1:
-            raise ValueError(
-                "--batch-size: got 1, takes at least 2 with --diversity-weight, which pairs images"
-            )
+            raise ValueError("--batch-size: got 1, takes at least 2 with --diversity-weight: it pairs images")
         if not self.adversarial_weight and not self.learns_of_real_images:
             raise ValueError(
                 "--adversarial-weight: got 0, takes more without --information-weight and "
@@ -210,9 +208,8 @@ class InfoCapsGAN(CapsuleSystem, ClassCodeGAN, name="infocapsgan"):
             code = code[::2].repeat_interleave(2)[:B]  # neighbours are of one class
         generating = self.generates(state)
         named: dict[str, Tensor] = {}
-        self.optimizers["discriminator"].param_groups[0]["lr"] = self.decayed_rate(
-            s.discriminator_rate, state
-        )
+        rate = self.decayed_rate(s.discriminator_rate, state)
+        self.optimizers["discriminator"].param_groups[0]["lr"] = rate
 
         with state.autocast():
             seen = self.discriminator(real)
@@ -236,18 +233,15 @@ class InfoCapsGAN(CapsuleSystem, ClassCodeGAN, name="infocapsgan"):
                 loss = s.adversarial_weight * named["generator"]
                 loss = loss + s.code_weight * B * state.processes.world * self.code_loss(verdict, code)
                 if s.diversity_weight:
-                    named["diversity"] = losses.mode_seeking(
-                        generated.float(), latent, mean=state.processes.mean
-                    )
-                    loss = loss + s.diversity_weight * named["diversity"]
+                    apart = losses.mode_seeking(generated.float(), latent, mean=state.processes.mean)
+                    loss, named["diversity"] = loss + s.diversity_weight * apart, apart
             state.update("generator", loss)
             self.update_average()
         return {name: value.detach() for name, value in named.items()}
 
     def code_loss(self, verdict: Verdict, code: Tensor) -> Tensor:
         """How badly the class capsules' lengths tell the code that the generator was given."""
-        target = F.one_hot(code, self.image_shape.classes)
-        return losses.margin_loss(lengths(verdict.capsules.classes), target).mean()
+        return losses.margin_loss(lengths(verdict.capsules.classes), code).mean()
 
     def random_latents(self, number: int, rng: ShardedGenerator, **codes: Any) -> Tensor:
         """Latent vectors of normal noise and evenly distributed class codes [number, noise_dim + classes]."""
@@ -266,9 +260,8 @@ class InfoCapsGAN(CapsuleSystem, ClassCodeGAN, name="infocapsgan"):
 def compare_capsules(generator: Capsules, discriminator: Capsules) -> dict[str, float]:
     """The generator's capsules of images against the discriminator's capsules of the same images.
 
-    Returns:
-        for both layers the mean Euclidean distance and the mean cosine similarity; and the mean length of the
-        discriminator's class capsules.
+    For both layers the mean Euclidean distance and the mean cosine similarity; and the mean length of the
+    discriminator's class capsules.
     """
     metrics = {"class_capsule_length": lengths(discriminator.classes).mean().item()}
     for layer, a, b in zip(Capsules._fields, generator, discriminator, strict=True):

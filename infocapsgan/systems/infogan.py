@@ -27,7 +27,7 @@ from infocapsgan.engine.train_state import TrainState, adam
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
 from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.class_code import NO_REAL_IMAGES, SAMPLES_PER_CODE, ClassCodeGAN, ClassCodeSettings
-from infocapsgan.systems.gan import ADAM_BETAS
+from infocapsgan.systems.gan import ADAM_BETAS, accuracies
 
 LEAN, THICKNESS = 0.5, 1.0  # of copies, where a continuous code is to change by 1
 
@@ -130,10 +130,8 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
         self.stabilise()
         shared = [*self.discriminator.trunk.parameters(), *self.discriminator.verdict.parameters()]
         generating = [*self.generator.parameters(), *self.discriminator.recogniser.parameters()]
-        self.optimizers = {
-            "discriminator": adam(shared, s.discriminator_rate, ADAM_BETAS),
-            "generator": adam(generating, s.generator_rate, ADAM_BETAS),
-        }
+        self.optimizers["discriminator"] = adam(shared, s.discriminator_rate, ADAM_BETAS)
+        self.optimizers["generator"] = adam(generating, s.generator_rate, ADAM_BETAS)
         if s.learns_of_real_images or s.learns_of_copies:
             weights = [*self.discriminator.trunk.parameters(), *self.discriminator.recogniser.parameters()]
             self.optimizers["classes"] = adam(weights, s.classes_rate, ADAM_BETAS)
@@ -197,14 +195,8 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
             information, categorical, squared = self.information_loss(categories, code, values, continuous)
         state.update("generator", generator + information)
         self.update_average()
-        return {
-            "discriminator": discriminator,
-            "generator": generator,
-            "categorical": categorical,
-            "continuous": squared,
-            "real_accuracy": (real_logit > 0).float().mean(),
-            "generated_accuracy": (logit < 0).float().mean(),
-        }
+        named = {"discriminator": discriminator, "generator": generator}
+        return named | {"categorical": categorical, "continuous": squared} | accuracies(real_logit, logit)
 
     def information_loss(
         self, categories: Tensor, code: Tensor, values: Tensor, continuous: Tensor

@@ -19,7 +19,7 @@ from infocapsgan.engine.settings import Weight
 from infocapsgan.engine.train_state import TrainState
 from infocapsgan.models.capsule_generator import CapsuleGenerator
 from infocapsgan.plotting.sheet import Sheet
-from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings
+from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings, accuracies
 from infocapsgan.systems.infocapsgan import LAST_DIM, PUBLISHED, Discriminator, initialise_as_published
 from infocapsgan.systems.system import CapsuleSystem, NotApplicableError
 
@@ -78,13 +78,9 @@ class Mimic(CapsuleSystem, GAN, name="mimic"):
             generator = self.adversarial_generator_loss(self.logits(generated))
         state.update("generator", generator)
         self.update_average()
-        return {
-            "discriminator": discriminator.detach(),
-            "generator": generator.detach(),
-            "real_accuracy": (seen.logit > 0).float().mean(),
-            "generated_accuracy": (logit < 0).float().mean(),
-            "squared_error": squared_error(generated.detach(), real),
-        }
+        named = {"discriminator": discriminator.detach(), "generator": generator.detach()}
+        error = squared_error(generated.detach(), real)
+        return named | accuracies(seen.logit, logit) | {"squared_error": error}
 
     def random_latents(
         self, number: int, rng: ShardedGenerator, *, images: Tensor | None = None, **codes: Tensor
