@@ -24,7 +24,16 @@ def margin_loss(lengths: Tensor, target: Tensor) -> Tensor:
     Raises:
         ValueError: the target has another shape or type, or an index is not one of the J classes.
     """
-    target = _multi_hot(target, lengths)
+    B, J = lengths.shape
+    if target.shape == (B,) and target.dtype != torch.bool and not target.is_floating_point():
+        try:
+            target = F.one_hot(target.long(), J)
+        except RuntimeError as error:  # on a GPU the kernel itself stops at such an index
+            raise ValueError(f"target: got {target.tolist()}, takes classes from 0 to {J - 1}") from error
+    elif target.shape != (B, J):
+        takes = f"takes classes as integers [{B}], or a number for each class [{B}, {J}]"
+        raise ValueError(f"target: got {target.dtype} of shape {list(target.shape)}, {takes}")
+    target = target.to(lengths.dtype)
     present = target * F.relu(0.9 - lengths).square()
     return (present + 0.5 * (1 - target) * F.relu(lengths - 0.1).square()).sum(dim=1)
 
@@ -125,20 +134,6 @@ def mode_seeking(images: Tensor, latents: Tensor, *, mean: Function = lambda x: 
     """
     x, z = (mean((both[1::2] - both[: len(both) - 1 : 2]).abs().mean()) for both in (images, latents))
     return 1 / (x / z + 1e-5)
-
-
-def _multi_hot(target: Tensor, lengths: Tensor) -> Tensor:
-    """The target of margin_loss as numbers [B, J]."""
-    B, J = lengths.shape
-    if target.shape == (B, J):
-        return target if target.is_floating_point() else target.to(lengths.dtype)
-    if target.shape != (B,) or target.dtype == torch.bool or target.is_floating_point():
-        takes = f"takes classes as integers [{B}], or a number for each class [{B}, {J}]"
-        raise ValueError(f"target: got {target.dtype} of shape {list(target.shape)}, {takes}")
-    try:
-        return F.one_hot(target.long(), J)
-    except RuntimeError as error:  # on a GPU the kernel itself stops at such an index
-        raise ValueError(f"target: got {target.tolist()}, takes classes from 0 to {J - 1}") from error
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infocapsgan.models.capsule_encoder import first_stride
@@ -72,4 +71,4 @@ class DeconvolutionalDecoder(nn.Module):
 
 def masked(capsules: Tensor, classes: Tensor) -> Tensor:
     """Class capsules [B, J, D] with all but those of `classes` [B] set to 0."""
-    return capsules * F.one_hot(classes, capsules.shape[1]).unsqueeze(-1)
+    return capsules * nn.functional.one_hot(classes, capsules.shape[1]).unsqueeze(-1)

@@ -16,8 +16,7 @@ class StackedCapsuleEncoder(nn.Module):
     2 · width and 2 · width channels, the last those of width / 4 types of primary capsules. The second and
     the last have stride 2; the first too for images of 48 × 48 and more, the third for 96 × 96 and more. For
     images below 48 × 48 a primary capsule sees 17 × 17 pixels, as CapsuleEncoder's does. A deeper stem with
-    batch norm is the idea of Efficient-CapsNet (Mazzia, Salvetti, Chiaberge 2021), whose attention is not
-    used here: this network has routing.
+    batch norm is the idea of Efficient-CapsNet (Mazzia, Salvetti, Chiaberge 2021); this network has routing.
 
     Args:
         channels, size: of the image.

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capsops.nn import RoutingCapsules
@@ -78,12 +77,7 @@ class CapsNetSettings(SupervisedSettings):
 
 
 class CapsNetModel(nn.Module):
-    """Capsule encoder and decoder.
-
-    Args:
-        channels, size, classes: of the images.
-        settings: which of the variants.
-    """
+    """Capsule encoder and decoder, in the variants that the settings choose."""
 
     def __init__(self, channels: int, size: int, classes: int, settings: CapsNetSettings) -> None:
         super().__init__()
@@ -128,7 +122,7 @@ class CapsNet(Supervised, name="capsnet"):
         "mnist": STACKED | {"epochs": 30, "rate_decay": 0.87, "turn": 10.0, "resize": 0.1, "shear": 0.1},
         "multi-mnist": STACKED | {"epochs": 26, "rate_decay": 0.85},
     }
-
+    networks = ("model.encoder", "model.decoder")
     settings: CapsNetSettings
 
     def __init__(self, settings: CapsNetSettings | None = None, **options: Any) -> None:
@@ -137,11 +131,6 @@ class CapsNet(Supervised, name="capsnet"):
         if self.settings.recipe == "published":
             self.apply(_initialise_as_published)
         self.optimizers = {"model": adam(self.model.parameters(), self.settings.learning_rate)}
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """Encoder and decoder, each of which a step calls by itself."""
-        return [self.model.encoder, self.model.decoder]
 
     def load_data(self) -> Dataset:
         """The data set that the settings name, with as many test pairs as they say."""
@@ -181,7 +170,7 @@ class CapsNet(Supervised, name="capsnet"):
 
     def margin_loss(self, capsules: Tensor, labels: Tensor) -> Tensor:
         """Margin loss of each image [B]; labels are [B], or [B, 2] of pairs."""
-        target = F.one_hot(label_columns(labels), self.image_shape.classes).sum(dim=1)
+        target = nn.functional.one_hot(label_columns(labels), self.image_shape.classes).sum(dim=1)
         return losses.margin_loss(lengths(capsules.float()), target)
 
     def reconstruction_error(self, capsules: Tensor, classes: Tensor, images: Tensor, kind: str) -> Tensor:
@@ -199,16 +188,8 @@ class CapsNet(Supervised, name="capsnet"):
         crossed = (longest[:, 0] == labels[:, 1]) | (longest[:, 1] == labels[:, 0])
         return torch.where(crossed[:, None], longest.flip(1), longest)
 
-    def validation_loss(self, held_out: Dataset) -> float:
-        """Margin loss plus α times the squared error."""
-        metrics = self.evaluate(held_out)
-        return metrics["margin_loss"] + self.settings.reconstruction_weight * metrics["squared_error"]
-
     def test_predictions(self, dataset: Dataset) -> dict[str, Tensor]:
-        """For each test image its `predicted` class, `margin_loss` [N] and `squared_error` [N].
-
-        Predicted classes, from which images are rebuilt, are [N], or [N, 2] of pairs, ordered as the labels.
-        """
+        """The `predicted` class of each test image, its `margin_loss` and its `squared_error` [N]."""
         parts = []
         for pixels, labels in dataset.test_batches(500):
             images = to_unit(pixels)
@@ -224,7 +205,6 @@ class CapsNet(Supervised, name="capsnet"):
         return self.encoder(encoder_input(to_unit(images)))
 
     def decode(self, capsules: Tensor, classes: Tensor) -> Tensor:
-        """Class capsules [N, J, 16] → images made from those of `classes` [N] only."""
         return self.model.decoder(masked(capsules, classes))
 
     def reconstruct(self, images: Tensor) -> Tensor:

@@ -26,13 +26,7 @@ class CapsuleGANSettings(DCGANSettings):
 
 
 class CapsuleDiscriminator(nn.Module):
-    """Capsule encoder with kernels of 7 → 10 capsules of 16 → dense 64, ReLU → logit.
-
-    Args:
-        channels, size: of the image.
-        width: channels of the convolutions.
-        iterations: of the routing.
-    """
+    """Capsule encoder with kernels of 7 → 10 capsules of 16 → dense 64, ReLU → logit."""
 
     def __init__(self, channels: int, size: int, *, width: int, iterations: int) -> None:
         super().__init__()
@@ -58,5 +52,5 @@ class CapsuleGAN(CapsuleSystem, DCGAN, name="capsulegan"):
 
     def make_discriminator(self) -> nn.Module:
         """Images → logits."""
-        s, shape = self.settings, self.image_shape
-        return CapsuleDiscriminator(shape.channels, shape.size, width=s.width, iterations=s.iterations)
+        s, (channels, size, _) = self.settings, self.image_shape
+        return CapsuleDiscriminator(channels, size, width=s.width, iterations=s.iterations)

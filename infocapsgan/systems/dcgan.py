@@ -9,8 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from infocapsgan.data import Dataset
-from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.data.dataset import Dataset, to_symmetric
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Count, Weight
 from infocapsgan.engine.train_state import TrainState, adam
@@ -47,7 +46,6 @@ class DCGAN(GAN, name="dcgan"):
         "published": {"max_steps": 10_000, "epochs": 10_000, "evaluate_every": 50, "log_every": 1},
     }
     tuned: ClassVar = {"digits": {"generator_width": 32, "width": 64, "epochs": 30}}
-
     settings: DCGANSettings
 
     def __init__(self, settings: DCGANSettings | None = None, **options: Any) -> None:
@@ -60,10 +58,8 @@ class DCGAN(GAN, name="dcgan"):
             self.generator = kind(self.noise_dim, shape.channels, shape.size, width=s.generator_width)
         self.discriminator = self.make_discriminator()
         self.stabilise()
-        networks = {"discriminator": self.discriminator, "generator": self.generator}
-        self.optimizers = {
-            name: adam(each.parameters(), s.learning_rate, ADAM_BETAS) for name, each in networks.items()
-        }
+        for name in ("discriminator", "generator"):
+            self.optimizers[name] = adam(getattr(self, name).parameters(), s.learning_rate, ADAM_BETAS)
 
     @property
     def noise_dim(self) -> int:
@@ -96,11 +92,9 @@ class DCGAN(GAN, name="dcgan"):
         return named | accuracies(real_logit, logit)
 
     def latents(self, noise: Tensor, code: Tensor | None = None, continuous: Tensor | None = None) -> Tensor:
-        """The noise [N, noise_dim] itself."""
         return noise
 
     def random_latents(self, number: int, rng: ShardedGenerator, **codes: Any) -> Tensor:
-        """Normal values [number, noise_dim]."""
         return rng.normal(number, self.noise_dim)
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from infocapsgan import losses
-from infocapsgan.data import Dataset
 from infocapsgan.data.augment import random_affine
-from infocapsgan.data.dataset import in_batches, to_symmetric, to_unit
+from infocapsgan.data.dataset import Dataset, in_batches, to_symmetric, to_unit
 from infocapsgan.engine.settings import Weight
 from infocapsgan.engine.train_state import TrainState, adam
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
@@ -39,7 +37,6 @@ class Encoder(Supervised, name="encoder"):
     Settings = EncoderSettings
     recipes: ClassVar = {"tuned": {}, "published": {"batch_size": 100, "batch_norm": True, "moved": False}}
     tuned: ClassVar = {"digits": {"width": 32, "epochs": 15}}
-
     settings: EncoderSettings
 
     def __init__(self, settings: EncoderSettings | None = None, **options: Any) -> None:
@@ -65,10 +62,6 @@ class Encoder(Supervised, name="encoder"):
         margin = losses.margin_loss(found, dataset.test_labels)
         return {"predicted": found.argmax(dim=1), "margin_loss": margin}
 
-    def validation_loss(self, held_out: Dataset) -> float:
-        """Margin loss."""
-        return self.evaluate(held_out)["margin_loss"]
-
     def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
         """Test images, each in the row of the class that is predicted for it; an empty place is grey."""
         images, classes = dataset.test_images[:200], self.image_shape.classes
@@ -76,7 +69,7 @@ class Encoder(Supervised, name="encoder"):
         rows = []
         for j in range(classes):
             row = to_unit(images[predicted == j][:10])
-            rows.append(F.pad(row, [0, 0, 0, 0, 0, 0, 0, 10 - len(row)], value=0.5))
+            rows.append(nn.functional.pad(row, [0, 0, 0, 0, 0, 0, 0, 10 - len(row)], value=0.5))
         names = [self.class_name(j) for j in range(classes)]
         sheet = Sheet(torch.cat(rows), 10, names, ylabel="predicted class", xlabel="test images")
         return {"predictions": sheet}

@@ -3,15 +3,13 @@
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from infocapsgan import losses
-from infocapsgan.data import Dataset
-from infocapsgan.data.dataset import evenly, in_batches
+from infocapsgan.data.dataset import Dataset, evenly, in_batches
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Range, Settings, Weight, Whole
 from infocapsgan.engine.train_state import TrainState
@@ -43,25 +41,15 @@ class GANSettings(Settings):
         if 0 < self.frechet_samples < 100:
             raise ValueError(f"--frechet-samples: got {self.frechet_samples}, takes 0 or at least 100")
         if self.compile and self.adversarial_loss == "wasserstein":
-            raise ValueError(
-                "--compile: cannot be combined with --adversarial-loss wasserstein, "
-                "whose penalty takes second derivatives, which compiled networks do not have"
-            )
+            reason = "its penalty takes second derivatives, which compiled networks do not have"
+            raise ValueError(f"--compile: cannot be combined with --adversarial-loss wasserstein: {reason}")
 
 
 class GAN(System):
     """A system with a `generator`, a `discriminator`, and where asked for an average of the generator."""
 
+    networks = ("generator", "discriminator")
     headline = "discriminator_accuracy"
-    terms: ClassVar = {
-        "discriminator": "(loss: real or generated)",
-        "generator": "(loss: deceive the discriminator)",
-        "real_accuracy": "(real images that the discriminator calls real)",
-        "generated_accuracy": "(generated images that it calls generated)",
-        "discriminator_accuracy": "(mean of both; 0.5: it cannot tell)",
-        "frechet_distance": "↓",
-        "squared_error": "↓",
-    }
     settings: GANSettings
     generator: nn.Module
     discriminator: nn.Module
@@ -71,14 +59,9 @@ class GAN(System):
         if self.settings.spectral_norm:
             for module in list(self.discriminator.modules()):
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
-                    spectral_norm(module)
+                    nn.utils.parametrizations.spectral_norm(module)
         ema = self.settings.ema
         self.average = copy.deepcopy(self.generator).requires_grad_(False) if ema else None
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """Generator and discriminator; the average is not trained."""
-        return [self.generator, self.discriminator]
 
     @property
     def sampling_generator(self) -> nn.Module:
@@ -154,10 +137,8 @@ def _first(output: Any) -> Tensor:
 
 def accuracies(real_logit: Tensor, logit: Tensor) -> dict[str, Tensor]:
     """The shares of real and of generated images that a discriminator is right about, of its logits [N]."""
-    return {
-        "real_accuracy": (real_logit > 0).float().mean(),
-        "generated_accuracy": (logit < 0).float().mean(),
-    }
+    real, generated = (right.float().mean() for right in (real_logit > 0, logit < 0))
+    return {"real_accuracy": real, "generated_accuracy": generated}
 
 
 def morph(start: Tensor, end: Tensor, steps: int) -> Tensor:

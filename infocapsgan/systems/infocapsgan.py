@@ -18,27 +18,26 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
 import capsops
 from capsops.nn import RoutingCapsules
 from infocapsgan import losses
-from infocapsgan.data import Dataset
-from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.data.dataset import Dataset, to_symmetric
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Count, Weight
 from infocapsgan.engine.train_state import TrainState
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules, lengths, unsquashed_lengths
 from infocapsgan.models.capsule_generator import CapsuleGenerator
-from infocapsgan.systems.class_code import NO_REAL_IMAGES, SAMPLES_PER_CODE, ClassCodeGAN, ClassCodeSettings
+from infocapsgan.systems.class_code import GENERATED, NOTHING_LEARNED, SHORT, ClassCodeGAN, ClassCodeSettings
 from infocapsgan.systems.gan import ADAM_BETAS
 from infocapsgan.systems.system import CapsuleSystem
 
 LAST_DIM = 52  # numbers in the discriminator's last capsule
 HIDDEN = 128  # numbers between its primary capsules and its verdict on details
-PUBLISHED = {"batch_size": 100, "generator_rate": 2e-4, "discriminator_rate": 2e-5, "batch_norm": True}
+# What infocapsgan and mimic have in common, as published.
+COMMON = {"batch_size": 100, "generator_rate": 2e-4, "discriminator_rate": 2e-5, "batch_norm": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +74,7 @@ class InfoCapsGANSettings(ClassCodeSettings):
         if self.diversity_weight and self.batch_size == 1:
             raise ValueError("--batch-size: got 1, takes at least 2 with --diversity-weight: it pairs images")
         if not self.adversarial_weight and not self.learns_of_real_images:
-            raise ValueError(
-                "--adversarial-weight: got 0, takes more without --information-weight and "
-                "--consistency-weight: nothing would be learned"
-            )
+            raise ValueError(f"--adversarial-weight: got 0, takes more {NOTHING_LEARNED}")
 
 
 class Verdict(NamedTuple):
@@ -120,27 +116,15 @@ class InfoCapsGAN(CapsuleSystem, ClassCodeGAN, name="infocapsgan"):
     Settings = InfoCapsGANSettings
     recipes: ClassVar = {
         "tuned": {"ema": 0.98},
-        "published": NO_REAL_IMAGES
-        | PUBLISHED
-        | {"latent": "squashed", "diversity_weight": 0.0, "details": False},
+        "published": GENERATED | COMMON | {"latent": "squashed", "diversity_weight": 0.0, "details": False},
     }
     tuned: ClassVar = {
-        "digits": {
-            "width": 32,
-            "epochs": 60,
-            "warm_up": 260,
-            "smoothness_after": 150,
-            "evidence": "unsquashed",
-            "temperature": 7.0,
-        },
+        "digits": SHORT | {"width": 32, "epochs": 60, "evidence": "unsquashed", "temperature": 7.0},
         "mnist": {"warm_up": 2000},
         "fashion-mnist": {"warm_up": 2000},
     }
-
-    terms: ClassVar = ClassCodeGAN.terms | {
-        "code": "↓ (class code recognised in generated images)",
-        "diversity": "↓ (images of one code differ as their noise does)",
-    }
+    # What stands behind the encoder gets no gradient in the warm-up, not one of 0.
+    networks = ("generator", "discriminator.encoder")
     settings: InfoCapsGANSettings
     discriminator: Discriminator
 
@@ -152,23 +136,16 @@ class InfoCapsGAN(CapsuleSystem, ClassCodeGAN, name="infocapsgan"):
         if s.recipe == "published":
             self.apply(initialise_as_published)
         self.stabilise()
-        encoder = list(self.discriminator.encoder.parameters())
-        verdict = [weight for weight in self.discriminator.parameters() if weight not in set(encoder)]
-        groups = [{"params": encoder}, {"params": verdict}]
-        self.optimizers = {
-            "discriminator": Adam(groups, s.discriminator_rate, ADAM_BETAS),
-            "generator": Adam(self.generator.parameters(), s.generator_rate, ADAM_BETAS),
-        }
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """Generator and encoder. What stands behind that gets no gradient in the warm-up, not one of 0."""
-        return [self.generator, self.discriminator.encoder]
+        encoder = set(self.discriminator.encoder.parameters())
+        verdict = [weight for weight in self.discriminator.parameters() if weight not in encoder]
+        groups = [{"params": list(self.discriminator.encoder.parameters())}, {"params": verdict}]
+        self.optimizers["discriminator"] = Adam(groups, s.discriminator_rate, ADAM_BETAS)
+        self.optimizers["generator"] = Adam(self.generator.parameters(), s.generator_rate, ADAM_BETAS)
 
     def latents(self, noise: Tensor, code: Tensor | None = None, continuous: Tensor | None = None) -> Tensor:
         """Noise [B, noise_dim] and class codes [B] (None: 0) → latent vectors [B, noise_dim + classes]."""
         code = torch.zeros(len(noise), dtype=torch.long, device=noise.device) if code is None else code
-        latent = torch.cat([noise, F.one_hot(code, self.codes)], dim=1)
+        latent = torch.cat([noise, nn.functional.one_hot(code, self.codes)], dim=1)
         return capsops.squash(latent) if self.settings.latent == "squashed" else latent
 
     def why_not(self, ability: str) -> str:
@@ -176,14 +153,6 @@ class InfoCapsGAN(CapsuleSystem, ClassCodeGAN, name="infocapsgan"):
         if ability in ("generate", "latents") and not self.settings.adversarial_weight:
             return "with --adversarial-weight 0 its generator was not trained"
         return super().why_not(ability)
-
-    def generates(self, state: TrainState) -> bool:
-        """Whether the generator takes part in this step."""
-        return self.settings.adversarial_weight > 0 and super().generates(state)
-
-    def untrained(self, steps: int) -> str:
-        """As of every class code; without the adversarial part there is to be no generator."""
-        return super().untrained(steps) if self.settings.adversarial_weight else ""
 
     def class_logits(self, images: Tensor) -> Tensor:
         """temperature · evidence of each class [B, J], of images [B, C, H, W] in [−1, 1]."""
@@ -196,15 +165,13 @@ class InfoCapsGAN(CapsuleSystem, ClassCodeGAN, name="infocapsgan"):
 
     def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """Discriminator and generator once each; the labels are not looked at."""
-        s, rng, B = self.settings, state.rng, len(images)
+        s, rng, B, world = self.settings, state.rng, len(images), state.processes.world
         real = to_symmetric(images)
         noise, code = rng.normal(B, s.noise_dim), rng.integers(self.codes, B)
         if s.diversity_weight:
-            if B % 2 and state.processes.world > 1:
-                raise ValueError(
-                    f"--batch-size: got {s.batch_size}, takes an even number for each of the "
-                    f"{state.processes.world} processes with --diversity-weight, which pairs images"
-                )
+            if B % 2 and world > 1:
+                takes = f"takes an even number for each of the {world} processes with --diversity-weight"
+                raise ValueError(f"--batch-size: got {s.batch_size}, {takes}")
             code = code[::2].repeat_interleave(2)[:B]  # neighbours are of one class
         generating = self.generates(state)
         named: dict[str, Tensor] = {}
@@ -213,7 +180,7 @@ class InfoCapsGAN(CapsuleSystem, ClassCodeGAN, name="infocapsgan"):
 
         with state.autocast():
             seen = self.discriminator(real)
-            loss = self.real_images_loss(real, self.logits_of(seen.capsules), state, named)
+            loss = self.class_loss(real, self.logits_of(seen.capsules), state, named)
             if generating:
                 latent = self.latents(noise, code)
                 generated, _ = self.generator(latent)
@@ -223,7 +190,7 @@ class InfoCapsGAN(CapsuleSystem, ClassCodeGAN, name="infocapsgan"):
                 )
                 named["code"] = self.code_loss(verdict, code)
                 loss = loss + s.adversarial_weight * named["discriminator"]
-                loss = loss + s.code_weight * B * state.processes.world * named["code"]
+                loss = loss + s.code_weight * B * world * named["code"]
         state.update("discriminator", loss)
 
         if generating:
@@ -231,7 +198,7 @@ class InfoCapsGAN(CapsuleSystem, ClassCodeGAN, name="infocapsgan"):
                 verdict = self.discriminator(generated)
                 named["generator"] = self.adversarial_generator_loss(verdict.logit)
                 loss = s.adversarial_weight * named["generator"]
-                loss = loss + s.code_weight * B * state.processes.world * self.code_loss(verdict, code)
+                loss = loss + s.code_weight * B * world * self.code_loss(verdict, code)
                 if s.diversity_weight:
                     apart = losses.mode_seeking(generated.float(), latent, mean=state.processes.mean)
                     loss, named["diversity"] = loss + s.diversity_weight * apart, apart
@@ -252,21 +219,17 @@ class InfoCapsGAN(CapsuleSystem, ClassCodeGAN, name="infocapsgan"):
         """As of every class code; and the generator's capsules compared with the discriminator's."""
         metrics = super().evaluate(dataset)
         if self.settings.adversarial_weight:
-            images, capsules = self.sampling_generator(self.code_latents(SAMPLES_PER_CODE))
+            images, capsules = self.sampling_generator(self.code_latents())
             metrics |= compare_capsules(capsules, self.discriminator(images).capsules)
         return metrics
 
 
 def compare_capsules(generator: Capsules, discriminator: Capsules) -> dict[str, float]:
-    """The generator's capsules of images against the discriminator's capsules of the same images.
-
-    For both layers the mean Euclidean distance and the mean cosine similarity; and the mean length of the
-    discriminator's class capsules.
-    """
+    """The mean distance and cosine of both networks' capsules of one image; and class capsules' length."""
     metrics = {"class_capsule_length": lengths(discriminator.classes).mean().item()}
     for layer, a, b in zip(Capsules._fields, generator, discriminator, strict=True):
         metrics[f"{layer}_distance"] = (a - b).norm(dim=-1).mean().item()
-        metrics[f"{layer}_cosine"] = F.cosine_similarity(a, b, dim=-1).mean().item()
+        metrics[f"{layer}_cosine"] = nn.functional.cosine_similarity(a, b, dim=-1).mean().item()
     return metrics
 
 

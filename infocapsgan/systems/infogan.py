@@ -18,15 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infocapsgan.data import Dataset
 from infocapsgan.data.augment import shear, thicken
-from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.data.dataset import Dataset, to_symmetric
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Count, Range, Weight, Whole
 from infocapsgan.engine.train_state import TrainState, adam
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
 from infocapsgan.plotting.sheet import Sheet
-from infocapsgan.systems.class_code import NO_REAL_IMAGES, SAMPLES_PER_CODE, ClassCodeGAN, ClassCodeSettings
+from infocapsgan.systems.class_code import GENERATED, SAMPLES_PER_CODE, SHORT, ClassCodeGAN, ClassCodeSettings
 from infocapsgan.systems.gan import ADAM_BETAS, accuracies
 
 LEAN, THICKNESS = 0.5, 1.0  # of copies, where a continuous code is to change by 1
@@ -72,13 +71,7 @@ class InfoGANSettings(ClassCodeSettings):
 
 
 class InfoGANDiscriminator(nn.Module):
-    """A trunk with two ends: real or generated, and the codes.
-
-    Args:
-        channels, size: of the image.
-        values: how many each categorical code has.
-        settings: which of the variants.
-    """
+    """A trunk with two ends: real or generated, and the codes, each categorical one of so many `values`."""
 
     def __init__(self, channels: int, size: int, values: int, settings: InfoGANSettings) -> None:
         super().__init__()
@@ -105,18 +98,12 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
     """InfoGAN; see the module."""
 
     Settings = InfoGANSettings
-    recipes: ClassVar = {"tuned": {"batch_size": 128, "batch_norm": False}, "published": NO_REAL_IMAGES}
+    recipes: ClassVar = {"tuned": {"batch_size": 128, "batch_norm": False}, "published": GENERATED}
     datasets: ClassVar = {"cifar10": {"noise_dim": 64, "continuous_weight": 1.0, "epochs": 150}}
     tuned: ClassVar = {
-        "digits": {"width": 16, "epochs": 80, "warm_up": 260, "smoothness_after": 150},
+        "digits": SHORT | {"width": 16, "epochs": 80},
         "mnist": {"warm_up": 1000, "meaning_weight": 0.5},
         "fashion-mnist": {"warm_up": 1000},
-    }
-
-    terms: ClassVar = ClassCodeGAN.terms | {
-        "categorical": "↓ (cross-entropy of the categorical code)",
-        "continuous": "↓ (squared error of the continuous codes)",
-        "meaning": "↓ (error of the continuous codes of changed copies)",
     }
     settings: InfoGANSettings
     discriminator: InfoGANDiscriminator
@@ -167,19 +154,15 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
             self.optimizers["classes"].param_groups[0]["lr"] = self.decayed_rate(s.classes_rate, state)
             with state.autocast():
                 _, categories, values = self.discriminator(real)
-                loss = self.real_images_loss(real, categories[:, 0], state, named)
+                loss = self.class_loss(real, categories[:, 0], state, named)
                 if s.learns_of_copies:
                     named["meaning"] = self.meaning_loss(real, values, state.rng)
                     loss = loss + s.meaning_weight * named["meaning"]
             state.update("classes", loss)
-        if self.generates(state):
-            named |= self.generator_step(real, state)
-        return {name: value.detach() for name, value in named.items()}
+        if not self.generates(state):
+            return {name: value.detach() for name, value in named.items()}
 
-    def generator_step(self, real: Tensor, state: TrainState) -> dict[str, Tensor]:
-        """The discriminator once, then generator and recogniser once; returns named losses."""
         noise, code, continuous = self.random_parts(len(real), state.rng)
-
         with state.autocast():
             generated = self.generator(self.latents(noise, code, continuous))
             real_logit = self.logits(real)
@@ -195,8 +178,9 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
             information, categorical, squared = self.information_loss(categories, code, values, continuous)
         state.update("generator", generator + information)
         self.update_average()
-        named = {"discriminator": discriminator, "generator": generator}
-        return named | {"categorical": categorical, "continuous": squared} | accuracies(real_logit, logit)
+        named |= {"discriminator": discriminator, "generator": generator}
+        named |= {"categorical": categorical, "continuous": squared} | accuracies(real_logit, logit)
+        return {name: value.detach() for name, value in named.items()}
 
     def information_loss(
         self, categories: Tensor, code: Tensor, values: Tensor, continuous: Tensor
@@ -208,11 +192,10 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
         return s.categorical_weight * categorical + s.continuous_weight * squared, categorical, squared
 
     def meaning_loss(self, real: Tensor, values: Tensor, rng: ShardedGenerator) -> Tensor:
-        """Squared error of how the first two continuous codes change with slant and width of strokes.
+        """Squared error of how the first two continuous codes Q change with slant and width of strokes.
 
         Σ_k (Q_k(copy) − Q_k(image) − a_k)², averaged over the batch, with amounts a_k even from −1 to 1: the
-        copy of an image leans by a_1 · LEAN more, its strokes are wider by about a_2 · THICKNESS pixels.
-        Q(image) are the `values` [B, continuous_codes].
+        copy leans by a_1 · LEAN more, its strokes are wider by a_2 · THICKNESS pixels; `values` are Q(image).
         """
         amounts = rng.uniform(len(real), 2) * 2 - 1
         copy = thicken(shear(real, amounts[:, 0] * LEAN, background=-1), amounts[:, 1] * THICKNESS)
@@ -238,22 +221,18 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
         noise, code = self.fixed_latents(columns), torch.arange(self.codes, device=self.device)
         same, rows = noise[:1].expand(self.codes * columns, -1), code.repeat_interleave(columns)
         values = torch.linspace(-2, 2, columns)
+        heads = [f"{value:.1f}" for value in values.tolist()]
         for index in range(s.continuous_codes):
             varied = same.new_zeros(len(same), s.continuous_codes)
             varied[:, index] = values.repeat(self.codes)
-            sheets[f"continuous_code_{index}"] = self.code_sheet(
-                self.latents(same, rows, varied),
-                heads=[f"{value:.1f}" for value in values.tolist()],
-                xlabel=f"continuous code {index}, the noise is the same (in training from −1 to 1)",
-            )
+            xlabel = f"continuous code {index}, the noise is the same (in training from −1 to 1)"
+            sheet = self.code_sheet(self.latents(same, rows, varied), heads=heads, xlabel=xlabel)
+            sheets[f"continuous_code_{index}"] = sheet
         for index in range(1, s.categorical_codes):
             codes = rows.new_zeros(len(rows), s.categorical_codes)
             codes[:, index] = code.repeat(columns)
-            sheets[f"categorical_code_{index}"] = Sheet(
-                self.generate(self.latents(noise.repeat_interleave(self.codes, dim=0), codes)),
-                self.codes,
-                heads=[str(value) for value in range(self.codes)],
-                xlabel=f"categorical code {index}",
-                ylabel="a row for each noise vector",
-            )
+            images = self.generate(self.latents(noise.repeat_interleave(self.codes, dim=0), codes))
+            labels = {"xlabel": f"categorical code {index}", "ylabel": "a row for each noise vector"}
+            heads = [str(value) for value in range(self.codes)]
+            sheets[f"categorical_code_{index}"] = Sheet(images, self.codes, heads=heads, **labels)
         return sheets

@@ -12,15 +12,14 @@ from torch import Tensor
 from torch.optim import Adam
 
 import capsops
-from infocapsgan.data import Dataset
-from infocapsgan.data.dataset import in_batches, to_symmetric, to_unit
+from infocapsgan.data.dataset import Dataset, in_batches, to_symmetric, to_unit
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Weight
 from infocapsgan.engine.train_state import TrainState
 from infocapsgan.models.capsule_generator import CapsuleGenerator
 from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings, accuracies
-from infocapsgan.systems.infocapsgan import LAST_DIM, PUBLISHED, Discriminator, initialise_as_published
+from infocapsgan.systems.infocapsgan import COMMON, LAST_DIM, Discriminator, initialise_as_published
 from infocapsgan.systems.system import CapsuleSystem, NotApplicableError
 
 
@@ -42,9 +41,8 @@ class Mimic(CapsuleSystem, GAN, name="mimic"):
     """Mimic; see the module."""
 
     Settings = MimicSettings
-    recipes: ClassVar = {"tuned": {}, "published": PUBLISHED}
+    recipes: ClassVar = {"tuned": {}, "published": COMMON}
     tuned: ClassVar = {"digits": {"width": 32, "epochs": 30}}
-
     settings: MimicSettings
     discriminator: Discriminator
 
@@ -56,10 +54,9 @@ class Mimic(CapsuleSystem, GAN, name="mimic"):
         if s.recipe == "published":
             self.apply(initialise_as_published)
         self.stabilise()
-        self.optimizers = {
-            "discriminator": Adam(self.discriminator.parameters(), s.discriminator_rate, ADAM_BETAS),
-            "generator": Adam(self.generator.parameters(), s.generator_rate, ADAM_BETAS),
-        }
+        weights = self.discriminator.parameters()
+        self.optimizers["discriminator"] = Adam(weights, s.discriminator_rate, ADAM_BETAS)
+        self.optimizers["generator"] = Adam(self.generator.parameters(), s.generator_rate, ADAM_BETAS)
 
     def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """Discriminator and generator once each; the labels are not looked at."""
@@ -82,11 +79,9 @@ class Mimic(CapsuleSystem, GAN, name="mimic"):
         error = squared_error(generated.detach(), real)
         return named | accuracies(seen.logit, logit) | {"squared_error": error}
 
-    def random_latents(
-        self, number: int, rng: ShardedGenerator, *, images: Tensor | None = None, **codes: Tensor
-    ) -> Tensor:
-        """The discriminator's last capsule of `number` of the real images [number, 52]."""
-        if images is None:
+    def random_latents(self, number: int, rng: ShardedGenerator, **options: Any) -> Tensor:
+        """The discriminator's last capsule of `number` of the real `images` [number, 52]."""
+        if (images := options.get("images")) is None:
             raise NotApplicableError("latents of mimic are made from real images: reconstruct() takes them")
         chosen = images[rng.integers(len(images), number)]
         return in_batches(lambda part: self.discriminator(to_symmetric(part)).last, chosen)
