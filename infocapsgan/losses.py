@@ -8,27 +8,34 @@ from torch import Tensor
 
 from infocapsgan.engine.rng import ShardedGenerator
 
+Function = Callable[[Tensor], Tensor]
 
-def margin_loss(
-    lengths: Tensor, target: Tensor, *, upper: float = 0.9, lower: float = 0.1, absent: float = 0.5
-) -> Tensor:
+
+def margin_loss(lengths: Tensor, target: Tensor) -> Tensor:
     """Margin loss of each sample, summed over the classes: [B].
 
-    L_j = T_j · max(0, upper − ‖v_j‖)² + absent · (1 − T_j) · max(0, ‖v_j‖ − lower)²
+    L_j = T_j · max(0, 0.9 − ‖v_j‖)² + 0.5 · (1 − T_j) · max(0, ‖v_j‖ − 0.1)²
     (Sabour, Frosst, Hinton 2017, equation 4).
 
     Args:
         lengths: ‖v_j‖ of the class capsules [B, J].
         target: T, one-hot or with several ones [B, J], or the index of each sample's class, integers [B].
-        upper, lower: the length that a present class should exceed, and that an absent one should not.
-        absent: weight of the absent classes.
 
     Raises:
         ValueError: the target has another shape or type, or an index is not one of the J classes.
     """
-    target = _multi_hot(target, lengths)
-    present = target * F.relu(upper - lengths).square()
-    return (present + absent * (1 - target) * F.relu(lengths - lower).square()).sum(dim=1)
+    B, J = lengths.shape
+    if target.shape == (B,) and target.dtype != torch.bool and not target.is_floating_point():
+        try:
+            target = F.one_hot(target.long(), J)
+        except RuntimeError as error:  # on a GPU the kernel itself stops at such an index
+            raise ValueError(f"target: got {target.tolist()}, takes classes from 0 to {J - 1}") from error
+    elif target.shape != (B, J):
+        takes = f"takes classes as integers [{B}], or a number for each class [{B}, {J}]"
+        raise ValueError(f"target: got {target.dtype} of shape {list(target.shape)}, {takes}")
+    target = target.to(lengths.dtype)
+    present = target * F.relu(0.9 - lengths).square()
+    return (present + 0.5 * (1 - target) * F.relu(lengths - 0.1).square()).sum(dim=1)
 
 
 def discriminator_loss(real: Tensor, generated: Tensor, kind: str = "logistic") -> Tensor:
@@ -59,19 +66,17 @@ def generator_loss(generated: Tensor, kind: str = "logistic") -> Tensor:
     raise ValueError(f"kind: got {kind!r}, takes logistic, hinge or wasserstein")
 
 
-def gradient_penalty(
-    discriminate: Callable[[Tensor], Tensor], real: Tensor, generated: Tensor, rng: ShardedGenerator
-) -> Tensor:
+def gradient_penalty(logits: Function, real: Tensor, generated: Tensor, rng: ShardedGenerator) -> Tensor:
     """mean (‖∂D/∂x‖ − 1)² at random points x between real and generated images (Gulrajani et al. 2017).
 
     Args:
-        discriminate: images → logits [B]; differentiable twice.
+        logits: D, images → logits [B]; differentiable twice.
         real, generated: images [B, C, H, W].
         rng: where the points come from.
     """
     place = rng.uniform(len(real), 1, 1, 1)
     between = (place * real + (1 - place) * generated).detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(discriminate(between).sum(), between, create_graph=True)
+    (gradient,) = torch.autograd.grad(logits(between).sum(), between, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
 
 
@@ -85,9 +90,7 @@ def divergence(p: Tensor, log_q: Tensor) -> Tensor:
     return (torch.special.xlogy(p, p) - p * log_q).sum(dim=-1).mean()
 
 
-def mutual_information(
-    p: Tensor, *, balance: float = 1.0, mean: Callable[[Tensor], Tensor] = lambda local: local
-) -> Tensor:
+def mutual_information(p: Tensor, *, balance: float = 1.0, mean: Function = lambda p: p) -> Tensor:
     """balance · H(Y) − H(Y|X) of predictions p [B, J], in nats; with balance 1 it is I(X; Y).
 
     H(Y) is the entropy of the mean prediction: large where the classes are used evenly. H(Y|X) is the mean
@@ -98,18 +101,12 @@ def mutual_information(
 
 
 def adversarial_smoothness(
-    log_prediction: Callable[[Tensor], Tensor],
-    images: Tensor,
-    p: Tensor,
-    rng: ShardedGenerator,
-    *,
-    radius: float,
-    probe: float = 1.0,
+    log_prediction: Function, images: Tensor, p: Tensor, rng: ShardedGenerator, *, radius: float
 ) -> Tensor:
     """How far predictions change under the worst small change of the image: virtual adversarial training.
 
     KL(p ‖ q(x + r)) with r of length `radius` along the gradient of KL(p ‖ q(x + d)) at a random d of length
-    `probe` (Miyato et al. 2018, one power iteration).
+    1 (Miyato et al. 2018, one power iteration).
 
     Args:
         log_prediction: images → log-probabilities [B, J].
@@ -117,22 +114,15 @@ def adversarial_smoothness(
         p: predictions for the images themselves [B, J], taken as constant.
         rng: where d comes from.
         radius: length of the change, in units of pixel values.
-        probe: length of the random change at which the gradient is taken.
     """
-    direction = _unit(rng.normal(*images.shape)).mul_(probe).requires_grad_()
+    direction = _unit(rng.normal(*images.shape)).requires_grad_()
     change = divergence(p.detach(), log_prediction(images + direction))
     (gradient,) = torch.autograd.grad(change, direction)
     return divergence(p.detach(), log_prediction(images + radius * _unit(gradient)))
 
 
-def mode_seeking(
-    images: Tensor,
-    latents: Tensor,
-    *,
-    least: float = 1e-5,
-    mean: Callable[[Tensor], Tensor] = lambda local: local,
-) -> Tensor:
-    """1 / (mean |x_a − x_b| / mean |z_a − z_b| + least): large where other noise makes the same image.
+def mode_seeking(images: Tensor, latents: Tensor, *, mean: Function = lambda x: x) -> Tensor:
+    """1 / (mean |x_a − x_b| / mean |z_a − z_b| + 10⁻⁵): large where other noise makes the same image.
 
     a and b are neighbours in the batch: images 0 and 1, 2 and 3 and so on (Mao et al. 2019, Mode seeking
     generative adversarial networks, equation 4; the reciprocal as in its section 3.2).
@@ -140,29 +130,10 @@ def mode_seeking(
     Args:
         images: generated images [B, C, H, W], B > 1, neighbours of one class.
         latents: what they were generated from [B, N].
-        least: keeps the result finite where all images are the same.
         mean: averages over the processes that share a batch.
     """
-    between_images, between_latents = (
-        mean((x[1::2] - x[0 : len(x) - 1 : 2]).abs().mean()) for x in (images, latents)
-    )
-    return 1 / (between_images / between_latents + least)
-
-
-def _multi_hot(target: Tensor, lengths: Tensor) -> Tensor:
-    """The target of margin_loss as numbers [B, J]."""
-    B, J = lengths.shape
-    if target.shape == (B, J):
-        return target if target.is_floating_point() else target.to(lengths.dtype)
-    if target.shape != (B,) or target.dtype == torch.bool or target.is_floating_point():
-        raise ValueError(
-            f"target: got {target.dtype} of shape {list(target.shape)}, takes classes as integers [{B}], "
-            f"or a number for each class [{B}, {J}]"
-        )
-    try:
-        return F.one_hot(target.long(), J)
-    except RuntimeError as error:  # on a GPU the kernel itself stops at such an index
-        raise ValueError(f"target: got {target.tolist()}, takes classes from 0 to {J - 1}") from error
+    x, z = (mean((both[1::2] - both[: len(both) - 1 : 2]).abs().mean()) for both in (images, latents))
+    return 1 / (x / z + 1e-5)
 
 
 def _unit(x: Tensor) -> Tensor:

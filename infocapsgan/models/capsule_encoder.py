@@ -1,12 +1,13 @@
 """From an image to class capsules."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from capsops.nn import PrimaryCapsules, RoutingCapsules
 
 PRIMARY_DIM = 8  # K: numbers in a primary capsule
+CLASS_DIM = 16  # D: numbers in a class capsule
 
 
 class Capsules(NamedTuple):
@@ -22,16 +23,12 @@ class CapsuleEncoder(nn.Module):
     The first convolution has stride 1, and first_stride(size) for images of 48 × 48 and more.
 
     Args:
-        channels: of the image.
-        size: height and width of the image in pixels.
-        classes: J, number of class capsules.
+        channels, size: of the image.
+        classes: J, number of class capsules, each of 16 numbers.
         width: channels of both convolutions; width / 8 types of primary capsules.
-        class_dim: D, numbers in a class capsule.
         kernel_size: of both convolutions; the second has stride 2.
-        iterations: of the routing.
         batch_norm: whether to normalise between the first convolution and its ReLU.
-        bias: whether the class capsules have a learned β.
-        leaky: whether the routing has an orphan class.
+        routing: options of capsops.nn.RoutingCapsules.
     """
 
     def __init__(
@@ -41,26 +38,16 @@ class CapsuleEncoder(nn.Module):
         classes: int,
         *,
         width: int = 256,
-        class_dim: int = 16,
         kernel_size: int = 9,
-        iterations: int = 3,
         batch_norm: bool = False,
-        bias: bool = True,
-        leaky: bool = False,
+        **routing: Any,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, width, kernel_size, stride=first_stride(size))
         self.norm = nn.BatchNorm2d(width) if batch_norm else nn.Identity()
         self.primary = PrimaryCapsules(width, width // PRIMARY_DIM, PRIMARY_DIM, kernel_size, stride=2)
-        self.classes = RoutingCapsules(
-            width // PRIMARY_DIM * primary_grid(size, kernel_size) ** 2,
-            classes,
-            PRIMARY_DIM,
-            class_dim,
-            iterations=iterations,
-            bias=bias,
-            leaky=leaky,
-        )
+        primary = width // PRIMARY_DIM * primary_grid(size, kernel_size) ** 2
+        self.classes = RoutingCapsules(primary, classes, PRIMARY_DIM, CLASS_DIM, **routing)
 
     def forward(self, images: Tensor) -> Capsules:
         """Images [B, C, H, W] → primary capsules [B, I, 8] and class capsules [B, J, D]."""
@@ -91,9 +78,8 @@ def lengths(capsules: Tensor) -> Tensor:
 def unsquashed_lengths(capsules: Tensor) -> Tensor:
     """‖s‖ of capsules v = squash(s) [..., D] → [...], in float32.
 
-    √(‖v‖ / (1 − ‖v‖)), for ‖v‖ = ‖s‖² / (1 + ‖s‖²). Where s is short, the gradient of ‖v‖ nearly
-    vanishes; that of ‖s‖ does not, so that a loss of it still trains capsules that are almost 0. At 0 and
-    from 100 on the gradient is 0.
+    √(‖v‖ / (1 − ‖v‖)), for ‖v‖ = ‖s‖² / (1 + ‖s‖²). Where s is short, the gradient of ‖v‖ nearly vanishes,
+    that of ‖s‖ does not: a loss of it still trains capsules almost at 0. At 0 and from 100 on it is 0.
     """
     squashed = lengths(capsules).float()
     return (squashed / (1 - squashed).clamp(min=1e-4)).clamp(1e-12, 1e4).sqrt()

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from capsops.nn import RoutingCapsules
-from infocapsgan.models.capsule_encoder import PRIMARY_DIM, Capsules, first_grid, first_stride, primary_grid
+from infocapsgan.models import capsule_encoder as encoder
+from infocapsgan.models.capsule_encoder import CLASS_DIM, PRIMARY_DIM, Capsules
 
 KERNEL_SIZE = 9  # of the convolutions of the encoder that this network inverts
 
@@ -19,29 +20,18 @@ class CapsuleGenerator(nn.Module):
 
     Args:
         latent_dim: numbers in a latent vector.
-        channels: of the image.
-        size: height and width of the image in pixels.
-        classes: number of class capsules.
+        channels, size: of the image.
+        classes: number of class capsules, each of 16 numbers.
         width: channels of the convolutions.
-        class_dim: numbers in a class capsule.
     """
 
-    def __init__(
-        self,
-        latent_dim: int,
-        channels: int,
-        size: int,
-        classes: int,
-        *,
-        width: int = 256,
-        class_dim: int = 16,
-    ) -> None:
+    def __init__(self, latent_dim: int, channels: int, size: int, classes: int, *, width: int = 256) -> None:
         super().__init__()
-        self.grid = primary_grid(size, KERNEL_SIZE)
-        middle, stride = first_grid(size, KERNEL_SIZE), first_stride(size)
+        self.grid = encoder.primary_grid(size, KERNEL_SIZE)
+        middle, stride = encoder.first_grid(size, KERNEL_SIZE), encoder.first_stride(size)
         primary = width // PRIMARY_DIM * self.grid**2
-        self.classes = RoutingCapsules(1, classes, latent_dim, class_dim, iterations=0, bias=False)
-        self.primary = RoutingCapsules(classes, primary, class_dim, PRIMARY_DIM, iterations=0, bias=False)
+        self.classes = RoutingCapsules(1, classes, latent_dim, CLASS_DIM, iterations=0, bias=False)
+        self.primary = RoutingCapsules(classes, primary, CLASS_DIM, PRIMARY_DIM, iterations=0, bias=False)
         self.enlarge = nn.ConvTranspose2d(width, width, middle - 2 * (self.grid - 1), stride=2)
         self.norm = nn.BatchNorm2d(width)
         self.paint = nn.ConvTranspose2d(width, channels, size - stride * (middle - 1), stride=stride)

@@ -14,19 +14,11 @@ class UpsamplingGenerator(nn.Module):
 
     def __init__(self, latent_dim: int, channels: int, size: int, *, width: int = 128) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(latent_dim, width * (size // 4) ** 2),
-            nn.ReLU(),
-            nn.Unflatten(1, (width, size // 4, size // 4)),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(width, width // 2, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width // 2, channels, 3, padding=1),
-            nn.Tanh(),
-        )
+        layers = _first_maps(latent_dim, width, size // 4)
+        layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+        layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width // 2, 3, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(width // 2, channels, 3, padding=1), nn.Tanh()]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, latent: Tensor) -> Tensor:
         """Latent vectors [B, latent_dim] → images [B, channels, size, size] in [−1, 1]."""
@@ -47,21 +39,17 @@ class TransposedGenerator(nn.Module):
 
     def __init__(self, latent_dim: int, channels: int, size: int, *, width: int = 128) -> None:
         super().__init__()
-        start = size // 4 - 4
-        self.layers = nn.Sequential(
-            nn.Linear(latent_dim, width * start**2),
-            nn.ReLU(),
-            nn.Unflatten(1, (width, start, start)),
-            nn.ConvTranspose2d(width, width // 2, 3),
-            nn.ReLU(),
-            nn.ConvTranspose2d(width // 2, width // 4, 3),
-            nn.ReLU(),
-            nn.ConvTranspose2d(width // 4, 3, 3, stride=2, padding=1, output_padding=1),
-            nn.ReLU(),
-            nn.ConvTranspose2d(3, channels, 3, stride=2, padding=1, output_padding=1),
-            nn.Tanh(),
-        )
+        layers = _first_maps(latent_dim, width, size // 4 - 4)
+        layers += [nn.ConvTranspose2d(width, width // 2, 3), nn.ReLU()]
+        layers += [nn.ConvTranspose2d(width // 2, width // 4, 3), nn.ReLU()]
+        layers += [nn.ConvTranspose2d(width // 4, 3, 3, stride=2, padding=1, output_padding=1), nn.ReLU()]
+        layers += [nn.ConvTranspose2d(3, channels, 3, stride=2, padding=1, output_padding=1), nn.Tanh()]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, latent: Tensor) -> Tensor:
         """Latent vectors [B, latent_dim] → images [B, channels, size, size] in [−1, 1]."""
         return self.layers(latent)
+
+
+def _first_maps(latent_dim: int, width: int, size: int) -> list[nn.Module]:
+    return [nn.Linear(latent_dim, width * size**2), nn.ReLU(), nn.Unflatten(1, (width, size, size))]

@@ -1,5 +1,7 @@
 """DCGAN's discriminator."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 
@@ -16,12 +18,9 @@ class ConvolutionalDiscriminator(nn.Module):
     def __init__(self, channels: int, size: int, *, width: int = 256) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        before = channels
-        for step, after in enumerate((width // 4, width // 2, width)):
-            layers.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
-            layers += [nn.BatchNorm2d(after)] if step else []
-            layers.append(nn.LeakyReLU(0.2))
-            before = after
+        for before, after in pairwise((channels, width // 4, width // 2, width)):
+            norm = [nn.BatchNorm2d(after)] if layers else []
+            layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), *norm, nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * (size // 8) ** 2, 1))
 
     def forward(self, images: Tensor) -> Tensor:

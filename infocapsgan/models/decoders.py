@@ -1,6 +1,7 @@
 """From the capsule of a class back to its image."""
 
-import torch.nn.functional as F
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from infocapsgan.models.capsule_encoder import first_stride
@@ -18,18 +19,11 @@ class FullyConnectedDecoder(nn.Module):
     def __init__(self, capsules: int, channels: int, size: int, *, batch_norm: bool = False) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        before = capsules
-        for width in (512, 1024):
-            layers += [nn.Linear(before, width)]
-            layers += [nn.BatchNorm1d(width)] if batch_norm else []
-            layers += [nn.ReLU()]
-            before = width
-        self.layers = nn.Sequential(
-            *layers,
-            nn.Linear(before, channels * size**2),
-            nn.Sigmoid(),
-            nn.Unflatten(1, (channels, size, size)),
-        )
+        for before, after in pairwise((capsules, 512, 1024)):
+            norm = [nn.BatchNorm1d(after)] if batch_norm else []
+            layers += [nn.Linear(before, after), *norm, nn.ReLU()]
+        layers += [nn.Linear(1024, channels * size**2), nn.Sigmoid()]
+        self.layers = nn.Sequential(*layers, nn.Unflatten(1, (channels, size, size)))
 
     def forward(self, capsules: Tensor) -> Tensor:
         """Class capsules [B, J, D], masked → images [B, channels, size, size] in [0, 1]."""
@@ -64,13 +58,10 @@ class DeconvolutionalDecoder(nn.Module):
         layers: list[nn.Module] = [nn.Linear(capsules, classes * grid**2)]
         layers += [nn.BatchNorm1d(classes * grid**2)] if batch_norm else []
         layers += [nn.ReLU(), nn.Unflatten(1, (classes, grid, grid))]
-        before = classes
-        for width in widths:
-            layers += [nn.ConvTranspose2d(before, width, 9, stride=2 if width == 32 else 1)]
-            layers += [nn.BatchNorm2d(width)] if batch_norm else []
-            layers += [nn.ReLU()]
-            before = width
-        last = nn.ConvTranspose2d(before, channels, size - stride * (2 * half - 2), stride=stride)
+        for before, after in pairwise((classes, *widths)):
+            norm = [nn.BatchNorm2d(after)] if batch_norm else []
+            layers += [nn.ConvTranspose2d(before, after, 9, stride=2 if after == 32 else 1), *norm, nn.ReLU()]
+        last = nn.ConvTranspose2d(widths[-1], channels, size - stride * (2 * half - 2), stride=stride)
         self.layers = nn.Sequential(*layers, last, nn.Sigmoid())
 
     def forward(self, capsules: Tensor) -> Tensor:
@@ -80,4 +71,4 @@ class DeconvolutionalDecoder(nn.Module):
 
 def masked(capsules: Tensor, classes: Tensor) -> Tensor:
     """Class capsules [B, J, D] with all but those of `classes` [B] set to 0."""
-    return capsules * F.one_hot(classes, capsules.shape[1]).unsqueeze(-1)
+    return capsules * nn.functional.one_hot(classes, capsules.shape[1]).unsqueeze(-1)

@@ -1,5 +1,7 @@
 """InfoGAN's networks."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 
@@ -20,15 +22,10 @@ class InfoGANGenerator(nn.Module):
         super().__init__()
         levels = infogan_levels(size)
         before, grid = width * 2 ** (levels - 1), size >> levels
-        layers = [
-            nn.Linear(latent_dim, 16 * width),
-            nn.BatchNorm1d(16 * width),
-            nn.ReLU(),
-            nn.Linear(16 * width, before * grid**2),
-            nn.BatchNorm1d(before * grid**2),
-            nn.ReLU(),
-            nn.Unflatten(1, (before, grid, grid)),
-        ]
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise((latent_dim, 16 * width, before * grid**2)):
+            layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
+        layers.append(nn.Unflatten(1, (before, grid, grid)))
         for level in reversed(range(levels)):
             after, odd = before // 2 if level else channels, (size >> level) % 2
             layers.append(nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, output_padding=odd))
@@ -55,21 +52,14 @@ class InfoGANTrunk(nn.Module):
     def __init__(self, channels: int, size: int, *, width: int = 64, batch_norm: bool = True) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        before = channels
-        for level in range(infogan_levels(size)):
-            after = width * 2**level
-            layers.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
-            layers += [nn.BatchNorm2d(after)] if level and batch_norm else []
-            layers.append(nn.LeakyReLU(0.1))
-            before = after
-        grid = size >> infogan_levels(size)
-        self.layers = nn.Sequential(
-            *layers,
-            nn.Flatten(),
-            nn.Linear(before * grid**2, 16 * width),
-            nn.BatchNorm1d(16 * width) if batch_norm else nn.Identity(),
-            nn.LeakyReLU(0.1),
-        )
+        levels = infogan_levels(size)
+        widths = [width * 2**level for level in range(levels)]
+        for before, after in pairwise((channels, *widths)):
+            norm = [nn.BatchNorm2d(after)] if layers and batch_norm else []
+            layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), *norm, nn.LeakyReLU(0.1)]
+        layers += [nn.Flatten(), nn.Linear(widths[-1] * (size >> levels) ** 2, 16 * width)]
+        layers += [nn.BatchNorm1d(16 * width) if batch_norm else nn.Identity(), nn.LeakyReLU(0.1)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] → features [B, 16 · width]."""

@@ -9,31 +9,23 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capsops.nn import RoutingCapsules
 from infocapsgan import losses
-from infocapsgan.data import NAMES, Dataset
-from infocapsgan.data.augment import (
-    color_jitter,
-    elastic_transform,
-    random_affine,
-    random_horizontal_flip,
-    random_shift,
-)
+from infocapsgan.data import NAMES, Dataset, augment
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.data.multi_mnist import TEST_PAIRS, MultiMNIST, overlay
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Count, Share, Weight, Whole
 from infocapsgan.engine.train_state import TrainState, adam
-from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules, lengths
+from infocapsgan.models.capsule_encoder import CLASS_DIM, CapsuleEncoder, Capsules, lengths
 from infocapsgan.models.decoders import DeconvolutionalDecoder, FullyConnectedDecoder, masked
 from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
 from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.supervised import Supervised, SupervisedSettings
 
-CLASS_DIM = 16
+STACKED = {"stem": "stacked", "width": 64, "batch_size": 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,33 +77,24 @@ class CapsNetSettings(SupervisedSettings):
 
 
 class CapsNetModel(nn.Module):
-    """Capsule encoder and decoder.
-
-    Args:
-        channels, size, classes: of the images.
-        settings: which of the variants.
-    """
+    """Capsule encoder and decoder, in the variants that the settings choose."""
 
     def __init__(self, channels: int, size: int, classes: int, settings: CapsNetSettings) -> None:
         super().__init__()
-        options: dict[str, Any] = {
-            "width": settings.width,
-            "class_dim": CLASS_DIM,
-            "iterations": settings.iterations,
-            "leaky": settings.leaky,
-        }
+        s, numbers = settings, classes * CLASS_DIM
+        options: dict[str, Any] = {"width": s.width, "iterations": s.iterations, "leaky": s.leaky}
         self.encoder: CapsuleEncoder | StackedCapsuleEncoder
         self.decoder: FullyConnectedDecoder | DeconvolutionalDecoder
-        if settings.stem == "single":
-            options["batch_norm"] = settings.encoder_batch_norm
+        if s.stem == "single":
+            options["batch_norm"] = s.encoder_batch_norm
             self.encoder = CapsuleEncoder(channels, size, classes, **options)
         else:
             self.encoder = StackedCapsuleEncoder(channels, size, classes, **options)
-        numbers, batch_norm = classes * CLASS_DIM, settings.decoder_batch_norm
-        if settings.decoder == "fc":
-            self.decoder = FullyConnectedDecoder(numbers, channels, size, batch_norm=batch_norm)
+        norm = s.decoder_batch_norm
+        if s.decoder == "fc":
+            self.decoder = FullyConnectedDecoder(numbers, channels, size, batch_norm=norm)
         else:
-            self.decoder = DeconvolutionalDecoder(numbers, classes, channels, size, batch_norm=batch_norm)
+            self.decoder = DeconvolutionalDecoder(numbers, classes, channels, size, batch_norm=norm)
 
     def forward(self, images: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] in [0, 1] → class capsules [B, J, 16] and reconstructions [B, C, H, W].
@@ -136,25 +119,10 @@ class CapsNet(Supervised, name="capsnet"):
     }
     tuned: ClassVar = {
         "digits": {"width": 32, "epochs": 15, "shift": 1},
-        "mnist": {
-            "stem": "stacked",
-            "width": 64,
-            "batch_size": 64,
-            "epochs": 30,
-            "rate_decay": 0.87,
-            "turn": 10.0,
-            "resize": 0.1,
-            "shear": 0.1,
-        },
-        "multi-mnist": {
-            "stem": "stacked",
-            "width": 64,
-            "batch_size": 64,
-            "epochs": 26,
-            "rate_decay": 0.85,
-        },
+        "mnist": STACKED | {"epochs": 30, "rate_decay": 0.87, "turn": 10.0, "resize": 0.1, "shear": 0.1},
+        "multi-mnist": STACKED | {"epochs": 26, "rate_decay": 0.85},
     }
-
+    networks = ("model.encoder", "model.decoder")
     settings: CapsNetSettings
 
     def __init__(self, settings: CapsNetSettings | None = None, **options: Any) -> None:
@@ -164,17 +132,10 @@ class CapsNet(Supervised, name="capsnet"):
             self.apply(_initialise_as_published)
         self.optimizers = {"model": adam(self.model.parameters(), self.settings.learning_rate)}
 
-    @property
-    def networks(self) -> list[nn.Module]:
-        """Encoder and decoder, each of which a step calls by itself."""
-        return [self.model.encoder, self.model.decoder]
-
     def load_data(self) -> Dataset:
         """The data set that the settings name, with as many test pairs as they say."""
-        dataset = super().load_data()
-        return (
-            dataset.with_test_pairs(self.settings.test_pairs) if isinstance(dataset, MultiMNIST) else dataset
-        )
+        dataset, pairs = super().load_data(), self.settings.test_pairs
+        return dataset.with_test_pairs(pairs) if isinstance(dataset, MultiMNIST) else dataset
 
     def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """One step on the margin loss and the weighted reconstruction error."""
@@ -194,29 +155,29 @@ class CapsNet(Supervised, name="capsnet"):
         """Training images [B, C, H, W] in [0, 1] as the settings want them changed."""
         s = self.settings
         if s.turn or s.resize or s.shear:
-            images = random_affine(images, rng, degrees=s.turn, scale=s.resize, shear=s.shear, shift=0)
+            images = augment.random_affine(
+                images, rng, degrees=s.turn, scale=s.resize, shear=s.shear, shift=0
+            )
         if s.deform:
-            images = elastic_transform(images, rng, s.deform)
+            images = augment.elastic_transform(images, rng, s.deform)
         if s.shift:
-            images = random_shift(images, rng, s.shift)
+            images = augment.random_shift(images, rng, s.shift)
         if s.flip:
-            images = random_horizontal_flip(images, rng)
+            images = augment.random_horizontal_flip(images, rng)
         if s.brightness or s.contrast:
-            images = color_jitter(images, rng, brightness=s.brightness, contrast=s.contrast)
+            images = augment.color_jitter(images, rng, brightness=s.brightness, contrast=s.contrast)
         return images
 
     def margin_loss(self, capsules: Tensor, labels: Tensor) -> Tensor:
         """Margin loss of each image [B]; labels are [B], or [B, 2] of pairs."""
-        target = F.one_hot(label_columns(labels), self.image_shape.classes).sum(dim=1)
+        target = nn.functional.one_hot(label_columns(labels), self.image_shape.classes).sum(dim=1)
         return losses.margin_loss(lengths(capsules.float()), target)
 
     def reconstruction_error(self, capsules: Tensor, classes: Tensor, images: Tensor, kind: str) -> Tensor:
         """The error of each image [B] reconstructed from its class; of a pair, the mean over its digits."""
         digits = images.split(1, dim=1) if classes.dim() == 2 else [images]
-        errors = [
-            image_error(self.decode(capsules, one), digit, kind)
-            for one, digit in zip(label_columns(classes).unbind(1), digits, strict=True)
-        ]
+        both = zip(label_columns(classes).unbind(1), digits, strict=True)
+        errors = [image_error(self.decode(capsules, one), digit, kind) for one, digit in both]
         return torch.stack(errors).mean(dim=0)
 
     def predicted(self, capsules: Tensor, labels: Tensor) -> Tensor:
@@ -227,17 +188,8 @@ class CapsNet(Supervised, name="capsnet"):
         crossed = (longest[:, 0] == labels[:, 1]) | (longest[:, 1] == labels[:, 0])
         return torch.where(crossed[:, None], longest.flip(1), longest)
 
-    def validation_loss(self, held_out: Dataset) -> float:
-        """Margin loss plus α times the squared error."""
-        metrics = self.evaluate(held_out)
-        return metrics["margin_loss"] + self.settings.reconstruction_weight * metrics["squared_error"]
-
     def test_predictions(self, dataset: Dataset) -> dict[str, Tensor]:
-        """For each test image its `predicted` class, `margin_loss` [N] and `squared_error` [N].
-
-        The predicted classes are [N], or [N, 2] of pairs, in the order of the labels. Images are
-        reconstructed from the predicted class.
-        """
+        """The `predicted` class of each test image, its `margin_loss` and its `squared_error` [N]."""
         parts = []
         for pixels, labels in dataset.test_batches(500):
             images = to_unit(pixels)
@@ -245,20 +197,14 @@ class CapsNet(Supervised, name="capsnet"):
             classes = self.predicted(capsules, labels)
             margin = self.margin_loss(capsules, labels)
             parts.append((classes, margin, self.reconstruction_error(capsules, classes, images, "squared")))
-        names = ("predicted", "margin_loss", "squared_error")
-        return {name: torch.cat(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
+        predicted, margin, squared = map(torch.cat, zip(*parts, strict=True))
+        return {"predicted": predicted, "margin_loss": margin, "squared_error": squared}
 
     def capsules(self, images: Tensor) -> Capsules:
         """Primary capsules [N, I, 8] and class capsules [N, J, 16]."""
-        return self.model.encoder(encoder_input(to_unit(images)))
-
-    @property
-    def routing(self) -> RoutingCapsules:
-        """The layer that routes primary capsules to class capsules."""
-        return self.model.encoder.classes
+        return self.encoder(encoder_input(to_unit(images)))
 
     def decode(self, capsules: Tensor, classes: Tensor) -> Tensor:
-        """Class capsules [N, J, 16] → images made from those of `classes` [N] only."""
         return self.model.decoder(masked(capsules, classes))
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -267,7 +213,7 @@ class CapsNet(Supervised, name="capsnet"):
         return self.decode(capsules, lengths(capsules).argmax(dim=1))
 
     def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
-        """Ten test images; below each what is reconstructed from its true classes, and the predicted ones."""
+        """The reconstructions of ten test images."""
         return {"reconstructions": self.reconstruction_sheet(dataset.head(10))}
 
     def reconstruction_sheet(self, dataset: Dataset) -> Sheet:
@@ -282,9 +228,8 @@ class CapsNet(Supervised, name="capsnet"):
                 rows.append(f"from the {name} label" + f", digit {digit + 1}" * (classes.dim() == 2))
         both = zip(labels, predicted, strict=True)
         heads = [f"{self.class_name(true)}\n{self.class_name(guess)}" for true, guess in both]
-        return Sheet(
-            torch.cat(shown), len(images), rows, heads, xlabel="true label, and below the predicted one"
-        )
+        xlabel = "true label, and below the predicted one"
+        return Sheet(torch.cat(shown), len(images), rows, heads, xlabel=xlabel)
 
 
 def encoder_input(images: Tensor) -> Tensor:

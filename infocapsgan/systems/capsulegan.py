@@ -9,13 +9,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from capsops.nn import RoutingCapsules
-from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.engine.settings import Count
-from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules
+from infocapsgan.models.capsule_encoder import CLASS_DIM, CapsuleEncoder
 from infocapsgan.systems.dcgan import DCGAN, DCGANSettings
+from infocapsgan.systems.system import CapsuleSystem
 
-CLASS_CAPSULES, CLASS_DIM = 10, 16
+CLASS_CAPSULES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +26,7 @@ class CapsuleGANSettings(DCGANSettings):
 
 
 class CapsuleDiscriminator(nn.Module):
-    """Capsule encoder with kernels of 7 → 10 capsules of 16 → dense 64, ReLU → logit.
-
-    Args:
-        channels, size: of the image.
-        width: channels of the convolutions.
-        iterations: of the routing.
-    """
+    """Capsule encoder with kernels of 7 → 10 capsules of 16 → dense 64, ReLU → logit."""
 
     def __init__(self, channels: int, size: int, *, width: int, iterations: int) -> None:
         super().__init__()
@@ -49,7 +42,7 @@ class CapsuleDiscriminator(nn.Module):
         return self.verdict(self.encoder(images).classes).flatten()
 
 
-class CapsuleGAN(DCGAN, name="capsulegan"):
+class CapsuleGAN(CapsuleSystem, DCGAN, name="capsulegan"):
     """CapsuleGAN; see the module."""
 
     Settings = CapsuleGANSettings
@@ -59,14 +52,5 @@ class CapsuleGAN(DCGAN, name="capsulegan"):
 
     def make_discriminator(self) -> nn.Module:
         """Images → logits."""
-        s, shape = self.settings, self.image_shape
-        return CapsuleDiscriminator(shape.channels, shape.size, width=s.width, iterations=s.iterations)
-
-    def capsules(self, images: Tensor) -> Capsules:
-        """The discriminator's primary capsules [N, I, 8] and its ten capsules of 16 [N, 10, 16]."""
-        return self.discriminator.encoder(to_symmetric(images))
-
-    @property
-    def routing(self) -> RoutingCapsules:
-        """The discriminator's routing layer."""
-        return self.discriminator.encoder.classes
+        s, (channels, size, _) = self.settings, self.image_shape
+        return CapsuleDiscriminator(channels, size, width=s.width, iterations=s.iterations)

@@ -10,20 +10,23 @@ comes in. From the first step on it would disturb the classes: they form around 
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from infocapsgan import losses
-from infocapsgan.data import Dataset
 from infocapsgan.data.augment import random_affine, random_erasing
-from infocapsgan.data.dataset import in_batches, to_symmetric
+from infocapsgan.data.dataset import Dataset, in_batches, to_symmetric
 from infocapsgan.engine.settings import Share, Weight, Whole
 from infocapsgan.engine.train_state import TrainState
 from infocapsgan.metrics.matching import clustering_metrics, kmeans_accuracy, match_clusters
 from infocapsgan.plotting.sheet import Sheet
-from infocapsgan.systems.gan import GAN, GANSettings
+from infocapsgan.systems.gan import GAN, SAME_LATENTS, GANSettings
+
+SAMPLES_PER_CODE = 10
+NOTHING_LEARNED = "without --information-weight and --consistency-weight: real images then teach nothing"
+SHORT = {"warm_up": 260, "smoothness_after": 150}  # on few training images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,43 +60,20 @@ class ClassCodeSettings(GANSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.warm_up and not self.learns_of_real_images:
-            raise ValueError(
-                f"--warm-up: got {self.warm_up}, takes 0 without --information-weight and "
-                "--consistency-weight: real images alone then teach nothing"
-            )
+            raise ValueError(f"--warm-up: got {self.warm_up}, takes 0 {NOTHING_LEARNED}")
 
 
-NO_REAL_IMAGES: dict[str, Any] = {
-    "warm_up": 0,
-    "settled_rate": 1.0,
-    "information_weight": 0.0,
-    "consistency_weight": 0.0,
-    "smoothness_weight": 0.0,
-}
+GENERATED: dict[str, Any] = {"warm_up": 0, "settled_rate": 1.0, "smoothness_weight": 0.0}
+GENERATED |= {"information_weight": 0.0, "consistency_weight": 0.0}
 """The options with which the class code is learned on generated images alone, as published."""
 
 
 class ClassCodeGAN(GAN):
-    """A GAN whose discriminator says which class an image is of.
-
-    The buffer `label_of_code` is saved with the weights that it belongs to.
-    """
+    """A GAN whose discriminator says which class an image is of."""
 
     headline = "unsupervised_accuracy"
     settings: ClassCodeSettings
     label_of_code: Tensor
-    terms: ClassVar = GAN.terms | {
-        "information": "↑ (mutual information of image and class, nats)",
-        "consistency": "↓ (divergence between an image and its augmented copy, nats)",
-        "smoothness": "↓ (divergence under the worst small change of an image, nats)",
-        "unsupervised_accuracy": "↑",
-        "nmi": "↑ (normalised mutual information)",
-        "ari": "↑ (adjusted Rand index)",
-    }
-
-    def __init__(self, settings: ClassCodeSettings | None = None, **options: Any) -> None:
-        super().__init__(settings, **options)
-        self.label_of_code = torch.full((self.codes,), -1)
 
     @property
     def codes(self) -> int:
@@ -106,17 +86,13 @@ class ClassCodeGAN(GAN):
 
     def generates(self, state: TrainState) -> bool:
         """Whether the generator takes part in this step."""
-        return state.step >= self.settings.warm_up
+        return state.step >= self.settings.warm_up and not self.why_not("generate")
 
     def untrained(self, steps: int) -> str:
         """The generator, unless there are steps after the warm-up."""
-        warm_up = self.settings.warm_up
-        if steps > warm_up:
-            return ""
-        return (
-            f"the generator is not trained: it comes in after the {warm_up} steps of --warm-up, "
-            f"and there are {steps}"
-        )
+        warm_up = f"it comes in after the {self.settings.warm_up} steps of --warm-up, and there are {steps}"
+        untrained = steps <= self.settings.warm_up and not self.why_not("generate")
+        return f"the generator is not trained: {warm_up}" if untrained else ""
 
     def decayed_rate(self, rate: float, state: TrainState) -> float:
         """A learning rate on its line from `rate` at the first step to the end of a warm-up."""
@@ -124,35 +100,26 @@ class ClassCodeGAN(GAN):
         done = min(1.0, state.step / s.warm_up) if s.warm_up else 0.0
         return rate * (1 - (1 - s.settled_rate) * done)
 
-    def real_images_loss(
-        self, real: Tensor, logits: Tensor, state: TrainState, named: dict[str, Tensor]
-    ) -> Tensor:
-        """What real images alone say of the classes: certain, evenly used, the same for a changed copy.
+    def class_loss(self, real: Tensor, logits: Tensor, state: TrainState, named: dict[str, Tensor]) -> Tensor:
+        """What real images [B, C, H, W], of class_logits [B, J], say of classes: see the module.
 
-        Args:
-            real: images [B, C, H, W] in [−1, 1].
-            logits: their class_logits [B, J].
-            state: where random numbers come from, and how far it is.
-            named: is given each part that has a weight, by its name.
+        Each part that has a weight is put into `named`.
         """
         s, loss = self.settings, torch.zeros((), device=real.device)
         p = logits.float().log_softmax(dim=1).exp()
         if s.information_weight:
             mean = state.processes.mean
             named["information"] = losses.mutual_information(p, mean=mean)
-            balanced = losses.mutual_information(p, balance=s.balance, mean=mean)
-            loss = loss - s.information_weight * balanced
+            loss = loss - s.information_weight * losses.mutual_information(p, balance=s.balance, mean=mean)
         if s.consistency_weight:
-            copy = random_erasing(
-                random_affine(real, state.rng, background=-1), state.rng, share=s.erased, background=-1
-            )
+            copy = random_affine(real, state.rng, background=-1)
+            copy = random_erasing(copy, state.rng, share=s.erased, background=-1)
             named["consistency"] = losses.divergence(p.detach(), self.class_log_probabilities(copy))
             loss = loss + s.consistency_weight * named["consistency"]
         smooth = s.smoothness_weight and state.step >= s.smoothness_after
         if smooth and not self.generates(state):
-            named["smoothness"] = losses.adversarial_smoothness(
-                self.class_log_probabilities, real, p, state.rng, radius=s.smoothness_radius
-            )
+            log_p, radius = self.class_log_probabilities, s.smoothness_radius
+            named["smoothness"] = losses.adversarial_smoothness(log_p, real, p, state.rng, radius=radius)
             loss = loss + s.smoothness_weight * named["smoothness"]
         return loss
 
@@ -165,7 +132,7 @@ class ClassCodeGAN(GAN):
         return in_batches(lambda part: self.class_logits(to_symmetric(part)), images).argmax(dim=1)
 
     def code_probabilities(self, images: Tensor) -> Tensor:
-        """The probability of each class code [N, codes]; each row adds up to 1."""
+        """The probability of each class code [N, codes]."""
         return self.class_log_probabilities(to_symmetric(images)).exp()
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
@@ -181,9 +148,19 @@ class ClassCodeGAN(GAN):
 
     def baselines(self, dataset: Dataset) -> dict[str, float]:
         """k-means on the pixels, where the images have labels."""
-        if not dataset.labelled:
+        classes = self.image_shape.classes
+        return {"k-means on pixels": kmeans_accuracy(dataset, classes)} if dataset.labelled else {}
+
+    def code_latents(self) -> Tensor:
+        """SAMPLES_PER_CODE latent vectors for each class code, code by code, the same at every call."""
+        noise, code = self.fixed_latents(SAMPLES_PER_CODE), torch.arange(self.codes, device=self.device)
+        return self.latents(noise.repeat(self.codes, 1), code.repeat_interleave(SAMPLES_PER_CODE))
+
+    def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
+        """Samples, a row for each class code; none of a generator that is not trained."""
+        if self.why_not("generate"):
             return {}
-        return {"k-means on pixels": kmeans_accuracy(dataset, self.image_shape.classes)}
+        return {"samples": self.code_sheet(self.code_latents(), xlabel=SAME_LATENTS)}
 
     def code_sheet(self, latents: Tensor, **labels: Any) -> Sheet:
         """Generated images, a row for each class code, named with the class that it was matched with."""

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from capsops.nn import RoutingCapsules
 from infocapsgan import losses
-from infocapsgan.data import Dataset
 from infocapsgan.data.augment import random_affine
-from infocapsgan.data.dataset import in_batches, to_symmetric, to_unit
+from infocapsgan.data.dataset import Dataset, in_batches, to_symmetric, to_unit
 from infocapsgan.engine.settings import Weight
 from infocapsgan.engine.train_state import TrainState, adam
-from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules, lengths
+from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths
 from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.supervised import Supervised, SupervisedSettings
 
@@ -38,12 +35,8 @@ class Encoder(Supervised, name="encoder"):
     """InfoCapsGAN's encoder as a classifier; the network is `model`."""
 
     Settings = EncoderSettings
-    recipes: ClassVar = {
-        "tuned": {},
-        "published": {"batch_size": 100, "batch_norm": True, "moved": False},
-    }
+    recipes: ClassVar = {"tuned": {}, "published": {"batch_size": 100, "batch_norm": True, "moved": False}}
     tuned: ClassVar = {"digits": {"width": 32, "epochs": 15}}
-
     settings: EncoderSettings
 
     def __init__(self, settings: EncoderSettings | None = None, **options: Any) -> None:
@@ -59,34 +52,15 @@ class Encoder(Supervised, name="encoder"):
             images = random_affine(images, state.rng, background=-1)
         with state.autocast():
             found = lengths(self.model(images).classes)
-            loss = self.margin_loss(found, labels).mean()
+            loss = losses.margin_loss(found.float(), labels).mean()
         state.update("model", loss)
         return {"margin": loss.detach(), "batch_accuracy": (found.argmax(dim=1) == labels).float().mean()}
-
-    def margin_loss(self, found: Tensor, labels: Tensor) -> Tensor:
-        """Margin loss of each image [B], of its class capsules' lengths [B, J]."""
-        return losses.margin_loss(found.float(), F.one_hot(labels, self.image_shape.classes))
 
     def test_predictions(self, dataset: Dataset) -> dict[str, Tensor]:
         """For each test image its `predicted` class [N] and its `margin_loss` [N]."""
         found = in_batches(self.classify, dataset.test_images)
-        return {
-            "predicted": found.argmax(dim=1),
-            "margin_loss": self.margin_loss(found, dataset.test_labels),
-        }
-
-    def capsules(self, images: Tensor) -> Capsules:
-        """Primary capsules [N, I, 8] and class capsules [N, J, 16]."""
-        return self.model(to_symmetric(images))
-
-    @property
-    def routing(self) -> RoutingCapsules:
-        """The layer that routes primary capsules to class capsules."""
-        return self.model.classes
-
-    def validation_loss(self, held_out: Dataset) -> float:
-        """Margin loss."""
-        return self.evaluate(held_out)["margin_loss"]
+        margin = losses.margin_loss(found, dataset.test_labels)
+        return {"predicted": found.argmax(dim=1), "margin_loss": margin}
 
     def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
         """Test images, each in the row of the class that is predicted for it; an empty place is grey."""
@@ -95,8 +69,7 @@ class Encoder(Supervised, name="encoder"):
         rows = []
         for j in range(classes):
             row = to_unit(images[predicted == j][:10])
-            rows.append(F.pad(row, [0, 0, 0, 0, 0, 0, 0, 10 - len(row)], value=0.5))
+            rows.append(nn.functional.pad(row, [0, 0, 0, 0, 0, 0, 0, 10 - len(row)], value=0.5))
         names = [self.class_name(j) for j in range(classes)]
-        return {
-            "predictions": Sheet(torch.cat(rows), 10, names, ylabel="predicted class", xlabel="test images")
-        }
+        sheet = Sheet(torch.cat(rows), 10, names, ylabel="predicted class", xlabel="test images")
+        return {"predictions": sheet}

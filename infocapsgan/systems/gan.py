@@ -1,22 +1,20 @@
 """What the generative adversarial systems have in common."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from infocapsgan import losses
-from infocapsgan.data import Dataset
-from infocapsgan.data.dataset import evenly, in_batches, to_symmetric
+from infocapsgan.data.dataset import Dataset, evenly, in_batches
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Range, Settings, Weight, Whole
 from infocapsgan.engine.train_state import TrainState
 from infocapsgan.metrics.features import feature_extractor
 from infocapsgan.metrics.frechet_distance import frechet_distance
-from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.system import System
 
 ADAM_BETAS = (0.5, 0.999)  # of Radford, Metz, Chintala 2016, and of every system here
@@ -43,25 +41,15 @@ class GANSettings(Settings):
         if 0 < self.frechet_samples < 100:
             raise ValueError(f"--frechet-samples: got {self.frechet_samples}, takes 0 or at least 100")
         if self.compile and self.adversarial_loss == "wasserstein":
-            raise ValueError(
-                "--compile: cannot be combined with --adversarial-loss wasserstein, "
-                "whose penalty takes second derivatives, which compiled networks do not have"
-            )
+            reason = "its penalty takes second derivatives, which compiled networks do not have"
+            raise ValueError(f"--compile: cannot be combined with --adversarial-loss wasserstein: {reason}")
 
 
 class GAN(System):
     """A system with a `generator`, a `discriminator`, and where asked for an average of the generator."""
 
+    networks = ("generator", "discriminator")
     headline = "discriminator_accuracy"
-    terms: ClassVar = {
-        "discriminator": "(loss: real or generated)",
-        "generator": "(loss: deceive the discriminator)",
-        "real_accuracy": "(real images that the discriminator calls real)",
-        "generated_accuracy": "(generated images that it calls generated)",
-        "discriminator_accuracy": "(mean of both; 0.5: it cannot tell)",
-        "frechet_distance": "↓",
-        "squared_error": "↓",
-    }
     settings: GANSettings
     generator: nn.Module
     discriminator: nn.Module
@@ -71,15 +59,9 @@ class GAN(System):
         if self.settings.spectral_norm:
             for module in list(self.discriminator.modules()):
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
-                    spectral_norm(module)
-        self.average = None
-        if self.settings.ema:
-            self.average = copy.deepcopy(self.generator).requires_grad_(False)
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """Generator and discriminator; the average is not trained."""
-        return [self.generator, self.discriminator]
+                    nn.utils.parametrizations.spectral_norm(module)
+        ema = self.settings.ema
+        self.average = copy.deepcopy(self.generator).requires_grad_(False) if ema else None
 
     @property
     def sampling_generator(self) -> nn.Module:
@@ -88,8 +70,7 @@ class GAN(System):
 
     def generate(self, latents: Tensor) -> Tensor:
         """Latent vectors [N, …] → images [N, C, H, W] in [0, 1]."""
-        images = self.sampling_generator(latents.to(self.device))
-        return ((images[0] if isinstance(images, tuple) else images).float() + 1) / 2
+        return (_first(self.sampling_generator(latents.to(self.device))).float() + 1) / 2
 
     def sample_quality(self, dataset: Dataset) -> dict[str, float]:
         """The Fréchet distance of --frechet-samples generated images to as many test images."""
@@ -99,10 +80,8 @@ class GAN(System):
         classifier = feature_extractor(dataset, self.image_shape.classes).classifier
         rng = ShardedGenerator(0, self.device)
         latents = self.random_latents(number, rng, images=dataset.train_images)
-        generated = in_batches(self.generate, latents)
-        real, generated = (
-            classifier.of_all(images) for images in (evenly(dataset.test_images, number), generated)
-        )
+        generated = classifier.of_all(in_batches(self.generate, latents))
+        real = classifier.of_all(evenly(dataset.test_images, number))
         return {"frechet_distance": frechet_distance(real, generated)}
 
     def baselines(self, dataset: Dataset) -> dict[str, float]:
@@ -136,82 +115,30 @@ class GAN(System):
 
     def logits(self, images: Tensor) -> Tensor:
         """The discriminator's logits [B] of images [B, C, H, W] in [−1, 1]: above 0 for real."""
-        return self.discriminator(images)
-
-
-class LatentGAN(GAN):
-    """A GAN whose generator takes normal values and whose discriminator says only real or generated."""
-
-    def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
-        """The discriminator once, then the generator once on new latents; labels are not looked at."""
-        rng, B, N = state.rng, len(images), self.noise_dim
-        real = to_symmetric(images)
-        latent, later_latent = rng.normal(B, N), rng.normal(B, N)
-
-        with state.autocast():
-            with torch.no_grad():
-                generated = self.generator(latent)
-            real_logit, logit = self.logits(real), self.logits(generated)
-            discriminator = self.adversarial_discriminator_loss(real, generated, real_logit, logit, state)
-        state.update("discriminator", discriminator)
-
-        with state.autocast():
-            generator = self.adversarial_generator_loss(self.logits(self.generator(later_latent)))
-        state.update("generator", generator)
-        self.update_average()
-        return {
-            "discriminator": discriminator.detach(),
-            "generator": generator.detach(),
-            "real_accuracy": (real_logit > 0).float().mean(),
-            "generated_accuracy": (logit < 0).float().mean(),
-        }
-
-    def latents(self, noise: Tensor, code: Tensor | None = None, continuous: Tensor | None = None) -> Tensor:
-        """The noise [N, noise_dim] itself."""
-        return noise
-
-    def random_latents(
-        self, number: int, rng: ShardedGenerator, *, images: Tensor | None = None, **codes: Tensor
-    ) -> Tensor:
-        """Normal values [number, noise_dim]."""
-        return rng.normal(number, self.noise_dim)
+        return _first(self.discriminator(images))
 
     def fixed_latents(self, number: int) -> Tensor:
-        """The same latents [number, noise_dim] at every call."""
+        """The same normal values [number, noise_dim] at every call."""
         generator = torch.Generator().manual_seed(0)
         return torch.randn(number, self.noise_dim, generator=generator).to(self.device)
 
-    def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """How often the discriminator is right on up to 1,000 test images and as many generated ones."""
-        real = to_symmetric(dataset.test_images[:1000])
-        latents = self.fixed_latents(len(real))
-        real_right, generated_right = [], []
-        for images, latent in zip(real.split(250), latents.split(250), strict=True):
-            real_right.append(self.logits(images) > 0)
-            generated_right.append(self.logits(self.sampling_generator(latent)) < 0)
-        return discriminator_metrics(real_right, generated_right)
-
-    def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
-        """Samples of fixed latents; and rows that go in a straight line from one latent to another."""
-        latents = self.fixed_latents(100)
-        lines = torch.cat([morph(a, b, 10) for a, b in zip(latents[:10], latents[10:20], strict=True)])
-        shares = [f"{n / 9:.1f}" for n in range(10)]
-        return {
-            "samples": Sheet(self.generate(latents), 10, xlabel=SAME_LATENTS),
-            "morph": Sheet(
-                self.generate(lines), 10, heads=shares, xlabel="from one latent vector to another"
-            ),
-        }
+    def discriminator_metrics(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """The accuracies on batches of real and of generated images, and their mean."""
+        logits = [(self.logits(real), self.logits(generated)) for real, generated in pairs]
+        shares = accuracies(*map(torch.cat, zip(*logits, strict=True)))
+        metrics = {name: share.item() for name, share in shares.items()}
+        return {"discriminator_accuracy": sum(metrics.values()) / 2, **metrics}
 
 
-def discriminator_metrics(real_right: list[Tensor], generated_right: list[Tensor]) -> dict[str, float]:
-    """The shares of real and of generated images [N] that a discriminator is right about, and their mean."""
-    real, generated = (torch.cat(right).float().mean().item() for right in (real_right, generated_right))
-    return {
-        "discriminator_accuracy": (real + generated) / 2,
-        "real_accuracy": real,
-        "generated_accuracy": generated,
-    }
+def _first(output: Any) -> Tensor:
+    """The images or logits that a network returns, by themselves or before others of its results."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def accuracies(real_logit: Tensor, logit: Tensor) -> dict[str, Tensor]:
+    """The shares of real and of generated images that a discriminator is right about, of its logits [N]."""
+    real, generated = (right.float().mean() for right in (real_logit > 0, logit < 0))
+    return {"real_accuracy": real, "generated_accuracy": generated}
 
 
 def morph(start: Tensor, end: Tensor, steps: int) -> Tensor:

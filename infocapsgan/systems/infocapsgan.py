@@ -18,32 +18,26 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Adam
 
 import capsops
 from capsops.nn import RoutingCapsules
 from infocapsgan import losses
-from infocapsgan.data import Dataset
-from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.data.dataset import Dataset, to_symmetric
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Count, Weight
 from infocapsgan.engine.train_state import TrainState
-from infocapsgan.models.capsule_encoder import (
-    CapsuleEncoder,
-    Capsules,
-    lengths,
-    primary_grid,
-    unsquashed_lengths,
-)
-from infocapsgan.models.capsule_generator import KERNEL_SIZE, CapsuleGenerator
-from infocapsgan.plotting.sheet import Sheet
-from infocapsgan.systems.class_code import NO_REAL_IMAGES, ClassCodeGAN, ClassCodeSettings
-from infocapsgan.systems.gan import ADAM_BETAS, SAME_LATENTS
+from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules, lengths, unsquashed_lengths
+from infocapsgan.models.capsule_generator import CapsuleGenerator
+from infocapsgan.systems.class_code import GENERATED, NOTHING_LEARNED, SHORT, ClassCodeGAN, ClassCodeSettings
+from infocapsgan.systems.gan import ADAM_BETAS
+from infocapsgan.systems.system import CapsuleSystem
 
 LAST_DIM = 52  # numbers in the discriminator's last capsule
-DETAILS_DIM = 128  # hidden numbers between its primary capsules and its verdict on details
-SAMPLES_PER_CODE = 10
+HIDDEN = 128  # numbers between its primary capsules and its verdict on details
+# What infocapsgan and mimic have in common, as published.
+COMMON = {"batch_size": 100, "generator_rate": 2e-4, "discriminator_rate": 2e-5, "batch_norm": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +72,9 @@ class InfoCapsGANSettings(ClassCodeSettings):
         if self.frechet_samples and not self.adversarial_weight:
             raise ValueError("--frechet-samples: takes 0 with --adversarial-weight 0, without a generator")
         if self.diversity_weight and self.batch_size == 1:
-            raise ValueError(
-                f"--batch-size: got {self.batch_size}, takes at least 2 with --diversity-weight, which "
-                "compares two images"
-            )
+            raise ValueError("--batch-size: got 1, takes at least 2 with --diversity-weight: it pairs images")
         if not self.adversarial_weight and not self.learns_of_real_images:
-            raise ValueError(
-                "--adversarial-weight: got 0, takes more without --information-weight and "
-                "--consistency-weight: nothing would be learned"
-            )
+            raise ValueError(f"--adversarial-weight: got 0, takes more {NOTHING_LEARNED}")
 
 
 class Verdict(NamedTuple):
@@ -107,12 +95,10 @@ class Discriminator(nn.Module):
         self.encoder = CapsuleEncoder(channels, size, classes, width=width, batch_norm=batch_norm, bias=False)
         self.last = RoutingCapsules(classes, 1, 16, LAST_DIM, iterations=0, bias=False)
         self.verdict = nn.Linear(LAST_DIM, 1)
-        numbers = width * primary_grid(size, KERNEL_SIZE) ** 2
         self.details = None
         if details:
-            self.details = nn.Sequential(
-                nn.Linear(numbers, DETAILS_DIM), nn.LeakyReLU(0.2), nn.Linear(DETAILS_DIM, 1)
-            )
+            numbers = self.encoder.classes.weight[:, 0, 0].numel()  # I · K, of the primary capsules
+            self.details = nn.Sequential(nn.Linear(numbers, HIDDEN), nn.LeakyReLU(0.2), nn.Linear(HIDDEN, 1))
 
     def forward(self, images: Tensor) -> Verdict:
         capsules = self.encoder(images)
@@ -124,40 +110,21 @@ class Discriminator(nn.Module):
         return Verdict(logit.flatten(), last, capsules)
 
 
-class InfoCapsGAN(ClassCodeGAN, name="infocapsgan"):
+class InfoCapsGAN(CapsuleSystem, ClassCodeGAN, name="infocapsgan"):
     """InfoCapsGAN; see the module."""
 
     Settings = InfoCapsGANSettings
     recipes: ClassVar = {
         "tuned": {"ema": 0.98},
-        "published": {
-            **NO_REAL_IMAGES,
-            "batch_size": 100,
-            "latent": "squashed",
-            "generator_rate": 2e-4,
-            "discriminator_rate": 2e-5,
-            "batch_norm": True,
-            "diversity_weight": 0.0,
-            "details": False,
-        },
+        "published": GENERATED | COMMON | {"latent": "squashed", "diversity_weight": 0.0, "details": False},
     }
     tuned: ClassVar = {
-        "digits": {
-            "width": 32,
-            "epochs": 60,
-            "warm_up": 260,
-            "smoothness_after": 150,
-            "evidence": "unsquashed",
-            "temperature": 7.0,
-        },
+        "digits": SHORT | {"width": 32, "epochs": 60, "evidence": "unsquashed", "temperature": 7.0},
         "mnist": {"warm_up": 2000},
         "fashion-mnist": {"warm_up": 2000},
     }
-
-    terms: ClassVar = ClassCodeGAN.terms | {
-        "code": "↓ (class code recognised in generated images)",
-        "diversity": "↓ (images of one code differ as their noise does)",
-    }
+    # What stands behind the encoder gets no gradient in the warm-up, not one of 0.
+    networks = ("generator", "discriminator.encoder")
     settings: InfoCapsGANSettings
     discriminator: Discriminator
 
@@ -171,33 +138,14 @@ class InfoCapsGAN(ClassCodeGAN, name="infocapsgan"):
         self.stabilise()
         encoder = set(self.discriminator.encoder.parameters())
         verdict = [weight for weight in self.discriminator.parameters() if weight not in encoder]
-        self.optimizers = {
-            "discriminator": torch.optim.Adam(
-                [{"params": list(self.discriminator.encoder.parameters())}, {"params": verdict}],
-                s.discriminator_rate,
-                ADAM_BETAS,
-            ),
-            "generator": torch.optim.Adam(self.generator.parameters(), s.generator_rate, ADAM_BETAS),
-        }
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """Generator and encoder. What stands behind that gets no gradient in the warm-up, not one of 0."""
-        return [self.generator, self.discriminator.encoder]
-
-    def logits(self, images: Tensor) -> Tensor:
-        """The discriminator's logits [B] of images [B, C, H, W] in [−1, 1]: above 0 for real."""
-        return self.discriminator(images).logit
-
-    @property
-    def noise_dim(self) -> int:
-        """Normal values in a latent vector, beside the codes."""
-        return self.settings.noise_dim
+        groups = [{"params": list(self.discriminator.encoder.parameters())}, {"params": verdict}]
+        self.optimizers["discriminator"] = Adam(groups, s.discriminator_rate, ADAM_BETAS)
+        self.optimizers["generator"] = Adam(self.generator.parameters(), s.generator_rate, ADAM_BETAS)
 
     def latents(self, noise: Tensor, code: Tensor | None = None, continuous: Tensor | None = None) -> Tensor:
         """Noise [B, noise_dim] and class codes [B] (None: 0) → latent vectors [B, noise_dim + classes]."""
         code = torch.zeros(len(noise), dtype=torch.long, device=noise.device) if code is None else code
-        latent = torch.cat([noise, F.one_hot(code, self.codes)], dim=1)
+        latent = torch.cat([noise, nn.functional.one_hot(code, self.codes)], dim=1)
         return capsops.squash(latent) if self.settings.latent == "squashed" else latent
 
     def why_not(self, ability: str) -> str:
@@ -205,14 +153,6 @@ class InfoCapsGAN(ClassCodeGAN, name="infocapsgan"):
         if ability in ("generate", "latents") and not self.settings.adversarial_weight:
             return "with --adversarial-weight 0 its generator was not trained"
         return super().why_not(ability)
-
-    def generates(self, state: TrainState) -> bool:
-        """Whether the generator takes part in this step."""
-        return self.settings.adversarial_weight > 0 and super().generates(state)
-
-    def untrained(self, steps: int) -> str:
-        """As of every class code; without the adversarial part there is to be no generator."""
-        return super().untrained(steps) if self.settings.adversarial_weight else ""
 
     def class_logits(self, images: Tensor) -> Tensor:
         """temperature · evidence of each class [B, J], of images [B, C, H, W] in [−1, 1]."""
@@ -225,25 +165,22 @@ class InfoCapsGAN(ClassCodeGAN, name="infocapsgan"):
 
     def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """Discriminator and generator once each; the labels are not looked at."""
-        s, rng, B = self.settings, state.rng, len(images)
+        s, rng, B, world = self.settings, state.rng, len(images), state.processes.world
         real = to_symmetric(images)
         noise, code = rng.normal(B, s.noise_dim), rng.integers(self.codes, B)
         if s.diversity_weight:
-            if B % 2 and state.processes.world > 1:
-                raise ValueError(
-                    f"--batch-size: got {s.batch_size}, takes an even number for each of the "
-                    f"{state.processes.world} processes with --diversity-weight, which pairs images"
-                )
+            if B % 2 and world > 1:
+                takes = f"takes an even number for each of the {world} processes with --diversity-weight"
+                raise ValueError(f"--batch-size: got {s.batch_size}, {takes}")
             code = code[::2].repeat_interleave(2)[:B]  # neighbours are of one class
         generating = self.generates(state)
         named: dict[str, Tensor] = {}
-        self.optimizers["discriminator"].param_groups[0]["lr"] = self.decayed_rate(
-            s.discriminator_rate, state
-        )
+        rate = self.decayed_rate(s.discriminator_rate, state)
+        self.optimizers["discriminator"].param_groups[0]["lr"] = rate
 
         with state.autocast():
             seen = self.discriminator(real)
-            loss = self.real_images_loss(real, self.logits_of(seen.capsules), state, named)
+            loss = self.class_loss(real, self.logits_of(seen.capsules), state, named)
             if generating:
                 latent = self.latents(noise, code)
                 generated, _ = self.generator(latent)
@@ -253,7 +190,7 @@ class InfoCapsGAN(ClassCodeGAN, name="infocapsgan"):
                 )
                 named["code"] = self.code_loss(verdict, code)
                 loss = loss + s.adversarial_weight * named["discriminator"]
-                loss = loss + s.code_weight * B * state.processes.world * named["code"]
+                loss = loss + s.code_weight * B * world * named["code"]
         state.update("discriminator", loss)
 
         if generating:
@@ -261,70 +198,38 @@ class InfoCapsGAN(ClassCodeGAN, name="infocapsgan"):
                 verdict = self.discriminator(generated)
                 named["generator"] = self.adversarial_generator_loss(verdict.logit)
                 loss = s.adversarial_weight * named["generator"]
-                loss = loss + s.code_weight * B * state.processes.world * self.code_loss(verdict, code)
+                loss = loss + s.code_weight * B * world * self.code_loss(verdict, code)
                 if s.diversity_weight:
-                    named["diversity"] = losses.mode_seeking(
-                        generated.float(), latent, mean=state.processes.mean
-                    )
-                    loss = loss + s.diversity_weight * named["diversity"]
+                    apart = losses.mode_seeking(generated.float(), latent, mean=state.processes.mean)
+                    loss, named["diversity"] = loss + s.diversity_weight * apart, apart
             state.update("generator", loss)
             self.update_average()
         return {name: value.detach() for name, value in named.items()}
 
     def code_loss(self, verdict: Verdict, code: Tensor) -> Tensor:
         """How badly the class capsules' lengths tell the code that the generator was given."""
-        target = F.one_hot(code, self.image_shape.classes)
-        return losses.margin_loss(lengths(verdict.capsules.classes), target).mean()
+        return losses.margin_loss(lengths(verdict.capsules.classes), code).mean()
 
-    def random_latents(
-        self, number: int, rng: ShardedGenerator, *, images: Tensor | None = None, **codes: Tensor
-    ) -> Tensor:
+    def random_latents(self, number: int, rng: ShardedGenerator, **codes: Any) -> Tensor:
         """Latent vectors of normal noise and evenly distributed class codes [number, noise_dim + classes]."""
         noise = rng.normal(number, self.noise_dim)
         return self.latents(noise, codes.get("code", rng.integers(self.codes, number)))
-
-    def capsules(self, images: Tensor) -> Capsules:
-        """The discriminator's primary capsules [N, I, 8] and class capsules [N, J, 16]."""
-        return self.discriminator.encoder(to_symmetric(images))
-
-    @property
-    def routing(self) -> RoutingCapsules:
-        """The discriminator's routing layer."""
-        return self.discriminator.encoder.classes
-
-    def fixed_latents(self) -> Tensor:
-        """The same noise for each class code, always [codes · SAMPLES_PER_CODE, noise_dim + classes]."""
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(SAMPLES_PER_CODE, self.noise_dim, generator=generator)
-        code = torch.arange(self.codes).repeat_interleave(SAMPLES_PER_CODE)
-        return self.latents(noise.repeat(self.codes, 1), code).to(self.device)
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """As of every class code; and the generator's capsules compared with the discriminator's."""
         metrics = super().evaluate(dataset)
         if self.settings.adversarial_weight:
-            images, capsules = self.sampling_generator(self.fixed_latents())
+            images, capsules = self.sampling_generator(self.code_latents())
             metrics |= compare_capsules(capsules, self.discriminator(images).capsules)
         return metrics
 
-    def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
-        """Samples, a row for each class code."""
-        if self.why_not("generate"):
-            return {}
-        return {"samples": self.code_sheet(self.fixed_latents(), xlabel=SAME_LATENTS)}
-
 
 def compare_capsules(generator: Capsules, discriminator: Capsules) -> dict[str, float]:
-    """The generator's capsules of images against the discriminator's capsules of the same images.
-
-    Returns:
-        for both layers the mean Euclidean distance and the mean cosine similarity; and the mean length of the
-        discriminator's class capsules.
-    """
+    """The mean distance and cosine of both networks' capsules of one image; and class capsules' length."""
     metrics = {"class_capsule_length": lengths(discriminator.classes).mean().item()}
     for layer, a, b in zip(Capsules._fields, generator, discriminator, strict=True):
         metrics[f"{layer}_distance"] = (a - b).norm(dim=-1).mean().item()
-        metrics[f"{layer}_cosine"] = F.cosine_similarity(a, b, dim=-1).mean().item()
+        metrics[f"{layer}_cosine"] = nn.functional.cosine_similarity(a, b, dim=-1).mean().item()
     return metrics
 
 

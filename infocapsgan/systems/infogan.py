@@ -18,16 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infocapsgan.data import Dataset
 from infocapsgan.data.augment import shear, thicken
-from infocapsgan.data.dataset import to_symmetric
+from infocapsgan.data.dataset import Dataset, to_symmetric
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Count, Range, Weight, Whole
 from infocapsgan.engine.train_state import TrainState, adam
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
 from infocapsgan.plotting.sheet import Sheet
-from infocapsgan.systems.class_code import NO_REAL_IMAGES, ClassCodeGAN, ClassCodeSettings
-from infocapsgan.systems.gan import ADAM_BETAS, SAME_LATENTS
+from infocapsgan.systems.class_code import GENERATED, SAMPLES_PER_CODE, SHORT, ClassCodeGAN, ClassCodeSettings
+from infocapsgan.systems.gan import ADAM_BETAS, accuracies
 
 LEAN, THICKNESS = 0.5, 1.0  # of copies, where a continuous code is to change by 1
 
@@ -72,68 +71,39 @@ class InfoGANSettings(ClassCodeSettings):
 
 
 class InfoGANDiscriminator(nn.Module):
-    """A trunk with two ends: real or generated, and the codes.
+    """A trunk with two ends: real or generated, and the codes, each categorical one of so many `values`."""
 
-    Args:
-        channels, size: of the image.
-        codes, values: how many categorical codes there are, and the number of values of each.
-        continuous: number of continuous codes.
-        width: 64 as published.
-        batch_norm: whether trunk and recogniser normalise, as published.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        size: int,
-        *,
-        codes: int,
-        values: int,
-        continuous: int,
-        width: int,
-        batch_norm: bool = True,
-    ) -> None:
+    def __init__(self, channels: int, size: int, values: int, settings: InfoGANSettings) -> None:
         super().__init__()
-        self.codes, self.values = codes, values
+        width, batch_norm = settings.width, settings.batch_norm
+        self.codes, self.values = settings.categorical_codes, values
         self.trunk = InfoGANTrunk(channels, size, width=width, batch_norm=batch_norm)
         self.verdict = nn.Linear(16 * width, 1)
         self.recogniser = nn.Sequential(
             nn.Linear(16 * width, 2 * width),
             nn.BatchNorm1d(2 * width) if batch_norm else nn.Identity(),
             nn.LeakyReLU(0.1),
-            nn.Linear(2 * width, codes * values + continuous),
+            nn.Linear(2 * width, self.codes * values + settings.continuous_codes),
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images → logits [B], of the categorical codes [B, codes, values], and continuous codes [B, …]."""
         features = self.trunk(images)
         categorical, continuous = self.recogniser(features).tensor_split([self.codes * self.values], dim=1)
-        return (
-            self.verdict(features).flatten(),
-            categorical.unflatten(1, (self.codes, self.values)),
-            continuous,
-        )
+        categorical = categorical.unflatten(1, (self.codes, self.values))
+        return self.verdict(features).flatten(), categorical, continuous
 
 
 class InfoGAN(ClassCodeGAN, name="infogan"):
     """InfoGAN; see the module."""
 
     Settings = InfoGANSettings
-    recipes: ClassVar = {
-        "tuned": {"batch_size": 128, "batch_norm": False},
-        "published": NO_REAL_IMAGES,
-    }
+    recipes: ClassVar = {"tuned": {"batch_size": 128, "batch_norm": False}, "published": GENERATED}
     datasets: ClassVar = {"cifar10": {"noise_dim": 64, "continuous_weight": 1.0, "epochs": 150}}
     tuned: ClassVar = {
-        "digits": {"width": 16, "epochs": 80, "warm_up": 260, "smoothness_after": 150},
+        "digits": SHORT | {"width": 16, "epochs": 80},
         "mnist": {"warm_up": 1000, "meaning_weight": 0.5},
         "fashion-mnist": {"warm_up": 1000},
-    }
-
-    terms: ClassVar = ClassCodeGAN.terms | {
-        "categorical": "↓ (cross-entropy of the categorical code)",
-        "continuous": "↓ (squared error of the continuous codes)",
-        "meaning": "↓ (error of the continuous codes of changed copies)",
     }
     settings: InfoGANSettings
     discriminator: InfoGANDiscriminator
@@ -143,29 +113,15 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
         s, (channels, size, _) = self.settings, self.image_shape
         latent_dim = s.noise_dim + s.categorical_codes * self.codes + s.continuous_codes
         self.generator = InfoGANGenerator(latent_dim, channels, size, width=s.width)
-        self.discriminator = InfoGANDiscriminator(
-            channels,
-            size,
-            codes=s.categorical_codes,
-            values=self.codes,
-            continuous=s.continuous_codes,
-            width=s.width,
-            batch_norm=s.batch_norm,
-        )
+        self.discriminator = InfoGANDiscriminator(channels, size, self.codes, s)
         self.stabilise()
         shared = [*self.discriminator.trunk.parameters(), *self.discriminator.verdict.parameters()]
         generating = [*self.generator.parameters(), *self.discriminator.recogniser.parameters()]
-        self.optimizers = {
-            "discriminator": adam(shared, s.discriminator_rate, ADAM_BETAS),
-            "generator": adam(generating, s.generator_rate, ADAM_BETAS),
-        }
+        self.optimizers["discriminator"] = adam(shared, s.discriminator_rate, ADAM_BETAS)
+        self.optimizers["generator"] = adam(generating, s.generator_rate, ADAM_BETAS)
         if s.learns_of_real_images or s.learns_of_copies:
             weights = [*self.discriminator.trunk.parameters(), *self.discriminator.recogniser.parameters()]
             self.optimizers["classes"] = adam(weights, s.classes_rate, ADAM_BETAS)
-
-    def logits(self, images: Tensor) -> Tensor:
-        """The discriminator's logits [B] of images [B, C, H, W] in [−1, 1]: above 0 for real."""
-        return self.discriminator(images)[0]
 
     def class_logits(self, images: Tensor) -> Tensor:
         """Logits of the first categorical code [B, values], of images [B, C, H, W] in [−1, 1]."""
@@ -175,16 +131,6 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
     def codes(self) -> int:
         """How many values each categorical code has."""
         return self.settings.values or self.image_shape.classes
-
-    @property
-    def continuous_codes(self) -> int:
-        """How many continuous codes there are."""
-        return self.settings.continuous_codes
-
-    @property
-    def noise_dim(self) -> int:
-        """Normal values in a latent vector, beside the codes."""
-        return self.settings.noise_dim
 
     def latents(self, noise: Tensor, code: Tensor | None = None, continuous: Tensor | None = None) -> Tensor:
         """Noise [B, noise_dim], categorical codes and continuous codes [B, …] → latent vectors.
@@ -208,21 +154,15 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
             self.optimizers["classes"].param_groups[0]["lr"] = self.decayed_rate(s.classes_rate, state)
             with state.autocast():
                 _, categories, values = self.discriminator(real)
-                loss = self.real_images_loss(real, categories[:, 0], state, named)
+                loss = self.class_loss(real, categories[:, 0], state, named)
                 if s.learns_of_copies:
                     named["meaning"] = self.meaning_loss(real, values, state.rng)
                     loss = loss + s.meaning_weight * named["meaning"]
             state.update("classes", loss)
-        if self.generates(state):
-            named |= self.generator_step(real, state)
-        return {name: value.detach() for name, value in named.items()}
+        if not self.generates(state):
+            return {name: value.detach() for name, value in named.items()}
 
-    def generator_step(self, real: Tensor, state: TrainState) -> dict[str, Tensor]:
-        """The discriminator once, then generator and recogniser once; returns named losses."""
-        s, rng, B = self.settings, state.rng, len(real)
-        noise, code = rng.normal(B, s.noise_dim), rng.integers(self.codes, B, s.categorical_codes)
-        continuous = rng.uniform(B, s.continuous_codes) * 2 - 1
-
+        noise, code, continuous = self.random_parts(len(real), state.rng)
         with state.autocast():
             generated = self.generator(self.latents(noise, code, continuous))
             real_logit = self.logits(real)
@@ -238,14 +178,9 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
             information, categorical, squared = self.information_loss(categories, code, values, continuous)
         state.update("generator", generator + information)
         self.update_average()
-        return {
-            "discriminator": discriminator,
-            "generator": generator,
-            "categorical": categorical,
-            "continuous": squared,
-            "real_accuracy": (real_logit > 0).float().mean(),
-            "generated_accuracy": (logit < 0).float().mean(),
-        }
+        named |= {"discriminator": discriminator, "generator": generator}
+        named |= {"categorical": categorical, "continuous": squared} | accuracies(real_logit, logit)
+        return {name: value.detach() for name, value in named.items()}
 
     def information_loss(
         self, categories: Tensor, code: Tensor, values: Tensor, continuous: Tensor
@@ -257,63 +192,47 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
         return s.categorical_weight * categorical + s.continuous_weight * squared, categorical, squared
 
     def meaning_loss(self, real: Tensor, values: Tensor, rng: ShardedGenerator) -> Tensor:
-        """Squared error of how the first two continuous codes change with slant and width of strokes.
+        """Squared error of how the first two continuous codes Q change with slant and width of strokes.
 
         Σ_k (Q_k(copy) − Q_k(image) − a_k)², averaged over the batch, with amounts a_k even from −1 to 1: the
-        copy of an image leans by a_1 · LEAN more, its strokes are wider by about a_2 · THICKNESS pixels.
-
-        Args:
-            real: images [B, C, H, W] in [−1, 1].
-            values: continuous codes Q of these images [B, continuous_codes].
-            rng: where the amounts come from.
+        copy leans by a_1 · LEAN more, its strokes are wider by a_2 · THICKNESS pixels; `values` are Q(image).
         """
         amounts = rng.uniform(len(real), 2) * 2 - 1
-        copy = shear(real, amounts[:, 0] * LEAN, background=-1)
-        copy = thicken(copy, amounts[:, 1] * THICKNESS)
+        copy = thicken(shear(real, amounts[:, 0] * LEAN, background=-1), amounts[:, 1] * THICKNESS)
         change = (self.discriminator(copy)[2].float() - values.float())[:, :2]
         return (change - amounts[:, : change.shape[1]]).square().sum(dim=1).mean()
 
-    def random_latents(
-        self, number: int, rng: ShardedGenerator, *, images: Tensor | None = None, **codes: Tensor
-    ) -> Tensor:
-        """Latent vectors of normal noise, evenly distributed categorical and continuous codes."""
+    def random_parts(self, number: int, rng: ShardedGenerator) -> tuple[Tensor, Tensor, Tensor]:
+        """Normal noise, evenly distributed categorical codes and continuous codes of latent vectors."""
         s = self.settings
-        noise, categorical = (
-            rng.normal(number, s.noise_dim),
-            rng.integers(self.codes, number, s.categorical_codes),
-        )
-        continuous = rng.uniform(number, s.continuous_codes) * 2 - 1
+        noise, code = rng.normal(number, s.noise_dim), rng.integers(self.codes, number, s.categorical_codes)
+        return noise, code, rng.uniform(number, s.continuous_codes) * 2 - 1
+
+    def random_latents(self, number: int, rng: ShardedGenerator, **codes: Any) -> Tensor:
+        """Latent vectors [number, …] of such parts."""
+        noise, categorical, continuous = self.random_parts(number, rng)
         if "code" in codes:
             categorical[:, 0] = codes["code"]
         return self.latents(noise, categorical, codes.get("continuous", continuous))
 
     def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
         """Samples, a row for each class; for each other code rows along which only that code changes."""
-        s, columns = self.settings, 10
-        noise = torch.randn(columns, s.noise_dim, generator=torch.Generator().manual_seed(0))
-        code = torch.arange(self.codes).repeat_interleave(columns)
-        sheets = {
-            "samples": self.code_sheet(self.latents(noise.repeat(self.codes, 1), code), xlabel=SAME_LATENTS)
-        }
-        same = noise[:1].expand(len(code), -1)
+        s, columns, sheets = self.settings, SAMPLES_PER_CODE, super().pictures(dataset)
+        noise, code = self.fixed_latents(columns), torch.arange(self.codes, device=self.device)
+        same, rows = noise[:1].expand(self.codes * columns, -1), code.repeat_interleave(columns)
         values = torch.linspace(-2, 2, columns)
+        heads = [f"{value:.1f}" for value in values.tolist()]
         for index in range(s.continuous_codes):
-            varied = torch.zeros(len(code), s.continuous_codes)
+            varied = same.new_zeros(len(same), s.continuous_codes)
             varied[:, index] = values.repeat(self.codes)
-            sheets[f"continuous_code_{index}"] = self.code_sheet(
-                self.latents(same, code, varied),
-                heads=[f"{value:.1f}" for value in values.tolist()],
-                xlabel=f"continuous code {index}, the noise is the same (in training from −1 to 1)",
-            )
+            xlabel = f"continuous code {index}, the noise is the same (in training from −1 to 1)"
+            sheet = self.code_sheet(self.latents(same, rows, varied), heads=heads, xlabel=xlabel)
+            sheets[f"continuous_code_{index}"] = sheet
         for index in range(1, s.categorical_codes):
-            codes = torch.zeros(columns * self.codes, s.categorical_codes, dtype=torch.long)
-            codes[:, index] = torch.arange(self.codes).repeat(columns)
-            latents = self.latents(noise.repeat_interleave(self.codes, dim=0), codes)
-            sheets[f"categorical_code_{index}"] = Sheet(
-                self.generate(latents),
-                self.codes,
-                heads=[str(value) for value in range(self.codes)],
-                xlabel=f"categorical code {index}",
-                ylabel="a row for each noise vector",
-            )
+            codes = rows.new_zeros(len(rows), s.categorical_codes)
+            codes[:, index] = code.repeat(columns)
+            images = self.generate(self.latents(noise.repeat_interleave(self.codes, dim=0), codes))
+            labels = {"xlabel": f"categorical code {index}", "ylabel": "a row for each noise vector"}
+            heads = [str(value) for value in range(self.codes)]
+            sheets[f"categorical_code_{index}"] = Sheet(images, self.codes, heads=heads, **labels)
         return sheets

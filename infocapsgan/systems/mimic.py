@@ -9,20 +9,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import Adam
 
 import capsops
-from capsops.nn import RoutingCapsules
-from infocapsgan.data import Dataset
-from infocapsgan.data.dataset import in_batches, to_symmetric, to_unit
+from infocapsgan.data.dataset import Dataset, in_batches, to_symmetric, to_unit
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Weight
 from infocapsgan.engine.train_state import TrainState
-from infocapsgan.models.capsule_encoder import Capsules
 from infocapsgan.models.capsule_generator import CapsuleGenerator
 from infocapsgan.plotting.sheet import Sheet
-from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings, discriminator_metrics
-from infocapsgan.systems.infocapsgan import LAST_DIM, Discriminator, initialise_as_published
-from infocapsgan.systems.system import NotApplicableError
+from infocapsgan.systems.gan import ADAM_BETAS, GAN, GANSettings, accuracies
+from infocapsgan.systems.infocapsgan import COMMON, LAST_DIM, Discriminator, initialise_as_published
+from infocapsgan.systems.system import CapsuleSystem, NotApplicableError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +37,12 @@ class MimicSettings(GANSettings):
     """Whether the discriminator normalises after its first convolution."""
 
 
-class Mimic(GAN, name="mimic"):
+class Mimic(CapsuleSystem, GAN, name="mimic"):
     """Mimic; see the module."""
 
     Settings = MimicSettings
-    recipes: ClassVar = {
-        "tuned": {},
-        "published": {
-            "batch_size": 100,
-            "generator_rate": 2e-4,
-            "discriminator_rate": 2e-5,
-            "batch_norm": True,
-        },
-    }
+    recipes: ClassVar = {"tuned": {}, "published": COMMON}
     tuned: ClassVar = {"digits": {"width": 32, "epochs": 30}}
-
     settings: MimicSettings
     discriminator: Discriminator
 
@@ -65,16 +54,9 @@ class Mimic(GAN, name="mimic"):
         if s.recipe == "published":
             self.apply(initialise_as_published)
         self.stabilise()
-        self.optimizers = {
-            "discriminator": torch.optim.Adam(
-                self.discriminator.parameters(), s.discriminator_rate, ADAM_BETAS
-            ),
-            "generator": torch.optim.Adam(self.generator.parameters(), s.generator_rate, ADAM_BETAS),
-        }
-
-    def logits(self, images: Tensor) -> Tensor:
-        """The discriminator's logits [B] of images [B, C, H, W] in [−1, 1]: above 0 for real."""
-        return self.discriminator(images).logit
+        weights = self.discriminator.parameters()
+        self.optimizers["discriminator"] = Adam(weights, s.discriminator_rate, ADAM_BETAS)
+        self.optimizers["generator"] = Adam(self.generator.parameters(), s.generator_rate, ADAM_BETAS)
 
     def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """Discriminator and generator once each; the labels are not looked at."""
@@ -93,22 +75,14 @@ class Mimic(GAN, name="mimic"):
             generator = self.adversarial_generator_loss(self.logits(generated))
         state.update("generator", generator)
         self.update_average()
-        return {
-            "discriminator": discriminator.detach(),
-            "generator": generator.detach(),
-            "real_accuracy": (seen.logit > 0).float().mean(),
-            "generated_accuracy": (logit < 0).float().mean(),
-            "squared_error": squared_error(generated.detach(), real),
-        }
+        named = {"discriminator": discriminator.detach(), "generator": generator.detach()}
+        error = squared_error(generated.detach(), real)
+        return named | accuracies(seen.logit, logit) | {"squared_error": error}
 
-    def random_latents(
-        self, number: int, rng: ShardedGenerator, *, images: Tensor | None = None, **codes: Tensor
-    ) -> Tensor:
-        """The discriminator's last capsule of `number` of the real images [number, 52]."""
-        if images is None:
-            raise NotApplicableError(
-                "the latents of mimic are computed from real images: reconstruct() takes them"
-            )
+    def random_latents(self, number: int, rng: ShardedGenerator, **options: Any) -> Tensor:
+        """The discriminator's last capsule of `number` of the real `images` [number, 52]."""
+        if (images := options.get("images")) is None:
+            raise NotApplicableError("latents of mimic are made from real images: reconstruct() takes them")
         chosen = images[rng.integers(len(images), number)]
         return in_batches(lambda part: self.discriminator(to_symmetric(part)).last, chosen)
 
@@ -120,37 +94,22 @@ class Mimic(GAN, name="mimic"):
         """What the generator makes of the discriminator's last capsule of each image."""
         return (self.copied(to_symmetric(images)).float() + 1) / 2
 
-    def capsules(self, images: Tensor) -> Capsules:
-        """The discriminator's primary capsules [N, I, 8] and class capsules [N, J, 16]."""
-        return self.discriminator(to_symmetric(images)).capsules
-
-    @property
-    def routing(self) -> RoutingCapsules:
-        """The discriminator's routing layer."""
-        return self.discriminator.encoder.classes
-
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """On up to 1,000 test images: how often the discriminator is right, the copies' squared error."""
-        real_right, generated_right, errors = [], [], []
-        for part in dataset.test_images[:1000].split(250):
-            real = to_symmetric(part)
-            copies = self.copied(real)
-            real_right.append(self.logits(real) > 0)
-            generated_right.append(self.logits(copies) < 0)
-            errors.append(squared_error(copies, real) * len(real))
-        error = torch.stack(errors).sum().item() / len(dataset.test_images[:1000])
-        return discriminator_metrics(real_right, generated_right) | {"squared_error": error}
+        images = to_symmetric(dataset.test_images[:1000])
+        pairs = [(real, self.copied(real)) for real in images.split(250)]
+        errors = [squared_error(copies, real) * len(real) for real, copies in pairs]
+        error = torch.stack(errors).sum().item() / len(images)
+        return self.discriminator_metrics(pairs) | {"squared_error": error}
 
     def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
         """Five times, if there are as many: ten test images, and below them their copies."""
         columns = min(10, len(dataset.test_images))
         rows = min(5, len(dataset.test_images) // columns)
         real = dataset.test_images[: rows * columns]
-        both = torch.stack(
-            [images.unflatten(0, (rows, columns)) for images in (to_unit(real), self.reconstruct(real))],
-            dim=1,
-        )
-        return {"copies": Sheet(both.flatten(0, 2), columns, ["image", "copy"] * rows)}
+        both = [part.unflatten(0, (rows, columns)) for part in (to_unit(real), self.reconstruct(real))]
+        images = torch.stack(both, dim=1).flatten(0, 2)
+        return {"copies": Sheet(images, columns, ["image", "copy"] * rows)}
 
 
 def squared_error(copies: Tensor, real: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
 """What the systems that are trained with labels have in common."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from infocapsgan.data import DataError, Dataset
 from infocapsgan.engine.settings import Settings
 from infocapsgan.models.capsule_encoder import lengths
-from infocapsgan.systems.system import System
+from infocapsgan.systems.system import CapsuleSystem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,50 +18,28 @@ class SupervisedSettings(Settings):
     """Hold out a tenth of the training images, and keep the weights with the lowest loss on them."""
 
 
-class Supervised(System):
+class Supervised(CapsuleSystem):
     """A capsule classifier."""
 
     headline = "accuracy"
-    terms: ClassVar = {
-        "margin": "↓ (margin loss of the class capsules' lengths)",
-        "reconstruction": "↓ (error of an image, summed over its pixels)",
-        "margin_loss": "↓",
-        "squared_error": "↓ (reconstruction from the predicted class)",
-        "validation_loss": "↓",
-        "batch_accuracy": "↑",
-        "accuracy": "↑",
-        "pair_error": "↓",
-    }
 
     def load_data(self) -> Dataset:
         """The data set in the settings; raises DataError where its images have no labels to learn."""
         dataset = super().load_data()
         if not dataset.labelled:
-            raise DataError(
-                f"this system is trained with labels, and the images in {self.settings.data_dir} have none: "
-                "takes a folder for each of two classes or more"
-            )
+            none = f"the images in {self.settings.data_dir} have none: takes a folder for each of two classes"
+            raise DataError(f"this system is trained with labels, and {none} or more")
         return dataset
 
-    @property
-    def validation_share(self) -> float:
-        """A tenth, where --validation asks for it."""
-        return 0.1 if self.settings.validation else 0.0
-
     def classify(self, images: Tensor) -> Tensor:
-        """Lengths of the class capsules [N, J], each from 0 to 1.
+        """Lengths of the class capsules [N, J]: the probability, from 0 to 1, of each class in the image.
 
-        A length is the probability that the class is in the image (Sabour et al. 2017, section 2): several
-        classes may be, so lengths do not add up to 1.
+        Several may be, so lengths do not add up to 1 (Sabour et al. 2017, section 2).
         """
         return lengths(self.capsules(images).classes).float()
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """Accuracy and mean losses of the test split.
-
-        Of images with two labels the accuracy counts each; `pair_error` is the share of images in which
-        either is wrong.
-        """
+        """Accuracy and mean losses of the test split; of pairs also the share where either label is wrong."""
         values = self.test_predictions(dataset)
         right = values.pop("predicted") == dataset.test_labels
         metrics = {"accuracy": right.double().mean().item()}
@@ -70,3 +47,8 @@ class Supervised(System):
         if right.dim() == 2:
             metrics["pair_error"] = 1 - right.all(dim=1).double().mean().item()
         return metrics
+
+    def validation_loss(self, held_out: Dataset) -> float:
+        """Margin loss; with a decoder plus α times the squared error."""
+        metrics, weight = self.evaluate(held_out), getattr(self.settings, "reconstruction_weight", 0.0)
+        return metrics["margin_loss"] + weight * metrics.get("squared_error", 0.0)

@@ -1,19 +1,20 @@
 """What the training loop, metrics, pictures and commands know of a system."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from capsops.nn import RoutingCapsules
 from infocapsgan import data
 from infocapsgan.data import Dataset, ImageShape
-from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.engine.settings import Settings as BaseSettings
 from infocapsgan.engine.train_state import TrainState
-from infocapsgan.models.capsule_encoder import Capsules
+from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules
+from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
 from infocapsgan.plotting.sheet import Sheet
 
 SYSTEMS: dict[str, type["System"]] = {}
@@ -29,7 +30,7 @@ ABILITIES = {
     "capsules": "it has no capsules",
     "routing": "it has no routing layer",
 }
-"""What only some systems can do: methods of System, and why a system that does not define one lacks it."""
+"""What only some systems can do, and why a system that does not define such a method lacks it."""
 
 
 class NotApplicableError(ValueError):
@@ -60,13 +61,41 @@ class System(nn.Module):
     """For a data set, the options whose defaults differ."""
     tuned: ClassVar[dict[str, dict[str, Any]]] = {}
     """For a data set, those that differ under the recipe tuned only."""
+    networks: ClassVar[tuple[str, ...]] = ("model",)
+    """The modules that a step calls, by name, which is what --compile compiles."""
     headline: ClassVar[str]
     """The metric that the progress bar and the last line of a run show."""
-    terms: ClassVar[dict[str, str]] = {}
-    """What the numbers that the system logs are, for legends: ↑ where more is better, ↓ where less is."""
+    terms: ClassVar[dict[str, str]] = {
+        "discriminator": "(loss: real or generated)",
+        "generator": "(loss: deceive the discriminator)",
+        "real_accuracy": "(real images that the discriminator calls real)",
+        "generated_accuracy": "(generated images that it calls generated)",
+        "discriminator_accuracy": "(mean of both; 0.5: it cannot tell)",
+        "frechet_distance": "↓",
+        "information": "↑ (mutual information of image and class, nats)",
+        "consistency": "↓ (divergence between an image and its augmented copy, nats)",
+        "smoothness": "↓ (divergence under the worst small change of an image, nats)",
+        "code": "↓ (class code recognised in generated images)",
+        "diversity": "↓ (images of one code differ as their noise does)",
+        "categorical": "↓ (cross-entropy of the categorical code)",
+        "continuous": "↓ (squared error of the continuous codes)",
+        "meaning": "↓ (error of the continuous codes of changed copies)",
+        "unsupervised_accuracy": "↑",
+        "nmi": "↑ (normalised mutual information)",
+        "ari": "↑ (adjusted Rand index)",
+        "margin": "↓ (margin loss of the class capsules' lengths)",
+        "reconstruction": "↓ (error of an image, summed over its pixels)",
+        "margin_loss": "↓",
+        "squared_error": "↓ (of a reconstruction, summed over its pixels)",
+        "validation_loss": "↓",
+        "batch_accuracy": "↑",
+        "accuracy": "↑",
+        "pair_error": "↓",
+    }
+    """What the numbers that systems log are, for legends: ↑ where more is better, ↓ where less is."""
 
     settings: Any  # of the class Settings
-    optimizers: dict[str, Optimizer]
+    optimizers: dict[str, torch.optim.Optimizer]
     class_names: tuple[str, ...] = ()
     """A short name for each label of the data; empty where the system was made without its data."""
     label_of_code: Tensor | None
@@ -85,15 +114,11 @@ class System(nn.Module):
         if settings is None:
             settings = self.configure(**options)
         elif options:
-            raise ValueError(
-                f"settings and options exclude one another, got both (options: {', '.join(options)})"
-            )
-        self.settings = settings
-        self.image_shape = image_shape or data.image_shape(
-            settings.dataset, settings.data_dir, image_size=settings.image_size
-        )
+            raise ValueError(f"settings and options exclude one another, got both, with {', '.join(options)}")
+        self.settings = s = settings
+        self.image_shape = image_shape or data.image_shape(s.dataset, s.data_dir, image_size=s.image_size)
         self.optimizers = {}
-        self.register_buffer("label_of_code", None)
+        self.register_buffer("label_of_code", torch.full((self.codes,), -1) if self.codes else None)
 
     @classmethod
     def defaults(cls, recipe: str = "tuned", dataset: str = "digits") -> BaseSettings:
@@ -116,15 +141,10 @@ class System(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
-    @property
-    def networks(self) -> list[nn.Module]:
-        """The modules that a step calls, which is what --compile compiles."""
-        return list(self.children())
-
     def compile_networks(self, backend: str = "inductor") -> None:
         """Lets torch.compile compile each network; names of weights stay as they are."""
         for network in self.networks:
-            network.compile(backend=backend, dynamic=False)
+            self.get_submodule(network).compile(backend=backend, dynamic=False)
 
     def class_name(self, labels: Tensor | int) -> str:
         """The name of a label; of several labels of one image, joined by +."""
@@ -146,8 +166,6 @@ class System(nn.Module):
         """What `code_names` are, for an axis."""
         return "class code" + " → class" * any("→" in name for name in self.code_names)
 
-    # Training.
-
     def load_data(self) -> Dataset:
         """The data set in the settings."""
         s = self.settings
@@ -168,7 +186,7 @@ class System(nn.Module):
     @property
     def validation_share(self) -> float:
         """The share of the training images that is held out to choose weights by; 0: none."""
-        return 0.0
+        return 0.1 if getattr(self.settings, "validation", False) else 0.0
 
     def validation_loss(self, held_out: Dataset) -> float:
         """The loss, on the test images of `held_out`, that is lowest for the weights that are kept."""
@@ -186,65 +204,21 @@ class System(nn.Module):
         """The pictures that training writes at each evaluation, by name."""
         raise NotImplementedError
 
-    # Abilities.
-
     def why_not(self, ability: str) -> str:
         """Why the system lacks one of ABILITIES; empty where it has it."""
-        defined = getattr(type(self), ability) is not getattr(System, ability)
-        return "" if defined else ABILITIES[ability]
+        return "" if hasattr(type(self), ability) else ABILITIES[ability]
 
     def require(self, ability: str, purpose: str) -> None:
-        """Raises NotApplicableError, which says which systems have the ability, where this one lacks it.
-
-        Args:
-            ability: one of ABILITIES.
-            purpose: what it is needed for, as the error names it.
-        """
+        """Raises NotApplicableError where the system lacks one of ABILITIES: for what, and which have it."""
         if reason := self.why_not(ability):
-            able = [
-                n for n, system in SYSTEMS.items() if getattr(system, ability) is not getattr(System, ability)
-            ]
-            raise NotApplicableError(
-                f"{purpose} does not apply to this {self.name}: {reason}; it applies to {', '.join(able)}"
-            )
-
-    def classify(self, images: Tensor) -> Tensor:
-        """Probabilities [N, J] of the labels that the system was trained with; see the system."""
-        raise NotApplicableError(ABILITIES["classify"])
-
-    def test_predictions(self, dataset: Dataset) -> dict[str, Tensor]:
-        """With classify(): for each test image its `predicted` label and its losses, by name."""
-        raise NotApplicableError(ABILITIES["classify"])
-
-    def cluster(self, images: Tensor) -> Tensor:
-        """The class code [N] of each image, learned without labels: 0 … codes − 1."""
-        raise NotApplicableError(ABILITIES["cluster"])
-
-    def code_probabilities(self, images: Tensor) -> Tensor:
-        """With cluster(): the probability of each class code [N, codes]."""
-        raise NotApplicableError(ABILITIES["cluster"])
-
-    def generate(self, latents: Tensor) -> Tensor:
-        """Latent vectors [N, …] → images [N, C, H, W] in [0, 1]."""
-        raise NotApplicableError(ABILITIES["generate"])
-
-    def random_latents(
-        self, number: int, rng: ShardedGenerator, *, images: Tensor | None = None, **codes: Tensor
-    ) -> Tensor:
-        """With generate(): latent vectors [number, …], distributed as in training.
-
-        Args:
-            number: of vectors.
-            rng: where random numbers come from.
-            images: real ones, for a system whose latents are computed from them.
-            codes: those that latents() takes, where they are not to be random.
-        """
-        raise NotApplicableError(ABILITIES["generate"])
+            able = ", ".join(name for name, system in SYSTEMS.items() if hasattr(system, ability))
+            reason = f"{reason}; it applies to {able}"
+            raise NotApplicableError(f"{purpose} does not apply to this {self.name}: {reason}")
 
     @property
     def noise_dim(self) -> int:
-        """With latents(): how many normal values it takes."""
-        return 0
+        """With latents(): how many normal values it takes, beside the codes."""
+        return getattr(self.settings, "noise_dim", 0)
 
     @property
     def codes(self) -> int:
@@ -254,32 +228,55 @@ class System(nn.Module):
     @property
     def continuous_codes(self) -> int:
         """With latents(): how many continuous codes it takes, from −1 to 1 in training."""
-        return 0
+        return getattr(self.settings, "continuous_codes", 0)
 
-    def latents(self, noise: Tensor, code: Tensor | None = None, continuous: Tensor | None = None) -> Tensor:
-        """Normal values [N, noise_dim], class codes [N] and continuous codes [N, …] → latent vectors.
+    classify: Callable[[Tensor], Tensor]
+    """Images → probabilities [N, J] of the labels that the system was trained with; see the system."""
+    test_predictions: Callable[[Dataset], dict[str, Tensor]]
+    """With classify: for each test image of a data set its `predicted` label and its losses, by name."""
+    cluster: Callable[[Tensor], Tensor]
+    """Images → the class code [N] of each, learned without labels: 0 … codes − 1."""
+    code_probabilities: Callable[[Tensor], Tensor]
+    """With cluster: images → the probability of each class code [N, codes]; each row adds up to 1."""
+    generate: Callable[[Tensor], Tensor]
+    """Latent vectors [N, …] → images [N, C, H, W] in [0, 1]."""
+    random_latents: Callable[..., Tensor]
+    """With generate: (number, rng, *, images, code, continuous) → latent vectors [number, …] as in training.
 
-        Codes that the system does not have are ignored; without continuous codes these are 0.
-        """
-        raise NotApplicableError(ABILITIES["latents"])
+    `images` are real ones, for a system whose latents are computed from them; `code` and `continuous` are
+    those that latents() takes, where they are not to be random.
+    """
+    latents: Callable[..., Tensor]
+    """Normal values [N, noise_dim], class codes [N] and continuous codes [N, …] → latent vectors.
 
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Images → what the system makes of its representation of them [N, C, H, W] in [0, 1]."""
-        raise NotApplicableError(ABILITIES["reconstruct"])
+    Codes are optional; those that the system does not have are ignored. Continuous codes are 0 if left out.
+    """
+    reconstruct: Callable[[Tensor], Tensor]
+    """Images → what the system makes of its representation of them [N, C, H, W] in [0, 1]."""
+    decode: Callable[[Tensor, Tensor], Tensor]
+    """Class capsules [N, J, D], classes [N] → images in [0, 1] made from the capsules of these only."""
+    reconstruction_sheet: Callable[[Dataset], Sheet]
+    """With decode: test images and their reconstructions from the true and from the predicted label."""
+    capsules: Callable[[Tensor], Capsules]
+    """Images → primary capsules [N, I, K] and class capsules [N, J, D]."""
+    routing: RoutingCapsules
+    """The layer that routes primary capsules to class capsules."""
 
-    def decode(self, capsules: Tensor, classes: Tensor) -> Tensor:
-        """Class capsules [N, J, D] → images in [0, 1] made from those of `classes` [N] only."""
-        raise NotApplicableError(ABILITIES["decode"])
 
-    def reconstruction_sheet(self, dataset: Dataset) -> Sheet:
-        """With decode(): test images and their reconstructions from the true and from the predicted label."""
-        raise NotApplicableError(ABILITIES["decode"])
-
-    def capsules(self, images: Tensor) -> Capsules:
-        """Images → primary capsules [N, I, K] and class capsules [N, J, D]."""
-        raise NotApplicableError(ABILITIES["capsules"])
+class CapsuleSystem(System):
+    """A system with a capsule encoder, which takes images in [−1, 1]."""
 
     @property
-    def routing(self) -> RoutingCapsules:
-        """The layer that routes primary capsules to class capsules."""
-        raise NotApplicableError(ABILITIES["routing"])
+    def encoder(self) -> CapsuleEncoder | StackedCapsuleEncoder:
+        """The network from images to capsules; of a GAN it is a part of the discriminator."""
+        kinds = (CapsuleEncoder, StackedCapsuleEncoder)
+        return next(module for module in self.modules() if isinstance(module, kinds))
+
+    def capsules(self, images: Tensor) -> Capsules:
+        """Primary capsules [N, I, 8] and class capsules [N, J, 16]."""
+        return self.encoder(to_symmetric(images))
+
+    @property
+    def routing(self) -> RoutingCapsules:  # type: ignore[override]  # no system sets it
+        """The encoder's routing layer."""
+        return self.encoder.classes
