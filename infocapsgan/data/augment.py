@@ -28,11 +28,8 @@ def random_affine(
 ) -> Tensor:
     """Rotates, scales, shears and shifts each image, by amounts sampled uniformly for each.
 
-    Args:
-        degrees: largest rotation to either side.
-        scale: largest relative change of the size.
-        shear: largest shift of a row, over its distance from the row that stays.
-        shift: largest shift, as a share of the image's width or height.
+    By up to `degrees` to either side, to 1 ± `scale` times the size, a row by `shear` times its distance from
+    the row that stays, and by `shift` times the image's width and height.
     """
     B = len(images)
     angle, size, slant = (rng.uniform(B) * 2 - 1 for _ in range(3))
@@ -63,7 +60,7 @@ def thicken(images: Tensor, pixels: Tensor) -> Tensor:
     """Widens the bright strokes of each image by about `pixels` [B], from −2 to 2.
 
     Interpolates between the image and its dilation, or for negative numbers its erosion, by a cross of 3 × 3,
-    which moves each border of a stroke by a pixel. Strokes that are thinner than that vanish.
+    which moves each border of a stroke by a pixel.
     """
     grown = functools.reduce(torch.maximum, _neighbours(images, -math.inf))
     shrunk = functools.reduce(torch.minimum, _neighbours(images, math.inf))
@@ -86,9 +83,8 @@ def random_erasing(images: Tensor, rng: ShardedGenerator, *, share: float, backg
     """
     near = []
     for side in images.shape[2:]:
-        centre, reach = side * rng.uniform(len(images)), 0.5 * share * side * rng.uniform(len(images))
-        place = torch.arange(side, device=images.device) + 0.5
-        near.append((place - centre[:, None]).abs() < reach[:, None])
+        centre, reach = side * rng.uniform(len(images), 1), 0.5 * share * side * rng.uniform(len(images), 1)
+        near.append((torch.arange(side, device=images.device) + 0.5 - centre).abs() < reach)
     rows, columns = near
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], background)
 
@@ -121,13 +117,12 @@ def color_jitter(images: Tensor, rng: ShardedGenerator, *, brightness: float, co
 
 @record_function("augmentation")
 def elastic_transform(
-    images: Tensor, rng: ShardedGenerator, strength: float, *, smoothness: float = 4.0
+    images: Tensor, rng: ShardedGenerator, strength: float, smoothness: float = 4.0
 ) -> Tensor:
     """Displaces the pixels of each image by a smooth random field (Simard, Steinkraus, Platt 2003).
 
-    Args:
-        strength: root mean square of a displacement along an axis, in pixels.
-        smoothness: standard deviation of the Gaussian that smooths the field, in pixels.
+    `strength` is the root mean square of a displacement along an axis, `smoothness` the standard deviation of
+    the Gaussian that smooths the field, both in pixels.
     """
     B, _, H, W = images.shape
     reach = math.ceil(3 * smoothness)

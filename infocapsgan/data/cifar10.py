@@ -37,9 +37,6 @@ def read_batch(path: Path) -> tuple[Tensor, Tensor]:
 
     The format: a pickled dictionary with b"data", [N, 3072] in the order of channels, rows, columns, and
     b"labels". Only what that takes is unpickled.
-
-    Raises:
-        DataError: the file is not that, or is cut short.
     """
     try:
         with path.open("rb") as file:

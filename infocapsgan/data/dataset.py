@@ -23,8 +23,8 @@ class Dataset:
 
     Attributes:
         class_names: a short name for each label.
-        split: of a directory of images, the paths of the images of "train" and of "test" in the order of the
-            tensors, below the directory and with slashes; None where the split is published.
+        split: the paths of the images of "train" and of "test" in the order of the tensors, below --data-dir
+            and with slashes; None where the split is published.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Dataset:
         number = round(share * len(order))
         if not 0 < number < len(order):
             raise ValueError(f"share: got {share}, takes a share that leaves images on both sides")
-        out, kept = order[:number].to(self.train_labels.device), order[number:].to(self.train_labels.device)
+        out, kept = order.to(self.train_labels.device).tensor_split([number])
         rest = replace(self, train_images=self.train_images[kept], train_labels=self.train_labels[kept])
         held_out = replace(rest, test_images=self.train_images[out], test_labels=self.train_labels[out])
         if self.split is None:
@@ -74,11 +74,8 @@ class Dataset:
         if not margin:
             return self
         middle = slice(margin // 2, margin // 2 + self.size)
-        return replace(
-            self,
-            train_images=self.train_images[:, :, middle, middle],
-            test_images=self.test_images[:, :, middle, middle],
-        )
+        train, test = (images[:, :, middle, middle] for images in (self.train_images, self.test_images))
+        return replace(self, train_images=train, test_images=test)
 
     def to(self: Set, device: torch.device | str) -> Set:
         """The same data on `device`, where the batches are then made."""
