@@ -6,9 +6,7 @@ from images to its copies. The file is checked: onnxruntime must compute the sam
 Needs `pip install 'capsops[onnx]'`.
 """
 
-import argparse
 import logging
-import sys
 import warnings
 from pathlib import Path
 
@@ -16,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import capsops
-from infocapsgan.data import DataError
 from infocapsgan.engine.atomic import atomic_file
-from infocapsgan.engine.loaded_run import load
 from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.engine.run_command import loaded, run_parser
 from infocapsgan.engine.run_directory import RunError
 from infocapsgan.systems import System
 
@@ -33,16 +30,12 @@ EXPORTED = {
 TOLERANCE = 1e-4  # largest difference from torch, of numbers from 0 to 1
 
 
-class ExportError(RuntimeError):
+class ExportError(RunError):
     """A system cannot be written as ONNX, or the file computes something else."""
 
 
 class Inference(nn.Module):
-    """The network that is exported: one method of a system.
-
-    Args:
-        system: in evaluation mode.
-    """
+    """The network that is exported: one method of a system in evaluation mode, from `input` to `output`."""
 
     def __init__(self, system: System) -> None:
         super().__init__()
@@ -52,13 +45,11 @@ class Inference(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """`input` → `output`."""
         return getattr(self.system, self.method)(x)
 
     def example(self, number: int, seed: int) -> Tensor:
         """Random inputs [number, …]."""
-        rng = ShardedGenerator(seed)
-        channels, size, _ = self.system.image_shape
+        rng, (channels, size, _) = ShardedGenerator(seed), self.system.image_shape
         if self.input == "images":
             return rng.uniform(number, channels, size, size)
         return self.system.random_latents(number, rng)
@@ -66,27 +57,19 @@ class Inference(nn.Module):
 
 def main() -> None:
     """The command line."""
-    args = _parser().parse_args()
-    try:
-        run = load(args.run, device="cpu")
-        run.warn()
-        out = args.out or run.path / "model.onnx"
+    parser = run_parser("export", __doc__)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: RUN/model.onnx)")
+    args = parser.parse_args()
+    out = args.out or args.run / "model.onnx"
+    with loaded(args.run, device="cpu") as run:
         network = Inference(run.system)
         difference = export(network, out)
-    except (DataError, RunError, ExportError) as error:
-        sys.exit(f"error: {error}")
-    print(
-        f"{network.input} → {network.output}; onnxruntime differs from torch by at most {difference:.1e}\n"
-        f"written to {out}"
-    )
+    print(f"{network.input} → {network.output}; onnxruntime differs from torch by at most {difference:.1e}")
+    print(f"written to {out}")
 
 
 def export(network: Inference, path: Path) -> float:
-    """Writes the network to `path` and returns the largest difference of onnxruntime's result from torch's.
-
-    Raises:
-        ExportError: a package is missing, or the results differ.
-    """
+    """Writes the network, and returns the largest difference of onnxruntime's result from torch's."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  # of torch.onnx.export
@@ -117,18 +100,6 @@ def export(network: Inference, path: Path) -> float:
         if not difference <= TOLERANCE:
             raise ExportError(f"onnxruntime's result differs from torch's by {difference:g}: not written")
     return difference
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m infocapsgan.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: RUN/model.onnx)")
-    return parser
 
 
 if __name__ == "__main__":

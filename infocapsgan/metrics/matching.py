@@ -14,8 +14,7 @@ def match_clusters(clusters: Tensor, labels: Tensor, codes: int, classes: int) -
     """The one-to-one map from clusters to labels under which most images are right (Hungarian method).
 
     Args:
-        clusters: of each image [N], 0 … codes − 1.
-        labels: of each image [N], 0 … classes − 1.
+        clusters, labels: of each image [N], 0 … codes − 1 and 0 … classes − 1.
         codes, classes: how many clusters and how many labels there are.
 
     Returns:

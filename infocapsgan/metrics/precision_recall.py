@@ -25,9 +25,8 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = NEIGHBOU
 
 def _share_among(points: Tensor, others: Tensor, neighbours: int) -> float:
     # The nearest of a point to its own set is itself, at distance 0.
-    reach = torch.cat(
-        [_distance(part, others).kthvalue(neighbours + 1, dim=1).values for part in others.split(1000)]
-    )
+    reached = (_distance(part, others).kthvalue(neighbours + 1, dim=1).values for part in others.split(1000))
+    reach = torch.cat(list(reached))
     among = [(_distance(part, others) <= reach).any(dim=1) for part in points.split(1000)]
     return torch.cat(among).double().mean().item()
 

@@ -15,7 +15,6 @@ def animate(run: LoadedRun, *, pictures: str | None = None) -> list[Image.Image]
     """The pictures in samples/ one after another, each with its step.
 
     Args:
-        run: the run.
         pictures: which of those in samples/ [samples, or the first].
     """
     kept = kept_pictures(run.path)

@@ -39,7 +39,6 @@ def curves(
     """Losses and metrics of training batches, held-out and test images against steps; or one of several runs.
 
     Args:
-        run: the run.
         metric: one number only, against epochs.
         beside: runs whose metric is drawn, too.
         reach: values of the metric: the legend says in which epoch each run reached them.

@@ -76,7 +76,7 @@ def save_figure(path: Path, figure: Figure) -> None:
         figure.savefig(temporary, format="png", bbox_inches="tight")
 
 
-def save_gif(path: Path, frames: Sequence[Image.Image], milliseconds: int) -> None:
+def save_gif(path: Path, frames: Sequence[Image.Image], milliseconds: int = 400) -> None:
     """Writes a GIF that is repeated for ever; each frame is shown that long, the last four times as long."""
     # One palette for all, so that the still parts of the frames do not flicker.
     some = [frames[0], frames[len(frames) // 2], frames[-1]]

@@ -18,7 +18,6 @@ def grid(run: LoadedRun, *, seed: Whole = 0) -> Figure:
     """Samples; a row for each class code where there is one, all rows of the same noise.
 
     Args:
-        run: the run.
         seed: of the latent vectors.
     """
     system = run.system

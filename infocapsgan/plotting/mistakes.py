@@ -19,7 +19,6 @@ def mistakes(run: LoadedRun, *, images: Count = 60) -> Figure:
     """The first of the test images where the predicted class is wrong, with both classes.
 
     Args:
-        run: the run.
         images: how many test images at most.
     """
     dataset, named = run.dataset, run.system.class_name

@@ -18,7 +18,6 @@ def morph(run: LoadedRun, *, seed: Whole = 0) -> Figure:
     """Straight lines from one latent to another: from a class code to the next, else between two samples.
 
     Args:
-        run: the run.
         seed: of the latent vectors.
     """
     system, rng = run.system, ShardedGenerator(seed, run.device)

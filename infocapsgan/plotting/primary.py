@@ -43,7 +43,6 @@ def primary(run: LoadedRun, *, image: Whole = 0, steps: Count = 1000) -> Figure:
     """Reconstructions from single primary capsules, the coupling coefficient growing from left to right.
 
     Args:
-        run: the run.
         image: number of the test image, from 0 on.
         steps: of training of the decoder, 128 images each.
     """

@@ -16,7 +16,6 @@ def reconstruct(run: LoadedRun, *, images: Count = 10) -> Figure:
     """Test images and their reconstructions: from the true label, and below from the predicted one.
 
     Args:
-        run: the run.
         images: how many test images.
     """
     run.system.require("reconstruct", "reconstruct")

@@ -24,7 +24,6 @@ def rotate(run: LoadedRun, *, image: Whole = 0, degrees: Count = 15) -> Figure:
     """An image rotated through 360°: the longest class capsule, its length, and the reconstruction from it.
 
     Args:
-        run: the run.
         image: number of the test image, from 0 on.
         degrees: from one angle to the next.
     """

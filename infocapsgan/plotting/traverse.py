@@ -21,7 +21,6 @@ def traverse(run: LoadedRun, *, seed: Whole = 0, code: Whole = 0) -> Figure:
     """One number of the latent varied along each row: continuous codes, or else values of the noise.
 
     Args:
-        run: the run.
         seed: of the latent vectors.
         code: class code of all images, where there are no continuous codes.
     """

@@ -18,7 +18,6 @@ def tweak(run: LoadedRun, *, image: Whole = 0) -> Figure:
     """Each number of an image's class capsule changed by −0.25 to 0.25, a row for each, and reconstructed.
 
     Args:
-        run: the run.
         image: number of the test image, from 0 on.
     """
     system = run.system
