@@ -47,7 +47,7 @@ def codes(system: "System", dataset: Dataset, samples: int) -> Measured:
 
 
 def traversal(system: "System", index: int, values: Tensor, codes: Tensor, rng: ShardedGenerator) -> Tensor:
-    """Latents [R · V, …] of rows along which a continuous code goes through `values` and nothing else changes.
+    """Latents [R · V, …] of rows along which a continuous code goes through `values` and nothing else does.
 
     Args:
         system: one with continuous codes.

@@ -28,21 +28,16 @@ def morph(run: LoadedRun, *, seed: Whole = 0) -> Figure:
         code = torch.arange(system.codes, device=run.device)
         starts, ends = (system.latents(noise, (code + n) % system.codes) for n in (0, 1))
         names = system.code_names
-        rows = [f"{name}  to  {names[(j + 1) % len(names)]}" for j, name in enumerate(names)]
+        rows = [f"{name}  to  {other}" for name, other in zip(names, names[1:] + names[:1], strict=True)]
         ylabel = f"{system.code_label}, the noise is the same"
-    elif system.why_not("latents"):
-        ylabel = "latent vectors of two test images"
-        starts, ends = system.random_latents(2 * ROWS, rng, images=run.dataset.test_images).chunk(2)
     else:
-        starts, ends = system.random_latents(2 * ROWS, rng).chunk(2)
+        images = None
+        if system.why_not("latents"):
+            ylabel, images = "latent vectors of two test images", run.dataset.test_images
+        starts, ends = system.random_latents(2 * ROWS, rng, images=images).chunk(2)
     along = torch.linspace(0, 1, STEPS, device=run.device)
     latents = torch.lerp(starts[:, None], ends[:, None], along[:, None])
-    sheet = Sheet(
-        system.generate(latents.flatten(0, 1)),
-        STEPS,
-        rows,
-        [f"{share:.1f}" for share in along.tolist()],
-        xlabel="share of the way",
-        ylabel=ylabel,
-    )
+    heads = [f"{share:.1f}" for share in along.tolist()]
+    images = system.generate(latents.flatten(0, 1))
+    sheet = Sheet(images, STEPS, rows, heads, xlabel="share of the way", ylabel=ylabel)
     return sheet_figure(f"{run.title}\nstraight lines from one latent vector to another", sheet)

@@ -66,14 +66,11 @@ def primary(run: LoadedRun, *, image: Whole = 0, steps: Count = 1000) -> Figure:
         for i in chosen.tolist()
     ]
     true, guess = system.class_name(label), system.class_name(predicted)
-    sheet = Sheet(
-        torch.cat([pixels.expand(len(chosen), 1, *pixels.shape[1:]), rebuilt], dim=1).flatten(0, 1),
-        len(values) + 1,
-        rows,
-        ["image", *(f"{value:.2f}" for value in values.tolist())],
-        xlabel="coupling coefficient that the capsule is scaled by",
-        ylabel=f"primary capsule, and its coupling with class {guess}",
-    )
+    images = torch.cat([pixels.expand(len(chosen), 1, *pixels.shape[1:]), rebuilt], dim=1).flatten(0, 1)
+    heads = ["image", *(f"{value:.2f}" for value in values.tolist())]
+    xlabel = "coupling coefficient that the capsule is scaled by"
+    ylabel = f"primary capsule, and its coupling with class {guess}"
+    sheet = Sheet(images, len(values) + 1, rows, heads, xlabel=xlabel, ylabel=ylabel)
     subject = f"test image {image} ({true}, predicted {guess}): reconstructed from single primary capsules"
     return sheet_figure(f"{run.title}\n{subject}", sheet)
 
@@ -87,20 +84,18 @@ def primary_decoder(run: LoadedRun, steps: int) -> tuple[FullyConnectedDecoder, 
     system, folder = run.system, run.path / FOLDER
     weights = hashlib.sha256((run.weights.checkpoint / WEIGHTS).read_bytes()).hexdigest()
     wanted = {"steps": steps, "weights": weights}
-    in_capsules, _, _, K = system.routing.weight.shape
+    (in_capsules, _, _, K), (channels, size, _) = system.routing.weight.shape, system.image_shape
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        shape = system.image_shape
-        decoder = FullyConnectedDecoder(in_capsules * K, shape.channels, shape.size).to(run.device)
+        decoder = FullyConnectedDecoder(in_capsules * K, channels, size).to(run.device)
     kept = json.loads((folder / "decoder.json").read_text()) if folder.is_dir() else {}
-    if any(kept.get(name) != value for name, value in wanted.items()):
-        largest = _train(decoder, run, steps)
+    if not wanted.items() <= kept.items():
+        kept = wanted | {"largest_coupling": _train(decoder, run, steps)}
         with atomic_folder(folder) as temporary:
             save_file(decoder.state_dict(), temporary / "weights.safetensors")
-            (temporary / "decoder.json").write_text(json.dumps(wanted | {"largest_coupling": largest}))
+            (temporary / "decoder.json").write_text(json.dumps(kept))
     decoder.load_state_dict(load_file(folder / "weights.safetensors"))
-    largest = json.loads((folder / "decoder.json").read_text())["largest_coupling"]
-    return decoder.eval().requires_grad_(False), largest
+    return decoder.eval().requires_grad_(False), kept["largest_coupling"]
 
 
 def couplings_to_predicted(system: System, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,17 +110,15 @@ def _train(decoder: FullyConnectedDecoder, run: LoadedRun, steps: int) -> float:
     images = run.dataset.train_images
     batches = Batches(len(images), min(BATCH_SIZE, len(images)), 0, run.device)
     optimizer = torch.optim.Adam(decoder.parameters(), LEARNING_RATE)
-    generator = torch.Generator(run.device).manual_seed(0)
-    largest = 0.0
+    generator, largest = torch.Generator(run.device).manual_seed(0), 0.0
     for step in tqdm(range(steps), "training the decoder of primary capsules", unit="step", file=sys.stderr):
         target = to_unit(images[batches.indices(step)])
         with torch.no_grad():
             u = run.system.capsules(target).primary
             coupling, _ = couplings_to_predicted(run.system, u)
-            share = coupling * lengths(u)
-            one = F.one_hot(share.multinomial(1, generator=generator)[:, 0], u.shape[1])
-            largest = max(largest, (coupling * one).max().item())
-            scaled = u * (coupling * one)[:, :, None]
+            chosen = (coupling * lengths(u)).multinomial(1, generator=generator)[:, 0]
+            scale = coupling * F.one_hot(chosen, u.shape[1])
+            largest, scaled = max(largest, scale.max().item()), u * scale[:, :, None]
         with torch.enable_grad():
             loss = (decoder(scaled) - target).square().flatten(1).sum(dim=1).mean()
             optimizer.zero_grad()

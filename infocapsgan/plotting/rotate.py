@@ -33,19 +33,16 @@ def rotate(run: LoadedRun, *, image: Whole = 0, degrees: Count = 15) -> Figure:
     angles = list(range(0, 360, degrees))
     images = rotated(pixels, torch.tensor(angles, device=run.device))
     longest, classes = system.classify(images).max(dim=1)
-    shown, rows = [images], ["rotated"]
+    shown, rows = images[None], ["rotated"]
     if not system.why_not("reconstruct"):
-        shown, rows = [images, system.reconstruct(images)], ["rotated", "reconstructed"]
-    sheets = []
-    for start in range(0, len(angles), PER_ROW):
-        part = slice(start, start + PER_ROW)
-        missing = [0, 0, 0, 0, 0, 0, 0, PER_ROW - len(angles[part])]
-        padded = torch.cat([F.pad(one[part], missing, value=1.0) for one in shown])
-        heads = [
-            f"{angle}°\n{system.class_name(j)}\n{length:.2f}"
-            for angle, j, length in zip(angles[part], classes[part], longest[part].tolist(), strict=True)
-        ]
-        sheets.append(Sheet(padded, PER_ROW, rows, heads))
+        shown, rows = torch.stack([images, system.reconstruct(images)]), ["rotated", "reconstructed"]
+    padded = F.pad(shown, [0] * 7 + [-len(angles) % PER_ROW], value=1.0).split(PER_ROW, dim=1)
+    of_each = zip(angles, map(system.class_name, classes), longest.tolist(), strict=True)
+    heads = [f"{angle}°\n{name}\n{length:.2f}" for angle, name, length in of_each]
+    sheets = [
+        Sheet(part.flatten(0, 1), PER_ROW, rows, heads[number * PER_ROW : (number + 1) * PER_ROW])
+        for number, part in enumerate(padded)
+    ]
     sheets[-1] = sheets[-1]._replace(xlabel="angle, predicted class, length of its capsule")
     width, height = sheet_size(sheets[0], 0.75)
     title = f"{run.title}\ntest image {image} ({system.class_name(label)}), rotated counter-clockwise"

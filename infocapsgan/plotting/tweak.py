@@ -30,13 +30,9 @@ def tweak(run: LoadedRun, *, image: Whole = 0) -> Figure:
     change = torch.kron(torch.eye(D), TWEAKS[:, None]).to(run.device)  # [D · count, D]
     changed[:, int(predicted)] += change
     rebuilt = system.decode(changed, predicted.expand(len(changed))).unflatten(0, (D, count))
-    sheet = Sheet(
-        torch.cat([pixels.expand(D, 1, *pixels.shape[1:]), rebuilt], dim=1).flatten(0, 1),
-        count + 1,
-        [str(d) for d in range(D)],
-        ["image", *(f"{value:+.2f}" if value else "0" for value in TWEAKS.tolist())],
-        xlabel="what is added to it",
-        ylabel="number of the class capsule",
-    )
+    images = torch.cat([pixels.expand(D, 1, *pixels.shape[1:]), rebuilt], dim=1).flatten(0, 1)
+    heads = ["image", *(f"{value:+.2f}" if value else "0" for value in TWEAKS.tolist())]
+    labels = "what is added to it", "number of the class capsule"
+    sheet = Sheet(images, count + 1, [str(d) for d in range(D)], heads, *labels)
     subject = f"test image {image} ({system.class_name(label)}, predicted {system.class_name(predicted)})"
     return sheet_figure(f"{run.title}\n{subject}: each number of its class capsule changed", sheet)
