@@ -45,17 +45,11 @@ def main() -> None:
 
 
 def evaluate(run: LoadedRun, groups: Sequence[str] | None = None, samples: int = SAMPLES) -> dict[str, Any]:
-    """The metrics of `groups` of a trained system, as evaluation.json holds them.
+    """The metrics of `groups` of a trained system, or of all that apply, as evaluation.json holds them.
 
-    Args:
-        run: the run.
-        groups: of infocapsgan.metrics.GROUPS; None: all that apply.
-        samples: how many images are generated and compared with as many test images, or with all.
-
-    Raises:
-        NotApplicableError: a group does not apply to this system.
+    So many samples are generated and compared with as many test images, or with all.
     """
-    dataset, settings = run.dataset, run.system.settings
+    dataset, s = run.dataset, run.system.settings
     reasons = {name: group.why_not(run.system, dataset) for name, group in GROUPS.items()}
     applicable = [name for name, reason in reasons.items() if not reason]
     if not applicable:
@@ -67,15 +61,8 @@ def evaluate(run: LoadedRun, groups: Sequence[str] | None = None, samples: int =
                 f"--metrics: {name} does not apply to this run of {run.name}: {reasons[name]}; "
                 f"it takes {' and '.join(applicable)}"
             )
-    result: dict[str, Any] = {
-        "system": run.name,
-        "dataset": settings.dataset,
-        "recipe": settings.recipe,
-        "seed": settings.seed,
-        "weights": run.weights.checkpoint.name,
-        "step": run.weights.step,
-        "metrics": {},
-    }
+    result: dict[str, Any] = {"system": run.name, "dataset": s.dataset, "recipe": s.recipe, "seed": s.seed}
+    result |= {"weights": run.weights.checkpoint.name, "step": run.weights.step, "metrics": {}}
     with torch.no_grad():
         for name in groups or applicable:
             metrics, details = GROUPS[name].measure(run.system, dataset, samples)

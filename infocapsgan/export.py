@@ -9,6 +9,7 @@ Needs `pip install 'capsops[onnx]'`.
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +41,8 @@ class Inference(nn.Module):
     def __init__(self, system: System) -> None:
         super().__init__()
         self.system = system
-        self.method, self.input, self.output = next(
-            exported for ability, exported in EXPORTED.items() if not system.why_not(ability)
-        )
+        ability = next(ability for ability in EXPORTED if not system.why_not(ability))
+        self.method, self.input, self.output = EXPORTED[ability]
 
     def forward(self, x: Tensor) -> Tensor:
         return getattr(self.system, self.method)(x)
@@ -80,17 +80,10 @@ def export(network: Inference, path: Path) -> float:
         with warnings.catch_warnings(), capsops.use_impl("reference"):
             warnings.simplefilter("ignore")  # the exporter's, of its own insides
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # "torchvision is not installed"
-            torch.onnx.export(
-                network,
-                (network.example(2, 0),),
-                temporary,
-                input_names=[network.input],
-                output_names=[network.output],
-                dynamic_shapes=({0: torch.export.Dim("N")},),
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
+            options: dict[str, Any] = {"input_names": [network.input], "output_names": [network.output]}
+            options |= {"dynamic_shapes": ({0: torch.export.Dim("N")},), "external_data": False}
+            example = (network.example(2, 0),)
+            torch.onnx.export(network, example, temporary, dynamo=True, verbose=False, **options)
         session = onnxruntime.InferenceSession(temporary.read_bytes(), providers=["CPUExecutionProvider"])
         inputs = network.example(3, 1)  # another number than it was traced with
         with torch.no_grad():

@@ -30,17 +30,7 @@ def main() -> None:
 
 
 def visualize(run: LoadedRun, kind: str, out: Path | None = None, **options: Any) -> Path:
-    """Writes a picture and returns its path.
-
-    Args:
-        run: the run.
-        kind: one of infocapsgan.plotting.KINDS.
-        out: the file; None is RUN/pictures/KIND.png, or .gif for an animation.
-        options: of the kind.
-
-    Raises:
-        NotApplicableError: there is no such picture of this system.
-    """
+    """Writes a picture of one of plotting.KINDS, where `out` is None to RUN/pictures; returns its path."""
     import_kinds()
     path = out or run.path / "pictures" / f"{kind}.{suffix(kind)}"
     with torch.no_grad():

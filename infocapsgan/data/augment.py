@@ -14,6 +14,8 @@ from torch.profiler import record_function
 from infocapsgan.data.dataset import crop
 from infocapsgan.engine.rng import ShardedGenerator
 
+SMOOTHNESS = 4.0
+
 
 @record_function("augmentation")
 def random_affine(
@@ -116,17 +118,15 @@ def color_jitter(images: Tensor, rng: ShardedGenerator, *, brightness: float, co
 
 
 @record_function("augmentation")
-def elastic_transform(
-    images: Tensor, rng: ShardedGenerator, strength: float, smoothness: float = 4.0
-) -> Tensor:
+def elastic_transform(images: Tensor, rng: ShardedGenerator, strength: float) -> Tensor:
     """Displaces the pixels of each image by a smooth random field (Simard, Steinkraus, Platt 2003).
 
-    `strength` is the root mean square of a displacement along an axis, `smoothness` the standard deviation of
-    the Gaussian that smooths the field, both in pixels.
+    `strength` is the root mean square of a displacement along an axis, in pixels; a Gaussian with a standard
+    deviation of SMOOTHNESS pixels smooths the field.
     """
     B, _, H, W = images.shape
-    reach = math.ceil(3 * smoothness)
-    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / smoothness) ** 2)
+    reach = math.ceil(3 * SMOOTHNESS)
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / SMOOTHNESS) ** 2)
     kernel = kernel / kernel.norm()  # unit variance in, unit variance out
     field = rng.normal(B * 2, 1, H + 2 * reach, W + 2 * reach)
     field = F.conv2d(F.conv2d(field, kernel[None, None, :, None]), kernel[None, None, None, :])

@@ -20,11 +20,6 @@ class Dataset:
 
     Images may be larger than `size`: a training batch is then cropped at random places, and
     centred() crops the middle, for evaluations.
-
-    Attributes:
-        class_names: a short name for each label.
-        split: the paths of the images of "train" and of "test" in the order of the tensors, below --data-dir
-            and with slashes; None where the split is published.
     """
 
     name: str
@@ -33,8 +28,9 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
     size: int = 28
-    class_names: tuple[str, ...] = DIGITS
+    class_names: tuple[str, ...] = DIGITS  # a short name for each label
     split: dict[str, list[str]] | None = None
+    """Of --dataset folder: the paths in it of the images of "train" and of "test", in their order."""
 
     @property
     def labelled(self) -> bool:
@@ -71,7 +67,7 @@ class Dataset:
     def centred(self: Set) -> Set:
         """The same data with every image cropped to its middle."""
         margin = self.train_images.shape[-1] - self.size
-        if not margin:
+        if margin <= 0:  # pairs of digits are made larger than the images
             return self
         middle = slice(margin // 2, margin // 2 + self.size)
         train, test = (images[:, :, middle, middle] for images in (self.train_images, self.test_images))

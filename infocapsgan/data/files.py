@@ -20,7 +20,6 @@ from torch import Tensor
 
 from infocapsgan.engine.atomic import atomic_folder
 
-UNREADABLE = (EOFError, OSError, ValueError, zlib.error)  # what reading a damaged gz file raises
 REMEDY = "remove it and get it again"
 
 
@@ -107,8 +106,7 @@ def _unpack(source: Source, archive: File, target: Path) -> list[Path]:
 def download(url: str, path: Path, file: File) -> Path:
     """Downloads one file, unless it is there; `path` appears only when its content is whole and verified.
 
-    Of several processes that want it one downloads it, the others wait. A failed download leaves nothing, and
-    raises OSError where it broke off.
+    Of several processes that want it one downloads it, the others wait. A failed download leaves nothing.
     """
     with locked(path) as folder, TemporaryDirectory(prefix=f".{path.name}.", dir=folder) as temporary:
         if path.is_file():  # another process may have downloaded it meanwhile
@@ -160,7 +158,7 @@ def unpacked(path: Path, name: str = "", remedy: str = REMEDY) -> bytes:
         content = path.read_bytes()
         # By what it is, not by its name: some servers and browsers decompress what they transfer.
         return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except UNREADABLE as error:
+    except (EOFError, OSError, ValueError, zlib.error) as error:
         raise DataError(f"{name or path} is damaged ({error}); {remedy}") from error
 
 

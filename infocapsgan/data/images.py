@@ -73,10 +73,7 @@ def to_images(images: Picture | Sequence[Picture], shape: ImageShape) -> Tensor:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """The picture in a file, its header read. Any error in the block becomes a DataError with the path.
-
-    Of a broken file a decoder may raise SyntaxError, struct.error, MemoryError or nearly any other.
-    """
+    """The picture in a file, its header read; whatever a decoder raises in the block becomes a DataError."""
     if not Path(path).is_file():  # to open a named pipe would wait for ever
         raise DataError(f"{path} cannot be read as an image (it is no file)")
     try:
@@ -92,8 +89,11 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 def _pixels(image: Image.Image, channels: int, size: int) -> Tensor:
     deep = _has_16_bits(image)
     image = ImageOps.exif_transpose(image)
-    if deep:
-        image = _to_8_bits(image)
+    if deep:  # Pillow would cut values off at 255
+        values = np.asarray(image)
+        if "transparency" in image.info:  # the grey level that is transparent
+            values = np.where(values == image.info["transparency"], 0, values)
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"it has pixels of 32 bits (mode {image.mode}); takes 8 or 16 bits")
     if image.has_transparency_data:
@@ -108,14 +108,6 @@ def _pixels(image: Image.Image, channels: int, size: int) -> Tensor:
 def _has_16_bits(image: Image.Image) -> bool:
     # By its version Pillow has grey images of 16 bits as I;16, or as I with the format as the only sign.
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Pillow would cut larger values off at 255."""
-    values = np.asarray(image)
-    if "transparency" in image.info:  # the grey level that is transparent
-        values = np.where(values == image.info["transparency"], 0, values)
-    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 
 
 def _checked(images: Tensor | np.ndarray) -> Tensor:

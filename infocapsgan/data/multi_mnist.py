@@ -16,8 +16,7 @@ from infocapsgan.data.registry import ImageShape, register
 from infocapsgan.engine.rng import ShardedGenerator
 
 SIZE, SHIFT = 36, 4
-TEST_PAIRS = 100_000
-TEST_SEED = 0
+TEST_PAIRS, TEST_SEED = 100_000, 0
 STORED = 100_000  # test pairs that are kept as images; the others are rendered when they are used
 
 
@@ -82,10 +81,6 @@ class MultiMNIST(Dataset):
         out = replace(out, test_digits=out.test_images, test_digit_labels=out.test_labels)
         return rest, out.with_test_pairs(len(out.test_labels))
 
-    def centred(self) -> "MultiMNIST":
-        """Itself: pairs are never cropped."""
-        return self
-
     def to(self, device: torch.device | str) -> "MultiMNIST":
         """The same data on `device`; pairs that are not stored stay where they are."""
         digits, labels = self.test_digits.to(device), self.test_digit_labels.to(device)
@@ -122,10 +117,7 @@ def fixed_pairs(labels: Tensor, number: int) -> Pairs:
 
 
 def sample_pairs(labels: Tensor, by_class: ByClass, first: Tensor, rng: ShardedGenerator) -> Pairs:
-    """The digits `first` [B], each with one sampled uniformly from the digits of all other classes.
-
-    Each of the two is moved by up to 4 pixels along each axis within 36 × 36.
-    """
+    """The digits `first` [B], each with one sampled uniformly from all other classes, at random places."""
     own, start = by_class.counts[labels[first]], by_class.starts[labels[first]]
     # A place among the digits of other classes: those before one's own class, then those behind it.
     place = (rng.uniform(len(first)).double() * (len(labels) - own)).long()

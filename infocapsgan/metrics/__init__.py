@@ -16,10 +16,8 @@ Measured = tuple[dict[str, float], dict[str, Any]]
 class Group(NamedTuple):
     """A group of metrics."""
 
-    why_not: "Callable[[System, Dataset], str]"
-    """Why the group does not apply to a system and its data; empty where it does."""
-    measure: "Callable[[System, Dataset, int], Measured]"
-    """Measures a system on its data, with so many images where it generates any."""
+    why_not: "Callable[[System, Dataset], str]"  # why it does not apply to them; empty where it does
+    measure: "Callable[[System, Dataset, int], Measured]"  # with so many images where it generates any
 
 
 GROUPS: dict[str, Group] = {}

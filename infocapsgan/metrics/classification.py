@@ -33,15 +33,10 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
 
 
 def confusion(predictions: Tensor, labels: Tensor, classes: int) -> dict[str, list]:
-    """The confusion matrix, and from it how well each class is recognised.
+    """How often a label (row) was predicted as a class (column), and the share recognised of each label.
 
-    Args:
-        predictions, labels: [N] or, of several labels an image, [N, M] in the same order.
-        classes: how many there are.
-
-    Returns:
-        `confusion`: how many images of a label (row) were predicted as a class (column) [classes][classes];
-        `per_class_accuracy`: the share of each label's images that were recognised; None where it has none.
+    Predictions and labels are [N] or, of several labels an image, [N, M] in the same order. The share of a
+    label without images is None.
     """
     both = (values.cpu().numpy().ravel() for values in (labels, predictions))
     count = confusion_matrix(*both, labels=np.arange(classes))

@@ -49,12 +49,8 @@ def codes(system: "System", dataset: Dataset, samples: int) -> Measured:
 def traversal(system: "System", index: int, values: Tensor, codes: Tensor, rng: ShardedGenerator) -> Tensor:
     """Latents [R · V, …] of rows along which a continuous code goes through `values` and nothing else does.
 
-    Args:
-        system: one with continuous codes.
-        index: of the continuous code.
-        values: of the code along a row [V].
-        codes: the class code of each row [R].
-        rng: where the noise and the other continuous codes of each row come from.
+    `index` is the number of that code, `values` [V] are along a row, `codes` [R] the class codes of the rows;
+    the noise and the other continuous codes of each row are random.
     """
     R, V = len(codes), len(values)
     noise = rng.normal(R, system.noise_dim).repeat_interleave(V, dim=0)

@@ -14,11 +14,8 @@ class Computed(nn.Identity):
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
     """Fréchet distance between the normal distributions fitted to two sets of features.
 
-    ‖m_r − m_g‖² + tr(S_r + S_g − 2 (S_r S_g)^½) with the means m and covariances S (Heusel et al. 2017).
-
-    Args:
-        real: features of real images [N, F].
-        generated: features of generated images [M, F].
+    ‖m_r − m_g‖² + tr(S_r + S_g − 2 (S_r S_g)^½) with the means m and covariances S of the features of real
+    images [N, F] and of generated ones [M, F] (Heusel et al. 2017).
     """
     computed = Computed()
     computed.num_features = real.shape[1]

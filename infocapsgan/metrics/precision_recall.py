@@ -9,13 +9,10 @@ NEIGHBOURS = 3
 def precision_recall(real: Tensor, generated: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """The share of generated images among real ones, and of real images among generated ones.
 
-    An image is among others where it is no farther from one of them than that one is from its third nearest
+    An image is among others where it is no farther from one of them than that one is from its k-th nearest
     neighbour in its own set (Kynkäänniemi et al. 2019, Improved precision and recall metric, k = 3).
 
-    Args:
-        real: features of real images [N, F], N > neighbours.
-        generated: features of generated images [M, F], M > neighbours; about as many as real ones.
-        neighbours: k, which sets how far a set reaches beyond its images.
+    Takes the features of real images [N, F] and of about as many generated ones [M, F], N and M > k.
     """
     if min(len(real), len(generated)) <= neighbours:
         raise ValueError(f"neighbours: got {neighbours}, takes fewer than there are images of either set")

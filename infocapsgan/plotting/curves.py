@@ -56,20 +56,23 @@ def training_curves(rows: Rows, system: System, baselines: dict[str, float], tit
     panels = []
     for split, images in SPLITS.items():
         of_split = [row for row in rows if row["kind"] == split]
+        names = dict.fromkeys(
+            name for row in of_split for name in row if name not in ("kind", "step", "epoch")
+        )
         for kind in (LOSSES, SHARES, CLUSTERS, CAPSULES):
-            if names := [name for name in _names(of_split) if _kind(name) == kind]:
-                panels.append((f"{images}: {kind}", kind, of_split, names))
+            if of_kind := [name for name in names if _kind(name) == kind]:
+                panels.append((f"{images}: {kind}", kind, of_split, of_kind))
     wide, high = min(3, len(panels)), -(-len(panels) // 3)
     figure = new_figure(5.4 * wide, 4.0 * high, title)
     axes = figure.subplots(high, wide, squeeze=False).ravel()
-    for place, (heading, kind, values, names) in zip(axes, panels, strict=False):
-        _plot(place, kind, values, names, system.terms)
+    for place, (heading, kind, values, of_kind) in zip(axes, panels, strict=False):
+        _plot(place, kind, values, of_kind, system.terms)
         place.set_xlabel("step")
         place.set_title(heading, fontsize="medium")
-        if system.headline in names and values[0]["kind"] == "evaluation":
+        if system.headline in of_kind and values[0]["kind"] == "evaluation":
             for (name, value), style in zip(baselines.items(), cycle(LINE_STYLES[1:]), strict=False):
                 place.axhline(value, color="gray", linestyle=style, label=f"{name}: {value:.3f}")
-        place.legend(fontsize="x-small", ncols=2 if len(names) > 5 else 1)
+        place.legend(fontsize="x-small", ncols=2 if len(of_kind) > 5 else 1)
     for place in axes[len(panels) :]:
         place.set_visible(False)
     return figure
@@ -98,11 +101,6 @@ def _kind(name: str) -> str:
     if re.search(r"cosine|distance|capsule_length", name):
         return CAPSULES
     return SHARES if re.search(r"accuracy|^nmi$|^ari$|^pair_error$", name) else LOSSES
-
-
-def _names(rows: Rows) -> list[str]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return [name for name in names if name not in ("kind", "step", "epoch")]
 
 
 def comparison(paths: Sequence[Path], metric: str, reach: Sequence[float] = ()) -> Figure:

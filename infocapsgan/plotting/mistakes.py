@@ -9,8 +9,7 @@ from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.settings import Count
 from infocapsgan.metrics.matching import match_clusters
 from infocapsgan.plotting import register
-from infocapsgan.plotting.figures import sheet_figure
-from infocapsgan.plotting.sheet import Sheet
+from infocapsgan.plotting.figures import Sheet, sheet_figure
 from infocapsgan.systems import NotApplicableError
 
 

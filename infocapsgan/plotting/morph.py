@@ -7,8 +7,7 @@ from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Whole
 from infocapsgan.plotting import register
-from infocapsgan.plotting.figures import sheet_figure
-from infocapsgan.plotting.sheet import Sheet
+from infocapsgan.plotting.figures import Sheet, sheet_figure
 
 ROWS, STEPS = 10, 11
 

@@ -28,9 +28,8 @@ from infocapsgan.engine.settings import Count, Whole
 from infocapsgan.models.capsule_encoder import lengths
 from infocapsgan.models.decoders import FullyConnectedDecoder
 from infocapsgan.plotting import register
-from infocapsgan.plotting.figures import sheet_figure
+from infocapsgan.plotting.figures import Sheet, sheet_figure
 from infocapsgan.plotting.rotate import labelled_image
-from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems import System
 
 FOLDER = "primary-decoder"
@@ -56,8 +55,7 @@ def primary(run: LoadedRun, *, image: Whole = 0, steps: Count = 1000) -> Figure:
     chosen = share[0].topk(min(CAPSULES, share.shape[1])).indices
     values = torch.linspace(0, largest, COUPLINGS, device=run.device)
     inputs = u.new_zeros(len(chosen), len(values), *u.shape[1:])
-    for row, i in enumerate(chosen.tolist()):
-        inputs[row, :, i] = values[:, None] * u[0, i]
+    inputs[torch.arange(len(chosen)), :, chosen] = values[:, None] * u[0, chosen, None]
     rebuilt = decoder(inputs.flatten(0, 1)).unflatten(0, (len(chosen), len(values)))
     types = next(layer.capsules for layer in system.modules() if isinstance(layer, PrimaryCapsules))
     side = math.isqrt(u.shape[1] // types)
@@ -78,8 +76,7 @@ def primary(run: LoadedRun, *, image: Whole = 0, steps: Count = 1000) -> Figure:
 def primary_decoder(run: LoadedRun, steps: int) -> tuple[FullyConnectedDecoder, float]:
     """The decoder, and the largest coupling coefficient that it was trained on.
 
-    Trained at the first call, with seed 0, and read from the run at later ones with the same number of steps
-    and the same weights of the system.
+    Trained with seed 0, unless the run has it, of as many steps and the same weights of the system.
     """
     system, folder = run.system, run.path / FOLDER
     weights = hashlib.sha256((run.weights.checkpoint / WEIGHTS).read_bytes()).hexdigest()

@@ -7,8 +7,7 @@ from infocapsgan.data.dataset import to_unit
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.settings import Count
 from infocapsgan.plotting import register
-from infocapsgan.plotting.figures import CELL, sheet_figure
-from infocapsgan.plotting.sheet import Sheet
+from infocapsgan.plotting.figures import CELL, Sheet, sheet_figure
 
 
 @register

@@ -9,8 +9,7 @@ from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Whole
 from infocapsgan.metrics.codes import traversal
 from infocapsgan.plotting import register
-from infocapsgan.plotting.figures import draw_sheet, new_figure, sheet_figure, sheet_size
-from infocapsgan.plotting.sheet import Sheet
+from infocapsgan.plotting.figures import Sheet, draw_sheet, new_figure, sheet_figure, sheet_size
 from infocapsgan.systems import NotApplicableError
 
 ROWS, STEPS = 10, 9

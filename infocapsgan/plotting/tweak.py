@@ -6,9 +6,8 @@ from matplotlib.figure import Figure
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.settings import Whole
 from infocapsgan.plotting import register
-from infocapsgan.plotting.figures import sheet_figure
+from infocapsgan.plotting.figures import Sheet, sheet_figure
 from infocapsgan.plotting.rotate import labelled_image
-from infocapsgan.plotting.sheet import Sheet
 
 TWEAKS = torch.arange(-5, 6) * 0.05
 
