@@ -27,7 +27,6 @@ SAMPLES = 10_000
 
 
 def main() -> None:
-    """The command line."""
     parser = run_parser("evaluate", __doc__)
     of_metrics = "groups of metrics, the file then holds these only (default: all that apply)"
     of_samples = "images to generate, no more than there are test images (default: %(default)s)"
@@ -56,11 +55,9 @@ def evaluate(run: LoadedRun, groups: Sequence[str] | None = None, samples: int =
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise NotApplicableError(f"no metric applies to this run of {run.name}: {why}")
     for name in groups or ():
-        if reasons[name]:
-            raise NotApplicableError(
-                f"--metrics: {name} does not apply to this run of {run.name}: {reasons[name]}; "
-                f"it takes {' and '.join(applicable)}"
-            )
+        if reason := reasons[name]:
+            why = f"{name} does not apply to this run of {run.name}: {reason}"
+            raise NotApplicableError(f"--metrics: {why}; it takes {' and '.join(applicable)}")
     result: dict[str, Any] = {"system": run.name, "dataset": s.dataset, "recipe": s.recipe, "seed": s.seed}
     result |= {"weights": run.weights.checkpoint.name, "step": run.weights.step, "metrics": {}}
     with torch.no_grad():

@@ -56,7 +56,6 @@ class Inference(nn.Module):
 
 
 def main() -> None:
-    """The command line."""
     parser = run_parser("export", __doc__)
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: RUN/model.onnx)")
     args = parser.parse_args()

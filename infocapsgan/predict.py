@@ -15,7 +15,6 @@ LIKELIEST = 3  # classes in the table
 
 
 def main() -> None:
-    """The command line."""
     parser = run_parser("predict", __doc__)
     parser.add_argument("images", type=Path, metavar="IMAGE", nargs="+", help="image files")
     parser.add_argument("--json", action="store_true", help="print JSON, with the probability of every class")

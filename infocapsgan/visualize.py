@@ -17,7 +17,6 @@ from infocapsgan.plotting.figures import save_figure, save_gif
 
 
 def main() -> None:
-    """The command line."""
     import_kinds()
     parser = _parser()
     options = vars(parser.parse_args())

@@ -146,10 +146,8 @@ def verify(path: Path, file: File, name: str = "", remedy: str = REMEDY) -> None
     content = path.read_bytes() if file.name.endswith(".tar.gz") else unpacked(path, name, remedy)
     digest = hashlib.new(file.algorithm, content).hexdigest()
     if digest != file.checksum:
-        raise DataError(
-            f"{name or path} does not have the expected content: its {file.algorithm} is {digest}, "
-            f"{file.checksum} was expected; {remedy}"
-        )
+        wrong = f"its {file.algorithm} is {digest}, {file.checksum} was expected"
+        raise DataError(f"{name or path} does not have the expected content: {wrong}; {remedy}")
 
 
 def unpacked(path: Path, name: str = "", remedy: str = REMEDY) -> bytes:

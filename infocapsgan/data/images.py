@@ -60,7 +60,7 @@ def to_images(images: Picture | Sequence[Picture], shape: ImageShape) -> Tensor:
     if isinstance(images, Image.Image):
         return _pixels(images, shape.channels, shape.size)[None]
     if isinstance(images, Tensor | np.ndarray):
-        return _fitted(_checked(images), shape.channels, shape.size)
+        return _from_arrays(images, shape.channels, shape.size)
     if not isinstance(images, Sequence):
         raise TypeError(
             f"images: got {type(images).__name__}, takes tensors, arrays, PIL images, paths or lists of them"
@@ -110,8 +110,7 @@ def _has_16_bits(image: Image.Image) -> bool:
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
-def _checked(images: Tensor | np.ndarray) -> Tensor:
-    """A tensor or an array as [N, C, H, W] of uint8 or float32."""
+def _from_arrays(images: Tensor | np.ndarray, channels: int, size: int) -> Tensor:
     if isinstance(images, np.ndarray):
         dtype = np.float32 if images.dtype.kind == "f" else images.dtype
         images = torch.from_numpy(np.array(images, dtype, order="C"))
@@ -130,11 +129,7 @@ def _checked(images: Tensor | np.ndarray) -> Tensor:
         low, high = (value.item() for value in images.aminmax())
         if not (low >= 0 and high <= 1):  # NaN is neither
             raise ValueError(f"images: got floats from {low:g} to {high:g}, takes {TAKES}")
-    return images.movedim(channel_axes[0], 1)
-
-
-def _fitted(images: Tensor, channels: int, size: int) -> Tensor:
-    """Images [N, C, H, W] as they are where C × H × W is what is wanted, else by way of PIL images."""
+    images = images.movedim(channel_axes[0], 1)
     if images.shape[1:] == (channels, size, size):
         return images
     if images.is_floating_point():

@@ -58,7 +58,6 @@ class MultiMNIST(Dataset):
         return ByClass(self.train_labels)
 
     def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All test pairs and their labels, up to `size` at a time."""
         if self.pairs is None:
             yield from super().test_batches(size)
             return
@@ -68,15 +67,12 @@ class MultiMNIST(Dataset):
     def with_test_pairs(self, number: int) -> "MultiMNIST":
         """The same digits with another number of test pairs; the first ones are the same for each number."""
         pairs = fixed_pairs(self.test_digit_labels, number)
-        return replace(
-            self,
-            test_images=render(self.test_digits, Pairs(*(values[:STORED] for values in pairs))),
-            test_labels=labels_of(self.test_digit_labels, pairs),
-            pairs=pairs if number > STORED else None,
-        )
+        images = render(self.test_digits, Pairs(*(values[:STORED] for values in pairs)))
+        labels = labels_of(self.test_digit_labels, pairs)
+        kept = pairs if number > STORED else None
+        return replace(self, test_images=images, test_labels=labels, pairs=kept)
 
     def hold_out(self, share: float) -> tuple["MultiMNIST", "MultiMNIST"]:
-        """As of every data set; the pairs of the held-out digits are fixed."""
         rest, out = super().hold_out(share)
         out = replace(out, test_digits=out.test_images, test_digit_labels=out.test_labels)
         return rest, out.with_test_pairs(len(out.test_labels))

@@ -1,11 +1,9 @@
 """The classifier on whose features generated images are compared with real ones.
 
-Inception knows photographs; for the small images here the project trains a convolutional classifier of its
-own on the training split of the same data: two convolutions of 3 × 3 (32 and 64 channels, batch norm, ReLU,
-halved), a dense layer of 64, ReLU: the features; and a dense layer to the classes. Always from seed 0, with
-Adam, and kept in the user's cache folder, so that all runs on a data set are measured by the same numbers.
-Of images without labels it learns by how many quarter turns each was rotated (Gidaris, Singh, Komodakis 2018,
-Unsupervised Representation Learning by Predicting Image Rotations).
+Inception knows photographs; for the small images here a convolutional classifier is trained on the training
+split of the same data, always from seed 0, and kept in the user's cache folder, so that all runs on a data
+set are measured by the same numbers. Of images without labels it learns by how many quarter turns each was
+rotated (Gidaris, Singh, Komodakis 2018, Unsupervised Representation Learning by Predicting Image Rotations).
 """
 
 import hashlib

@@ -13,7 +13,7 @@ from infocapsgan.data import Dataset
 def match_clusters(clusters: Tensor, labels: Tensor, codes: int, classes: int) -> Tensor:
     """The one-to-one map from clusters to labels under which most images are right (Hungarian method).
 
-    From the clusters of images [N], 0 … codes − 1, and their labels [N], 0 … classes − 1; returns the label of
+    From clusters of images [N], 0 … codes − 1, and their labels [N], 0 … classes − 1; returns the label of
     each cluster [codes], −1 for one that is left over.
     """
     count = np.zeros((codes, classes), dtype=np.int64)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.run_directory import SUMMARY, read_config, read_metrics
 from infocapsgan.metrics import best
-from infocapsgan.plotting import register
 from infocapsgan.plotting.figures import LOG_FROM, new_figure
 from infocapsgan.systems import NotApplicableError, System
 
@@ -24,7 +23,6 @@ SPLITS = {"train": "training batches", "validation": "held-out training images",
 Rows = Sequence[dict[str, Any]]
 
 
-@register
 def curves(
     run: LoadedRun, *, metric: str | None = None, beside: Sequence[Path] = (), reach: Sequence[float] = ()
 ) -> Figure:
@@ -56,9 +54,7 @@ def training_curves(rows: Rows, system: System, baselines: dict[str, float], tit
     panels = []
     for split, images in SPLITS.items():
         of_split = [row for row in rows if row["kind"] == split]
-        names = dict.fromkeys(
-            name for row in of_split for name in row if name not in ("kind", "step", "epoch")
-        )
+        names = [name for name in dict.fromkeys(chain(*of_split)) if name not in ("kind", "step", "epoch")]
         for kind in (LOSSES, SHARES, CLUSTERS, CAPSULES):
             if of_kind := [name for name in names if _kind(name) == kind]:
                 panels.append((f"{images}: {kind}", kind, of_split, of_kind))

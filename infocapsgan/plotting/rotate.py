@@ -9,14 +9,12 @@ from torch import Tensor
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.settings import Count, Whole
-from infocapsgan.plotting import register
 from infocapsgan.plotting.figures import Sheet, draw_sheet, new_figure, sheet_size
 from infocapsgan.systems import NotApplicableError, System
 
 PER_ROW = 12
 
 
-@register
 def rotate(run: LoadedRun, *, image: Whole = 0, degrees: Count = 15) -> Figure:
     """An image rotated through 360°: the longest class capsule, its length, and the reconstruction from it.
 
@@ -25,8 +23,7 @@ def rotate(run: LoadedRun, *, image: Whole = 0, degrees: Count = 15) -> Figure:
         degrees: from one angle to the next.
     """
     system = run.system
-    system.require("classify", "rotate")
-    pixels, label = labelled_image(run, "rotate", image)
+    pixels, label = labelled_image(run, "classify", "rotate", image)
     angles = torch.arange(0, 360, degrees, device=run.device)
     images = rotated(pixels, angles)
     longest, classes = system.classify(images).max(dim=1)
@@ -71,8 +68,9 @@ def rotated(image: Tensor, degrees: Tensor) -> Tensor:
     return F.grid_sample(image.expand(len(degrees), -1, -1, -1), places, align_corners=False)
 
 
-def labelled_image(run: LoadedRun, kind: str, index: int) -> tuple[Tensor, Tensor]:
-    """A test image [1, C, H, W] in [0, 1] and its label [1], for a picture of that kind."""
+def labelled_image(run: LoadedRun, ability: str, kind: str, index: int) -> tuple[Tensor, Tensor]:
+    """A test image [1, C, H, W] in [0, 1] and its label [1], for a kind of picture that takes an ability."""
+    run.system.require(ability, kind)
     dataset = run.dataset
     if dataset.test_labels.dim() == 2:
         raise NotApplicableError(f"{kind} does not apply to pairs of digits; reconstruct does")

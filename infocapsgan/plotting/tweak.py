@@ -5,14 +5,12 @@ from matplotlib.figure import Figure
 
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.settings import Whole
-from infocapsgan.plotting import register
 from infocapsgan.plotting.figures import Sheet, sheet_figure
 from infocapsgan.plotting.rotate import labelled_image
 
 TWEAKS = torch.arange(-5, 6) * 0.05
 
 
-@register
 def tweak(run: LoadedRun, *, image: Whole = 0) -> Figure:
     """Each number of an image's class capsule changed by −0.25 to 0.25, a row for each, and reconstructed.
 
@@ -20,8 +18,7 @@ def tweak(run: LoadedRun, *, image: Whole = 0) -> Figure:
         image: number of the test image, from 0 on.
     """
     system = run.system
-    system.require("decode", "tweak")
-    pixels, label = labelled_image(run, "tweak", image)
+    pixels, label = labelled_image(run, "decode", "tweak", image)
     capsules = system.capsules(pixels).classes
     predicted = system.classify(pixels).argmax(dim=1)
     D, count = capsules.shape[2], len(TWEAKS)
