@@ -11,8 +11,6 @@ from pathlib import Path
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.run_command import DEVICE, loaded, run_parser
 
-LIKELIEST = 3  # classes in the table
-
 
 def main() -> None:
     parser = run_parser("predict", __doc__)
@@ -36,11 +34,11 @@ def predict(run: LoadedRun, paths: list[Path]) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """A line for each image: its class, and the likeliest classes with their probabilities."""
+    """A line for each image: its class, and the three likeliest classes with their probabilities."""
     widths = [max(len(row[key]) for row in rows) for key in ("image", "class")]
     lines = []
     for row in rows:
-        ranked = sorted(row["probabilities"].items(), key=lambda item: -item[1])[:LIKELIEST]
+        ranked = sorted(row["probabilities"].items(), key=lambda item: -item[1])[:3]
         shown = "  ".join(f"{name} {value:.3f}" for name, value in ranked)
         lines.append(f"{row['image']:{widths[0]}}  {row['class']:{widths[1]}}  ({shown})")
     return "\n".join(lines)

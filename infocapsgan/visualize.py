@@ -1,6 +1,5 @@
 """Draws a picture of a trained system: `python -m infocapsgan.visualize RUN KIND [options]`."""
 
-import argparse
 import inspect
 import typing
 from pathlib import Path
@@ -18,7 +17,19 @@ from infocapsgan.plotting.figures import save_figure, save_gif
 
 def main() -> None:
     import_kinds()
-    parser = _parser()
+    parser = run_parser("visualize", __doc__)
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    for name, function in KINDS.items():
+        documentation = docstring_parser.parse(function.__doc__ or "")
+        summary = documentation.short_description
+        add = kinds.add_parser(name, help=summary, description=summary, allow_abbrev=False).add_argument
+        add("--out", type=Path, metavar="FILE", help=f"(default: RUN/pictures/{name}.{suffix(name)})")
+        add("--data-dir", **DATA_DIR)
+        add("--device", **DEVICE)
+        hints = typing.get_type_hints(function, include_extras=True)
+        about = {documented.arg_name: documented.description for documented in documentation.params}
+        for option, parameter in list(inspect.signature(function).parameters.items())[1:]:
+            add(option_name(option), **_option(hints[option], parameter.default, about[option]))
     options = vars(parser.parse_args())
     run, kind, out = (options.pop(name) for name in ("run", "kind", "out"))
     if out and (out.suffix != f".{suffix(kind)}" or out.is_dir()):
@@ -43,24 +54,6 @@ def visualize(run: LoadedRun, kind: str, out: Path | None = None, **options: Any
 def suffix(kind: str) -> str:
     """The ending of a picture's file."""
     return "gif" if kind == "animate" else "png"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = run_parser("visualize", __doc__)
-    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    for name, function in KINDS.items():
-        documentation = docstring_parser.parse(function.__doc__ or "")
-        summary = documentation.short_description
-        kind = kinds.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        default = f"(default: RUN/pictures/{name}.{suffix(name)})"
-        kind.add_argument("--out", type=Path, metavar="FILE", help=default)
-        kind.add_argument("--data-dir", **DATA_DIR)
-        kind.add_argument("--device", **DEVICE)
-        hints = typing.get_type_hints(function, include_extras=True)
-        about = {documented.arg_name: documented.description for documented in documentation.params}
-        for option, parameter in list(inspect.signature(function).parameters.items())[1:]:
-            kind.add_argument(option_name(option), **_option(hints[option], parameter.default, about[option]))
-    return parser
 
 
 def _option(hint: Any, default: Any, about: str | None) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from torch import Tensor
 class Batches:
     """Which of N images make up which step: an epoch is a permutation, without an incomplete last batch.
 
-    The order of an epoch depends only on the seed and the number of the epoch, so a position is one number:
-    the step.
+    The order of an epoch depends only on the seed and its number, so a position is one number: the step.
     """
 
     def __init__(self, images: int, batch_size: int, seed: int, device: torch.device | str = "cpu") -> None:

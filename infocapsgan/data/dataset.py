@@ -40,8 +40,7 @@ class Dataset:
     def train_batch(self, chosen: Tensor, rng: ShardedGenerator) -> tuple[Tensor, Tensor]:
         """Training images [B, channels, size, size] and labels of the indices `chosen` [B]."""
         images = self.train_images[chosen]
-        margin = images.shape[-1] - self.size
-        if margin:
+        if margin := images.shape[-1] - self.size:
             images = crop(images, rng.integers(margin + 1, len(chosen), 2), self.size)
         return images, self.train_labels[chosen]
 

@@ -125,10 +125,8 @@ def download(url: str, path: Path, file: File) -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[Path]:
-    """Keeps other processes that want to make `path` waiting; gives the nearest folder above that exists.
-
-    The lock is a file there for as long as the block lasts: a block that fails leaves no folder behind.
-    """
+    """Keeps other processes that want to make `path` waiting; gives the nearest folder above that exists."""
+    # No folder is made for the lock, so that a block that fails has none to remove.
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     lock = folder / f".{path.name}.lock"
     with FileLock(lock):

@@ -15,7 +15,6 @@ from infocapsgan.data.registry import ImageShape, register
 
 SIZE, SMALLEST, LARGEST = 32, 28, 128
 SUFFIXES = ".bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp"
-
 Labelled: TypeAlias = tuple[Path, int]  # an image and its label
 
 
@@ -83,9 +82,7 @@ def _images(folder: Path, names: list[str]) -> list[Labelled]:
 
 
 def _images_below(place: Path) -> list[Path]:
-    shown = (
-        path for path in sorted(place.rglob("*")) if "/." not in f"/{path.relative_to(place).as_posix()}"
-    )
+    shown = (p for p in sorted(place.rglob("*")) if "/." not in f"/{p.relative_to(place).as_posix()}")
     files = [path for path in shown if path.is_file()]
     if images := [path for path in files if path.suffix.lower() in SUFFIXES.split()]:
         return images

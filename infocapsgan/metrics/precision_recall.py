@@ -17,13 +17,12 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = NEIGHBOU
     if min(len(real), len(generated)) <= neighbours:
         raise ValueError(f"neighbours: got {neighbours}, takes fewer than there are images of either set")
     real, generated = real.double(), generated.double()
-    return _share_among(generated, real, neighbours), _share_among(real, generated, neighbours)
+    k = neighbours + 1  # the nearest of a point to its own set is itself, at distance 0
+    return _share_among(generated, real, k), _share_among(real, generated, k)
 
 
-def _share_among(points: Tensor, others: Tensor, neighbours: int) -> float:
-    # The nearest of a point to its own set is itself, at distance 0.
-    reached = (_distance(part, others).kthvalue(neighbours + 1, dim=1).values for part in others.split(1000))
-    reach = torch.cat(list(reached))
+def _share_among(points: Tensor, others: Tensor, k: int) -> float:
+    reach = torch.cat([_distance(part, others).kthvalue(k, dim=1).values for part in others.split(1000)])
     among = [(_distance(part, others) <= reach).any(dim=1) for part in points.split(1000)]
     return torch.cat(among).double().mean().item()
 

@@ -19,7 +19,6 @@ def morph(run: LoadedRun, *, seed: Whole = 0) -> Figure:
     """
     system, rng = run.system, ShardedGenerator(seed, run.device)
     system.require("generate", "morph")
-    rows, ylabel = [str(row + 1) for row in range(ROWS)], "two latent vectors"
     if system.codes and not system.why_not("latents"):
         noise = rng.normal(1, system.noise_dim).repeat(system.codes, 1)
         code = torch.arange(system.codes, device=run.device)
@@ -28,10 +27,10 @@ def morph(run: LoadedRun, *, seed: Whole = 0) -> Figure:
         rows = [f"{name}  to  {other}" for name, other in zip(names, names[1:] + names[:1], strict=True)]
         ylabel = f"{system.code_label}, the noise is the same"
     else:
-        images = None
-        if system.why_not("latents"):
-            ylabel, images = "latent vectors of two test images", run.dataset.test_images
-        starts, ends = system.random_latents(2 * ROWS, rng, images=images).chunk(2)
+        real = run.dataset.test_images if system.why_not("latents") else None
+        starts, ends = system.random_latents(2 * ROWS, rng, images=real).chunk(2)
+        rows = [str(row + 1) for row in range(ROWS)]
+        ylabel = "two latent vectors" if real is None else "latent vectors of two test images"
     along = torch.linspace(0, 1, STEPS, device=run.device)
     latents = torch.lerp(starts[:, None], ends[:, None], along[:, None])
     heads = [f"{share:.1f}" for share in along.tolist()]
