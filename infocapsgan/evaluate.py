@@ -11,17 +11,15 @@ generation       systems with a generator: Fréchet distance to the test images,
 codes            InfoGAN on digits: rank correlation of slant, width of stroke and digit with each code
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from infocapsgan.data import DataError
-from infocapsgan.engine.loaded_run import LoadedRun, load
-from infocapsgan.engine.run_directory import EVALUATION, RunError, device_name, versions, write_json
+from infocapsgan.engine.loaded_run import LoadedRun
+from infocapsgan.engine.run_command import DATA_DIR, DEVICE, loaded, run_parser, whole
+from infocapsgan.engine.run_directory import EVALUATION, device_name, versions, write_json
+from infocapsgan.engine.settings import Range
 from infocapsgan.metrics import GROUPS
 from infocapsgan.systems import NotApplicableError
 
@@ -29,100 +27,45 @@ SAMPLES = 10_000
 
 
 def main() -> None:
-    """The command line."""
-    args = _parser().parse_args()
-    try:
-        run = load(args.run, device=args.device, data_dir=args.data_dir)
-        run.warn()
+    parser = run_parser("evaluate", __doc__)
+    of_metrics = "groups of metrics, the file then holds these only (default: all that apply)"
+    of_samples = "images to generate, no more than there are test images (default: %(default)s)"
+    parser.add_argument("--metrics", nargs="+", choices=GROUPS, help=of_metrics)
+    parser.add_argument("--samples", type=whole(Range(100)), default=SAMPLES, metavar="N", help=of_samples)
+    parser.add_argument("--data-dir", **DATA_DIR)
+    parser.add_argument("--device", **DEVICE)
+    args = parser.parse_args()
+    with loaded(args.run, device=args.device, data_dir=args.data_dir) as run:
         result = evaluate(run, args.metrics, samples=args.samples)
         write_json(args.run / EVALUATION, result)
-    except (DataError, RunError, NotApplicableError) as error:
-        sys.exit(f"error: {error}")
     for name, value in result["metrics"].items():
         print(f"{name.replace('_', ' '):32}{value:.4f}")
     print(f"written to {args.run / EVALUATION}")
 
 
-def evaluate(
-    run: LoadedRun, groups: Sequence[str] | None = None, *, samples: int = SAMPLES
-) -> dict[str, Any]:
-    """The metrics of `groups` of a trained system, as evaluation.json holds them.
+def evaluate(run: LoadedRun, groups: Sequence[str] | None = None, samples: int = SAMPLES) -> dict[str, Any]:
+    """The metrics of `groups` of a trained system, or of all that apply, as evaluation.json holds them.
 
-    Args:
-        run: the run.
-        groups: of infocapsgan.metrics.GROUPS; None: all that apply.
-        samples: how many images are generated and compared with as many test images, or with all.
-
-    Raises:
-        NotApplicableError: a group does not apply to this system.
+    So many samples are generated and compared with as many test images, or with all.
     """
-    dataset, settings = run.dataset, run.system.settings
+    dataset, s = run.dataset, run.system.settings
     reasons = {name: group.why_not(run.system, dataset) for name, group in GROUPS.items()}
     applicable = [name for name, reason in reasons.items() if not reason]
     if not applicable:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise NotApplicableError(f"no metric applies to this run of {run.name}: {why}")
     for name in groups or ():
-        if reasons[name]:
-            raise NotApplicableError(
-                f"--metrics: {name} does not apply to this run of {run.name}: {reasons[name]}; "
-                f"it takes {' and '.join(applicable)}"
-            )
-    result: dict[str, Any] = {
-        "system": run.name,
-        "dataset": settings.dataset,
-        "recipe": settings.recipe,
-        "seed": settings.seed,
-        "weights": run.weights.checkpoint.name,
-        "step": run.weights.step,
-        "metrics": {},
-    }
+        if reason := reasons[name]:
+            why = f"{name} does not apply to this run of {run.name}: {reason}"
+            raise NotApplicableError(f"--metrics: {why}; it takes {' and '.join(applicable)}")
+    result: dict[str, Any] = {"system": run.name, "dataset": s.dataset, "recipe": s.recipe, "seed": s.seed}
+    result |= {"weights": run.weights.checkpoint.name, "step": run.weights.step, "metrics": {}}
     with torch.no_grad():
         for name in groups or applicable:
             metrics, details = GROUPS[name].measure(run.system, dataset, samples)
             result["metrics"] |= metrics
-            if details:
-                result[name] = details
+            result |= {name: details} if details else {}
     return result | {"device": device_name(run.device), "versions": versions()}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m infocapsgan.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument(
-        "--metrics",
-        nargs="+",
-        choices=GROUPS,
-        help="groups of metrics, the file then holds these only (default: all that apply)",
-    )
-    parser.add_argument(
-        "--samples",
-        type=_at_least_100,
-        default=SAMPLES,
-        metavar="N",
-        help="images to generate, no more than there are test images (default: %(default)s)",
-    )
-    add_run_options(parser)
-    return parser
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that reads a run."""
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data are, if they were moved")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)"
-    )
-
-
-def _at_least_100(word: str) -> int:
-    if not word.isdecimal() or int(word) < 100:
-        raise argparse.ArgumentTypeError(f"got {word}, takes a whole number of at least 100")
-    return int(word)
 
 
 if __name__ == "__main__":

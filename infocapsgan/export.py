@@ -6,20 +6,18 @@ from images to its copies. The file is checked: onnxruntime must compute the sam
 Needs `pip install 'capsops[onnx]'`.
 """
 
-import argparse
 import logging
-import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import capsops
-from infocapsgan.data import DataError
 from infocapsgan.engine.atomic import atomic_file
-from infocapsgan.engine.loaded_run import load
 from infocapsgan.engine.rng import ShardedGenerator
+from infocapsgan.engine.run_command import loaded, run_parser
 from infocapsgan.engine.run_directory import RunError
 from infocapsgan.systems import System
 
@@ -33,60 +31,44 @@ EXPORTED = {
 TOLERANCE = 1e-4  # largest difference from torch, of numbers from 0 to 1
 
 
-class ExportError(RuntimeError):
+class ExportError(RunError):
     """A system cannot be written as ONNX, or the file computes something else."""
 
 
 class Inference(nn.Module):
-    """The network that is exported: one method of a system.
-
-    Args:
-        system: in evaluation mode.
-    """
+    """The network that is exported: one method of a system in evaluation mode, from `input` to `output`."""
 
     def __init__(self, system: System) -> None:
         super().__init__()
         self.system = system
-        self.method, self.input, self.output = next(
-            exported for ability, exported in EXPORTED.items() if not system.why_not(ability)
-        )
+        ability = next(ability for ability in EXPORTED if not system.why_not(ability))
+        self.method, self.input, self.output = EXPORTED[ability]
 
     def forward(self, x: Tensor) -> Tensor:
-        """`input` → `output`."""
         return getattr(self.system, self.method)(x)
 
     def example(self, number: int, seed: int) -> Tensor:
         """Random inputs [number, …]."""
-        rng = ShardedGenerator(seed)
-        channels, size, _ = self.system.image_shape
+        rng, (channels, size, _) = ShardedGenerator(seed), self.system.image_shape
         if self.input == "images":
             return rng.uniform(number, channels, size, size)
         return self.system.random_latents(number, rng)
 
 
 def main() -> None:
-    """The command line."""
-    args = _parser().parse_args()
-    try:
-        run = load(args.run, device="cpu")
-        run.warn()
-        out = args.out or run.path / "model.onnx"
+    parser = run_parser("export", __doc__)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: RUN/model.onnx)")
+    args = parser.parse_args()
+    out = args.out or args.run / "model.onnx"
+    with loaded(args.run, device="cpu") as run:
         network = Inference(run.system)
         difference = export(network, out)
-    except (DataError, RunError, ExportError) as error:
-        sys.exit(f"error: {error}")
-    print(
-        f"{network.input} → {network.output}; onnxruntime differs from torch by at most {difference:.1e}\n"
-        f"written to {out}"
-    )
+    print(f"{network.input} → {network.output}; onnxruntime differs from torch by at most {difference:.1e}")
+    print(f"written to {out}")
 
 
 def export(network: Inference, path: Path) -> float:
-    """Writes the network to `path` and returns the largest difference of onnxruntime's result from torch's.
-
-    Raises:
-        ExportError: a package is missing, or the results differ.
-    """
+    """Writes the network, and returns the largest difference of onnxruntime's result from torch's."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  # of torch.onnx.export
@@ -97,17 +79,10 @@ def export(network: Inference, path: Path) -> float:
         with warnings.catch_warnings(), capsops.use_impl("reference"):
             warnings.simplefilter("ignore")  # the exporter's, of its own insides
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # "torchvision is not installed"
-            torch.onnx.export(
-                network,
-                (network.example(2, 0),),
-                temporary,
-                input_names=[network.input],
-                output_names=[network.output],
-                dynamic_shapes=({0: torch.export.Dim("N")},),
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
+            options: dict[str, Any] = {"input_names": [network.input], "output_names": [network.output]}
+            options |= {"dynamic_shapes": ({0: torch.export.Dim("N")},), "external_data": False}
+            example = (network.example(2, 0),)
+            torch.onnx.export(network, example, temporary, dynamo=True, verbose=False, **options)
         session = onnxruntime.InferenceSession(temporary.read_bytes(), providers=["CPUExecutionProvider"])
         inputs = network.example(3, 1)  # another number than it was traced with
         with torch.no_grad():
@@ -117,18 +92,6 @@ def export(network: Inference, path: Path) -> float:
         if not difference <= TOLERANCE:
             raise ExportError(f"onnxruntime's result differs from torch's by {difference:g}: not written")
     return difference
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m infocapsgan.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: RUN/model.onnx)")
-    return parser
 
 
 if __name__ == "__main__":

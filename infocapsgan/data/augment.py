@@ -3,7 +3,6 @@
 Random numbers come from the argument `rng`; `background` is the value of what comes in from outside.
 """
 
-import functools
 import math
 
 import torch
@@ -13,6 +12,8 @@ from torch.profiler import record_function
 
 from infocapsgan.data.dataset import crop
 from infocapsgan.engine.rng import ShardedGenerator
+
+SMOOTHNESS = 4.0
 
 
 @record_function("augmentation")
@@ -28,11 +29,8 @@ def random_affine(
 ) -> Tensor:
     """Rotates, scales, shears and shifts each image, by amounts sampled uniformly for each.
 
-    Args:
-        degrees: largest rotation to either side.
-        scale: largest relative change of the size.
-        shear: largest shift of a row, over its distance from the row that stays.
-        shift: largest shift, as a share of the image's width or height.
+    By up to `degrees` to either side, to 1 ± `scale` times the size, a row by `shear` times its distance from
+    the row that stays, and by `shift` times the image's width and height.
     """
     B = len(images)
     angle, size, slant = (rng.uniform(B) * 2 - 1 for _ in range(3))
@@ -63,19 +61,15 @@ def thicken(images: Tensor, pixels: Tensor) -> Tensor:
     """Widens the bright strokes of each image by about `pixels` [B], from −2 to 2.
 
     Interpolates between the image and its dilation, or for negative numbers its erosion, by a cross of 3 × 3,
-    which moves each border of a stroke by a pixel. Strokes that are thinner than that vanish.
+    which moves each border of a stroke by a pixel.
     """
-    grown = functools.reduce(torch.maximum, _neighbours(images, -math.inf))
-    shrunk = functools.reduce(torch.minimum, _neighbours(images, math.inf))
+    grown, shrunk = _dilated(images), -_dilated(-images)
     share = (pixels / 2).view(-1, 1, 1, 1)
     return images + share.clamp(min=0) * (grown - images) + share.clamp(max=0) * (images - shrunk)
 
 
-def _neighbours(images: Tensor, outside: float) -> list[Tensor]:
-    """Each pixel itself, and those above, below, left and right of it."""
-    padded = F.pad(images, [1, 1, 1, 1], value=outside)
-    H, W = images.shape[2:]
-    return [padded[:, :, y : y + H, x : x + W] for y, x in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))]
+def _dilated(images: Tensor) -> Tensor:
+    return torch.maximum(*(F.max_pool2d(images, (h, w), 1, (h // 2, w // 2)) for h, w in ((3, 1), (1, 3))))
 
 
 @record_function("augmentation")
@@ -86,9 +80,8 @@ def random_erasing(images: Tensor, rng: ShardedGenerator, *, share: float, backg
     """
     near = []
     for side in images.shape[2:]:
-        centre, reach = side * rng.uniform(len(images)), 0.5 * share * side * rng.uniform(len(images))
-        place = torch.arange(side, device=images.device) + 0.5
-        near.append((place - centre[:, None]).abs() < reach[:, None])
+        centre, reach = side * rng.uniform(len(images), 1), 0.5 * share * side * rng.uniform(len(images), 1)
+        near.append((torch.arange(side, device=images.device) + 0.5 - centre).abs() < reach)
     rows, columns = near
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], background)
 
@@ -120,18 +113,15 @@ def color_jitter(images: Tensor, rng: ShardedGenerator, *, brightness: float, co
 
 
 @record_function("augmentation")
-def elastic_transform(
-    images: Tensor, rng: ShardedGenerator, strength: float, *, smoothness: float = 4.0
-) -> Tensor:
+def elastic_transform(images: Tensor, rng: ShardedGenerator, strength: float) -> Tensor:
     """Displaces the pixels of each image by a smooth random field (Simard, Steinkraus, Platt 2003).
 
-    Args:
-        strength: root mean square of a displacement along an axis, in pixels.
-        smoothness: standard deviation of the Gaussian that smooths the field, in pixels.
+    `strength` is the root mean square of a displacement along an axis, in pixels; a Gaussian with a standard
+    deviation of SMOOTHNESS pixels smooths the field.
     """
     B, _, H, W = images.shape
-    reach = math.ceil(3 * smoothness)
-    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / smoothness) ** 2)
+    reach = math.ceil(3 * SMOOTHNESS)
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / SMOOTHNESS) ** 2)
     kernel = kernel / kernel.norm()  # unit variance in, unit variance out
     field = rng.normal(B * 2, 1, H + 2 * reach, W + 2 * reach)
     field = F.conv2d(F.conv2d(field, kernel[None, None, :, None]), kernel[None, None, None, :])

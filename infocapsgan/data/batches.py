@@ -5,23 +5,14 @@ from torch import Tensor
 
 
 class Batches:
-    """Which images make up which step: each epoch is a permutation, its incomplete last batch is left out.
+    """Which of N images make up which step: an epoch is a permutation, without an incomplete last batch.
 
-    The order of an epoch depends only on the seed and the number of the epoch, so a position is one number:
-    the step.
-
-    Args:
-        images: N, the number of images.
-        batch_size: images per step.
-        seed: of the permutations.
-        device: where the indices are wanted.
+    The order of an epoch depends only on the seed and its number, so a position is one number: the step.
     """
 
     def __init__(self, images: int, batch_size: int, seed: int, device: torch.device | str = "cpu") -> None:
         if not 1 <= batch_size <= images:
-            raise ValueError(
-                f"batch_size: got {batch_size}, takes 1 to {images}, the number of training images"
-            )
+            raise ValueError(f"batch_size: got {batch_size}, takes 1 to {images}, the number of images")
         self.images, self.batch_size, self.seed, self.device = images, batch_size, seed, device
         self.per_epoch = images // batch_size
         self._epoch, self._order = -1, torch.empty(0)
@@ -30,12 +21,8 @@ class Batches:
         """Indices [batch_size] of the images of step 0, 1, …"""
         epoch, place = divmod(step, self.per_epoch)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+            # One seed of two numbers, so that seed 0 epoch 1 is not seed 1 epoch 0.
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
             self._order = torch.randperm(self.images, generator=generator).to(self.device)
             self._epoch = epoch
         return self._order[place * self.batch_size : (place + 1) * self.batch_size]
-
-
-def _mix(seed: int, epoch: int) -> int:
-    """One seed of two numbers, so that seed 0 epoch 1 is not seed 1 epoch 0."""
-    return (seed * 1_000_003 + epoch) % (1 << 63)

@@ -20,11 +20,6 @@ class Dataset:
 
     Images may be larger than `size`: a training batch is then cropped at random places, and
     centred() crops the middle, for evaluations.
-
-    Attributes:
-        class_names: a short name for each label.
-        split: of a directory of images, the paths of the images of "train" and of "test" in the order of the
-            tensors, below the directory and with slashes; None where the split is published.
     """
 
     name: str
@@ -33,8 +28,9 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
     size: int = 28
-    class_names: tuple[str, ...] = DIGITS
+    class_names: tuple[str, ...] = DIGITS  # a short name for each label
     split: dict[str, list[str]] | None = None
+    """Of --dataset folder: the paths in it of the images of "train" and of "test", in their order."""
 
     @property
     def labelled(self) -> bool:
@@ -44,8 +40,7 @@ class Dataset:
     def train_batch(self, chosen: Tensor, rng: ShardedGenerator) -> tuple[Tensor, Tensor]:
         """Training images [B, channels, size, size] and labels of the indices `chosen` [B]."""
         images = self.train_images[chosen]
-        margin = images.shape[-1] - self.size
-        if margin:
+        if margin := images.shape[-1] - self.size:
             images = crop(images, rng.integers(margin + 1, len(chosen), 2), self.size)
         return images, self.train_labels[chosen]
 
@@ -59,7 +54,7 @@ class Dataset:
         number = round(share * len(order))
         if not 0 < number < len(order):
             raise ValueError(f"share: got {share}, takes a share that leaves images on both sides")
-        out, kept = order[:number].to(self.train_labels.device), order[number:].to(self.train_labels.device)
+        out, kept = order.to(self.train_labels.device).tensor_split([number])
         rest = replace(self, train_images=self.train_images[kept], train_labels=self.train_labels[kept])
         held_out = replace(rest, test_images=self.train_images[out], test_labels=self.train_labels[out])
         if self.split is None:
@@ -71,14 +66,11 @@ class Dataset:
     def centred(self: Set) -> Set:
         """The same data with every image cropped to its middle."""
         margin = self.train_images.shape[-1] - self.size
-        if not margin:
+        if margin <= 0:  # pairs of digits are made larger than the images
             return self
         middle = slice(margin // 2, margin // 2 + self.size)
-        return replace(
-            self,
-            train_images=self.train_images[:, :, middle, middle],
-            test_images=self.test_images[:, :, middle, middle],
-        )
+        train, test = (images[:, :, middle, middle] for images in (self.train_images, self.test_images))
+        return replace(self, train_images=train, test_images=test)
 
     def to(self: Set, device: torch.device | str) -> Set:
         """The same data on `device`, where the batches are then made."""

@@ -20,7 +20,5 @@ def load(data_dir: str | Path | None = None) -> Dataset:
     images = F.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False)
     images = images.round().to(torch.uint8)
     labels = torch.from_numpy(digits.target).long()
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=0.2, random_state=0, stratify=digits.target
-    )
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     return Dataset("digits", images[train], labels[train], images[test], labels[test])

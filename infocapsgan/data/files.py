@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import math
 import os
 import sys
 import tarfile
@@ -12,12 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from filelock import FileLock
-from pooch import HTTPDownloader
+from torch import Tensor
 
 from infocapsgan.engine.atomic import atomic_folder
 
-UNREADABLE = (EOFError, OSError, ValueError, zlib.error)  # what reading a damaged gz file raises
 REMEDY = "remove it and get it again"
 
 
@@ -59,15 +61,12 @@ def find(source: Source, data_dir: str | Path | None = None) -> list[Path]:
 
     A file NAME.gz may also lie there uncompressed, as NAME. Downloads go to `data_dir` where it is set, else
     to the user's cache folder.
-
-    Raises:
-        DataError: a file does not have its checksum, or is missing and could not be downloaded.
     """
-    places = [folder / source.folder for folder in folders(data_dir)]
     for folder in folders(data_dir):
         for layout in (source.folder, *source.other_folders):
             if paths := _lying_in(folder / layout, source):
                 return paths
+    places = [folder / source.folder for folder in folders(data_dir)]
     target = places[0] if data_dir else places[-1]
     try:
         if source.archive:
@@ -75,18 +74,16 @@ def find(source: Source, data_dir: str | Path | None = None) -> list[Path]:
         return [download(source.url + file.name, target / file.name, file) for file in source.files]
     except OSError as error:
         raise DataError(
-            f"the data set {source.folder} is in none of {', '.join(map(str, places))} "
-            f"and could not be downloaded from {source.url} ({error}). "
+            f"the data set {source.folder} is in none of {', '.join(map(str, places))} and could not be "
+            f"downloaded from {source.url} ({error}). "
             f"Put these files into {target}: {', '.join(file.name for file in source.files)}"
         ) from error
 
 
 def _lying_in(folder: Path, source: Source) -> list[Path]:
     """The verified files of `source` in a folder, empty where one is missing."""
-    paths = []
-    for file in source.files:
-        names = (file.name, file.name.removesuffix(".gz"))
-        paths += [folder / name for name in names if (folder / name).is_file()][:1]
+    choices = [(folder / file.name, folder / file.name.removesuffix(".gz")) for file in source.files]
+    paths = [path for pair in choices for path in [path for path in pair if path.is_file()][:1]]
     if len(paths) < len(source.files):
         return []
     for path, file in zip(paths, source.files, strict=True):
@@ -110,32 +107,26 @@ def download(url: str, path: Path, file: File) -> Path:
     """Downloads one file, unless it is there; `path` appears only when its content is whole and verified.
 
     Of several processes that want it one downloads it, the others wait. A failed download leaves nothing.
-
-    Raises:
-        DataError: what is there, or what was received, does not have its checksum.
-        OSError: the download failed or broke off.
     """
-    if not path.is_file():
-        with locked(path) as folder, TemporaryDirectory(prefix=f".{path.name}.", dir=folder) as temporary:
-            if not path.is_file():  # another process may have downloaded it meanwhile
-                print(f"downloading {url}", file=sys.stderr)
-                received = Path(temporary) / path.name
-                HTTPDownloader(progressbar=True)(url, str(received), None)
-                verify(received, file, f"what came from {url}", "it was removed, try again to get it anew")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(received, path)
-                return path
-    verify(path, file)
+    with locked(path) as folder, TemporaryDirectory(prefix=f".{path.name}.", dir=folder) as temporary:
+        if path.is_file():  # another process may have downloaded it meanwhile
+            verify(path, file)
+        else:
+            from pooch import HTTPDownloader  # here, so that reading data needs no pooch
+
+            print(f"downloading {url}", file=sys.stderr)
+            received = Path(temporary) / path.name
+            HTTPDownloader(progressbar=True)(url, str(received), None)
+            verify(received, file, f"what came from {url}", "it was removed, try again to get it anew")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(received, path)
     return path
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[Path]:
-    """Keeps other processes that want to make `path` waiting until the block ends.
-
-    Gives the nearest folder above `path` that exists. The lock is a file there for as long as the block
-    lasts: no folder is made for it, so that a block that fails has none to remove.
-    """
+    """Keeps other processes that want to make `path` waiting; gives the nearest folder above that exists."""
+    # No folder is made for the lock, so that a block that fails has none to remove.
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     lock = folder / f".{path.name}.lock"
     with FileLock(lock):
@@ -153,10 +144,8 @@ def verify(path: Path, file: File, name: str = "", remedy: str = REMEDY) -> None
     content = path.read_bytes() if file.name.endswith(".tar.gz") else unpacked(path, name, remedy)
     digest = hashlib.new(file.algorithm, content).hexdigest()
     if digest != file.checksum:
-        raise DataError(
-            f"{name or path} does not have the expected content: its {file.algorithm} is {digest}, "
-            f"{file.checksum} was expected; {remedy}"
-        )
+        wrong = f"its {file.algorithm} is {digest}, {file.checksum} was expected"
+        raise DataError(f"{name or path} does not have the expected content: {wrong}; {remedy}")
 
 
 def unpacked(path: Path, name: str = "", remedy: str = REMEDY) -> bytes:
@@ -165,5 +154,12 @@ def unpacked(path: Path, name: str = "", remedy: str = REMEDY) -> bytes:
         content = path.read_bytes()
         # By what it is, not by its name: some servers and browsers decompress what they transfer.
         return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except UNREADABLE as error:
+    except (EOFError, OSError, ValueError, zlib.error) as error:
         raise DataError(f"{name or path} is damaged ({error}); {remedy}") from error
+
+
+def values(path: Path, content: bytes, shape: list[int], dtype: str) -> Tensor:
+    """A tensor of what `content`, which `path` has behind its header, holds in the order of its axes."""
+    if len(content) != math.prod(shape) * np.dtype(dtype).itemsize:
+        raise DataError(f"{path} has {len(content)} bytes of values where its header says {shape}")
+    return torch.from_numpy(np.frombuffer(content, dtype).reshape(shape).copy())

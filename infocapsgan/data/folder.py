@@ -4,7 +4,6 @@ from collections import Counter
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -16,63 +15,43 @@ from infocapsgan.data.registry import ImageShape, register
 
 SIZE, SMALLEST, LARGEST = 32, 28, 128
 SUFFIXES = ".bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp"
-
 Labelled: TypeAlias = tuple[Path, int]  # an image and its label
 
 
-def shape(data_dir: str | Path | None = None, image_size: int | None = None) -> ImageShape:
-    """Channels, size and classes of a directory of images, from names and headers; see load()."""
-    return _shape(*_listing(data_dir), image_size)
-
-
-@register("folder", shape, rank=7)
+@register("folder", lambda *place: _listing(*place)[2], rank=7)
 def load(data_dir: str | Path | None = None, image_size: int | None = None) -> Dataset:
     """The images in `data_dir` as square pictures of `image_size` pixels, 32 by default.
 
     `data_dir` holds images, or a folder of images for each class, or train/ and test/ with either. Without
     those two a fifth of the images (seed 0, the same share of each class) is the test split. Without class
-    folders, or with one, every label is 0 and a class code has ten values; metrics against labels then mean
-    nothing. Names that begin with a dot are passed over, and so is what is no regular file. Each split is in
-    a random order, the same at every call: its first images are a fair sample of it.
-
-    The images have one channel where the headers of all say that they are grey (images.is_grey), else three;
-    images.py says how each is read.
-
-    Raises:
-        ValueError: the image size is no multiple of 4 from 28 to 128.
-        DataError: there is no such folder, no image in it or in one of its class folders, or one cannot be
-            read or has pixels of 32 bits; train/ or test/ is there without the other, or test/ has a class
-            that train/ lacks.
+    folders, or with one, every label is 0 and a class code has ten values. Names that begin with a dot are
+    passed over, and so is what is no regular file. Each split is in a random order, the same at every call.
+    The images have one channel where the headers of all say that they are grey, else three.
     """
-    splits, names = _listing(data_dir)
-    channels, size, _ = _shape(splits, names, image_size)
+    splits, names, (channels, size, _) = _listing(data_dir, image_size)
     if len(splits) == 2:
-        train, test = (_shuffled(images) for images in splits)
+        orders = (torch.randperm(len(s), generator=torch.Generator().manual_seed(0)) for s in splits)
+        train, test = ([s[i] for i in order.tolist()] for s, order in zip(splits, orders, strict=True))
     else:
-        (images,) = splits
-        labels = [label for _, label in images]
+        labels = [label for _, label in splits[0]]
         try:
-            orders = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+            train, test = train_test_split(splits[0], test_size=0.2, random_state=0, stratify=labels)
         except ValueError as error:
             message = f"{data_dir} holds too few images for a train and a test split ({error})"
             raise DataError(message) from error
-        train, test = ([images[i] for i in order] for order in orders)
     parts = {"train": train, "test": test}
     split = {part: [path.relative_to(str(data_dir)).as_posix() for path, _ in parts[part]] for part in parts}
     tensors = *_read(train, channels, size), *_read(test, channels, size)
     return Dataset("folder", *tensors, size, names, split)
 
 
-def _shape(splits: list[list[Labelled]], names: tuple[str, ...], image_size: int | None) -> ImageShape:
+def _listing(
+    data_dir: str | Path | None, image_size: int | None
+) -> tuple[list[list[Labelled]], tuple[str, ...], ImageShape]:
+    """Training and test images, or all in one list where they are not apart; names of classes; the shape."""
     size = SIZE if image_size is None else image_size
     if type(size) is not int or size % 4 or not SMALLEST <= size <= LARGEST:
         raise ValueError(f"--image-size: got {size}, takes a multiple of 4 from {SMALLEST} to {LARGEST}")
-    grey = all(is_grey(path) for images in splits for path, _ in images)
-    return ImageShape(1 if grey else 3, size, len(names))
-
-
-def _listing(data_dir: str | Path | None) -> tuple[list[list[Labelled]], tuple[str, ...]]:
-    """Training and test images, or all in one list where they are not apart; a name for each class."""
     if data_dir is None or not Path(data_dir).is_dir():
         raise DataError(f"--data-dir: got {data_dir}, takes the directory of images for --dataset folder")
     root = Path(data_dir)
@@ -86,7 +65,9 @@ def _listing(data_dir: str | Path | None) -> tuple[list[list[Labelled]], tuple[s
     names = _folders(places[0])
     if unknown := sorted(set(_folders(places[-1])) - set(names)):
         raise DataError(f"{test} holds classes that {train} lacks: {', '.join(unknown)}")
-    return [_images(place, names) for place in places], tuple(names) if len(names) > 1 else DIGITS
+    splits, classes = [_images(place, names) for place in places], tuple(names) if len(names) > 1 else DIGITS
+    grey = all(is_grey(path) for images in splits for path, _ in images)
+    return splits, classes, ImageShape(1 if grey else 3, size, len(classes))
 
 
 def _folders(folder: Path) -> list[str]:
@@ -101,24 +82,14 @@ def _images(folder: Path, names: list[str]) -> list[Labelled]:
 
 
 def _images_below(place: Path) -> list[Path]:
-    files = [
-        path
-        for path in sorted(place.rglob("*"))
-        if not any(part.startswith(".") for part in path.relative_to(place).parts) and path.is_file()
-    ]
-    images = [path for path in files if path.suffix.lower() in SUFFIXES.split()]
-    if images:
+    shown = (p for p in sorted(place.rglob("*")) if "/." not in f"/{p.relative_to(place).as_posix()}")
+    files = [path for path in shown if path.is_file()]
+    if images := [path for path in files if path.suffix.lower() in SUFFIXES.split()]:
         return images
     others = Counter(path.suffix.lower() or "no suffix" for path in files)
     passed_over = ", ".join(f"{suffix} ({number})" for suffix, number in sorted(others.items()))
-    raise DataError(
-        f"{place} holds no images, which end in one of {SUFFIXES}; passed over: {passed_over or 'nothing'}"
-    )
-
-
-def _shuffled(images: list[Labelled]) -> list[Labelled]:
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return [images[i] for i in order.tolist()]
+    message = f"{place} holds no images, which end in one of {SUFFIXES}"
+    raise DataError(f"{message}; passed over: {passed_over or 'nothing'}")
 
 
 def _read(images: list[Labelled], channels: int, size: int) -> tuple[Tensor, Tensor]:

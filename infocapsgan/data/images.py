@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from infocapsgan.data.dataset import to_unit
 from infocapsgan.data.files import DataError
 from infocapsgan.data.registry import ImageShape
 
@@ -28,21 +29,13 @@ TAKES = "uint8, or floats in [0, 1]"
 
 
 def read_image(path: str | Path, channels: int, size: int) -> Tensor:
-    """The picture in a file as uint8 [channels, size, size]; see the module for the rules.
-
-    Raises:
-        DataError: it is no regular file, or no decoder takes it; names the path.
-    """
+    """The picture in a file as uint8 [channels, size, size]; raises DataError where no decoder takes it."""
     with _opened(path) as image:
         return _pixels(image, channels, size)
 
 
 def is_grey(path: str | Path) -> bool:
-    """Whether a file's header says that it has grey levels and no colours: Pillow's modes 1, L, LA, I;16.
-
-    Raises:
-        DataError: as read_image, for what the header alone can tell.
-    """
+    """Whether a file's header says that it has grey levels and no colours: Pillow's modes 1, L, LA, I;16."""
     with _opened(path) as image:
         return image.mode in ("1", "L", "LA") or _has_16_bits(image)
 
@@ -51,14 +44,10 @@ def to_images(images: Picture | Sequence[Picture], shape: ImageShape) -> Tensor:
     """Pictures of any kind → [N, channels, size, size] of `shape`, as uint8 or float32 in [0, 1].
 
     Args:
-        images: one of these, or a sequence of them.
-
-            A path or a PIL image: one picture.
-
-            A tensor or an array, uint8 in 0 … 255 or of floats in [0, 1], with 2 axes [H, W]: one grey
-            picture; with 3 axes [C, H, W] or [H, W, C]: one picture of 1 or 3 channels; with 4 axes
-            [N, C, H, W] or [N, H, W, C]: N of those. Which axis is C is told by its size of 1 or 3; where it
-            could be either, it is refused. Pixels of the right shape stay as they are; others become uint8.
+        images: paths, PIL images, or tensors and arrays, uint8 or of floats in [0, 1]: [H, W] grey,
+            [C, H, W] or [H, W, C], [N, C, H, W] or [N, H, W, C]; one or a sequence. Which axis is C is told
+            by its size of 1 or 3; where it could be either, it is refused. Pixels of the right shape stay as
+            they are; others become uint8.
         shape: what a model takes.
 
     Raises:
@@ -71,7 +60,7 @@ def to_images(images: Picture | Sequence[Picture], shape: ImageShape) -> Tensor:
     if isinstance(images, Image.Image):
         return _pixels(images, shape.channels, shape.size)[None]
     if isinstance(images, Tensor | np.ndarray):
-        return _fitted(_checked(images), shape.channels, shape.size)
+        return _from_arrays(images, shape.channels, shape.size)
     if not isinstance(images, Sequence):
         raise TypeError(
             f"images: got {type(images).__name__}, takes tensors, arrays, PIL images, paths or lists of them"
@@ -79,22 +68,17 @@ def to_images(images: Picture | Sequence[Picture], shape: ImageShape) -> Tensor:
     if not images:
         raise ValueError("images: got an empty sequence, takes at least one picture")
     parts = [to_images(one, shape) for one in images]
-    if any(part.is_floating_point() for part in parts):
-        parts = [part if part.is_floating_point() else part.float() / 255 for part in parts]
-    return torch.cat(parts)
+    return torch.cat([to_unit(part) for part in parts] if any(map(torch.is_floating_point, parts)) else parts)
 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """The picture in a file, its header read. Any error in the block becomes a DataError with the path.
-
-    Of a broken file a decoder may raise SyntaxError, struct.error, MemoryError or nearly any other. Pillow's
-    warnings of large pictures are not shown: one for each file; those that are too large raise an error.
-    """
+    """The picture in a file, its header read; whatever a decoder raises in the block becomes a DataError."""
     if not Path(path).is_file():  # to open a named pipe would wait for ever
         raise DataError(f"{path} cannot be read as an image (it is no file)")
     try:
         with warnings.catch_warnings():
+            # One for each large file; those that are too large raise an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 yield image
@@ -105,14 +89,19 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 def _pixels(image: Image.Image, channels: int, size: int) -> Tensor:
     deep = _has_16_bits(image)
     image = ImageOps.exif_transpose(image)
-    if deep:
-        image = _to_8_bits(image)
+    if deep:  # Pillow would cut values off at 255
+        values = np.asarray(image)
+        if "transparency" in image.info:  # the grey level that is transparent
+            values = np.where(values == image.info["transparency"], 0, values)
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"it has pixels of 32 bits (mode {image.mode}); takes 8 or 16 bits")
     if image.has_transparency_data:
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image.convert("RGBA"))
-    image = _middle_square(image.convert("RGB" if channels == 3 else "L"), size)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    image = image.convert("RGB" if channels == 3 else "L")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.resize((size, size), box=(left, top, left + side, top + side))
     return torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1)
 
 
@@ -121,22 +110,7 @@ def _has_16_bits(image: Image.Image) -> bool:
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Pillow would cut larger values off at 255."""
-    values = np.asarray(image)
-    if "transparency" in image.info:  # the grey level that is transparent
-        values = np.where(values == image.info["transparency"], 0, values)
-    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
-
-
-def _middle_square(image: Image.Image, size: int) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize((size, size), box=(left, top, left + side, top + side))
-
-
-def _checked(images: Tensor | np.ndarray) -> Tensor:
-    """A tensor or an array as [N, C, H, W] of uint8 or float32."""
+def _from_arrays(images: Tensor | np.ndarray, channels: int, size: int) -> Tensor:
     if isinstance(images, np.ndarray):
         dtype = np.float32 if images.dtype.kind == "f" else images.dtype
         images = torch.from_numpy(np.array(images, dtype, order="C"))
@@ -155,11 +129,7 @@ def _checked(images: Tensor | np.ndarray) -> Tensor:
         low, high = (value.item() for value in images.aminmax())
         if not (low >= 0 and high <= 1):  # NaN is neither
             raise ValueError(f"images: got floats from {low:g} to {high:g}, takes {TAKES}")
-    return images.movedim(channel_axes[0], 1)
-
-
-def _fitted(images: Tensor, channels: int, size: int) -> Tensor:
-    """Images [N, C, H, W] as they are where C × H × W is what is wanted, else by way of PIL images."""
+    images = images.movedim(channel_axes[0], 1)
     if images.shape[1:] == (channels, size, size):
         return images
     if images.is_floating_point():

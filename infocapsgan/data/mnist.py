@@ -1,14 +1,12 @@
 """MNIST and Fashion-MNIST: four files in the idx format each."""
 
-import math
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from infocapsgan.data.dataset import Dataset
-from infocapsgan.data.files import DataError, File, Source, find, unpacked
+from infocapsgan.data.files import DataError, File, Source, find, unpacked, values
 from infocapsgan.data.registry import ImageShape, register
 
 SHAPE = ImageShape(1, 28, 10)
@@ -65,15 +63,11 @@ def read_idx(path: Path) -> Tensor:
 
     The format: two zero bytes, one byte for the type (8: unsigned byte), one byte for the number of axes,
     each axis as a big-endian 32-bit number, then the values, last axis fastest.
-
-    Raises:
-        DataError: the file is not that, or is cut short.
     """
     content = unpacked(path)
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise DataError(f"{path} is not an idx file of unsigned bytes: it begins with {content[:4].hex(' ')}")
     start = 4 + 4 * content[3]
-    shape = np.frombuffer(content[4:start], dtype=">u4").tolist()
-    if len(shape) != content[3] or len(content) - start != math.prod(shape):
-        raise DataError(f"{path} has {len(content) - start} bytes of values where its header says {shape}")
-    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())
+    if len(content) < start:
+        raise DataError(f"{path} ends after {len(content)} bytes where its header says {content[3]} axes")
+    return values(path, content[start:], np.frombuffer(content[4:start], dtype=">u4").tolist(), "u1")

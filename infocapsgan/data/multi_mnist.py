@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infocapsgan.data import mnist
-from infocapsgan.data.dataset import Dataset, crop
+from infocapsgan.data.dataset import TENSORS, Dataset, crop
 from infocapsgan.data.registry import ImageShape, register
 from infocapsgan.engine.rng import ShardedGenerator
 
 SIZE, SHIFT = 36, 4
-TEST_PAIRS = 100_000
-TEST_SEED = 0
+TEST_PAIRS, TEST_SEED = 100_000, 0
 STORED = 100_000  # test pairs that are kept as images; the others are rendered when they are used
 
 
@@ -28,18 +27,13 @@ class Pairs(NamedTuple):
     corners: Tensor  # row and column of each digit's frame [N, 2, 2] as uint8
 
 
-class ByClass(NamedTuple):
-    """Digits in the order of their labels."""
+class ByClass:
+    """Digits in the order of their labels [N]."""
 
-    order: Tensor  # indices [N]
-    counts: Tensor  # digits of each class
-    starts: Tensor  # place in `order` of the first of each class
-
-    @classmethod
-    def of(cls, labels: Tensor) -> "ByClass":
-        """From the labels [N]."""
-        count = labels.bincount()
-        return cls(labels.argsort(stable=True), count, count.cumsum(0) - count)
+    def __init__(self, labels: Tensor) -> None:
+        self.order = labels.argsort(stable=True)
+        self.counts = labels.bincount()
+        self.starts = self.counts.cumsum(0) - self.counts  # place in `order` of the first of each class
 
 
 @dataclass(frozen=True)
@@ -48,16 +42,11 @@ class MultiMNIST(Dataset):
 
     A pair [2, 36, 36] is its two digits, one a channel; overlay() adds them to one image. It has two labels.
     `test_images` holds at most STORED pairs; test_batches() gives all of them.
-
-    Attributes:
-        test_digits: single test digits [N, 1, 28, 28].
-        test_digit_labels: their labels [N].
-        pairs: how the test pairs are made of them; None where `test_images` holds them all.
     """
 
-    test_digits: Tensor = field(kw_only=True)
+    test_digits: Tensor = field(kw_only=True)  # single ones [N, 1, 28, 28]
     test_digit_labels: Tensor = field(kw_only=True)
-    pairs: Pairs | None = field(default=None, kw_only=True)
+    pairs: Pairs | None = field(default=None, kw_only=True)  # None where `test_images` holds them all
 
     def train_batch(self, chosen: Tensor, rng: ShardedGenerator) -> tuple[Tensor, Tensor]:
         """The digits `chosen` [B], each with one of another class: pairs [B, 2, 36, 36], labels [B, 2]."""
@@ -66,38 +55,27 @@ class MultiMNIST(Dataset):
 
     @cached_property
     def _by_class(self) -> ByClass:
-        return ByClass.of(self.train_labels)
+        return ByClass(self.train_labels)
 
     def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All test pairs and their labels, up to `size` at a time."""
         if self.pairs is None:
             yield from super().test_batches(size)
             return
-        for start in range(0, len(self.test_labels), size):
-            place = slice(start, start + size)
-            pairs = Pairs(*(values[place].to(self.test_digits.device) for values in self.pairs))
-            yield render(self.test_digits, pairs), self.test_labels[place]
+        for *pairs, labels in zip(*(t.split(size) for t in (*self.pairs, self.test_labels)), strict=True):
+            yield render(self.test_digits, Pairs(*pairs)), labels
 
     def with_test_pairs(self, number: int) -> "MultiMNIST":
         """The same digits with another number of test pairs; the first ones are the same for each number."""
         pairs = fixed_pairs(self.test_digit_labels, number)
-        return replace(
-            self,
-            test_images=render(self.test_digits, Pairs(*(values[:STORED] for values in pairs))),
-            test_labels=labels_of(self.test_digit_labels, pairs),
-            pairs=pairs if number > STORED else None,
-        )
+        images = render(self.test_digits, Pairs(*(values[:STORED] for values in pairs)))
+        labels = labels_of(self.test_digit_labels, pairs)
+        kept = pairs if number > STORED else None
+        return replace(self, test_images=images, test_labels=labels, pairs=kept)
 
     def hold_out(self, share: float) -> tuple["MultiMNIST", "MultiMNIST"]:
-        """As of every data set; the pairs of the held-out digits are fixed."""
-        rest, held_out = super().hold_out(share)
-        digits, labels = held_out.test_images, held_out.test_labels
-        held_out = replace(held_out, test_digits=digits, test_digit_labels=labels)
-        return rest, held_out.with_test_pairs(len(labels))
-
-    def centred(self) -> "MultiMNIST":
-        """Itself: pairs are never cropped."""
-        return self
+        rest, out = super().hold_out(share)
+        out = replace(out, test_digits=out.test_images, test_digit_labels=out.test_labels)
+        return rest, out.with_test_pairs(len(out.test_labels))
 
     def to(self, device: torch.device | str) -> "MultiMNIST":
         """The same data on `device`; pairs that are not stored stay where they are."""
@@ -111,12 +89,9 @@ class MultiMNIST(Dataset):
 
 @register("multi-mnist", ImageShape(1, SIZE, 10), labels=2, rank=6)
 def load(data_dir: str | Path | None = None) -> MultiMNIST:
-    """Training digits of MNIST, and TEST_PAIRS pairs of its test digits, always the same.
-
-    Each test digit is the first of as many pairs as any other, or of one more.
-    """
+    """Training digits of MNIST, and TEST_PAIRS pairs of its test digits, always the same."""
     single = mnist.load_mnist(data_dir)
-    return of_digits(single.train_images, single.train_labels, single.test_images, single.test_labels)
+    return of_digits(*(getattr(single, name) for name in TENSORS))
 
 
 def of_digits(
@@ -129,19 +104,16 @@ def of_digits(
 
 
 def fixed_pairs(labels: Tensor, number: int) -> Pairs:
-    """The same `number` of pairs of digits with these labels at every call, on the CPU."""
+    """Pairs of digits with these labels, always the same; each is the first of as many, or of one more."""
     labels, rng = labels.cpu(), ShardedGenerator(TEST_SEED)
-    first = torch.arange(number) % len(labels)
-    by_class = ByClass.of(labels)
-    parts = [sample_pairs(labels, by_class, part, rng) for part in first.split(10_000)]
+    by_class = ByClass(labels)
+    first = (torch.arange(number) % len(labels)).split(10_000)
+    parts = [sample_pairs(labels, by_class, part, rng) for part in first]
     return Pairs(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def sample_pairs(labels: Tensor, by_class: ByClass, first: Tensor, rng: ShardedGenerator) -> Pairs:
-    """The digits `first` [B], each with one sampled uniformly from the digits of all other classes.
-
-    Each of the two is moved by up to 4 pixels along each axis within 36 × 36.
-    """
+    """The digits `first` [B], each with one sampled uniformly from all other classes, at random places."""
     own, start = by_class.counts[labels[first]], by_class.starts[labels[first]]
     # A place among the digits of other classes: those before one's own class, then those behind it.
     place = (rng.uniform(len(first)).double() * (len(labels) - own)).long()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from infocapsgan.data.dataset import Dataset
 
@@ -17,21 +17,11 @@ class ImageShape(NamedTuple):
     classes: int
 
 
-class Entry(NamedTuple):
-    """What register() was called with."""
-
-    load: Callable[..., Dataset]
-    shape: ImageShape | Callable[..., ImageShape]
-    labels: int
-    rank: int
+Shape: TypeAlias = ImageShape | Callable[..., ImageShape]
+_SETS: dict[str, tuple[Callable[..., Dataset], Shape, int, int]] = {}
 
 
-_SETS: dict[str, Entry] = {}
-
-
-def register(
-    name: str, shape: ImageShape | Callable[..., ImageShape], *, labels: int = 1, rank: int = 100
-) -> Callable[[Loader], Loader]:
+def register(name: str, shape: Shape, *, labels: int = 1, rank: int = 100) -> Callable[[Loader], Loader]:
     """Decorator that makes a function the loader of the data set `name`.
 
     The function takes `data_dir`. Where the shape depends on the files, `shape` is a function, and both take
@@ -39,7 +29,7 @@ def register(
     """
 
     def add(loader: Loader) -> Loader:
-        _SETS[name] = Entry(loader, shape, labels, rank)
+        _SETS[name] = loader, shape, labels, rank
         return loader
 
     return add
@@ -47,15 +37,15 @@ def register(
 
 def names(*, labels: int | None = None) -> tuple[str, ...]:
     """The names of all data sets by rank, or of those whose images have so many labels."""
-    ranked = sorted(_SETS, key=lambda name: _SETS[name].rank)
-    return tuple(name for name in ranked if labels in (None, _SETS[name].labels))
+    ranked = sorted((rank, name) for name, (*_, number, rank) in _SETS.items() if labels in (None, number))
+    return tuple(name for _, name in ranked)
 
 
 def image_shape(
     name: str, data_dir: str | Path | None = None, *, image_size: int | None = None
 ) -> ImageShape:
     """Channels, size and classes of a data set, without reading its pixels; arguments as of load()."""
-    shape = _find(name, image_size).shape
+    _, shape = _find(name, image_size)
     return shape if isinstance(shape, ImageShape) else shape(data_dir, image_size)
 
 
@@ -72,13 +62,14 @@ def load(name: str, data_dir: str | Path | None = None, *, image_size: int | Non
         ValueError: no data set has that name, or the image size does not suit it.
         DataError: a file is damaged, or is missing and could not be downloaded.
     """
-    entry = _find(name, image_size)
-    return entry.load(data_dir) if isinstance(entry.shape, ImageShape) else entry.load(data_dir, image_size)
+    loader, shape = _find(name, image_size)
+    return loader(data_dir) if isinstance(shape, ImageShape) else loader(data_dir, image_size)
 
 
-def _find(name: str, image_size: int | None) -> Entry:
+def _find(name: str, image_size: int | None) -> tuple[Callable[..., Dataset], Shape]:
     if name not in _SETS:
         raise ValueError(f"dataset: got {name!r}, takes one of {', '.join(names())}")
-    if image_size is not None and isinstance(_SETS[name].shape, ImageShape):
+    loader, shape, *_ = _SETS[name]
+    if image_size is not None and isinstance(shape, ImageShape):
         raise ValueError(f"--image-size: got {image_size} with --dataset {name}, goes with --dataset folder")
-    return _SETS[name]
+    return loader, shape

@@ -1,6 +1,5 @@
 """smallNORB: toys of five kinds, photographed by two cameras; the published split by instance."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infocapsgan.data.dataset import Dataset
-from infocapsgan.data.files import DataError, File, Source, find, unpacked
+from infocapsgan.data.files import DataError, File, Source, find, unpacked, values
 from infocapsgan.data.registry import ImageShape, register
 
 SIZE = 48  # of 96 × 96, resized as published; batches are cropped from it
@@ -44,9 +43,6 @@ def read_matrix(path: Path) -> Tensor:
 
     The format, little-endian: a number for the type of the values, the number of axes, each axis (at least
     three numbers are there), then the values, last axis fastest.
-
-    Raises:
-        DataError: the file is not that, or is cut short.
     """
     content = unpacked(path)
     header = np.frombuffer(content[:8], dtype="<i4") if len(content) >= 8 else [0, 0]
@@ -54,18 +50,12 @@ def read_matrix(path: Path) -> Tensor:
     if dtype is None:
         raise DataError(f"{path} is not a matrix of bytes or integers: it begins with {content[:4].hex(' ')}")
     axes = int(header[1])
-    start = 8 + 4 * max(3, axes)
     shape = np.frombuffer(content[8 : 8 + 4 * axes], dtype="<i4").tolist()
-    if len(content) - start != math.prod(shape) * np.dtype(dtype).itemsize:
-        raise DataError(f"{path} has {len(content) - start} bytes of values where its header says {shape}")
-    return torch.from_numpy(np.frombuffer(content, dtype=dtype, offset=start).reshape(shape).copy())
+    return values(path, content[8 + 4 * max(3, axes) :], shape, dtype)
 
 
 def _flat(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs of images [N, 2, 96, 96] → images of 48 × 48 [2 N, 1, 48, 48], each labelled as its pair."""
-    cameras = images.shape[1]
-    parts = [
-        F.interpolate(part.flatten(0, 1)[:, None].float(), size=(SIZE, SIZE), mode="area").round().byte()
-        for part in images.split(1000)
-    ]
-    return torch.cat(parts), labels.long().repeat_interleave(cameras)
+    parts = (part.flatten(0, 1)[:, None].float() for part in images.split(1000))
+    resized = [F.interpolate(part, size=(SIZE, SIZE), mode="area").round().byte() for part in parts]
+    return torch.cat(resized), labels.long().repeat_interleave(images.shape[1])

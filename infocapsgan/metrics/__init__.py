@@ -14,15 +14,10 @@ Measured = tuple[dict[str, float], dict[str, Any]]
 
 
 class Group(NamedTuple):
-    """A group of metrics.
+    """A group of metrics."""
 
-    Attributes:
-        why_not: why the group does not apply to a system and its data; empty where it does.
-        measure: measures a system on its data, with so many images where it generates any.
-    """
-
-    why_not: "Callable[[System, Dataset], str]"
-    measure: "Callable[[System, Dataset, int], Measured]"
+    why_not: "Callable[[System, Dataset], str]"  # why it does not apply to them; empty where it does
+    measure: "Callable[[System, Dataset, int], Measured]"  # with so many images where it generates any
 
 
 GROUPS: dict[str, Group] = {}
@@ -38,6 +33,12 @@ def register(name: str, why_not: "Callable[[System, Dataset], str]") -> Callable
         return measure
 
     return decorate
+
+
+def unless_labelled(ability: str) -> "Callable[[System, Dataset], str]":
+    """The `why_not` of groups that take a system with `ability` and images with labels."""
+    unlabelled = "its images have no labels"
+    return lambda system, dataset: system.why_not(ability) or ("" if dataset.labelled else unlabelled)
 
 
 def best(name: str, values: list[float]) -> float | None:

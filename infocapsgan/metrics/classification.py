@@ -7,18 +7,13 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from infocapsgan.data import Dataset
-from infocapsgan.metrics import Measured, register
+from infocapsgan.metrics import Measured, register, unless_labelled
 
 if TYPE_CHECKING:
     from infocapsgan.systems import System
 
 
-def why_not(system: "System", dataset: Dataset) -> str:
-    """Why the group does not apply; empty where it does."""
-    return system.why_not("classify") or ("" if dataset.labelled else "its images have no labels")
-
-
-@register("classification", why_not)
+@register("classification", unless_labelled("classify"))
 def classification(system: "System", dataset: Dataset, samples: int) -> Measured:
     """Accuracy, error and losses of the test split, its confusion matrix; the error of pairs of labels."""
     values, labels = system.test_predictions(dataset), dataset.test_labels
@@ -38,17 +33,10 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
 
 
 def confusion(predictions: Tensor, labels: Tensor, classes: int) -> dict[str, list]:
-    """The confusion matrix, and from it how well each class is recognised.
+    """How often a label (row) was predicted as a class (column), and the share recognised of each label.
 
-    Args:
-        predictions: [N] or, of several labels an image, [N, M] in the order of the labels.
-        labels: of the same shape.
-        classes: how many there are.
-
-    Returns:
-        `confusion`: how many images of a label (row) were predicted as a class (column) [classes][classes];
-        `per_class_accuracy`: the share of each label's images that were recognised [classes]; None where the
-        label has no image.
+    Predictions and labels are [N] or, of several labels an image, [N, M] in the same order. The share of a
+    label without images is None.
     """
     both = (values.cpu().numpy().ravel() for values in (labels, predictions))
     count = confusion_matrix(*both, labels=np.arange(classes))

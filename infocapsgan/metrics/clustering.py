@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from infocapsgan.data import Dataset
-from infocapsgan.metrics import Measured, register
+from infocapsgan.metrics import Measured, register, unless_labelled
 from infocapsgan.metrics.classification import confusion
 from infocapsgan.metrics.matching import clustering_metrics, match_clusters
 
@@ -11,12 +11,7 @@ if TYPE_CHECKING:
     from infocapsgan.systems import System
 
 
-def why_not(system: "System", dataset: Dataset) -> str:
-    """Why the group does not apply; empty where it does."""
-    return system.why_not("cluster") or ("" if dataset.labelled else "its images have no labels")
-
-
-@register("clustering", why_not)
+@register("clustering", unless_labelled("cluster"))
 def clustering(system: "System", dataset: Dataset, samples: int) -> Measured:
     """Unsupervised accuracy, NMI and ARI of the test split; clusters are matched on the training split."""
     classes = system.image_shape.classes

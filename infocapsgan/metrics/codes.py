@@ -21,14 +21,13 @@ ROWS_PER_CLASS, STEPS = 20, 11
 HIGHER_IS_BETTER |= {f"{name}_rank_correlation" for name in MEASURES}
 
 
-def why_not(system: "System", dataset: Dataset) -> str:
-    """Why the group does not apply; empty where it does."""
+def _why_not(system: "System", dataset: Dataset) -> str:
     if system.settings.dataset not in DIGIT_SETS:
         return f"slant and width are measured on {' and '.join(DIGIT_SETS)} only"
     return "" if system.continuous_codes else "it has no continuous codes"
 
 
-@register("codes", why_not)
+@register("codes", _why_not)
 def codes(system: "System", dataset: Dataset, samples: int) -> Measured:
     """Spearman's rank correlation of slant, stroke width and digit width with each continuous code.
 
@@ -48,22 +47,14 @@ def codes(system: "System", dataset: Dataset, samples: int) -> Measured:
 
 
 def traversal(system: "System", index: int, values: Tensor, codes: Tensor, rng: ShardedGenerator) -> Tensor:
-    """Latents of rows along which one continuous code goes through `values` and nothing else changes.
+    """Latents [R · V, …] of rows along which a continuous code goes through `values` and nothing else does.
 
-    Args:
-        system: one with continuous codes.
-        index: of the continuous code.
-        values: of the code along a row [V].
-        codes: the class code of each row [R].
-        rng: where the noise and the other continuous codes of each row come from.
-
-    Returns:
-        [R · V, latent], row by row.
+    `index` is the number of that code, `values` [V] are along a row, `codes` [R] the class codes of the rows;
+    the noise and the other continuous codes of each row are random.
     """
     R, V = len(codes), len(values)
     noise = rng.normal(R, system.noise_dim).repeat_interleave(V, dim=0)
-    continuous = rng.uniform(R, system.continuous_codes) * 2 - 1
-    continuous = continuous.repeat_interleave(V, dim=0)
+    continuous = (rng.uniform(R, system.continuous_codes) * 2 - 1).repeat_interleave(V, dim=0)
     continuous[:, index] = values.repeat(R)
     return system.latents(noise, codes.repeat_interleave(V), continuous)
 

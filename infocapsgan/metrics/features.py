@@ -1,17 +1,14 @@
 """The classifier on whose features generated images are compared with real ones.
 
-Inception knows photographs; for the small images here the project trains a convolutional classifier of its
-own on the training split of the same data: two convolutions of 3 × 3 (32 and 64 channels, batch norm, ReLU,
-halved), a dense layer of 64, ReLU: the features; and a dense layer to the classes. Always from seed 0, with
-Adam, and kept in the user's cache folder, so that all runs on a data set are measured by the same numbers.
-Of images without labels it learns by how many quarter turns each was rotated (Gidaris, Singh, Komodakis 2018,
-Unsupervised Representation Learning by Predicting Image Rotations).
+Inception knows photographs; for the small images here a convolutional classifier is trained on the training
+split of the same data, always from seed 0, and kept in the user's cache folder, so that all runs on a data
+set are measured by the same numbers. Of images without labels it learns by how many quarter turns each was
+rotated (Gidaris, Singh, Komodakis 2018, Unsupervised Representation Learning by Predicting Image Rotations).
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 from infocapsgan.data import Dataset
 from infocapsgan.data.augment import random_shift
 from infocapsgan.data.batches import Batches
-from infocapsgan.data.dataset import in_batches, to_unit
+from infocapsgan.data.dataset import TENSORS, in_batches, to_unit
 from infocapsgan.data.files import cache_folder
 from infocapsgan.engine.atomic import atomic_folder
 from infocapsgan.engine.rng import ShardedGenerator
@@ -34,27 +31,17 @@ EPOCHS, IMAGES_SEEN = 2, 40_000  # at least so many of either: a small set is pa
 
 
 class FeatureClassifier(nn.Module):
-    """Images [B, C, H, W] in [0, 1] → features [B, 64]; `classify` turns features into logits.
-
-    Args:
-        channels, size, classes: of the images.
-    """
+    """Images [B, C, H, W] in [0, 1] → features [B, 64]; `classify` turns features into logits."""
 
     def __init__(self, channels: int, size: int, classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for before, after in ((channels, 32), (32, 64)):
-            layers += [
-                nn.Conv2d(before, after, 3, padding=1),
-                nn.BatchNorm2d(after),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-            ]
-        self.features = nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(64 * (size // 4) ** 2, FEATURES), nn.ReLU()
-        )
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after)]
+            layers += [nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Flatten(), nn.Linear(64 * (size // 4) ** 2, FEATURES), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
         self.classify = nn.Linear(FEATURES, classes)
-        self.num_features = FEATURES  # what torchmetrics asks an extractor for
 
     def forward(self, images: Tensor) -> Tensor:
         return self.features(images)
@@ -65,21 +52,13 @@ class FeatureClassifier(nn.Module):
             return in_batches(lambda part: self(to_unit(part)), images)
 
 
-@dataclass(frozen=True)
-class FeatureExtractor:
-    """The classifier in evaluation mode, and what tells it from others.
-
-    Attributes:
-        classifier: on the device of the data.
-        task: what it tells apart, in a word.
-        accuracy: on the test split.
-        checksum: sha256 of its weights; figures of classifiers that differ here are not to be compared.
-    """
+class FeatureExtractor(NamedTuple):
+    """The classifier in evaluation mode, on the device of the data, and what tells it from others."""
 
     classifier: FeatureClassifier
-    task: str
-    accuracy: float
-    checksum: str
+    task: str  # what it tells apart, in a word
+    accuracy: float  # on the test split
+    checksum: str  # of its weights; figures of classifiers that differ here are not to be compared
 
 
 def feature_extractor(dataset: Dataset, classes: int) -> FeatureExtractor:
@@ -103,12 +82,9 @@ def feature_extractor(dataset: Dataset, classes: int) -> FeatureExtractor:
             save_file(classifier.state_dict(), temporary / "weights.safetensors")
             (temporary / "classifier.json").write_text(json.dumps({"accuracy": share}))
     classifier.load_state_dict(load_file(folder / "weights.safetensors"))
-    return FeatureExtractor(
-        classifier.eval().requires_grad_(False),
-        task,
-        json.loads((folder / "classifier.json").read_text())["accuracy"],
-        _checksum(folder / "weights.safetensors"),
-    )
+    share = json.loads((folder / "classifier.json").read_text())["accuracy"]
+    checksum = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()[:16]
+    return FeatureExtractor(classifier.eval().requires_grad_(False), task, share, checksum)
 
 
 def rotated(dataset: Dataset) -> Dataset:
@@ -125,16 +101,16 @@ def rotated(dataset: Dataset) -> Dataset:
 
 @torch.enable_grad()
 def _train(classifier: FeatureClassifier, dataset: Dataset) -> None:
-    device, images = dataset.train_images.device, dataset.train_images
-    batches = Batches(len(images), min(BATCH_SIZE, len(images)), 0, device)
+    images, labels = dataset.train_images, dataset.train_labels
+    batches = Batches(len(images), min(BATCH_SIZE, len(images)), 0, images.device)
     steps = max(EPOCHS * batches.per_epoch, IMAGES_SEEN // batches.batch_size)
     optimizer = torch.optim.Adam(classifier.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    rng = ShardedGenerator(0, device)
+    rng = ShardedGenerator(0, images.device)
     for step in range(steps):
         chosen = batches.indices(step)
         seen = random_shift(to_unit(images[chosen]), rng, SHIFT)
-        loss = F.cross_entropy(classifier.classify(classifier(seen)), dataset.train_labels[chosen])
+        loss = F.cross_entropy(classifier.classify(classifier(seen)), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -146,11 +122,7 @@ def _key(dataset: Dataset) -> str:
     """Of how the classifier is trained, and all that it is trained and measured on."""
     training = (VERSION, EPOCHS, IMAGES_SEEN, BATCH_SIZE, LEARNING_RATE, SHIFT, dataset.size)
     digest = hashlib.sha256(repr(training).encode())
-    for tensor in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
+    for tensor in (getattr(dataset, name) for name in TENSORS):
         digest.update(str(tuple(tensor.shape)).encode())
         digest.update(tensor.contiguous().cpu().numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -14,15 +14,13 @@ if TYPE_CHECKING:
     from infocapsgan.systems import System
 
 
-def why_not(system: "System", dataset: Dataset) -> str:
-    """Why the group does not apply; empty where it does."""
+def _why_not(system: "System", dataset: Dataset) -> str:
     few = min(len(dataset.train_images), len(dataset.test_images)) <= NEIGHBOURS
-    return system.why_not("generate") or (
-        f"it takes {NEIGHBOURS + 1} training and test images" if few else ""
-    )
+    too_few = f"it takes {NEIGHBOURS + 1} training and test images" if few else ""
+    return system.why_not("generate") or too_few
 
 
-@register("generation", why_not)
+@register("generation", _why_not)
 def generation(system: "System", dataset: Dataset, samples: int) -> Measured:
     """Fréchet distance, precision and recall of generated images against test images.
 
@@ -30,20 +28,14 @@ def generation(system: "System", dataset: Dataset, samples: int) -> Measured:
     """
     number = min(samples, len(dataset.test_images))
     extractor = feature_extractor(dataset, system.image_shape.classes)
-    rng = ShardedGenerator(0, dataset.train_images.device)
+    rng = ShardedGenerator(0, system.device)
     latents = system.random_latents(number, rng, images=dataset.train_images)
-    generated = in_batches(system.generate, latents)
-    real, of_training, of_generated = (
-        extractor.classifier.of_all(images)
-        for images in (evenly(dataset.test_images, number), evenly(dataset.train_images, number), generated)
-    )
+    test, train = (evenly(images, number) for images in (dataset.test_images, dataset.train_images))
+    images = test, train, in_batches(system.generate, latents)
+    real, of_training, of_generated = map(extractor.classifier.of_all, images)
     precision, recall = precision_recall(real, of_generated)
-    metrics = {
-        "frechet_distance": frechet_distance(real, of_generated),
-        "sample_precision": precision,
-        "sample_recall": recall,
-    }
-    return metrics, {
+    metrics = {"frechet_distance": frechet_distance(real, of_generated)}
+    return metrics | {"sample_precision": precision, "sample_recall": recall}, {
         "features": f"{FEATURES} of a classifier of {extractor.task} of {dataset.name}, not Inception",
         "classifier_accuracy": extractor.accuracy,
         "classifier_checksum": extractor.checksum,

@@ -13,13 +13,8 @@ from infocapsgan.data import Dataset
 def match_clusters(clusters: Tensor, labels: Tensor, codes: int, classes: int) -> Tensor:
     """The one-to-one map from clusters to labels under which most images are right (Hungarian method).
 
-    Args:
-        clusters: of each image [N], 0 … codes − 1.
-        labels: of each image [N], 0 … classes − 1.
-        codes, classes: how many clusters and how many labels there are.
-
-    Returns:
-        the label of each cluster [codes]; −1 for a cluster that is left over.
+    From clusters of images [N], 0 … codes − 1, and their labels [N], 0 … classes − 1; returns the label of
+    each cluster [codes], −1 for one that is left over.
     """
     count = np.zeros((codes, classes), dtype=np.int64)
     np.add.at(count, (clusters.cpu().numpy(), labels.cpu().numpy()), 1)
@@ -32,9 +27,7 @@ def match_clusters(clusters: Tensor, labels: Tensor, codes: int, classes: int) -
 def clustering_metrics(label_of_cluster: Tensor, clusters: Tensor, labels: Tensor) -> dict[str, float]:
     """Unsupervised accuracy, normalised mutual information and adjusted Rand index of test images.
 
-    Args:
-        label_of_cluster: what match_clusters() returned for training images [codes].
-        clusters, labels: of each test image [N].
+    From what match_clusters() returned for training images, and clusters and labels of test images [N].
     """
     clusters, labels = clusters.cpu(), labels.cpu()
     return {

@@ -1,4 +1,4 @@
-"""Slant, breadth and width of the strokes of digits in images."""
+"""Slant, breadth and width of the strokes of digits in images [N, 1, H, W] in [0, 1], bright on black."""
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ def slant(images: Tensor) -> Tensor:
 
     −μ₁₁ / μ₀₂ with the central moments μ_pq = Σ (x − x̄)^p (y − ȳ)^q I(x, y), y growing downwards: the shear
     that would make the image upright. 0 where the image is empty.
-
-    Args:
-        images: [N, 1, H, W] in [0, 1], bright strokes on black.
     """
     _, xy, yy = _variances(images)
     return -xy / yy.clamp(min=1e-12)
@@ -27,9 +24,6 @@ def digit_width(images: Tensor) -> Tensor:
 
     √((μ₂₀ − μ₁₁² / μ₀₂) / μ₀₀), with the moments of slant(): what is left of the spread of the columns once
     the digit stands upright. 0 where the image is empty.
-
-    Args:
-        images: [N, 1, H, W] in [0, 1], bright strokes on black.
     """
     xx, xy, yy = _variances(images)
     return (xx - xy.square() / yy.clamp(min=1e-12)).clamp(min=0).sqrt()
@@ -40,9 +34,7 @@ def _variances(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mass = images[:, 0].double()
     mass = mass / mass.sum((1, 2), keepdim=True).clamp(min=1e-12)
     y, x = (torch.arange(size, dtype=mass.dtype, device=mass.device) for size in mass.shape[1:])
-    y = y[:, None]
-    x = x - (mass * x).sum((1, 2), keepdim=True)
-    y = y - (mass * y).sum((1, 2), keepdim=True)
+    y, x = (along - (mass * along).sum((1, 2), keepdim=True) for along in (y[:, None], x))
     xx, xy, yy = ((mass * product).sum((1, 2)) for product in (x * x, x * y, y * y))
     return xx, xy, yy
 
@@ -51,11 +43,7 @@ def stroke_width(images: Tensor) -> Tensor:
     """Mean width of the strokes in pixels, [N].
 
     4 Σ d / Σ 1 over the pixels brighter than half, d being a pixel's distance to the nearest dark one: across
-    a stroke of width w, d rises from 0 to w/2 and falls again, w/4 in the mean. 0 where no pixel is that
-    bright.
-
-    Args:
-        images: [N, 1, H, W] in [0, 1], bright strokes on black.
+    a stroke of width w, d rises from 0 to w/2 and falls again, w/4 in the mean. 0 where none is that bright.
     """
     large = F.interpolate(images.double(), scale_factor=ENLARGED, mode="bilinear", align_corners=False)
     inside = F.pad(large, [1, 1, 1, 1]).cpu().numpy()[:, 0] > 0.5

@@ -3,19 +3,16 @@
 import re
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from infocapsgan.engine.loaded_run import LoadedRun
-from infocapsgan.plotting import register
 from infocapsgan.systems import NotApplicableError
 
 
-@register
 def animate(run: LoadedRun, *, pictures: str | None = None) -> list[Image.Image]:
     """The pictures in samples/ one after another, each with its step.
 
     Args:
-        run: the run.
         pictures: which of those in samples/ [samples, or the first].
     """
     kept = kept_pictures(run.path)
@@ -27,11 +24,8 @@ def animate(run: LoadedRun, *, pictures: str | None = None) -> list[Image.Image]
     frames = [Image.open(path).convert("RGB") for path in kept[name]]
     width, height = (max(sizes) for sizes in zip(*(frame.size for frame in frames), strict=True))
     # Frames differ by a few pixels where their labels do: the right and lower edges stay in place.
-    padded = []
-    for frame in frames:
-        padded.append(Image.new("RGB", (width, height), "white"))
-        padded[-1].paste(frame, (width - frame.width, height - frame.height))
-    return padded
+    margins = [(width - frame.width, height - frame.height, 0, 0) for frame in frames]
+    return [ImageOps.expand(frame, margin, "white") for frame, margin in zip(frames, margins, strict=True)]
 
 
 def kept_pictures(run: Path) -> dict[str, list[Path]]:

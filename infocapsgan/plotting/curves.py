@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +13,22 @@ from matplotlib.figure import Figure
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.run_directory import SUMMARY, read_config, read_metrics
 from infocapsgan.metrics import best
-from infocapsgan.plotting import register
 from infocapsgan.plotting.figures import LOG_FROM, new_figure
 from infocapsgan.systems import NotApplicableError, System
 
-CLUSTERS, CAPSULES, SHARES, LOSSES = (
-    "share of images in each cluster",
-    "capsules of generator and discriminator",
-    "shares of images and scores, from 0 to 1",
-    "losses",
-)
+LOSSES, SHARES = "losses", "shares of images and scores, from 0 to 1"
+CLUSTERS, CAPSULES = "share of images in each cluster", "capsules of generator and discriminator"
 LINE_STYLES = ("-", "--", ":", "-.")
 SPLITS = {"train": "training batches", "validation": "held-out training images", "evaluation": "test images"}
 Rows = Sequence[dict[str, Any]]
 
 
-@register
 def curves(
-    run: LoadedRun,
-    *,
-    metric: str | None = None,
-    beside: Sequence[Path] = (),
-    reach: Sequence[float] = (),
+    run: LoadedRun, *, metric: str | None = None, beside: Sequence[Path] = (), reach: Sequence[float] = ()
 ) -> Figure:
     """Losses and metrics of training batches, held-out and test images against steps; or one of several runs.
 
     Args:
-        run: the run.
         metric: one number only, against epochs.
         beside: runs whose metric is drawn, too.
         reach: values of the metric: the legend says in which epoch each run reached them.
@@ -58,31 +47,28 @@ def curves(
 
 
 def training_curves(rows: Rows, system: System, baselines: dict[str, float], title: str) -> Figure:
-    """A panel for each kind of number and each split; an arrow in the legend says which way is better.
+    """A panel for each split and each kind of number in rows of metrics.jsonl.
 
-    Args:
-        rows: of metrics.jsonl.
-        system: whose `terms` say what the numbers are.
-        baselines: values of the system's headline metric that simpler methods reach, by name.
-        title: of the figure.
+    `baselines` are values of the system's headline metric that simpler methods reach, by name.
     """
     panels = []
     for split, images in SPLITS.items():
         of_split = [row for row in rows if row["kind"] == split]
+        names = [name for name in dict.fromkeys(chain(*of_split)) if name not in ("kind", "step", "epoch")]
         for kind in (LOSSES, SHARES, CLUSTERS, CAPSULES):
-            if names := [name for name in _names(of_split) if _kind(name) == kind]:
-                panels.append((f"{images}: {kind}", kind, of_split, names))
+            if of_kind := [name for name in names if _kind(name) == kind]:
+                panels.append((f"{images}: {kind}", kind, of_split, of_kind))
     wide, high = min(3, len(panels)), -(-len(panels) // 3)
     figure = new_figure(5.4 * wide, 4.0 * high, title)
     axes = figure.subplots(high, wide, squeeze=False).ravel()
-    for place, (heading, kind, values, names) in zip(axes, panels, strict=False):
-        _plot(place, kind, values, names, system.terms)
-        place.set(xlabel="step", title=heading)
-        place.title.set_fontsize("medium")
-        if system.headline in names and values[0]["kind"] == "evaluation":
-            for (name, value), style in zip(baselines.items(), cycle(("--", ":", "-.")), strict=False):
+    for place, (heading, kind, values, of_kind) in zip(axes, panels, strict=False):
+        _plot(place, kind, values, of_kind, system.terms)
+        place.set_xlabel("step")
+        place.set_title(heading, fontsize="medium")
+        if system.headline in of_kind and values[0]["kind"] == "evaluation":
+            for (name, value), style in zip(baselines.items(), cycle(LINE_STYLES[1:]), strict=False):
                 place.axhline(value, color="gray", linestyle=style, label=f"{name}: {value:.3f}")
-        place.legend(fontsize="x-small", ncols=2 if len(names) > 5 else 1)
+        place.legend(fontsize="x-small", ncols=2 if len(of_kind) > 5 else 1)
     for place in axes[len(panels) :]:
         place.set_visible(False)
     return figure
@@ -90,11 +76,10 @@ def training_curves(rows: Rows, system: System, baselines: dict[str, float], tit
 
 def _plot(axes: Axes, kind: str, rows: Rows, names: Sequence[str], terms: dict[str, str]) -> None:
     for name in names:
-        having = [row for row in rows if name in row]
-        marks: dict[str, Any] = {"marker": "o", "markersize": 3} if len(having) < 40 else {}
-        label = name.replace("_", " ") + (f" {terms[name]}" if name in terms else "")
-        steps, values = [row["step"] for row in having], [row[name] for row in having]
-        axes.plot(steps, values, label=label, linewidth=1, **marks)
+        line = [(row["step"], row[name]) for row in rows if name in row]
+        label = f"{name.replace('_', ' ')} {terms.get(name, '')}".rstrip()
+        marker = "o" if len(line) < 40 else ""
+        axes.plot(*zip(*line, strict=True), label=label, linewidth=1, marker=marker, markersize=3)
     if kind == SHARES:
         axes.set_ylim(min(0, axes.get_ylim()[0]), 1.02)
     elif kind == CLUSTERS:
@@ -114,45 +99,29 @@ def _kind(name: str) -> str:
     return SHARES if re.search(r"accuracy|^nmi$|^ari$|^pair_error$", name) else LOSSES
 
 
-def _names(rows: Rows) -> list[str]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return [name for name in names if name not in ("kind", "step", "epoch")]
-
-
 def comparison(paths: Sequence[Path], metric: str, reach: Sequence[float] = ()) -> Figure:
-    """`metric` of the runs against epochs.
+    """A metric of the runs against epochs, and the epoch in which each first reached each value of `reach`.
 
     Runs of one system have a colour each; of several systems, a colour a system and a line style a run.
-
-    Args:
-        paths: of the runs.
-        metric: a number of metrics.jsonl.
-        reach: values, each drawn as a line across; the legend tells the epoch of the first evaluation of each
-            run that is no worse.
-
-    Raises:
-        NotApplicableError: a run does not hold the metric, or nothing says which of its values are better.
-        RunError: there is no such run.
     """
     if reach and best(metric, [0.0]) is None:
         raise NotApplicableError(f"--reach: neither more nor less of {metric} is better")
-    systems: dict[str, int] = {}
     runs = []
     for path in paths:
         config = read_config(path)
-        if not (line := points(read_metrics(path), metric)):
+        if not (line := _points(read_metrics(path), metric)):
             raise NotApplicableError(f"--metric: {path} holds no {metric}")
         runs.append((path, f"{config.system} on {config.settings['dataset']}", line))
-        systems.setdefault(runs[-1][1], len(systems))
+    systems = list(dict.fromkeys(system for _, system, _ in runs))
     figure = new_figure(7.5, 5.0, f"{metric.replace('_', ' ')} during training")
     axes = figure.subplots()
     for number, (path, system, line) in enumerate(runs):
         same = [other for _, other, _ in runs[:number]].count(system)
-        colour, line_style = (number, number // 10) if len(systems) == 1 else (systems[system], same)
-        style: dict[str, Any] = {"color": f"C{colour % 10}", "linestyle": LINE_STYLES[line_style % 4]}
-        epochs = [f"{value:g} in epoch {_shown(first_epoch(line, metric, value))}" for value in reach]
+        colour, style = (number, number // 10) if len(systems) == 1 else (systems.index(system), same)
+        epochs = [f"{value:g} in epoch {_first_epoch(line, metric, value)}" for value in reach]
         label = "\n".join([f"{system}: {path.resolve().name}", *epochs])
-        axes.plot(*zip(*line, strict=True), label=label, marker="o", markersize=3, linewidth=1, **style)
+        (drawn,) = axes.plot(*zip(*line, strict=True), label=label, marker="o", markersize=3, linewidth=1)
+        drawn.set(color=f"C{colour % 10}", linestyle=LINE_STYLES[style % 4])
     for value in reach:
         axes.axhline(value, color="gray", linestyle="--", linewidth=0.8)
     values = [value for _, _, line in runs for _, value in line]
@@ -163,17 +132,13 @@ def comparison(paths: Sequence[Path], metric: str, reach: Sequence[float] = ()) 
     return figure
 
 
-def points(rows: Rows, metric: str) -> list[tuple[float, float]]:
+def _points(rows: Rows, metric: str) -> list[tuple[float, float]]:
     """Epoch and value of each evaluation that holds the metric; where none does, of each row that does."""
     having = [row for row in rows if metric in row]
     evaluations = [row for row in having if row["kind"] == "evaluation"]
     return [(row["epoch"], row[metric]) for row in evaluations or having]
 
 
-def first_epoch(line: Sequence[tuple[float, float]], metric: str, value: float) -> float | None:
-    """The epoch of the first point that is no worse than `value`; None where there is none."""
-    return next((epoch for epoch, reached in line if best(metric, [reached, value]) == reached), None)
-
-
-def _shown(epoch: float | None) -> str:
-    return "–" if epoch is None else f"{epoch:.3g}"
+def _first_epoch(line: Sequence[tuple[float, float]], metric: str, value: float) -> str:
+    """That of the first point that is no worse than `value`; – where there is none."""
+    return next((f"{epoch:.3g}" for epoch, reached in line if best(metric, [reached, value]) == reached), "–")

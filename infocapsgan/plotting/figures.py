@@ -76,20 +76,15 @@ def save_figure(path: Path, figure: Figure) -> None:
         figure.savefig(temporary, format="png", bbox_inches="tight")
 
 
-def save_gif(path: Path, frames: Sequence[Image.Image], milliseconds: int) -> None:
+def save_gif(path: Path, frames: Sequence[Image.Image], milliseconds: int = 400) -> None:
     """Writes a GIF that is repeated for ever; each frame is shown that long, the last four times as long."""
     # One palette for all, so that the still parts of the frames do not flicker.
-    some = [frames[0], frames[len(frames) // 2], frames[-1]]
-    together = Image.new("RGB", (frames[0].width, len(some) * frames[0].height))
-    for place, frame in enumerate(some):
-        together.paste(frame, (0, place * frame.height))
-    palette = together.quantize(256)
+    some = np.vstack([np.asarray(frames[place]) for place in (0, len(frames) // 2, -1)])
+    palette = Image.fromarray(some).quantize(256)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     shown = [milliseconds] * (len(frames) - 1) + [4 * milliseconds]
     with atomic_file(path) as temporary:
-        frames[0].save(
-            temporary, format="GIF", save_all=True, append_images=frames[1:], duration=shown, loop=0
-        )
+        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=shown, loop=0)
 
 
 def pixels(figure: Figure) -> np.ndarray:

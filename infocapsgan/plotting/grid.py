@@ -6,39 +6,26 @@ from matplotlib.figure import Figure
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Whole
-from infocapsgan.plotting import register
-from infocapsgan.plotting.figures import sheet_figure
-from infocapsgan.plotting.sheet import Sheet
+from infocapsgan.plotting.figures import Sheet, sheet_figure
 
 ROWS = COLUMNS = 10
 
 
-@register
 def grid(run: LoadedRun, *, seed: Whole = 0) -> Figure:
     """Samples; a row for each class code where there is one, all rows of the same noise.
 
     Args:
-        run: the run.
         seed: of the latent vectors.
     """
     system = run.system
     system.require("latents", "grid")
     rng, title = ShardedGenerator(seed, run.device), f"{run.title}\ngenerated images"
     if not system.codes:
-        noise = rng.normal(ROWS * COLUMNS, system.noise_dim)
-        images = system.generate(system.latents(noise))
-        return sheet_figure(
-            title, Sheet(images, COLUMNS, xlabel=f"each of its own noise vector (seed {seed})")
-        )
+        images = system.generate(system.latents(rng.normal(ROWS * COLUMNS, system.noise_dim)))
+        xlabel = f"each of its own noise vector (seed {seed})"
+        return sheet_figure(title, Sheet(images, COLUMNS, xlabel=xlabel))
     noise = rng.normal(COLUMNS, system.noise_dim).repeat(system.codes, 1)
     code = torch.arange(system.codes, device=run.device).repeat_interleave(COLUMNS)
-    heads = [str(number) for number in range(1, COLUMNS + 1)]
-    sheet = Sheet(
-        system.generate(system.latents(noise, code)),
-        COLUMNS,
-        system.code_names,
-        heads,
-        xlabel=f"noise vector (seed {seed})",
-        ylabel=system.code_label,
-    )
-    return sheet_figure(title, sheet)
+    images = system.generate(system.latents(noise, code))
+    heads, labels = [str(n + 1) for n in range(COLUMNS)], (f"noise vector (seed {seed})", system.code_label)
+    return sheet_figure(title, Sheet(images, COLUMNS, system.code_names, heads, *labels))

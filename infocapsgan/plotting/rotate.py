@@ -1,7 +1,5 @@
 """What a classifier makes of an image that is rotated through 360°."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -11,60 +9,50 @@ from torch import Tensor
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.settings import Count, Whole
-from infocapsgan.plotting import register
-from infocapsgan.plotting.figures import draw_sheet, new_figure, sheet_size
-from infocapsgan.plotting.sheet import Sheet
-from infocapsgan.systems import NotApplicableError
+from infocapsgan.plotting.figures import Sheet, draw_sheet, new_figure, sheet_size
+from infocapsgan.systems import NotApplicableError, System
 
 PER_ROW = 12
 
 
-@register
 def rotate(run: LoadedRun, *, image: Whole = 0, degrees: Count = 15) -> Figure:
     """An image rotated through 360°: the longest class capsule, its length, and the reconstruction from it.
 
     Args:
-        run: the run.
         image: number of the test image, from 0 on.
         degrees: from one angle to the next.
     """
     system = run.system
-    system.require("classify", "rotate")
-    pixels, label = labelled_image(run, "rotate", image)
-    angles = list(range(0, 360, degrees))
-    images = rotated(pixels, torch.tensor(angles, device=run.device))
+    pixels, label = labelled_image(run, "classify", "rotate", image)
+    angles = torch.arange(0, 360, degrees, device=run.device)
+    images = rotated(pixels, angles)
     longest, classes = system.classify(images).max(dim=1)
-    shown, rows = [images], ["rotated"]
+    shown, rows = images[None], ["rotated"]
     if not system.why_not("reconstruct"):
-        shown, rows = [images, system.reconstruct(images)], ["rotated", "reconstructed"]
-    sheets = []
-    for start in range(0, len(angles), PER_ROW):
-        part = slice(start, start + PER_ROW)
-        missing = [0, 0, 0, 0, 0, 0, 0, PER_ROW - len(angles[part])]
-        padded = torch.cat([F.pad(one[part], missing, value=1.0) for one in shown])
-        heads = [
-            f"{angle}°\n{system.class_name(j)}\n{length:.2f}"
-            for angle, j, length in zip(angles[part], classes[part], longest[part].tolist(), strict=True)
-        ]
-        sheets.append(Sheet(padded, PER_ROW, rows, heads))
+        shown, rows = torch.stack([images, system.reconstruct(images)]), ["rotated", "reconstructed"]
+    padded = F.pad(shown, [0] * 7 + [-len(angles) % PER_ROW], value=1.0).split(PER_ROW, dim=1)
+    of_each = zip(angles.tolist(), map(system.class_name, classes), longest.tolist(), strict=True)
+    heads = [f"{angle}°\n{name}\n{length:.2f}" for angle, name, length in of_each]
+    sheets = [
+        Sheet(part.flatten(0, 1), PER_ROW, rows, heads[number * PER_ROW : (number + 1) * PER_ROW])
+        for number, part in enumerate(padded)
+    ]
     sheets[-1] = sheets[-1]._replace(xlabel="angle, predicted class, length of its capsule")
     width, height = sheet_size(sheets[0], 0.75)
     title = f"{run.title}\ntest image {image} ({system.class_name(label)}), rotated counter-clockwise"
     figure = new_figure(width, 2.6 + len(sheets) * height, title)
     curve, *places = figure.subplots(1 + len(sheets), 1, height_ratios=[2.2] + [height] * len(sheets))
-    _plot_lengths(curve, angles, classes, longest.tolist(), system.class_name)
+    _plot_lengths(curve, system, angles.cpu(), classes.cpu(), longest.cpu())
     for axes, sheet in zip(places, sheets, strict=True):
         draw_sheet(axes, sheet)
     return figure
 
 
-def _plot_lengths(
-    axes: Axes, angles: list[int], classes: Tensor, longest: list[float], named: Callable[[Tensor], str]
-) -> None:
+def _plot_lengths(axes: Axes, system: System, angles: Tensor, classes: Tensor, longest: Tensor) -> None:
     axes.plot(angles, longest, color="lightgray", zorder=1)
     for j in classes.unique():
-        points = [(a, v) for a, k, v in zip(angles, classes, longest, strict=True) if k == j]
-        axes.scatter(*zip(*points, strict=True), label=f"predicted {named(j)}", color=f"C{j % 10}", zorder=2)
+        here, label = classes == j, f"predicted {system.class_name(j)}"
+        axes.scatter(angles[here], longest[here], label=label, color=f"C{j % 10}", zorder=2)
     axes.set(xlabel="angle in degrees", ylabel="length of the\nlongest class capsule", ylim=(0, 1.02))
     axes.set_xticks(range(0, 361, 45))
     axes.legend(fontsize="small", loc="lower right", bbox_to_anchor=(1, 1), frameon=False, ncols=10)
@@ -80,8 +68,9 @@ def rotated(image: Tensor, degrees: Tensor) -> Tensor:
     return F.grid_sample(image.expand(len(degrees), -1, -1, -1), places, align_corners=False)
 
 
-def labelled_image(run: LoadedRun, kind: str, index: int) -> tuple[Tensor, Tensor]:
-    """A test image [1, C, H, W] in [0, 1] and its label [1], for a picture of that kind."""
+def labelled_image(run: LoadedRun, ability: str, kind: str, index: int) -> tuple[Tensor, Tensor]:
+    """A test image [1, C, H, W] in [0, 1] and its label [1], for a kind of picture that takes an ability."""
+    run.system.require(ability, kind)
     dataset = run.dataset
     if dataset.test_labels.dim() == 2:
         raise NotApplicableError(f"{kind} does not apply to pairs of digits; reconstruct does")

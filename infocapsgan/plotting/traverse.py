@@ -8,20 +8,16 @@ from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Whole
 from infocapsgan.metrics.codes import traversal
-from infocapsgan.plotting import register
-from infocapsgan.plotting.figures import draw_sheet, new_figure, sheet_figure, sheet_size
-from infocapsgan.plotting.sheet import Sheet
+from infocapsgan.plotting.figures import Sheet, draw_sheet, new_figure, sheet_figure, sheet_size
 from infocapsgan.systems import NotApplicableError
 
 ROWS, STEPS = 10, 9
 
 
-@register
 def traverse(run: LoadedRun, *, seed: Whole = 0, code: Whole = 0) -> Figure:
     """One number of the latent varied along each row: continuous codes, or else values of the noise.
 
     Args:
-        run: the run.
         seed: of the latent vectors.
         code: class code of all images, where there are no continuous codes.
     """
@@ -48,31 +44,20 @@ def traverse(run: LoadedRun, *, seed: Whole = 0, code: Whole = 0) -> Figure:
     change = (change[:, 0] - change[:, 1]).square().flatten(1).sum(dim=1)
     chosen = change.topk(min(ROWS, system.noise_dim)).indices
     values = torch.linspace(-3, 3, STEPS, device=run.device)
-    sheet = Sheet(
-        images(chosen, values),
-        STEPS,
-        [str(index) for index in chosen.tolist()],
-        [f"{value:g}" for value in values.tolist()],
-        xlabel="what it is set to (in training a standard normal value)",
-        ylabel="which value of the noise",
-    )
+    rows, heads = [str(index) for index in chosen.tolist()], [f"{value:g}" for value in values.tolist()]
+    labels = "what it is set to (in training a standard normal value)", "which value of the noise"
+    sheet = Sheet(images(chosen, values), STEPS, rows, heads, *labels)
     return sheet_figure(f"{run.title}\n{subject}", sheet)
 
 
 def _continuous_codes(run: LoadedRun, rng: ShardedGenerator) -> Figure:
     system, values = run.system, torch.linspace(-2, 2, STEPS, device=run.device)
-    rows = torch.arange(system.codes, device=run.device)
-    sheets = [
-        Sheet(
-            system.generate(traversal(system, index, values, rows, rng)),
-            STEPS,
-            system.code_names,
-            [f"{value:g}" for value in values.tolist()],
-            xlabel=f"continuous code {index} (in training from −1 to 1)",
-            ylabel=system.code_label,
-        )
-        for index in range(system.continuous_codes)
-    ]
+    rows, heads = torch.arange(system.codes, device=run.device), [f"{value:g}" for value in values.tolist()]
+    sheets = []
+    for index in range(system.continuous_codes):
+        images = system.generate(traversal(system, index, values, rows, rng))
+        labels = f"continuous code {index} (in training from −1 to 1)", system.code_label
+        sheets.append(Sheet(images, STEPS, system.code_names, heads, *labels))
     width, height = sheet_size(sheets[0])
     title = f"{run.title}\none continuous code varied along each row"
     figure = new_figure(len(sheets) * width, height + 0.3, title)

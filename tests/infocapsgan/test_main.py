@@ -1,4 +1,5 @@
 import contextlib
+import importlib
 import re
 import runpy
 import sys
@@ -55,6 +56,19 @@ def test_python_m_reaches_the_commands(monkeypatch, capsys):
         runpy.run_module("infocapsgan", run_name="__main__")
     assert caught.value.code == 2
     assert "infocapsgan train: error: SYSTEM: got resnet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "visualize", "predict", "export"])
+def test_messages_name_the_command_as_it_was_called(command, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, command)
+    assert (
+        f"infocapsgan {command}: error: the following arguments are required: RUN" in capsys.readouterr().err
+    )
+    monkeypatch.setattr(sys, "argv", ["anything"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"infocapsgan.{command}").main()
+    assert f"python -m infocapsgan.{command}: error: the following" in capsys.readouterr().err
 
 
 def test_the_console_script_is_main():

@@ -3,6 +3,8 @@ import gzip
 import hashlib
 import http.server
 import os
+import runpy
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -161,6 +163,16 @@ def test_files_are_looked_for_in_order(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True)
         path.write_bytes(CONTENT)
         assert find(Source("small", NOWHERE, (GOOD,))) == [path]
+
+
+def test_files_that_are_there_are_read_without_pooch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pooch", None)  # to import it is an error
+    fresh = runpy.run_path(files.__file__)
+    path = tmp_path / "small" / "values.bin"
+    path.parent.mkdir()
+    path.write_bytes(CONTENT)
+    assert fresh["find"](fresh["Source"]("small", NOWHERE, (GOOD,)), tmp_path) == [path]
+    assert fresh["download"](NOWHERE, path, GOOD) == path
 
 
 def test_a_wrong_file_of_the_user_is_named(tmp_path):

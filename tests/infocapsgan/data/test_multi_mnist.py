@@ -19,7 +19,7 @@ def digits():
 
 
 def paired(images, labels, first, rng):
-    pairs = sample_pairs(labels, ByClass.of(labels), first, rng)
+    pairs = sample_pairs(labels, ByClass(labels), first, rng)
     return render(images, pairs), labels_of(labels, pairs)
 
 

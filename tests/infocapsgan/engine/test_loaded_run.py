@@ -375,7 +375,7 @@ def test_export_computes_what_torch_does(name, line, run_of, tmp_path, monkeypat
         torch.testing.assert_close(torch.from_numpy(result), network(inputs), atol=1e-4, rtol=0)
 
 
-def test_a_wrong_export_is_not_written(trained_as, tmp_path, monkeypatch):
+def test_a_wrong_export_is_not_written(trained_as, run_of, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     network = export.Inference(trained_as("encoder").system)
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
@@ -385,3 +385,6 @@ def test_a_wrong_export_is_not_written(trained_as, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(export.ExportError, match=r"pip install 'capsops\[onnx\]'"):
         export.export(network, tmp_path / "model.onnx")
+    monkeypatch.setattr(sys, "argv", ["export", str(run_of("encoder")), "--out", str(tmp_path / "x.onnx")])
+    with pytest.raises(SystemExit, match=r"^error: .* install it by `pip install 'capsops\[onnx\]'`$"):
+        export.main()
