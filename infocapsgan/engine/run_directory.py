@@ -184,7 +184,7 @@ def read_config(path: Path) -> Config:
     wrong = [name for name, hint in get_type_hints(Config).items() if mismatch(values.get(name), hint)]
     if wrong or values["image_shape"].keys() != {"channels", "size", "classes"}:
         raise RunError(f"{path / CONFIG} is damaged: {(wrong or ['image_shape'])[0]} is missing or wrong")
-    return Config(*map(values.get, Config._fields))
+    return Config._make(map(values.get, Config._fields))
 
 
 def write_config(path: Path, config: Config) -> None:

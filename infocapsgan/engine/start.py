@@ -36,25 +36,15 @@ LEAST_BATCH, LEAST_STEPS = 8, 1500  # of a folder of images; a class code is lea
 
 @dataclass
 class Training:
-    """All that the training loop works with.
-
-    Attributes:
-        system: what is trained, on its device.
-        dataset: on the same device.
-        held_out: images, as test images, on which the weights that are kept have the lowest loss.
-        batches: which images make up which step.
-        state: where training stands, and what it changes weights with.
-        run: where everything is written.
-        seconds: how long the run took before it was resumed.
-    """
+    """All that the training loop works with, system and data on the same device."""
 
     system: System
     dataset: Dataset
-    held_out: Dataset | None
-    batches: Batches
+    held_out: Dataset | None  # as test images: the weights that are kept have the lowest loss on them
+    batches: Batches  # which images make up which step
     state: TrainState
     run: RunDirectory | NoRunDirectory
-    seconds: float = 0.0
+    seconds: float = 0.0  # how long the run took before it was resumed
 
 
 def prepare(
@@ -72,14 +62,13 @@ def prepare(
     held_out = None
     if system.validation_share:
         dataset, held_out = dataset.hold_out(system.validation_share)
-    images = len(dataset.train_images)
-    batch_size, epochs = sized(system_class, settings, images)
+    batch_size, epochs = sized(system_class, settings, len(dataset.train_images))
     system.settings = settings = dataclasses.replace(settings, batch_size=batch_size, epochs=epochs)
     check_batch_size(system, batch_size, processes.world)
     synchronise_batch_norm(system, processes, device)
     if settings.compile:
         system.compile_networks()
-    batches = Batches(images, batch_size, settings.seed, device)
+    batches = Batches(len(dataset.train_images), batch_size, settings.seed, device)
     state = TrainState(
         system.optimizers,
         ShardedGenerator(settings.seed, device, processes.rank, processes.world),
@@ -116,7 +105,7 @@ def sized(system_class: type[System], settings: Settings, images: int) -> tuple[
 
 
 def check_batch_size(system: System, batch: int, world: int) -> None:
-    """Raises ValueError where processes cannot share a batch, or where batch norm has too little of it."""
+    """Raises ValueError where processes cannot share a batch, or batch norm has too little of it."""
     if batch % world:
         raise ValueError(f"--batch-size: got {batch}, takes a multiple of the {world} processes")
     if batch // world < 2 and any(isinstance(module, _BatchNorm) for module in system.modules()):
@@ -124,31 +113,26 @@ def check_batch_size(system: System, batch: int, world: int) -> None:
 
 
 def resume(path: Path, here: Config, training: Training) -> Config:
-    """Puts the state of the newest intact checkpoint back, and returns what config.json is to hold.
-
-    Raises:
-        RunError: no checkpoint is intact or fits, the images are others, or the run has more steps already.
-    """
-    system, state, writes = training.system, training.state, training.state.processes.writes
+    """Puts the state of the newest intact checkpoint back, and returns what config.json is to hold."""
+    state, settings, writes = training.state, training.system.settings, training.state.processes.writes
     before = read_config(path)
     _check_split(path, before.split, here.split)
     folder = path / "checkpoints"
     if training.held_out:
         checkpoint.read_best(folder)  # a damaged one is an error now, not at the first evaluation
     if newest := checkpoint.load_newest(folder, warn=writes):
-        training.seconds = _put_back(*newest, system, state)
-    length = f"--epochs {system.settings.epochs}"
-    length += f" and --max-steps {system.settings.max_steps}" if system.settings.max_steps else ""
+        training.seconds = _put_back(*newest, training.system, state)
+    length = f"--epochs {settings.epochs}"
+    length += f" and --max-steps {settings.max_steps}" if settings.max_steps else ""
     if state.step > state.steps:
-        raise RunError(
-            f"--resume: {path} has done {state.step} steps, and training of {length} ends after {state.steps}"
-        )
+        ends = f"training of {length} ends after {state.steps}"
+        raise RunError(f"--resume: {path} has done {state.step} steps, and {ends}")
     if writes and state.step == state.steps:
         print(f"nothing is left to train: all {state.step} steps of {length} are done", file=sys.stderr)
-    damaged = [saved for saved in checkpoint.checkpoints(folder) if int(saved.name[5:]) > state.step]
     with writing(folder):
-        for saved in damaged if writes else ():  # training comes by there again
-            shutil.rmtree(saved)
+        for saved in checkpoint.checkpoints(folder) if writes else ():
+            if int(saved.name[5:]) > state.step:  # it is damaged, and training comes by there again
+                shutil.rmtree(saved)
     return before._replace(settings=here.settings)
 
 
@@ -161,15 +145,13 @@ def report(training: Training) -> Iterator[str]:
     classes = f"{shape.classes} classes" if dataset.labelled else "no labels"
     shown = f" ({', '.join(names)})" if names and dataset.labelled else ""
     where = f"{s.dataset} in {s.data_dir}" if s.data_dir else s.dataset
-    parts = {"training": dataset.train_images, "test": dataset.test_images}
+    images = f"{len(dataset.train_images)} training, {len(dataset.test_images)} test"
     if training.held_out:
-        parts["validation"] = training.held_out.test_images
-    images = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+        images += f", {len(training.held_out.test_images)} validation"
     size = f"{shape.channels} × {shape.size} × {shape.size}"
     yield f"data: {where}: {images} images of {size}, {classes}{shown}"
-    done = f", of which {state.step} are done" if state.step else ""
-    per_epoch = training.batches.per_epoch
-    yield f"steps: {per_epoch} an epoch with batches of {s.batch_size}, {state.steps} in all{done}"
+    steps = f"{state.steps} in all" + (f", of which {state.step} are done" if state.step else "")
+    yield f"steps: {state.steps_per_epoch} an epoch with batches of {s.batch_size}, {steps}"
     yield f"run directory: {training.run.path}"
     if any(isinstance(module, (PrimaryCapsules, RoutingCapsules, Squash)) for module in system.modules()):
         impl, reason = serving_impl(s.impl, state.device)
@@ -191,11 +173,9 @@ def _put_back(snapshot: checkpoint.Snapshot, path: Path, system: System, state: 
         raise RunError(f"--resume: {path} was written by another version of infocapsgan: {error}") from error
     before, here = snapshot.numbers["device"], state.device.type
     if before != here and state.processes.writes:
-        print(
-            f"warning: the run was trained on {before} and goes on on {here}: random numbers start anew, so "
-            "its results differ from those of a run that stayed there",
-            file=sys.stderr,
-        )
+        moved = f"the run was trained on {before} and goes on on {here}"
+        differ = "random numbers start anew, so its results differ from those of a run that stayed there"
+        print(f"warning: {moved}: {differ}", file=sys.stderr)
     return snapshot.numbers["seconds"]
 
 

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from infocapsgan.engine.interruption import Interruption
 from infocapsgan.engine.run_directory import EVALUATION, SUMMARY, RunError, lock_run, write_json
 from infocapsgan.engine.settings import Settings
 from infocapsgan.metrics import best
@@ -69,39 +70,36 @@ class Sweep:
 def run_all(sweep: Sweep) -> dict[int, str]:
     """Runs the processes of all seeds that are not finished, `jobs` at a time, and waits for them.
 
-    SIGINT, SIGTERM and SIGHUP are passed on to the runs, which save their state; a second one kills them.
-    Returns the last line that each crashed run printed, by its seed.
-
-    Raises:
-        KeyboardInterrupt: a signal ended the runs.
+    A signal is passed on to the runs, which save their state, and raises KeyboardInterrupt at the end; a second
+    one kills them. Returns the last line that each crashed run printed, by its seed.
     """
-    with _received_signals() as signals, ThreadPoolExecutor(sweep.jobs) as pool:
+    with Interruption(2) as signals, ThreadPoolExecutor(sweep.jobs) as pool:
         lines = list(pool.map(lambda seed: _finish(sweep, seed, signals), sweep.seeds))
-    if signals:
+    if signals.came:
         raise KeyboardInterrupt
     return {seed: line for seed, line in zip(sweep.seeds, lines, strict=True) if line}
 
 
-def _finish(sweep: Sweep, seed: int, signals: list[int]) -> str:
+def _finish(sweep: Sweep, seed: int, signals: Interruption) -> str:
     """Runs one process after the other until a seed is finished; returns the last line of one that crashed.
 
     A run that a killed sweep left behind still trains: it is waited for, in place of one of the jobs.
     """
-    while (wanted := sweep.missing(seed)) and not signals:
+    while (wanted := sweep.missing(seed)) and not signals.came:
         if _in_use(run := sweep.run(seed)):
             print(f"seed {seed}: another process trains {run}; waiting for it", flush=True)
-            while _in_use(run) and not signals:
+            while _in_use(run) and not signals.came:
                 time.sleep(0.1)
             continue
         process, passed_on = _start(sweep, seed), 0
         while process.poll() is None:
-            if len(signals) > passed_on:
-                passed_on = len(signals)
+            if signals.came > passed_on:
+                passed_on = signals.came
                 process.send_signal(signal.SIGTERM if passed_on == 1 else signal.SIGKILL)
             time.sleep(0.1)
-        if not (wanted.exists() or signals or _in_use(run)):
-            lines = run.with_suffix(".log").read_text(errors="replace").splitlines()
-            last = next((line for line in reversed(lines) if line.strip()), "nothing was printed")
+        if not (wanted.exists() or signals.came or _in_use(run)):
+            lines = run.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+            last = lines[-1] if lines else "nothing was printed"
             print(f"seed {seed}: crashed: {last}", flush=True)
             return last
     if not wanted:
@@ -122,12 +120,7 @@ def _in_use(run: Path) -> bool:
 
 
 def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
-    """What the runs of a finished sweep came to, with the keys of results/*.json.
-
-    Raises:
-        SweepError: no run came to an end, or one has other settings than the sweep, or lacks a metric that
-            others have.
-    """
+    """What the runs of a finished sweep came to, with the keys of results/*.json."""
     seeds = [seed for seed in sweep.seeds if seed not in crashed]
     if not seeds:
         raise SweepError(f"every run crashed; what they printed is in {sweep.path}/seed-*.log")
@@ -137,13 +130,11 @@ def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
     first, below = summaries[0], sweep.failed_below
     if below is None and sweep.headline == "unsupervised_accuracy":
         below = max(first["baselines"][sweep.headline].values())
-    reached = zip(seeds, values[sweep.headline], strict=True)
-    failed = [seed for seed, value in reached if below is not None and value < below]
+    failed = [seeds[i] for i, x in enumerate(values[sweep.headline]) if below is not None and x < below]
     ended = max((sweep.run(seed) / SUMMARY).stat().st_mtime for seed in seeds)
     return {
         "system": sweep.name,
-        "dataset": first["settings"]["dataset"],
-        "recipe": first["settings"]["recipe"],
+        **{key: first["settings"][key] for key in ("dataset", "recipe")},
         "seeds": seeds,
         "metrics": {name: _spread(name, of_metric) for name, of_metric in values.items()},
         "baselines": first["baselines"],
@@ -154,11 +145,8 @@ def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
             "crashed": {str(seed): line for seed, line in crashed.items()},
         },
         "seconds": [summary["seconds"] for summary in summaries],
-        "device": " / ".join(dict.fromkeys(summary["device"] for summary in summaries)),
-        "versions": {
-            name: " / ".join(dict.fromkeys(summary["versions"][name] for summary in summaries))
-            for name in first["versions"]
-        },
+        "device": _joined(summary["device"] for summary in summaries),
+        "versions": {name: _joined(s["versions"][name] for s in summaries) for name in first["versions"]},
         "date": date.fromtimestamp(ended).isoformat(),
         "settings": _shared(first["settings"]),
     }
@@ -185,14 +173,7 @@ def table(sweep: Sweep, result: dict[str, Any]) -> str:
 
 @contextmanager
 def claimed(sweep: Sweep) -> Iterator[str | None]:
-    """Makes the folder, keeps other sweeps out of it and writes there what the sweep is.
-
-    Yields the commits of all its starts so far.
-
-    Raises:
-        SweepError: another sweep is at work there, or the folder has something else in it, or a sweep with
-            other settings.
-    """
+    """Makes the folder and keeps other sweeps out of it; yields the commits of all its starts so far."""
     sweep.path.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(sweep.path / "sweep.lock", timeout=0):
@@ -202,20 +183,20 @@ def claimed(sweep: Sweep) -> Iterator[str | None]:
 
 
 def _remember(sweep: Sweep) -> str | None:
+    """Writes to sweep.json what the sweep is, which is to be what it was."""
     file, commit = sweep.path / "sweep.json", _commit()
-    asked: dict[str, Any] = {"system": sweep.name, "settings": _shared(sweep.settings.to_json())}
-    known = asked | {"commits": []}
+    asked = {"system": sweep.name, "settings": _shared(sweep.settings.to_json())}
+    known: dict[str, Any] = asked | {"commits": []}
     if file.exists():
         known = json.loads(file.read_text())
-        before, now = ({"system": words["system"]} | words["settings"] for words in (known, asked))
-        if other := _differences(before, now):
+        if other := _differences(*({"system": it["system"], **it["settings"]} for it in (known, asked))):
             raise SweepError(f"--out: {sweep.path} holds a sweep with other settings: {other}")
     elif any(path.name != "sweep.lock" for path in sweep.path.iterdir()):
         raise SweepError(f"--out: {sweep.path} is not empty and holds no sweep")
     if commit and commit not in known["commits"]:
         known["commits"].append(commit)
     write_json(file, known)
-    return " / ".join(known["commits"]) or None
+    return _joined(known["commits"]) or None
 
 
 def digest(settings: Settings) -> str:
@@ -224,7 +205,7 @@ def digest(settings: Settings) -> str:
 
 
 def _metrics(sweep: Sweep, seeds: list[int]) -> list[dict[str, float]]:
-    """The metrics of each run, which have the same names; raises SweepError as summarise does."""
+    """The metrics of each run; SweepError where one has other settings, or lacks a metric of another."""
     shared, metrics = _shared(sweep.settings.to_json()), []
     for seed in seeds:
         if other := _differences(_shared(sweep.read(seed, SUMMARY)["settings"]), shared):
@@ -267,19 +248,6 @@ def _start(sweep: Sweep, seed: int) -> subprocess.Popen:
         )
 
 
-@contextmanager
-def _received_signals() -> Iterator[list[int]]:
-    """SIGINT, SIGTERM and SIGHUP that come in its block are added to a list, and do nothing else."""
-    received: list[int] = []
-    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {kind: signal.signal(kind, lambda number, _: received.append(number)) for kind in kinds}
-    try:
-        yield received
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
 def _shared(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that the runs of a sweep have in common."""
     return {name: value for name, value in settings.items() if name not in ("seed", "out")}
@@ -302,3 +270,8 @@ def _spread(name: str, values: list[float]) -> dict[str, Any]:
     """Mean, sample standard deviation (0 of one value), best (None where there is no better) and values."""
     std = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "std": std, "best": best(name, values), "values": values}
+
+
+def _joined(words: Iterable[str]) -> str:
+    """Each word once."""
+    return " / ".join(dict.fromkeys(words))

@@ -27,16 +27,10 @@ class TrainState:
     Args:
         optimizers: by name; update() takes such a name.
         rng: where every random number of a step comes from.
-        precision: fp32, bf16 or fp16.
-        device: where the system lives.
-        steps_per_epoch: what turns a step into an epoch.
-        steps: how many steps there will be.
-        processes: those that share a batch.
+        steps: how many there will be; `step` of them are done.
 
-    Attributes:
-        step: steps done.
-        at_once: whether update() looks at each loss before weights change. Without it check() looks at all
-            since its last call: a GPU need not be waited for in between.
+    With `at_once`, update() looks at each loss before weights change. Without it check() looks at all since
+    its last call: a GPU need not be waited for in between.
     """
 
     def __init__(
@@ -72,11 +66,8 @@ class TrainState:
     def update(self, name: str, loss: Tensor) -> None:
         """One step of the optimiser `name` down the gradient of `loss`, averaged over the processes.
 
-        No other weight gets a gradient, and one that the loss does not depend on stays as it is.
-
-        Raises:
-            NonFiniteLossError: the loss or its gradient is NaN or infinite; the weights are as before.
-                Without `at_once` that is left to check().
+        No other weight gets a gradient, and one that the loss does not depend on stays as it is. With
+        `at_once`, a loss or gradient that is not finite is a NonFiniteLossError, and weights are as before.
         """
         optimizer, scaler = self.optimizers[name], self.scalers[name]
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -93,24 +84,20 @@ class TrainState:
         elif not torch.isfinite(norm):
             raise NonFiniteLossError(f"the gradient of {name} is not finite")
         for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad = None if gradient is None else _laid_out_as(weight, gradient)
+            if gradient is not None and gradient.stride() != weight.stride():
+                # Adam's fused kernel on a GPU requires equal strides.
+                gradient = torch.empty_like(weight).copy_(gradient)
+            weight.grad = gradient
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
     def check(self) -> None:
         """Raises NonFiniteLossError if a loss or gradient since the last call was not finite."""
-        finite = bool(self._finite)
+        finite = self._finite.item()
         self._finite.fill_(True)
         if not finite:
             raise NonFiniteLossError("a loss or a gradient is not finite")
-
-
-def _laid_out_as(weight: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with the weight's strides, which Adam's fused kernel on a GPU requires."""
-    if gradient.stride() == weight.stride():
-        return gradient
-    return torch.empty_like(weight).copy_(gradient)
 
 
 def parameter_count(module: nn.Module) -> int:
