@@ -70,7 +70,7 @@ class Sweep:
 def run_all(sweep: Sweep) -> dict[int, str]:
     """Runs the processes of all seeds that are not finished, `jobs` at a time, and waits for them.
 
-    A signal is passed on to the runs, which save their state, and raises KeyboardInterrupt at the end; a second
+    A signal is passed on to the runs, which save their state, and is a KeyboardInterrupt at the end; a second
     one kills them. Returns the last line that each crashed run printed, by its seed.
     """
     with Interruption(2) as signals, ThreadPoolExecutor(sweep.jobs) as pool:
@@ -185,11 +185,12 @@ def claimed(sweep: Sweep) -> Iterator[str | None]:
 def _remember(sweep: Sweep) -> str | None:
     """Writes to sweep.json what the sweep is, which is to be what it was."""
     file, commit = sweep.path / "sweep.json", _commit()
-    asked = {"system": sweep.name, "settings": _shared(sweep.settings.to_json())}
-    known: dict[str, Any] = asked | {"commits": []}
+    settings = _shared(sweep.settings.to_json())
+    known: dict[str, Any] = {"system": sweep.name, "settings": settings, "commits": []}
     if file.exists():
         known = json.loads(file.read_text())
-        if other := _differences(*({"system": it["system"], **it["settings"]} for it in (known, asked))):
+        before, now = known["settings"] | {"system": known["system"]}, settings | {"system": sweep.name}
+        if other := _differences(before, now):
             raise SweepError(f"--out: {sweep.path} holds a sweep with other settings: {other}")
     elif any(path.name != "sweep.lock" for path in sweep.path.iterdir()):
         raise SweepError(f"--out: {sweep.path} is not empty and holds no sweep")
