@@ -19,8 +19,8 @@ from pathlib import Path
 
 from infocapsgan.engine import command_line
 from infocapsgan.engine.atomic import atomic_file
-from infocapsgan.engine.run_directory import write_json
-from infocapsgan.engine.sweep import Sweep, SweepError, claimed, digest, run_all, summarise, table
+from infocapsgan.engine.run_directory import RunError, write_json
+from infocapsgan.engine.sweep import Sweep, claimed, digest, run_all, summarise, table
 from infocapsgan.systems import SYSTEMS
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except (SweepError, OSError) as error:
+    except (RunError, OSError) as error:
         sys.exit(f"error: {error}")
     print(table(sweep, result), end="")
     print(f"written to {sweep.path / 'result.json'} and {sweep.path / 'result.md'}")

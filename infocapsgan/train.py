@@ -57,8 +57,7 @@ def train(system: str = "infocapsgan", **options: Any) -> LoadedRun:
 class CallableModule(ModuleType):
     """This module, when called, trains: its name in the package is that of the function as well."""
 
-    def __call__(self, system: str = "infocapsgan", **options: Any) -> LoadedRun:
-        return train(system, **options)
+    __call__ = staticmethod(train)
 
 
 sys.modules[__name__].__class__ = CallableModule

@@ -38,16 +38,14 @@ class Snapshot:
 def capture(system: System, state: TrainState) -> Snapshot:
     """A copy of the state as it is now."""
     tensors = {RNG: state.rng.generator.get_state(), TORCH_RNG: torch.get_rng_state()}
-    groups = {}
-    for name, optimizer in state.optimizers.items():
-        saved = optimizer.state_dict()
-        groups[name] = saved["param_groups"]
-        for index, values in saved["state"].items():
+    saved = {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()}
+    for name, states in saved.items():
+        for index, values in states["state"].items():
             tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in values.items()}
     numbers = {
         "step": state.step,
         "device": state.device.type,
-        "optimizers": groups,
+        "optimizers": {name: states["param_groups"] for name, states in saved.items()},
         "scalers": {name: scaler.state_dict() for name, scaler in state.scalers.items()},
     }
     return Snapshot(_copied(system.state_dict()), _copied(tensors), json.loads(json.dumps(numbers)))
@@ -141,10 +139,10 @@ def load_newest(folder: Path, *, warn: bool = True) -> tuple[Snapshot, Path] | N
             snapshot = load(path)
         except RunError as error:
             damaged.append(error)
-            continue
-        for reason in damaged if warn else ():
-            print(f"warning: {reason}; {path.name} takes its place", file=sys.stderr)
-        return snapshot, path
+        else:
+            for reason in damaged if warn else ():
+                print(f"warning: {reason}; {path.name} takes its place", file=sys.stderr)
+            return snapshot, path
     if damaged:
         raise RunError(f"{damaged[0]}; no other checkpoint is intact") from damaged[0]
     return None

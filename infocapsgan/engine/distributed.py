@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
-STOP_ASKED_EVERY = 10  # steps
-
 
 @dataclass(frozen=True)
 class Processes:
@@ -65,7 +63,7 @@ class Processes:
         To be told so the host waits until the device has done the step. One process knows by itself, and CPUs
         are waited for anyway; several GPUs are asked every ten steps.
         """
-        if self.world > 1 and device.type == "cuda" and step % STOP_ASKED_EVERY:
+        if self.world > 1 and device.type == "cuda" and step % 10:
             return False
         return self.any(here, device)
 

@@ -45,8 +45,7 @@ def train(system_class: type[System], settings: Settings) -> Result:
     impl = capsops.use_impl(settings.impl) if settings.impl != "auto" else nullcontext()
     directory = RunDirectory.open(system_class.name, settings) if processes.writes else NoRunDirectory()
     with directory as run, impl:
-        training = prepare(system_class, settings, run, processes, device)
-        result = Trainer(**vars(training)).fit()
+        result = Trainer(**vars(prepare(system_class, settings, run, processes, device))).fit()
     leave()
     return result
 
@@ -55,12 +54,10 @@ def train(system_class: type[System], settings: Settings) -> Result:
 class Trainer(Training):
     """Takes a training from where it stands to its last step.
 
-    Losses are looked at when something is logged, measured or saved: whether they are finite is known only
-    when the device is done, which is not waited for at each step. Where one was not, the steps since then are
-    done once more, each looked at before the next, to stop at the state before the first bad one.
-
-    A signal ends the loop after its step. Several processes on GPUs end it after the next step at which they
-    ask one another whether there was one (Processes.stop): the answer is waited for, too.
+    Whether losses are finite is looked at when something is logged, measured or saved: the device is not
+    waited for at each step. Where one was not, the steps since then are done once more, each looked at before
+    the next, to stop at the state before the first bad one. A signal ends the loop after its step; several
+    processes on GPUs end it after the next step at which they ask one another (Processes.stop).
     """
 
     def __post_init__(self) -> None:
@@ -77,10 +74,10 @@ class Trainer(Training):
     def fit(self) -> Result:
         """Trains to the last step, or to the one in which a signal comes."""
         state = self.state
-        with Interruption() as self.interruption, self._progress_bar() as self.bar:
+        bar = tqdm(total=state.steps, initial=state.step, unit="step", disable=not self.writes)
+        with Interruption() as self.interruption, bar as self.bar:
             while state.step < state.steps and not self.stop:
-                losses = self.step()
-                if losses is None:
+                if (losses := self.step()) is None:
                     continue
                 self.bar.update(state.step - self.bar.n)
                 self.report_pace()
@@ -148,16 +145,12 @@ class Trainer(Training):
         self.metrics = self.measure(self.centred if last else self.centred.head(10_000))
         self.run.log("evaluation", state.step, state.epoch, self.metrics)
         if self.writes:
-            self.draw()
-
-    def draw(self) -> None:
-        """Writes the system's pictures, and the curves of what was logged so far."""
-        subject = f"{self.system.name} on {self.settings.dataset}"
-        title = f"{subject}: losses and metrics during training"
-        sheets = self._measured(self.system.pictures, self.centred)
-        with writing(self.run.path):
-            self.run.draw(self.state.step, subject, sheets)
-            self.run.draw_curves(training_curves(self.run.rows, self.system, self.baselines, title))
+            subject = f"{self.system.name} on {self.settings.dataset}"
+            sheets = self._measured(self.system.pictures, self.centred)
+            title = f"{subject}: losses and metrics during training"
+            with writing(self.run.path):
+                self.run.draw(state.step, subject, sheets)
+                self.run.draw_curves(training_curves(self.run.rows, self.system, self.baselines, title))
 
     def measure(self, images: Dataset) -> dict[str, float]:
         """The metrics of the system, and those of its generated images."""
@@ -200,8 +193,8 @@ class Trainer(Training):
             self.pace_from = time.monotonic()
         if done == PACE_TO and left >= 2 * PACE_TO and self.writes:
             seconds = (time.monotonic() - self.pace_from) / (PACE_TO - PACE_FROM) * (done + left)
-            about = tqdm.format_interval(seconds)
-            self.bar.write(f"{done + left} steps will take about {about}", file=sys.stderr)
+            line = f"{done + left} steps will take about {tqdm.format_interval(seconds)}"
+            self.bar.write(line, file=sys.stderr)
 
     def _measured(self, method: Callable[[Dataset], Any], dataset: Dataset) -> Any:
         """What a method of the system says of a data set: evaluation mode, no gradients, not compiled."""
@@ -211,10 +204,6 @@ class Trainer(Training):
             value = method(dataset)
         self.system.train()
         return value
-
-    def _progress_bar(self) -> tqdm:
-        total, done = self.state.steps, self.state.step
-        return tqdm(total=total, initial=done, unit="step", file=sys.stderr, disable=not self.writes)
 
     def _how_to_resume(self) -> str:
         return f"The state after step {self.state.step} is saved; continue with --resume {self.run.path}"

@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -71,13 +72,16 @@ class RunDirectory:
     def begin(self, config: Config, step: int = 0, *, finished: bool = False) -> None:
         """Writes config.json and opens the logs, for a training that goes on after `step`.
 
-        Removes what was logged after it, what killed processes left unfinished, and unless the run is
-        `finished` the results of fewer steps.
+        Removes what was logged after it, later checkpoints, which are damaged, what killed processes left
+        unfinished, and unless the run is `finished` the results of fewer steps.
         """
         with writing(self.path):
             remove_unfinished(self.path)
             for result in () if finished else (SUMMARY, EVALUATION):
                 (self.path / result).unlink(missing_ok=True)
+            for saved in self.checkpoints.glob("step-*"):
+                if int(saved.name.removeprefix("step-")) > step:
+                    shutil.rmtree(saved)
             self.rows = [row for row in read_metrics(self.path) if row["step"] <= step]
             with atomic_file(self.path / METRICS) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
@@ -128,19 +132,17 @@ class RunDirectory:
         save_figure(self.path / "curves.png", figure)
 
 
-class NoRunDirectory:
+class NoRunDirectory(RunDirectory):
     """The run directory of a process that does not write."""
 
-    path = checkpoints = Path()
-    rows: tuple[dict[str, Any], ...] = ()
+    def __init__(self) -> None:
+        self.path = self.checkpoints = Path()
+        self.rows = []
 
     def log(self, *_: Any, **__: Any) -> None:
         """Does nothing."""
 
     begin = summarise = draw = draw_curves = __exit__ = log
-
-    def __enter__(self) -> "NoRunDirectory":
-        return self
 
 
 @contextmanager
@@ -170,17 +172,14 @@ def read_config(path: Path) -> Config:
     """What config.json of the run in `path` holds; raises RunError where it is none, damaged or another's."""
     try:
         values = json.loads((path / CONFIG).read_text())
-    except FileNotFoundError as error:
-        raise RunError(f"{path} is not a run directory: it has no config.json") from error
+        if not isinstance(values, dict) or not {"system", "settings"} <= values.keys():
+            raise ValueError("its config.json names no system and settings")
     except (OSError, RecursionError, ValueError) as error:
-        raise RunError(f"{path} is not a run directory ({error})") from error
-    if not isinstance(values, dict) or not {"system", "settings"} <= values.keys():
-        raise RunError(f"{path} is not a run directory: its config.json names no system and settings")
-    if values.get("format") != FORMAT:
-        raise RunError(
-            f"{path} was written by infocapsgan {values.get('version', '0.1')}, in format "
-            f"{values.get('format', 1)}; takes format {FORMAT}: use that version, or train the system again"
-        )
+        reason = "it has no config.json" if isinstance(error, FileNotFoundError) else error
+        raise RunError(f"{path} is not a run directory: {reason}") from error
+    if (found := values.get("format", 1)) != FORMAT:
+        written = f"written by infocapsgan {values.get('version', '0.1')}, in format {found}"
+        raise RunError(f"{path} was {written}; takes format {FORMAT}: use that version, or train it again")
     wrong = [name for name, hint in get_type_hints(Config).items() if mismatch(values.get(name), hint)]
     if wrong or values["image_shape"].keys() != {"channels", "size", "classes"}:
         raise RunError(f"{path / CONFIG} is damaged: {(wrong or ['image_shape'])[0]} is missing or wrong")
@@ -206,8 +205,8 @@ def _row(line: bytes) -> dict[str, Any] | None:
     """The row in a line; None where it is cut, garbled, or not of the numbers that log() writes."""
     with suppress(RecursionError, TypeError, ValueError):
         row = json.loads(line)
-        numbers = {name: int | float for name in row if name != "kind"} | {"step": int, "epoch": int | float}
-        return row if has_types(row, kind=str, **numbers) else None
+        if has_types(row, **dict.fromkeys([*row, "epoch"], int | float) | {"kind": str, "step": int}):
+            return row
     return None
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,14 +18,7 @@ from infocapsgan.engine import checkpoint
 from infocapsgan.engine.device import serving_impl
 from infocapsgan.engine.distributed import Processes, synchronise_batch_norm
 from infocapsgan.engine.rng import ShardedGenerator
-from infocapsgan.engine.run_directory import (
-    Config,
-    NoRunDirectory,
-    RunDirectory,
-    RunError,
-    read_config,
-    writing,
-)
+from infocapsgan.engine.run_directory import Config, RunDirectory, RunError, read_config
 from infocapsgan.engine.settings import Settings
 from infocapsgan.engine.train_state import TrainState
 from infocapsgan.systems.system import System
@@ -43,26 +35,22 @@ class Training:
     held_out: Dataset | None  # as test images: the weights that are kept have the lowest loss on them
     batches: Batches  # which images make up which step
     state: TrainState
-    run: RunDirectory | NoRunDirectory
+    run: RunDirectory
     seconds: float = 0.0  # how long the run took before it was resumed
 
 
 def prepare(
-    system_class: type[System],
-    settings: Settings,
-    run: RunDirectory | NoRunDirectory,
-    processes: Processes,
-    device: torch.device,
+    kind: type[System], settings: Settings, run: RunDirectory, processes: Processes, device: torch.device
 ) -> Training:
     """Makes the system, reads its data, and puts the state of a resumed run back."""
     torch.manual_seed(settings.seed)
-    system = system_class(settings).to(device)
+    system = kind(settings).to(device)
     dataset = system.load_data().to(device)
     system.class_names = dataset.class_names
     held_out = None
     if system.validation_share:
         dataset, held_out = dataset.hold_out(system.validation_share)
-    batch_size, epochs = sized(system_class, settings, len(dataset.train_images))
+    batch_size, epochs = sized(kind, settings, len(dataset.train_images))
     system.settings = settings = dataclasses.replace(settings, batch_size=batch_size, epochs=epochs)
     check_batch_size(system, batch_size, processes.world)
     synchronise_batch_norm(system, processes, device)
@@ -121,7 +109,7 @@ def resume(path: Path, here: Config, training: Training) -> Config:
     if training.held_out:
         checkpoint.read_best(folder)  # a damaged one is an error now, not at the first evaluation
     if newest := checkpoint.load_newest(folder, warn=writes):
-        training.seconds = _put_back(*newest, training.system, state)
+        _put_back(*newest, training)
     length = f"--epochs {settings.epochs}"
     length += f" and --max-steps {settings.max_steps}" if settings.max_steps else ""
     if state.step > state.steps:
@@ -129,27 +117,22 @@ def resume(path: Path, here: Config, training: Training) -> Config:
         raise RunError(f"--resume: {path} has done {state.step} steps, and {ends}")
     if writes and state.step == state.steps:
         print(f"nothing is left to train: all {state.step} steps of {length} are done", file=sys.stderr)
-    with writing(folder):
-        for saved in checkpoint.checkpoints(folder) if writes else ():
-            if int(saved.name[5:]) > state.step:  # it is damaged, and training comes by there again
-                shutil.rmtree(saved)
     return before._replace(settings=here.settings)
 
 
 def report(training: Training) -> Iterator[str]:
     """What was read, where it goes and how it is computed, and what is not as one may expect."""
     system, dataset, state, s = training.system, training.dataset, training.state, training.system.settings
-    shape, names = system.image_shape, list(dataset.class_names)
+    shape, names = system.image_shape, dataset.class_names
     if len(names) > 10:
-        names = [*names[:8], "…", names[-1]]
-    classes = f"{shape.classes} classes" if dataset.labelled else "no labels"
-    shown = f" ({', '.join(names)})" if names and dataset.labelled else ""
+        names = (*names[:8], "…", names[-1])
+    classes = f"{shape.classes} classes ({', '.join(names)})" if dataset.labelled else "no labels"
     where = f"{s.dataset} in {s.data_dir}" if s.data_dir else s.dataset
     images = f"{len(dataset.train_images)} training, {len(dataset.test_images)} test"
     if training.held_out:
         images += f", {len(training.held_out.test_images)} validation"
     size = f"{shape.channels} × {shape.size} × {shape.size}"
-    yield f"data: {where}: {images} images of {size}, {classes}{shown}"
+    yield f"data: {where}: {images} images of {size}, {classes}"
     steps = f"{state.steps} in all" + (f", of which {state.step} are done" if state.step else "")
     yield f"steps: {state.steps_per_epoch} an epoch with batches of {s.batch_size}, {steps}"
     yield f"run directory: {training.run.path}"
@@ -165,10 +148,10 @@ def report(training: Training) -> Iterator[str]:
         yield f"warning: --max-steps {s.max_steps} is not reached: {ends}"
 
 
-def _put_back(snapshot: checkpoint.Snapshot, path: Path, system: System, state: TrainState) -> float:
-    """Puts a checkpoint back, and returns the seconds that the run had taken."""
+def _put_back(snapshot: checkpoint.Snapshot, path: Path, training: Training) -> None:
+    state, training.seconds = training.state, snapshot.numbers["seconds"]
     try:
-        checkpoint.restore(snapshot, system, state)
+        checkpoint.restore(snapshot, training.system, state)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise RunError(f"--resume: {path} was written by another version of infocapsgan: {error}") from error
     before, here = snapshot.numbers["device"], state.device.type
@@ -176,7 +159,6 @@ def _put_back(snapshot: checkpoint.Snapshot, path: Path, system: System, state: 
         moved = f"the run was trained on {before} and goes on on {here}"
         differ = "random numbers start anew, so its results differ from those of a run that stayed there"
         print(f"warning: {moved}: {differ}", file=sys.stderr)
-    return snapshot.numbers["seconds"]
 
 
 def _check_split(path: Path, before: dict[str, Any] | None, here: dict[str, Any] | None) -> None:

@@ -27,10 +27,6 @@ from infocapsgan.metrics import best
 from infocapsgan.systems import SYSTEMS
 
 
-class SweepError(RuntimeError):
-    """A sweep cannot start in its folder, or its runs did not leave what a summary is made of."""
-
-
 @dataclass(frozen=True)
 class Sweep:
     """What a command asks for."""
@@ -121,9 +117,8 @@ def _in_use(run: Path) -> bool:
 
 def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
     """What the runs of a finished sweep came to, with the keys of results/*.json."""
-    seeds = [seed for seed in sweep.seeds if seed not in crashed]
-    if not seeds:
-        raise SweepError(f"every run crashed; what they printed is in {sweep.path}/seed-*.log")
+    if not (seeds := [seed for seed in sweep.seeds if seed not in crashed]):
+        raise RunError(f"every run crashed; what they printed is in {sweep.path}/seed-*.log")
     summaries = [sweep.read(seed, SUMMARY) for seed in seeds]
     metrics = _metrics(sweep, seeds)
     values = {name: [of_run[name] for of_run in metrics] for name in metrics[0]}
@@ -134,7 +129,8 @@ def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
     ended = max((sweep.run(seed) / SUMMARY).stat().st_mtime for seed in seeds)
     return {
         "system": sweep.name,
-        **{key: first["settings"][key] for key in ("dataset", "recipe")},
+        "dataset": sweep.settings.dataset,
+        "recipe": sweep.settings.recipe,
         "seeds": seeds,
         "metrics": {name: _spread(name, of_metric) for name, of_metric in values.items()},
         "baselines": first["baselines"],
@@ -155,7 +151,7 @@ def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
 def table(sweep: Sweep, result: dict[str, Any]) -> str:
     """A Markdown table of one row: the headline metric in per cent, failures, seconds of a run."""
     headline, failed = result["metrics"][sweep.headline], result["failed"]
-    mean, std, best_ = (100 * (headline[key] or 0) for key in ("mean", "std", "best"))
+    mean, std, most = (100 * (headline[key] or 0) for key in ("mean", "std", "best"))
     threshold = f" (below {100 * failed['below']:.1f} % or crashed)" if failed["below"] is not None else ""
     cells = {
         "system": result["system"],
@@ -163,7 +159,7 @@ def table(sweep: Sweep, result: dict[str, Any]) -> str:
         "recipe": result["recipe"],
         "seeds": f"{len(sweep.seeds)}",
         f"{sweep.headline.replace('_', ' ')}, %": f"{mean:.2f} ± {std:.2f}",
-        "best, %": f"{best_:.2f}" if headline["best"] is not None else "–",
+        "best, %": f"{most:.2f}" if headline["best"] is not None else "–",
         f"failed{threshold}": f"{round(failed['share'] * len(sweep.seeds))} of {len(sweep.seeds)}",
         "seconds a run": f"{statistics.fmean(result['seconds']):.0f}",
     }
@@ -179,11 +175,10 @@ def claimed(sweep: Sweep) -> Iterator[str | None]:
         with FileLock(sweep.path / "sweep.lock", timeout=0):
             yield _remember(sweep)
     except Timeout as error:
-        raise SweepError(f"--out: another sweep is still at work in {sweep.path}") from error
+        raise RunError(f"--out: another sweep is still at work in {sweep.path}") from error
 
 
 def _remember(sweep: Sweep) -> str | None:
-    """Writes to sweep.json what the sweep is, which is to be what it was."""
     file, commit = sweep.path / "sweep.json", _commit()
     settings = _shared(sweep.settings.to_json())
     known: dict[str, Any] = {"system": sweep.name, "settings": settings, "commits": []}
@@ -191,9 +186,9 @@ def _remember(sweep: Sweep) -> str | None:
         known = json.loads(file.read_text())
         before, now = known["settings"] | {"system": known["system"]}, settings | {"system": sweep.name}
         if other := _differences(before, now):
-            raise SweepError(f"--out: {sweep.path} holds a sweep with other settings: {other}")
+            raise RunError(f"--out: {sweep.path} holds a sweep with other settings: {other}")
     elif any(path.name != "sweep.lock" for path in sweep.path.iterdir()):
-        raise SweepError(f"--out: {sweep.path} is not empty and holds no sweep")
+        raise RunError(f"--out: {sweep.path} is not empty and holds no sweep")
     if commit and commit not in known["commits"]:
         known["commits"].append(commit)
     write_json(file, known)
@@ -206,11 +201,11 @@ def digest(settings: Settings) -> str:
 
 
 def _metrics(sweep: Sweep, seeds: list[int]) -> list[dict[str, float]]:
-    """The metrics of each run; SweepError where one has other settings, or lacks a metric of another."""
+    """The metrics of each run; RunError where one has other settings, or lacks a metric of another."""
     shared, metrics = _shared(sweep.settings.to_json()), []
     for seed in seeds:
         if other := _differences(_shared(sweep.read(seed, SUMMARY)["settings"]), shared):
-            raise SweepError(
+            raise RunError(
                 f"seed {seed} was trained on with other settings: {other}; "
                 f"delete {sweep.run(seed)}, and the same command trains it anew"
             )
@@ -218,7 +213,7 @@ def _metrics(sweep: Sweep, seeds: list[int]) -> list[dict[str, float]]:
     names = dict.fromkeys(name for of_run in metrics for name in of_run)
     for seed, of_run in zip(seeds, metrics, strict=True):
         if lacking := [name for name in names if name not in of_run]:
-            raise SweepError(
+            raise RunError(
                 f"seed {seed} has no {', '.join(lacking)}, which other seeds have; delete "
                 f"{' and '.join(sweep.results)} in {sweep.run(seed)}, and the same command measures it again"
             )

@@ -1,6 +1,7 @@
 """What a system's step needs beside its batch: random numbers, the precision, and the update of weights."""
 
 from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,38 +22,27 @@ def adam(weights: Iterable[nn.Parameter], rate: float, betas: tuple[float, float
     return Adam(weights, rate, betas, fused=True)
 
 
+@dataclass(eq=False)
 class TrainState:
-    """Takes losses to changed weights, in the precision asked for.
+    """Takes losses to changed weights, in the precision asked for."""
 
-    Args:
-        optimizers: by name; update() takes such a name.
-        rng: where every random number of a step comes from.
-        steps: how many there will be; `step` of them are done.
+    optimizers: dict[str, Optimizer]
+    rng: ShardedGenerator  # where every random number of a step comes from
+    _: KW_ONLY
+    precision: str = "fp32"  # or bf16, fp16
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    steps_per_epoch: int = 1
+    steps: int = 1  # how many there will be
+    processes: Processes = field(default_factory=Processes)
+    step: int = 0  # how many are done
+    at_once: bool = True
+    """Whether update() looks at each loss before weights change. Without it check() looks at all since its
+    last call: a GPU need not be waited for in between."""
 
-    With `at_once`, update() looks at each loss before weights change. Without it check() looks at all since
-    its last call: a GPU need not be waited for in between.
-    """
-
-    def __init__(
-        self,
-        optimizers: dict[str, Optimizer],
-        rng: ShardedGenerator,
-        *,
-        precision: str = "fp32",
-        device: torch.device | str = "cpu",
-        steps_per_epoch: int = 1,
-        steps: int = 1,
-        processes: Processes | None = None,
-    ) -> None:
-        self.optimizers, self.rng = optimizers, rng
-        self.precision, self.device = precision, torch.device(device)
-        self.steps_per_epoch, self.steps = steps_per_epoch, steps
-        self.processes = processes or Processes()
-        self.step, self.at_once = 0, True
+    def __post_init__(self) -> None:
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self.scalers = {
-            name: torch.amp.GradScaler(self.device.type, enabled=precision == "fp16") for name in optimizers
-        }
+        kind, on = self.device.type, self.precision == "fp16"
+        self.scalers = {name: torch.amp.GradScaler(kind, enabled=on) for name in self.optimizers}
 
     @property
     def epoch(self) -> float:
