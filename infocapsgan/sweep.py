@@ -31,10 +31,8 @@ def main() -> None:
     try:
         with claimed(sweep) as commits:
             result = summarise(sweep, run_all(sweep))
-            result |= {
-                "command": shlex.join(["python", "-m", "infocapsgan.sweep", *words]),
-                "commit": commits,
-            }
+            result["command"] = shlex.join(["python", "-m", "infocapsgan.sweep", *words])
+            result["commit"] = commits
             write_json(sweep.path / "result.json", result)
             with atomic_file(sweep.path / "result.md") as temporary:
                 temporary.write_text(table(sweep, result))

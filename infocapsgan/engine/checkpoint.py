@@ -6,9 +6,8 @@ import shutil
 import sys
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,8 +25,7 @@ RNG, TORCH_RNG = "generator.draw", "generator.torch"
 UNREADABLE = (OSError, RecursionError, SafetensorError, ValueError)  # what reading a damaged file may raise
 
 
-@dataclass
-class Snapshot:
+class Snapshot(NamedTuple):
     """Everything that the next steps depend on, copied."""
 
     weights: dict[str, Tensor]  # parameters and buffers of the system

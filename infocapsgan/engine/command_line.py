@@ -14,8 +14,7 @@ from docstring_parser import parse_from_object
 from infocapsgan.engine.loaded_run import read_settings
 from infocapsgan.engine.run_directory import RunError
 from infocapsgan.engine.settings import Settings
-from infocapsgan.systems import SYSTEMS
-from infocapsgan.systems.system import System
+from infocapsgan.systems import SYSTEMS, System
 
 DEFAULT_SYSTEM = "infocapsgan"
 GROUPS = {
@@ -40,13 +39,13 @@ def program(command: str) -> str:
 
 def parse(words: Sequence[str]) -> tuple[type[System], Settings]:
     """`[SYSTEM] [options]` → the system's class and its settings; ends the program where one is wrong."""
-    if any(word == "--resume" or word.startswith("--resume=") for word in words):
-        return _parse_resume(words)
     named = bool(words) and not words[0].startswith("-")
-    name = words[0] if named else DEFAULT_SYSTEM
+    name, options = words[0] if named else DEFAULT_SYSTEM, list(words[named:])
+    if any(word.partition("=")[0] == "--resume" for word in options):
+        return _parse_resume(name if named else "", options)
     if name not in SYSTEMS:
         _parser().error(f"SYSTEM: got {name}, takes one of {', '.join(SYSTEMS)}")
-    system, options = SYSTEMS[name], list(words[named:])
+    system = SYSTEMS[name]
     first = _parser(add_help=False)
     first.add_argument("--recipe", default="tuned")
     first.add_argument("--dataset", default="digits")
@@ -71,15 +70,14 @@ def parse(words: Sequence[str]) -> tuple[type[System], Settings]:
         _parser().error(str(error))
 
 
-def _parse_resume(words: Sequence[str]) -> tuple[type[System], Settings]:
+def _parse_resume(name: str, words: list[str]) -> tuple[type[System], Settings]:
     """Every setting comes from the run, except its length and where the data are now."""
     parser = _parser()
     parser.add_argument("--resume", type=Path, metavar="DIR", required=True, help="run directory to continue")
     parser.add_argument("--epochs", type=int, help="in all; without --max-steps it lifts that of the run")
     parser.add_argument("--max-steps", type=int, help="number of steps, in all")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data are now, if they moved")
-    named = bool(words) and not words[0].startswith("-")
-    options, others = parser.parse_known_args(list(words[named:]))
+    options, others = parser.parse_known_args(words)
     if others:
         taken = "which takes every setting from the run; only --epochs, --max-steps and --data-dir can"
         parser.error(f"{' '.join(others)}: cannot be given beside --resume, {taken}")
@@ -90,8 +88,8 @@ def _parse_resume(words: Sequence[str]) -> tuple[type[System], Settings]:
         parser.error(f"--resume: {error}")
     except ValueError as error:
         parser.error(str(error))
-    if named and words[0] != system.name:
-        parser.error(f"SYSTEM: got {words[0]}, but the run in {options.resume} is one of {system.name}")
+    if name and name != system.name:
+        parser.error(f"SYSTEM: got {name}, but the run in {options.resume} is one of {system.name}")
     return system, settings
 
 

@@ -75,10 +75,8 @@ class LoadedRun:
         """The class of each image, and the probability of each class.
 
         A system that learned without labels predicts its class codes. They have the names of the classes that
-        they were matched with on the labelled training images, if each was.
-
-        Raises:
-            NotApplicableError: the system does not classify.
+        they were matched with on the labelled training images, if each was. A system that does neither raises
+        NotApplicableError.
         """
         system, pixels = self.system, self._images(images)
         if system.why_not("cluster"):
@@ -140,21 +138,13 @@ class LoadedRun:
 
     @torch.no_grad()
     def reconstruct(self, images: Any) -> Tensor:
-        """What the system reconstructs of each image [N, C, H, W] in [0, 1], from the class it predicts.
-
-        Raises:
-            NotApplicableError: the system reconstructs no images.
-        """
+        """Reconstructions [N, C, H, W] in [0, 1], of the predicted class; NotApplicableError if there are none."""
         self.system.require("reconstruct", "reconstruct")
         return in_batches(self.system.reconstruct, self._images(images))
 
     @torch.no_grad()
     def capsules(self, images: Any) -> Capsules:
-        """Primary capsules [N, I, K] and class capsules [N, J, D] of each image.
-
-        Raises:
-            NotApplicableError: the system has no capsules.
-        """
+        """Primary capsules [N, I, K] and class capsules [N, J, D]; NotApplicableError if there are none."""
         self.system.require("capsules", "capsules")
         return self.system.capsules(self._images(images))
 
@@ -189,7 +179,6 @@ class LoadedRun:
         return to_images(images, self.system.image_shape).to(self.device)
 
     def _code(self, label: int | str | None, code: int | None) -> int:
-        """The class code that is asked for."""
         codes, labels = self.system.codes, self.system.label_of_code
         if not codes:
             raise NotApplicableError(f"label, code: this {self.name} has no class code")
@@ -229,8 +218,8 @@ def load(path: str | Path, *, device: str = "auto", data_dir: str | Path | None 
         system.load_state_dict(load_file(weights.checkpoint / checkpoint.WEIGHTS))
     except RuntimeError as error:
         raise RunError(f"the weights in {weights.checkpoint} do not fit this system: {error}") from error
-    where = local_device(device)
-    return LoadedRun(path, name, system.to(where).eval().requires_grad_(False), weights, where)
+    system = system.to(local_device(device)).eval().requires_grad_(False)
+    return LoadedRun(path, name, system, weights, system.device)
 
 
 def read_settings(path: Path) -> tuple[str, Settings]:

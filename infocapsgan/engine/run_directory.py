@@ -194,8 +194,7 @@ def write_config(path: Path, config: Config) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without those that are damaged; of all but the last a warning is printed."""
     file = path / METRICS
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-    rows = [_row(line) for line in lines]
+    rows = [_row(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.exists() else []
     if None in rows[:-1]:
         print(f"warning: {file}: {rows[:-1].count(None)} damaged rows are left out", file=sys.stderr)
     return [row for row in rows if row is not None]

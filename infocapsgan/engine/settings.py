@@ -117,8 +117,7 @@ def mismatch(value: Any, hint: Any) -> str:
         reasons = [mismatch(value, part) for part in parts if part is not NoneType]
         return "" if "" in reasons or (value is None and NoneType in parts) else " or ".join(reasons)
     if kind is Literal:
-        fits = isinstance(value, str) and value in parts
-        return "" if fits else f"one of {', '.join(map(str, parts))}"
+        return "" if isinstance(value, str) and value in parts else f"one of {', '.join(parts)}"
     if kind is Annotated:
         wrong = mismatch(value, parts[0])
         limits = [limit for limit in parts[1:] if isinstance(limit, Range)]
@@ -128,9 +127,7 @@ def mismatch(value: Any, hint: Any) -> str:
         inner = value.values() if isinstance(value, dict) else value
         fits = isinstance(value, kind) and not any(mismatch(part, parts[-1]) for part in inner)
         return "" if fits else f"a {kind.__name__}"
-    fits = hint is Any or isinstance(value, hint)
-    if hint is float:
-        fits = isinstance(value, int | float) and abs(value) <= sys.float_info.max
-    if isinstance(value, bool) and hint in (int, float):
-        fits = False
+    fits = hint is Any or isinstance(value, (int, float) if hint is float else hint)
+    if hint in (int, float):
+        fits = fits and not isinstance(value, bool) and (hint is int or abs(value) <= sys.float_info.max)
     return "" if fits else _IN_WORDS[hint]

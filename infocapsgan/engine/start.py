@@ -73,23 +73,20 @@ def prepare(
         config = resume(settings.resume, config, training)
     run.begin(config, state.step, finished=state.step == state.steps)
     if processes.writes:
-        for line in report(training):
-            print(line, file=sys.stderr)
+        print(*report(training), sep="\n", file=sys.stderr)
     return training
 
 
 def sized(system_class: type[System], settings: Settings, images: int) -> tuple[int, int]:
-    """The batch size and the epochs, which may be left to the number of training images.
+    """The batch size and the epochs; where they are left to the number of training images, the recipe's.
 
-    The batch size is then the recipe's, but at most the power of two nearest to a tenth of the images; the
-    epochs are the recipe's, but at least as many as 1,500 steps need.
+    But batches are then at most the power of two nearest to a tenth of the images, and steps at least 1,500.
     """
     recipe = {**vars(system_class.Settings()), **system_class.recipes[settings.recipe]}
-    tenth = 2 ** round(math.log2(images / 10))
-    batch = settings.batch_size or min(recipe["batch_size"], images, max(LEAST_BATCH, tenth))
+    tenth = max(LEAST_BATCH, 2 ** round(math.log2(images / 10)))
+    batch = settings.batch_size or min(recipe["batch_size"], images, tenth)
     steps = max(LEAST_STEPS, settings.max_steps or 0)
-    epochs = settings.epochs or max(recipe["epochs"], math.ceil(steps / max(1, images // batch)))
-    return batch, epochs
+    return batch, settings.epochs or max(recipe["epochs"], math.ceil(steps / max(1, images // batch)))
 
 
 def check_batch_size(system: System, batch: int, world: int) -> None:
@@ -103,9 +100,8 @@ def check_batch_size(system: System, batch: int, world: int) -> None:
 def resume(path: Path, here: Config, training: Training) -> Config:
     """Puts the state of the newest intact checkpoint back, and returns what config.json is to hold."""
     state, settings, writes = training.state, training.system.settings, training.state.processes.writes
-    before = read_config(path)
+    before, folder = read_config(path), path / "checkpoints"
     _check_split(path, before.split, here.split)
-    folder = path / "checkpoints"
     if training.held_out:
         checkpoint.read_best(folder)  # a damaged one is an error now, not at the first evaluation
     if newest := checkpoint.load_newest(folder, warn=writes):
@@ -157,8 +153,7 @@ def _put_back(snapshot: checkpoint.Snapshot, path: Path, training: Training) -> 
     before, here = snapshot.numbers["device"], state.device.type
     if before != here and state.processes.writes:
         moved = f"the run was trained on {before} and goes on on {here}"
-        differ = "random numbers start anew, so its results differ from those of a run that stayed there"
-        print(f"warning: {moved}: {differ}", file=sys.stderr)
+        print(f"warning: {moved}: random numbers start anew, which changes results", file=sys.stderr)
 
 
 def _check_split(path: Path, before: dict[str, Any] | None, here: dict[str, Any] | None) -> None:
@@ -166,5 +161,5 @@ def _check_split(path: Path, before: dict[str, Any] | None, here: dict[str, Any]
     old, new = ({name for part in (split or {}).values() for name in part} for split in (before, here))
     for what, images in (("were added", sorted(new - old)), ("are missing", sorted(old - new))):
         if images:
-            shown = ", ".join([*images[:3], "…"] if len(images) > 3 else images)
+            shown = ", ".join(images[:3]) + ", …" * (len(images) > 3)
             raise RunError(f"--resume: since {path} began, images {what}: {shown}")

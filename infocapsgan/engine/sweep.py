@@ -12,10 +12,9 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -27,8 +26,7 @@ from infocapsgan.metrics import best
 from infocapsgan.systems import SYSTEMS
 
 
-@dataclass(frozen=True)
-class Sweep:
+class Sweep(NamedTuple):
     """What a command asks for."""
 
     name: str  # of the system
@@ -77,12 +75,9 @@ def run_all(sweep: Sweep) -> dict[int, str]:
 
 
 def _finish(sweep: Sweep, seed: int, signals: Interruption) -> str:
-    """Runs one process after the other until a seed is finished; returns the last line of one that crashed.
-
-    A run that a killed sweep left behind still trains: it is waited for, in place of one of the jobs.
-    """
+    """Runs one process after the other until a seed is finished; gives the last line of one that crashed."""
     while (wanted := sweep.missing(seed)) and not signals.came:
-        if _in_use(run := sweep.run(seed)):
+        if _in_use(run := sweep.run(seed)):  # a killed sweep left it behind; it counts as one of the jobs
             print(f"seed {seed}: another process trains {run}; waiting for it", flush=True)
             while _in_use(run) and not signals.came:
                 time.sleep(0.1)
@@ -106,7 +101,6 @@ def _finish(sweep: Sweep, seed: int, signals: Interruption) -> str:
 
 
 def _in_use(run: Path) -> bool:
-    """Whether a process trains the run."""
     try:
         if run.is_dir():
             lock_run(run).release()
@@ -205,18 +199,14 @@ def _metrics(sweep: Sweep, seeds: list[int]) -> list[dict[str, float]]:
     shared, metrics = _shared(sweep.settings.to_json()), []
     for seed in seeds:
         if other := _differences(_shared(sweep.read(seed, SUMMARY)["settings"]), shared):
-            raise RunError(
-                f"seed {seed} was trained on with other settings: {other}; "
-                f"delete {sweep.run(seed)}, and the same command trains it anew"
-            )
+            anew = f"delete {sweep.run(seed)}, and the same command trains it anew"
+            raise RunError(f"seed {seed} was trained on with other settings: {other}; {anew}")
         metrics.append({k: v for name in sweep.results for k, v in sweep.read(seed, name)["metrics"].items()})
     names = dict.fromkeys(name for of_run in metrics for name in of_run)
     for seed, of_run in zip(seeds, metrics, strict=True):
         if lacking := [name for name in names if name not in of_run]:
-            raise RunError(
-                f"seed {seed} has no {', '.join(lacking)}, which other seeds have; delete "
-                f"{' and '.join(sweep.results)} in {sweep.run(seed)}, and the same command measures it again"
-            )
+            again = f"delete {' and '.join(sweep.results)} in {sweep.run(seed)} to have it measured again"
+            raise RunError(f"seed {seed} has no {', '.join(lacking)}, which other seeds have; {again}")
     return metrics
 
 
@@ -231,17 +221,12 @@ def _start(sweep: Sweep, seed: int) -> subprocess.Popen:
         shutil.rmtree(run, ignore_errors=True)
         words = ["infocapsgan.train", sweep.name, *sweep.options, "--seed", str(seed), "--out", str(run)]
     threads = str(max(1, torch.get_num_threads() // sweep.jobs))
+    env = ({"OMP_NUM_THREADS": threads} if sweep.jobs > 1 else {}) | os.environ
     print(f"seed {seed}: {words[0]}, output in {log}", flush=True)
     with log.open("a") as output:
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
         # In a session of its own, a run gets no Ctrl-C of the terminal beside the signal that is passed on.
-        return subprocess.Popen(
-            [sys.executable, "-m", *words],
-            env=({"OMP_NUM_THREADS": threads} if sweep.jobs > 1 else {}) | os.environ,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        return subprocess.Popen([sys.executable, "-m", *words], env=env, start_new_session=True, **streams)
 
 
 def _shared(settings: dict[str, Any]) -> dict[str, Any]:
@@ -255,7 +240,6 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file is part of; None where it is part of none."""
     here = Path(__file__)
     command = f"git ls-files --error-unmatch {here.name} && git describe --always --dirty --exclude='*'"
     done = subprocess.run(command, shell=True, cwd=here.parent, capture_output=True, text=True)
@@ -269,5 +253,4 @@ def _spread(name: str, values: list[float]) -> dict[str, Any]:
 
 
 def _joined(words: Iterable[str]) -> str:
-    """Each word once."""
     return " / ".join(dict.fromkeys(words))

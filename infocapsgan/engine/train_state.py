@@ -88,8 +88,3 @@ class TrainState:
         self._finite.fill_(True)
         if not finite:
             raise NonFiniteLossError("a loss or a gradient is not finite")
-
-
-def parameter_count(module: nn.Module) -> int:
-    """How many numbers are trained in `module`."""
-    return sum(parameter.numel() for parameter in module.parameters())
