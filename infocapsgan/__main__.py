@@ -1,6 +1,5 @@
 """All commands in one: `infocapsgan COMMAND …`, or `python -m infocapsgan COMMAND …`."""
 
-import argparse
 import importlib
 import sys
 
@@ -13,33 +12,26 @@ COMMANDS = {
     "export": "writes a trained system as ONNX",
 }
 """Each is the module infocapsgan.COMMAND, whose main() reads sys.argv."""
+USAGE = "usage: infocapsgan COMMAND … | --help | --version"
+HELP = "Capsule networks and GANs that learn classes without labels. The commands:"
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="infocapsgan",
-        usage="infocapsgan COMMAND … | --help | --version",
-        description="Capsule networks and GANs that learn classes without labels. The commands:\n\n"
-        + "".join(f"  {name:12}{sentence}\n" for name, sentence in COMMANDS.items())
-        + "\n`infocapsgan COMMAND --help` lists the options of one.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="store_true", help="show the version and exit")
-    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    called = parser.parse_args()
-    if called.version:
+    command, *words = sys.argv[1:] or ["--help"]
+    if command in COMMANDS:
+        sys.argv = [f"infocapsgan {command}", *words]
+        importlib.import_module(f"infocapsgan.{command}").main()
+    elif command == "--version":
         from capsops import __version__  # imports torch, which --help need not wait for
 
         print(f"infocapsgan {__version__}")
-    elif called.command is None:
-        parser.print_help()
-    elif called.command not in COMMANDS:
-        parser.error(f"COMMAND: got {called.command}, takes one of {', '.join(COMMANDS)}")
+    elif command in ("-h", "--help"):
+        print(USAGE, HELP, "\n".join(f"  {name:12}{what}" for name, what in COMMANDS.items()), sep="\n\n")
+        print("\n`infocapsgan COMMAND --help` lists the options of one.")
     else:
-        sys.argv = [f"infocapsgan {called.command}", *called.words]
-        importlib.import_module(f"infocapsgan.{called.command}").main()
+        print(f"{USAGE}\nCOMMAND: got {command}, takes one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

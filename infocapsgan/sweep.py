@@ -19,8 +19,8 @@ from pathlib import Path
 
 from infocapsgan.engine import command_line
 from infocapsgan.engine.atomic import atomic_file
-from infocapsgan.engine.run_directory import write_json
-from infocapsgan.engine.sweep import Sweep, SweepError, claimed, digest, run_all, summarise, table
+from infocapsgan.engine.run_directory import RunError, write_json
+from infocapsgan.engine.sweep import Sweep, claimed, digest, run_all, summarise, table
 from infocapsgan.systems import SYSTEMS
 
 
@@ -31,17 +31,15 @@ def main() -> None:
     try:
         with claimed(sweep) as commits:
             result = summarise(sweep, run_all(sweep))
-            result |= {
-                "command": shlex.join(["python", "-m", "infocapsgan.sweep", *words]),
-                "commit": commits,
-            }
+            result["command"] = shlex.join(["python", "-m", "infocapsgan.sweep", *words])
+            result["commit"] = commits
             write_json(sweep.path / "result.json", result)
             with atomic_file(sweep.path / "result.md") as temporary:
                 temporary.write_text(table(sweep, result))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except (SweepError, OSError) as error:
+    except (RunError, OSError) as error:
         sys.exit(f"error: {error}")
     print(table(sweep, result), end="")
     print(f"written to {sweep.path / 'result.json'} and {sweep.path / 'result.md'}")

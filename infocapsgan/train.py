@@ -43,9 +43,8 @@ def train(system: str = "infocapsgan", **options: Any) -> LoadedRun:
         ValueError: there is no such system, or an option's value is not one that it takes.
         DataError, RunError, NonFiniteLossError: as the command line prints them.
     """
-    options |= {name: Path(options[name]) for name in ("data_dir", "out", "resume") if options.get(name)}
     if "resume" in options:
-        system_class, settings = resumed(options.pop("resume"), **options)
+        system_class, settings = resumed(Path(options.pop("resume")), **options)
     elif system in SYSTEMS:
         system_class = SYSTEMS[system]
         settings = system_class.configure(**options)
@@ -58,8 +57,7 @@ def train(system: str = "infocapsgan", **options: Any) -> LoadedRun:
 class CallableModule(ModuleType):
     """This module, when called, trains: its name in the package is that of the function as well."""
 
-    def __call__(self, system: str = "infocapsgan", **options: Any) -> LoadedRun:
-        return train(system, **options)
+    __call__ = staticmethod(train)
 
 
 sys.modules[__name__].__class__ = CallableModule

@@ -21,17 +21,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path, *, keep: bool = False) -> Iterator[Path]:
-    """As atomic_file, for a folder of files.
+    """As atomic_file, for a folder of files; with `keep`, one that is there when the block ends stays.
 
-    A folder cannot take the place of another at one stroke. What `path` held before is moved aside first: a
-    process that is killed just then leaves nothing there, but never a part.
-
-    Args:
-        path: of the folder.
-        keep: whether what `path` holds when the block ends stays, and what was written is dropped.
+    A folder cannot take the place of another at one stroke. The old one is moved aside first: a process that
+    is killed just then leaves nothing there, but never a part.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    temporary, aside = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old.tmp"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:

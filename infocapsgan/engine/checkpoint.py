@@ -4,10 +4,10 @@ import json
 import re
 import shutil
 import sys
+from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,58 +20,45 @@ from infocapsgan.engine.train_state import TrainState
 from infocapsgan.systems.system import System
 
 WEIGHTS, TRAINING, NUMBERS = "weights.safetensors", "training.safetensors", "state.json"
-BEST = "best"
+NAME, BEST = "step-{:08d}", "best"
 RNG, TORCH_RNG = "generator.draw", "generator.torch"
 UNREADABLE = (OSError, RecursionError, SafetensorError, ValueError)  # what reading a damaged file may raise
 
 
-@dataclass
-class Snapshot:
-    """Everything that the next steps depend on, copied.
+class Snapshot(NamedTuple):
+    """Everything that the next steps depend on, copied."""
 
-    Attributes:
-        weights: parameters and buffers of the system.
-        tensors: of the optimisers, states of the generators of random numbers.
-        numbers: the step, the type of the device, and the optimisers' and gradient scalers' plain numbers.
-    """
-
-    weights: dict[str, Tensor]
-    tensors: dict[str, Tensor]
-    numbers: dict[str, Any]
+    weights: dict[str, Tensor]  # parameters and buffers of the system
+    tensors: dict[str, Tensor]  # of the optimisers, and states of the generators of random numbers
+    numbers: dict[str, Any]  # step, type of the device, the optimisers' and gradient scalers' plain numbers
 
 
 def capture(system: System, state: TrainState) -> Snapshot:
     """A copy of the state as it is now."""
     tensors = {RNG: state.rng.generator.get_state(), TORCH_RNG: torch.get_rng_state()}
-    groups = {}
-    for name, optimizer in state.optimizers.items():
-        saved = optimizer.state_dict()
-        groups[name] = saved["param_groups"]
-        for index, values in saved["state"].items():
+    saved = {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()}
+    for name, states in saved.items():
+        for index, values in states["state"].items():
             tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in values.items()}
     numbers = {
         "step": state.step,
         "device": state.device.type,
-        "optimizers": groups,
+        "optimizers": {name: states["param_groups"] for name, states in saved.items()},
         "scalers": {name: scaler.state_dict() for name, scaler in state.scalers.items()},
     }
     return Snapshot(_copied(system.state_dict()), _copied(tensors), json.loads(json.dumps(numbers)))
 
 
 def restore(snapshot: Snapshot, system: System, state: TrainState) -> None:
-    """Puts a captured state back.
-
-    The state of the random numbers of one type of device does not fit another. There they start anew, from
-    the seed and the step.
-    """
+    """Puts a captured state back; on another type of device random numbers start anew, from seed and step."""
     system.load_state_dict(snapshot.weights)
     state.step = snapshot.numbers["step"]
     for name, optimizer in state.optimizers.items():
-        values: dict[int, dict[str, Tensor]] = {}
+        values: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for key, value in snapshot.tensors.items():
             if key.startswith(f"optimizer.{name}."):
-                index, _, field = key.removeprefix(f"optimizer.{name}.").partition(".")
-                values.setdefault(int(index), {})[field] = value.clone()
+                index, field = key.removeprefix(f"optimizer.{name}.").split(".")
+                values[int(index)][field] = value.clone()
         optimizer.load_state_dict({"state": values, "param_groups": snapshot.numbers["optimizers"][name]})
     for name, scaler in state.scalers.items():
         scaler.load_state_dict(snapshot.numbers["scalers"][name])
@@ -84,20 +71,12 @@ def restore(snapshot: Snapshot, system: System, state: TrainState) -> None:
         torch.manual_seed(seed)
 
 
-def save(folder: Path, snapshot: Snapshot, **numbers: float) -> Path:
-    """Writes a state to `folder`/step-…, whole or not at all, and keeps the last two there.
+def save(folder: Path, snapshot: Snapshot, *, seconds: float) -> Path:
+    """Writes a state, with the seconds so far, to `folder`/step-…, and keeps the last two there.
 
     What is there of the same step is the same state: it stays, unless it is damaged.
-
-    Args:
-        folder: of all checkpoints of a run.
-        snapshot: what capture() gave.
-        numbers: what else load() returns among the numbers, like the seconds.
-
-    Raises:
-        RunError: it cannot be written.
     """
-    path = folder / _folder_name(snapshot.numbers["step"])
+    path = folder / NAME.format(snapshot.numbers["step"])
     with suppress(RunError):
         load(path)
         return path
@@ -107,7 +86,7 @@ def save(folder: Path, snapshot: Snapshot, **numbers: float) -> Path:
         with atomic_folder(path) as temporary:
             save_file(snapshot.weights, temporary / WEIGHTS)
             save_file(snapshot.tensors, temporary / TRAINING)
-            (temporary / NUMBERS).write_text(json.dumps(snapshot.numbers | numbers, indent=1))
+            (temporary / NUMBERS).write_text(json.dumps(snapshot.numbers | {"seconds": seconds}, indent=1))
         for old in checkpoints(folder)[:-2]:
             shutil.rmtree(old)
     return path
@@ -116,11 +95,9 @@ def save(folder: Path, snapshot: Snapshot, **numbers: float) -> Path:
 def save_best(folder: Path, system: System, step: int, loss: float) -> None:
     """Writes the weights to `folder`/best unless those there have at most this validation loss.
 
-    The only weights that are ever chosen: by held-out training images, in systems trained with labels. They
-    and their loss are in one file: it takes the place of the last at one stroke, so there is always a best.
+    They and their loss are in one file: it takes the place of the last at one stroke, so there is always one.
     """
-    before = read_best(folder)
-    if before and before["validation_loss"] <= loss:
+    if (before := read_best(folder)) and before["validation_loss"] <= loss:
         return
     state = json.dumps({"step": step, "validation_loss": loss})
     with writing(folder / BEST):
@@ -130,11 +107,7 @@ def save_best(folder: Path, system: System, step: int, loss: float) -> None:
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
-    """The step and the validation loss of what save_best() kept; None where there is nothing.
-
-    Raises:
-        RunError: it is damaged, or another version of the package wrote it.
-    """
+    """The step and the validation loss of what save_best() kept; None where there is nothing."""
     path = folder / BEST / WEIGHTS
     if not path.exists():
         return None
@@ -156,10 +129,7 @@ def load_best(folder: Path, system: System) -> None:
 def load_newest(folder: Path, *, warn: bool = True) -> tuple[Snapshot, Path] | None:
     """The newest checkpoint in `folder` that is not damaged, and its path; None where there is none at all.
 
-    With `warn`, newer ones that are damaged are named on standard error.
-
-    Raises:
-        RunError: all are damaged; the message names the newest.
+    With `warn`, newer ones that are damaged are named on standard error; where all are, a RunError names one.
     """
     damaged: list[RunError] = []
     for path in reversed(checkpoints(folder)):
@@ -167,27 +137,23 @@ def load_newest(folder: Path, *, warn: bool = True) -> tuple[Snapshot, Path] | N
             snapshot = load(path)
         except RunError as error:
             damaged.append(error)
-            continue
-        for reason in damaged if warn else ():
-            print(f"warning: {reason}; {path.name} takes its place", file=sys.stderr)
-        return snapshot, path
+        else:
+            for reason in damaged if warn else ():
+                print(f"warning: {reason}; {path.name} takes its place", file=sys.stderr)
+            return snapshot, path
     if damaged:
         raise RunError(f"{damaged[0]}; no other checkpoint is intact") from damaged[0]
     return None
 
 
 def load(path: Path) -> Snapshot:
-    """Reads what save() wrote; nothing is unpickled.
-
-    Raises:
-        RunError: the checkpoint is damaged.
-    """
+    """Reads what save() wrote, without unpickling; raises RunError where it is damaged."""
     try:
         numbers = json.loads((path / NUMBERS).read_text())
         if not has_types(numbers, step=int, device=str, seconds=int | float, optimizers=dict, scalers=dict):
             raise ValueError(f"{NUMBERS} lacks a value, or has one of a wrong type")
         snapshot = Snapshot(load_file(path / WEIGHTS), load_file(path / TRAINING), numbers)
-        if path.name != _folder_name(numbers["step"]) or not {RNG, TORCH_RNG} <= snapshot.tensors.keys():
+        if path.name != NAME.format(numbers["step"]) or not {RNG, TORCH_RNG} <= snapshot.tensors.keys():
             raise ValueError("it is of another step, or lacks the state of the random numbers")
     except UNREADABLE as error:
         raise RunError(f"the checkpoint {path} is damaged: {error}") from error
@@ -196,16 +162,8 @@ def load(path: Path) -> Snapshot:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-
-
-def _folder_name(step: int) -> str:
-    return f"step-{step:08d}"
+    return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}

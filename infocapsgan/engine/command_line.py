@@ -14,8 +14,7 @@ from docstring_parser import parse_from_object
 from infocapsgan.engine.loaded_run import read_settings
 from infocapsgan.engine.run_directory import RunError
 from infocapsgan.engine.settings import Settings
-from infocapsgan.systems import SYSTEMS
-from infocapsgan.systems.system import System
+from infocapsgan.systems import SYSTEMS, System
 
 DEFAULT_SYSTEM = "infocapsgan"
 GROUPS = {
@@ -39,23 +38,20 @@ def program(command: str) -> str:
 
 
 def parse(words: Sequence[str]) -> tuple[type[System], Settings]:
-    """`[SYSTEM] [options]` → the system's class and its checked settings.
-
-    Ends the program with a message where an option is unknown or its value is out of range.
-    """
-    if any(word == "--resume" or word.startswith("--resume=") for word in words):
-        return _parse_resume(words)
+    """`[SYSTEM] [options]` → the system's class and its settings; ends the program where one is wrong."""
     named = bool(words) and not words[0].startswith("-")
-    name = words[0] if named else DEFAULT_SYSTEM
+    name, options = words[0] if named else DEFAULT_SYSTEM, list(words[named:])
+    if any(word.partition("=")[0] == "--resume" for word in options):
+        return _parse_resume(name if named else "", options)
     if name not in SYSTEMS:
         _parser().error(f"SYSTEM: got {name}, takes one of {', '.join(SYSTEMS)}")
-    system, options = SYSTEMS[name], list(words[named:])
+    system = SYSTEMS[name]
     first = _parser(add_help=False)
     first.add_argument("--recipe", default="tuned")
     first.add_argument("--dataset", default="digits")
     chosen, _ = first.parse_known_args(options)
     try:
-        defaults: Settings = system.defaults(chosen.recipe, chosen.dataset)
+        defaults = system.defaults(chosen.recipe, chosen.dataset)
     except ValueError:  # tyro says which of the two is wrong, and what it takes
         defaults = system.defaults()
     about = system.Settings.__doc__ if named else _overview()
@@ -69,25 +65,22 @@ def parse(words: Sequence[str]) -> tuple[type[System], Settings]:
     )
     values = {name: value for group in vars(groups).values() for name, value in vars(group).items()}
     try:
-        return system, system.Settings(**_absolute(values))
+        return system, system.Settings(**values)
     except ValueError as error:
         _parser().error(str(error))
 
 
-def _parse_resume(words: Sequence[str]) -> tuple[type[System], Settings]:
+def _parse_resume(name: str, words: list[str]) -> tuple[type[System], Settings]:
     """Every setting comes from the run, except its length and where the data are now."""
     parser = _parser()
     parser.add_argument("--resume", type=Path, metavar="DIR", required=True, help="run directory to continue")
     parser.add_argument("--epochs", type=int, help="in all; without --max-steps it lifts that of the run")
     parser.add_argument("--max-steps", type=int, help="number of steps, in all")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the data are now, if they moved")
-    named = bool(words) and not words[0].startswith("-")
-    options, others = parser.parse_known_args(list(words[named:]))
+    options, others = parser.parse_known_args(words)
     if others:
-        parser.error(
-            f"{' '.join(others)}: cannot be given beside --resume, which takes every setting from the run; "
-            "only --epochs, --max-steps and --data-dir can"
-        )
+        taken = "which takes every setting from the run; only --epochs, --max-steps and --data-dir can"
+        parser.error(f"{' '.join(others)}: cannot be given beside --resume, {taken}")
     changed = {key: value for key, value in vars(options).items() if value is not None and key != "resume"}
     try:
         system, settings = resumed(options.resume, **changed)
@@ -95,30 +88,19 @@ def _parse_resume(words: Sequence[str]) -> tuple[type[System], Settings]:
         parser.error(f"--resume: {error}")
     except ValueError as error:
         parser.error(str(error))
-    if named and words[0] != system.name:
-        parser.error(f"SYSTEM: got {words[0]}, but the run in {options.resume} is one of {system.name}")
+    if name and name != system.name:
+        parser.error(f"SYSTEM: got {name}, but the run in {options.resume} is one of {system.name}")
     return system, settings
 
 
 def resumed(path: Path, **changed: Any) -> tuple[type[System], Settings]:
-    """The system of the run in `path` and its settings, with the length or the folder of the data changed.
-
-    Raises:
-        RunError: there is no run, or another version of the package wrote it.
-        TypeError: another setting is to be changed.
-        ValueError: the new value is none that the setting takes.
-    """
+    """The system of the run in `path` and its settings, with the length or the folder of the data changed."""
     if other := changed.keys() - {"epochs", "max_steps", "data_dir"}:
         raise TypeError(f"{', '.join(sorted(other))}: cannot be changed when a run is resumed")
     name, settings = read_settings(path)
     if "epochs" in changed:  # the recorded max_steps would end training before them
         changed.setdefault("max_steps", None)
-    return SYSTEMS[name], dataclasses.replace(settings, **_absolute(changed), resume=path)
-
-
-def _absolute(values: dict[str, Any]) -> dict[str, Any]:
-    """With the absolute path of the data, so that a run can be continued from another working directory."""
-    return values | ({"data_dir": values["data_dir"].absolute()} if values.get("data_dir") else {})
+    return SYSTEMS[name], dataclasses.replace(settings, **changed, resume=path)
 
 
 def _grouped(defaults: Settings) -> type:
@@ -131,17 +113,16 @@ def _grouped(defaults: Settings) -> type:
     groups: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for name in (field.name for field in dataclasses.fields(kind)):
         owner = next(owner for owner in owners if name in owner.__dataclass_fields__)
+        group = owner.__name__.removesuffix("Settings"), str(owner.__doc__)
         if owner is Settings:
             group = headings.get(name, "training"), ""
-        else:
-            group = owner.__name__.removesuffix("Settings"), str(owner.__doc__)
         hint: Any = Annotated[hints[name], tyro.conf.arg(help=help_of[name])]
         groups[group].append((name, hint, dataclasses.field(default=getattr(defaults, name))))
     fields: list[Any] = []
-    for number, ((heading, about), options) in enumerate(groups.items()):
+    for (heading, about), options in groups.items():
         group_type = dataclasses.make_dataclass("Options", options)
         hint = Annotated[group_type, tyro.conf.arg(name=heading, help=about)]
-        fields.append((f"group_{number}", hint, dataclasses.field(default_factory=group_type)))
+        fields.append((f"group_{len(fields)}", hint, dataclasses.field(default_factory=group_type)))
     return dataclasses.make_dataclass("Groups", fields)
 
 

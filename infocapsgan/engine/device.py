@@ -1,4 +1,4 @@
-"""Where a system is trained or measured, and whether the kernels asked for serve there."""
+"""Where a system is trained or measured, and which capsule kernels serve there."""
 
 import os
 
@@ -9,14 +9,8 @@ from infocapsgan.engine.run_directory import RunError
 
 
 def local_device(kind: str) -> torch.device:
-    """What --device names: cpu, or this process's own GPU; auto takes a GPU where there is one.
-
-    Raises:
-        RunError: a GPU is asked for and there is none.
-    """
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cpu":
+    """What --device names: cpu, or this process's own GPU; auto takes a GPU where there is one."""
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise RunError("--device: got cuda, but torch finds no GPU")
@@ -24,11 +18,7 @@ def local_device(kind: str) -> torch.device:
 
 
 def check_impl(impl: str, device: torch.device) -> None:
-    """Looks whether an implementation of the capsule kernels serves a device, before anything is done there.
-
-    Raises:
-        RunError: it does not; the message says why.
-    """
+    """Raises RunError, with the reason, where an implementation of the kernels does not serve a device."""
     try:
         dispatch.requested(impl, device.type)
     except (RuntimeError, ValueError) as error:
@@ -36,15 +26,13 @@ def check_impl(impl: str, device: torch.device) -> None:
 
 
 def serving_impl(impl: str, device: torch.device) -> tuple[str, str]:
-    """Which implementation of the capsule kernels serves float32 tensors on a device.
+    """Which implementation of the kernels serves float32 tensors on a device.
 
     Beside it, where that is plain PyTorch and nobody asked for it, why no other one serves.
     """
-    name = dispatch.asked(impl)
-    if name != "auto":
-        return name, ""
-    name = dispatch.automatic(device.type)
-    if name != "reference":
+    asked = dispatch.asked(impl)
+    name = dispatch.automatic(device.type) if asked == "auto" else asked
+    if asked != "auto" or name != "reference":
         return name, ""
     reasons = {backend.name: backend.unavailable for backend in dispatch.BACKENDS.values()}
     if device.type == "cuda":

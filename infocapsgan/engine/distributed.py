@@ -10,17 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
-STOP_ASKED_EVERY = 10  # steps
-
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of how many processes this is.
-
-    Attributes:
-        rank: the number of this process; 0 is the one that writes.
-        world: how many there are.
-    """
+    """Which of how many processes this is."""
 
     rank: int = 0
     world: int = 1
@@ -52,9 +45,9 @@ class Processes:
         """
         if self.world == 1:
             return local
-        everywhere = [local.detach().clone()]
-        self.average_(everywhere)
-        return local + (everywhere[0] - local).detach()
+        everywhere = local.detach().clone()
+        self.average_([everywhere])
+        return local + (everywhere - local).detach()
 
     def any(self, here: bool, device: torch.device) -> bool:
         """Whether `here` is true in any process."""
@@ -70,7 +63,7 @@ class Processes:
         To be told so the host waits until the device has done the step. One process knows by itself, and CPUs
         are waited for anyway; several GPUs are asked every ten steps.
         """
-        if self.world > 1 and device.type == "cuda" and step % STOP_ASKED_EVERY:
+        if self.world > 1 and device.type == "cuda" and step % 10:
             return False
         return self.any(here, device)
 
@@ -92,7 +85,6 @@ def leave() -> None:
 
 def synchronise_batch_norm(system: nn.Module, processes: Processes, device: torch.device) -> None:
     """Batch norm of the whole batch on GPUs; on CPUs, for which torch has none, of each part by itself."""
-    if processes.world == 1 or device.type != "cuda":
-        return
-    for name, child in system.named_children():
-        setattr(system, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+    if processes.world > 1 and device.type == "cuda":
+        for name, child in system.named_children():
+            setattr(system, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))

@@ -24,7 +24,7 @@ from infocapsgan.systems import SYSTEMS, NotApplicableError, System
 
 
 class Weights(NamedTuple):
-    """Which of a run's checkpoints holds the weights to use, and of which step they are."""
+    """The checkpoint of a run that has the weights to use, and its step."""
 
     checkpoint: Path
     step: int
@@ -60,7 +60,7 @@ class LoadedRun:
         path: the run directory.
         name: of the system.
         system: with the weights of the last checkpoint, or of the best where the run held images out.
-        weights: where those weights are from.
+        weights: where these are from.
         device: where they are.
     """
 
@@ -75,10 +75,8 @@ class LoadedRun:
         """The class of each image, and the probability of each class.
 
         A system that learned without labels predicts its class codes. They have the names of the classes that
-        they were matched with on the labelled training images, if each was.
-
-        Raises:
-            NotApplicableError: the system does not classify.
+        they were matched with on the labelled training images, if each was. A system that does neither raises
+        NotApplicableError.
         """
         system, pixels = self.system, self._images(images)
         if system.why_not("cluster"):
@@ -94,8 +92,8 @@ class LoadedRun:
         labels = probabilities.argmax(dim=1)
         if system.settings.dataset == "multi-mnist":
             labels = probabilities.topk(2, dim=1).indices.sort(dim=1).values
-        rows = labels.view(len(labels), -1).tolist()
-        return Predictions(["+".join(names[j] for j in row) for row in rows], labels, probabilities, names)
+        words = ["+".join(names[j] for j in row) for row in labels.view(len(labels), -1).tolist()]
+        return Predictions(words, labels, probabilities, names)
 
     @torch.no_grad()
     def sample(
@@ -131,32 +129,22 @@ class LoadedRun:
             if not system.continuous_codes:
                 raise NotApplicableError(f"codes: this {self.name} has no continuous codes")
             values = torch.as_tensor(codes, dtype=torch.float32, device=self.device)
-            if values.shape not in ((system.continuous_codes,), (number, system.continuous_codes)):
-                raise ValueError(
-                    f"codes: got shape {list(values.shape)}, takes [{system.continuous_codes}] or "
-                    f"[{number}, {system.continuous_codes}]"
-                )
+            shapes = [[system.continuous_codes], [number, system.continuous_codes]]
+            if (shape := list(values.shape)) not in shapes:
+                raise ValueError(f"codes: got shape {shape}, takes {shapes[0]} or {shapes[1]}")
             chosen["continuous"] = values.expand(number, -1)
         rng = ShardedGenerator(seed, self.device)
         return in_batches(system.generate, system.random_latents(number, rng, **chosen))
 
     @torch.no_grad()
     def reconstruct(self, images: Any) -> Tensor:
-        """What the system reconstructs of each image [N, C, H, W] in [0, 1], from the class it predicts.
-
-        Raises:
-            NotApplicableError: the system reconstructs no images.
-        """
+        """Reconstructions [N, C, H, W] in [0, 1], of the predicted class; NotApplicableError if there are none."""
         self.system.require("reconstruct", "reconstruct")
         return in_batches(self.system.reconstruct, self._images(images))
 
     @torch.no_grad()
     def capsules(self, images: Any) -> Capsules:
-        """Primary capsules [N, I, K] and class capsules [N, J, D] of each image.
-
-        Raises:
-            NotApplicableError: the system has no capsules.
-        """
+        """Primary capsules [N, I, K] and class capsules [N, J, D]; NotApplicableError if there are none."""
         self.system.require("capsules", "capsules")
         return self.system.capsules(self._images(images))
 
@@ -191,17 +179,16 @@ class LoadedRun:
         return to_images(images, self.system.image_shape).to(self.device)
 
     def _code(self, label: int | str | None, code: int | None) -> int:
-        """The class code that is asked for."""
-        system = self.system
-        if not system.codes:
+        codes, labels = self.system.codes, self.system.label_of_code
+        if not codes:
             raise NotApplicableError(f"label, code: this {self.name} has no class code")
         if label is not None and code is not None:
             raise ValueError(f"label and code exclude one another, got both ({label!r} and {code})")
         if code is not None:
-            if not 0 <= code < system.codes:
-                raise ValueError(f"code: got {code}, takes 0 to {system.codes - 1}")
+            if not 0 <= code < codes:
+                raise ValueError(f"code: got {code}, takes 0 to {codes - 1}")
             return code
-        matched = [] if system.label_of_code is None else system.label_of_code.tolist()
+        matched = [] if labels is None else labels.tolist()
         names = [self.class_names[j] for j in sorted(matched) if j >= 0]
         number = self.class_names.index(label) if isinstance(label, str) and label in names else label
         if number not in matched or number == -1:
@@ -224,24 +211,19 @@ def load(path: str | Path, *, device: str = "auto", data_dir: str | Path | None 
     """
     path = Path(path)
     config, (name, settings) = read_config(path), read_settings(path)
-    weights = _weights(path)
     settings = replace(settings, data_dir=Path(data_dir)) if data_dir else settings
     system = SYSTEMS[name](settings, image_shape=ImageShape(**config.image_shape))
-    system.class_names = tuple(config.class_names)
+    system.class_names, weights = tuple(config.class_names), _weights(path / "checkpoints")
     try:
         system.load_state_dict(load_file(weights.checkpoint / checkpoint.WEIGHTS))
     except RuntimeError as error:
         raise RunError(f"the weights in {weights.checkpoint} do not fit this system: {error}") from error
-    where = local_device(device)
-    return LoadedRun(path, name, system.to(where).eval().requires_grad_(False), weights, where)
+    system = system.to(local_device(device)).eval().requires_grad_(False)
+    return LoadedRun(path, name, system, weights, system.device)
 
 
 def read_settings(path: Path) -> tuple[str, Settings]:
-    """The name of the system of the run in `path`, and its settings.
-
-    Raises:
-        RunError: there is no run, or another version of the package wrote it.
-    """
+    """The name of the system of the run in `path`, and its settings."""
     name, values, *_ = read_config(path)
     if name not in SYSTEMS:
         raise RunError(f"{path} holds a run of {name!r}, which is none of {', '.join(SYSTEMS)}")
@@ -251,12 +233,9 @@ def read_settings(path: Path) -> tuple[str, Settings]:
         raise RunError(f"{path} was written by another version of infocapsgan: {error}") from error
 
 
-def _weights(path: Path) -> Weights:
-    folder = path / "checkpoints"
+def _weights(folder: Path) -> Weights:
     if best := checkpoint.read_best(folder):
         return Weights(folder / checkpoint.BEST, best["step"])
-    newest = checkpoint.load_newest(folder)
-    if newest is None:
-        raise RunError(f"{path} has no checkpoint yet; train on with --resume {path}")
-    snapshot, saved = newest
-    return Weights(saved, snapshot.numbers["step"])
+    if newest := checkpoint.load_newest(folder):
+        return Weights(newest[1], newest[0].numbers["step"])
+    raise RunError(f"{folder.parent} has no checkpoint yet; train on with --resume {folder.parent}")

@@ -1,14 +1,12 @@
 """The training loop."""
 
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from infocapsgan.data import Dataset
 from infocapsgan.engine import checkpoint
 from infocapsgan.engine.device import check_impl, local_device
 from infocapsgan.engine.distributed import join, leave
+from infocapsgan.engine.interruption import Interruption
 from infocapsgan.engine.run_directory import NoRunDirectory, RunDirectory, device_name, versions, writing
 from infocapsgan.engine.settings import Settings
 from infocapsgan.engine.start import Training, prepare
@@ -29,30 +28,16 @@ from infocapsgan.systems.system import System
 PACE_FROM, PACE_TO = 5, 20  # steps between which the time of a step is measured, once
 
 
-@dataclass(frozen=True)
-class Result:
-    """How a training ended.
+class Result(NamedTuple):
+    """How a training ended."""
 
-    Attributes:
-        path: the run directory; the working directory in a process that does not write.
-        finished: whether all steps are done; False after a signal.
-        line: what to print of it; empty in a process that does not write.
-    """
-
-    path: Path
-    finished: bool
-    line: str
+    path: Path  # the run directory; the working directory in a process that does not write
+    finished: bool  # whether all steps are done; False after a signal
+    line: str  # what to print; empty in a process that does not write
 
 
 def train(system_class: type[System], settings: Settings) -> Result:
-    """Trains one system from its settings.
-
-    Raises:
-        DataError: the data are not there, or cannot be read.
-        RunError: this machine lacks what the settings ask for, or the run directory cannot be used.
-        ValueError: the settings do not fit the data or the number of processes.
-        NonFiniteLossError: a loss became NaN or infinite.
-    """
+    """Trains one system from its settings; for the errors see infocapsgan.train."""
     device = local_device(settings.device)
     check_impl(settings.impl, device)
     torch.backends.cudnn.benchmark = True  # batches are all of one size
@@ -60,30 +45,26 @@ def train(system_class: type[System], settings: Settings) -> Result:
     impl = capsops.use_impl(settings.impl) if settings.impl != "auto" else nullcontext()
     directory = RunDirectory.open(system_class.name, settings) if processes.writes else NoRunDirectory()
     with directory as run, impl:
-        result = Trainer(prepare(system_class, settings, run, processes, device)).fit()
+        result = Trainer(**vars(prepare(system_class, settings, run, processes, device))).fit()
     leave()
     return result
 
 
-class Trainer:
+@dataclass
+class Trainer(Training):
     """Takes a training from where it stands to its last step.
 
-    Losses are looked at when something is logged, measured or saved: whether they are finite is known only
-    when the device is done, which is not waited for at each step. Where one was not, the steps since then are
-    done once more, each looked at before the next, to stop at the state before the first bad one.
-
-    A signal ends the loop after its step. Several processes on GPUs end it after the next step at which they
-    ask one another whether there was one (Processes.stop): the answer is waited for, too.
+    Whether losses are finite is looked at when something is logged, measured or saved: the device is not
+    waited for at each step. Where one was not, the steps since then are done once more, each looked at before
+    the next, to stop at the state before the first bad one. A signal ends the loop after its step; several
+    processes on GPUs end it after the next step at which they ask one another (Processes.stop).
     """
 
-    def __init__(self, training: Training) -> None:
-        self.system, self.state, self.run = training.system, training.state, training.run
-        self.dataset, self.held_out, self.batches = training.dataset, training.held_out, training.batches
+    def __post_init__(self) -> None:
         self.settings, self.writes = self.system.settings, self.state.processes.writes
         self.evaluate_every = self.settings.evaluate_every or max(100, self.batches.per_epoch)
         self.checkpoint_every = self.settings.checkpoint_every or self.evaluate_every
-        self.began, self.first_step = time.monotonic() - training.seconds, self.state.step
-        self.pace_from = self.began
+        self.began, self.first_step = time.monotonic() - self.seconds, self.state.step
         self.centred = self.dataset.centred()
         self.baselines = self.system.baselines(self.centred)
         self.metrics: dict[str, float] = {}
@@ -93,10 +74,10 @@ class Trainer:
     def fit(self) -> Result:
         """Trains to the last step, or to the one in which a signal comes."""
         state = self.state
-        with Interruption() as self.interruption, self._progress_bar() as self.bar:
+        bar = tqdm(total=state.steps, initial=state.step, unit="step", disable=not self.writes)
+        with Interruption() as self.interruption, bar as self.bar:
             while state.step < state.steps and not self.stop:
-                losses = self.step()
-                if losses is None:
+                if (losses := self.step()) is None:
                     continue
                 self.bar.update(state.step - self.bar.n)
                 self.report_pace()
@@ -124,7 +105,7 @@ class Trainer:
             images, labels = self.dataset.train_batch(chosen, state.rng)
             losses = self.system.step(images, labels, state)
             state.step += 1
-            self.stop = processes.stop(self.interruption.came, state.step, state.device)
+            self.stop = processes.stop(self.interruption.came > 0, state.step, state.device)
             every = (self.settings.log_every, self.evaluate_every, self.checkpoint_every)
             if self.stop or state.at_once or any(map(self.due, every)):
                 state.check()
@@ -139,9 +120,8 @@ class Trainer:
         checkpoint.restore(snapshot, self.system, self.state)
         if self.state.at_once:
             self.save()
-            raise NonFiniteLossError(
-                f"step {self.state.step + 1}: {error}. {self._how_to_resume()}"
-            ) from error
+            message = f"step {self.state.step + 1}: {error}. {self._how_to_resume()}"
+            raise NonFiniteLossError(message) from error
         self.state.at_once, self.stop = True, False
 
     def log(self, losses: dict[str, Tensor]) -> None:
@@ -165,19 +145,15 @@ class Trainer:
         self.metrics = self.measure(self.centred if last else self.centred.head(10_000))
         self.run.log("evaluation", state.step, state.epoch, self.metrics)
         if self.writes:
-            self.draw()
-
-    def draw(self) -> None:
-        """Writes the system's pictures, and the curves of what was logged so far."""
-        subject = f"{self.system.name} on {self.settings.dataset}"
-        sheets = self._measured(self.system.pictures, self.centred)
-        title = f"{subject}: losses and metrics during training"
-        with writing(self.run.path):
-            self.run.draw(self.state.step, subject, sheets)
-            self.run.draw_curves(training_curves(self.run.rows, self.system, self.baselines, title))
+            subject = f"{self.system.name} on {self.settings.dataset}"
+            sheets = self._measured(self.system.pictures, self.centred)
+            title = f"{subject}: losses and metrics during training"
+            with writing(self.run.path):
+                self.run.draw(state.step, subject, sheets)
+                self.run.draw_curves(training_curves(self.run.rows, self.system, self.baselines, title))
 
     def measure(self, images: Dataset) -> dict[str, float]:
-        """The metrics of the system, with those of its generated images where they are asked for."""
+        """The metrics of the system, and those of its generated images."""
         metrics = self._measured(self.system.evaluate, images)
         return metrics | (self._measured(self.system.sample_quality, self.centred) if self.writes else {})
 
@@ -207,10 +183,8 @@ class Trainer:
         if headline in self.metrics:
             compared = "".join(f" ({name}: {value:.3f})" for name, value in self.baselines.items())
             reached = f"{headline.replace('_', ' ')} {self.metrics[headline]:.3f}{compared}"
-        return (
-            f"{reached} in {seconds:.0f} s; pictures are in {self.run.path / 'samples'}, "
-            f"curves in {self.run.path / 'curves.png'}"
-        )
+        pictures, curves = self.run.path / "samples", self.run.path / "curves.png"
+        return f"{reached} in {seconds:.0f} s; pictures are in {pictures}, curves in {curves}"
 
     def report_pace(self) -> None:
         """Says once, after the first steps, how long all of them will take."""
@@ -219,8 +193,8 @@ class Trainer:
             self.pace_from = time.monotonic()
         if done == PACE_TO and left >= 2 * PACE_TO and self.writes:
             seconds = (time.monotonic() - self.pace_from) / (PACE_TO - PACE_FROM) * (done + left)
-            time_in_all = tqdm.format_interval(seconds)
-            self.bar.write(f"{done + left} steps will take about {time_in_all}", file=sys.stderr)
+            line = f"{done + left} steps will take about {tqdm.format_interval(seconds)}"
+            self.bar.write(line, file=sys.stderr)
 
     def _measured(self, method: Callable[[Dataset], Any], dataset: Dataset) -> Any:
         """What a method of the system says of a data set: evaluation mode, no gradients, not compiled."""
@@ -231,37 +205,5 @@ class Trainer:
         self.system.train()
         return value
 
-    def _progress_bar(self) -> tqdm:
-        total, done = self.state.steps, self.state.step
-        return tqdm(total=total, initial=done, unit="step", file=sys.stderr, disable=not self.writes)
-
     def _how_to_resume(self) -> str:
         return f"The state after step {self.state.step} is saved; continue with --resume {self.run.path}"
-
-
-class Interruption:
-    """Notes SIGINT, SIGTERM and SIGHUP, so that the loop ends after its step; a second one acts at once.
-
-    Only the main thread can be told of signals: in another one nothing is noted. A SIGHUP that is ignored
-    already, as under nohup, stays so.
-    """
-
-    def __init__(self) -> None:
-        self.came = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)  # Windows has no SIGHUP
-                if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-                    self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, *_: object) -> None:
-        self.came = True
-        self.__exit__()

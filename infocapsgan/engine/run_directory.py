@@ -3,9 +3,10 @@
 import json
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -32,56 +33,38 @@ class RunError(RuntimeError):
 
 
 class Config(NamedTuple):
-    """What config.json holds: all that is needed to load a run without its data.
+    """What config.json holds: all that is needed to load a run without its data."""
 
-    Attributes:
-        system: its name.
-        settings: as Settings.to_json() gives them.
-        image_shape: channels, size and classes, of the data set.
-        class_names: in the order of the labels.
-        split: of a folder of images, the relative paths in "train" and "test"; else None.
-    """
-
-    system: str
-    settings: dict[str, Any]
-    image_shape: dict[str, int]
-    class_names: list[str]
-    split: dict[str, list[str]] | None
+    system: str  # its name
+    settings: dict[str, Any]  # as Settings.to_json() gives them
+    image_shape: dict[str, int]  # channels, size and classes, of the data set
+    class_names: list[str]  # in the order of the labels
+    split: dict[str, list[str]] | None  # of a folder of images, the relative paths in "train" and "test"
 
 
 class RunDirectory:
     """config.json, metrics.jsonl, TensorBoard events, checkpoints/, samples/, curves.png, summary.json.
 
-    As a context manager it closes its files and releases its lock at the end. A directory in which begin()
-    wrote nothing is removed again.
-
-    Args:
-        path: of a directory that is there.
-
-    Raises:
-        RunError: there is none, another process is training there, or it cannot be written.
+    It locks a directory that is there. As a context manager it closes its files and releases the lock at the
+    end, and removes a directory in which begin() wrote nothing. What goes wrong in writing is a RunError.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._lock = path, lock_run(path)
-        self._files: list[Any] = []
+        self.path, self.checkpoints, self._lock = path, path / "checkpoints", lock_run(path)
+        self._files = ExitStack()
         self.rows: list[dict[str, Any]] = []
 
     @classmethod
     def open(cls, system: str, settings: Settings) -> "RunDirectory":
-        """Makes the directory of a new run, or takes that of --resume.
-
-        Raises:
-            RunError: --out names a directory that is not empty, or one that cannot be made.
-        """
+        """Makes the directory of a new run, or takes that of --resume."""
         if settings.resume:
             return cls(settings.resume)
         with writing(settings.out or Path("runs"), "--out: "):
             path = settings.out or _make_numbered(Path("runs"), f"{system}-{settings.dataset}")
-            if not _is_free(path):
-                raise RunError(
-                    f"--out: {path} is there already and not empty; continue a run with --resume {path}"
-                )
+            # Only the lock is in one whose start was killed before its data were read.
+            files = [file for file in path.rglob("*") if file.is_file() and file.name != LOCK]
+            if files or path.is_file():
+                raise RunError(f"--out: {path} is there and not empty; continue a run with --resume {path}")
             for folder in FOLDERS:
                 (path / folder).mkdir(parents=True, exist_ok=True)
         return cls(path)
@@ -89,21 +72,22 @@ class RunDirectory:
     def begin(self, config: Config, step: int = 0, *, finished: bool = False) -> None:
         """Writes config.json and opens the logs, for a training that goes on after `step`.
 
-        Removes what was logged after it, what killed processes left unfinished, and unless the run is
-        `finished` the results of fewer steps.
+        Removes what was logged after it, later checkpoints, which are damaged, what killed processes left
+        unfinished, and unless the run is `finished` the results of fewer steps.
         """
         with writing(self.path):
             remove_unfinished(self.path)
             for result in () if finished else (SUMMARY, EVALUATION):
                 (self.path / result).unlink(missing_ok=True)
+            for saved in self.checkpoints.glob("step-*"):
+                if int(saved.name.removeprefix("step-")) > step:
+                    shutil.rmtree(saved)
             self.rows = [row for row in read_metrics(self.path) if row["step"] <= step]
             with atomic_file(self.path / METRICS) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
             write_config(self.path, config)
-            self._metrics = (self.path / METRICS).open("a")
-            self._files.append(self._metrics)
-            self._events = EventFile(self.path, step + 1)
-            self._files.append(self._events)
+            self._metrics = self._files.enter_context((self.path / METRICS).open("a"))
+            self._events = self._files.enter_context(closing(EventFile(self.path, step + 1)))
 
     def __enter__(self) -> "RunDirectory":
         return self
@@ -111,30 +95,17 @@ class RunDirectory:
     def __exit__(self, *_: object) -> None:
         try:
             with writing(self.path):
-                for file in self._files:
-                    file.close()
+                self._files.close()
         finally:
             if not (self.path / CONFIG).exists():
-                self._remove_empty()
+                with suppress(OSError):  # another process put something there
+                    (self.path / LOCK).unlink(missing_ok=True)
+                    for folder in (*FOLDERS, ""):
+                        (self.path / folder).rmdir()
             self._lock.release()
 
-    def _remove_empty(self) -> None:
-        with suppress(OSError):  # another process put something there
-            (self.path / LOCK).unlink(missing_ok=True)
-            for folder in FOLDERS:
-                (self.path / folder).rmdir()
-            self.path.rmdir()
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
-        return self.path / "checkpoints"
-
     def log(self, kind: str, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Adds a row to metrics.jsonl and its numbers to TensorBoard.
-
-        `kind` is "train", "validation" or "evaluation". Raises RunError where there is no room.
-        """
+        """Adds a row to metrics.jsonl and its numbers to TensorBoard; `kind` is a key of curves.SPLITS."""
         row = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
         self.rows.append(row)
         with writing(self.path / METRICS):
@@ -154,26 +125,24 @@ class RunDirectory:
         for name, sheet in sheets.items():
             figure = sheet_figure(f"{subject}, step {step:,}", sheet)
             save_figure(self.path / "samples" / f"{name}-{step:08d}.png", figure)
-            self._events.add_image(name, pixels(figure), step, dataformats="HWC")
+            self._events.add_image(name, pixels(figure), step)
 
     def draw_curves(self, figure: Figure) -> None:
         """Writes curves.png anew."""
         save_figure(self.path / "curves.png", figure)
 
 
-class NoRunDirectory:
+class NoRunDirectory(RunDirectory):
     """The run directory of a process that does not write."""
 
-    path = checkpoints = Path()
-    rows: list[dict[str, Any]] = []  # noqa: RUF012
+    def __init__(self) -> None:
+        self.path = self.checkpoints = Path()
+        self.rows = []
 
     def log(self, *_: Any, **__: Any) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     begin = summarise = draw = draw_curves = __exit__ = log
-
-    def __enter__(self) -> "NoRunDirectory":
-        return self
 
 
 @contextmanager
@@ -182,17 +151,12 @@ def writing(path: Path, option: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        named = getattr(error, "filename", None)
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"{option}{named or path} cannot be written: {reason}") from error
+        file, reason = getattr(error, "filename", None) or path, getattr(error, "strerror", None) or error
+        raise RunError(f"{option}{file} cannot be written: {reason}") from error
 
 
 def lock_run(path: Path) -> FileLock:
-    """Locks a run directory against other trainings, until the lock is released or the process ends.
-
-    Raises:
-        RunError: there is no such directory, a run in it is still being trained, or it cannot be written.
-    """
+    """Locks a run directory against other trainings, until the lock is released or the process ends."""
     if not path.is_dir():
         raise RunError(f"{path} is not a run directory")
     lock = FileLock(path / LOCK)
@@ -205,29 +169,21 @@ def lock_run(path: Path) -> FileLock:
 
 
 def read_config(path: Path) -> Config:
-    """What config.json of the run in `path` holds.
-
-    Raises:
-        RunError: there is no run, its config.json is damaged, or another version of the package wrote it.
-    """
+    """What config.json of the run in `path` holds; raises RunError where it is none, damaged or another's."""
     try:
         values = json.loads((path / CONFIG).read_text())
-    except FileNotFoundError as error:
-        raise RunError(f"{path} is not a run directory: it has no config.json") from error
+        if not isinstance(values, dict) or not {"system", "settings"} <= values.keys():
+            raise ValueError("its config.json names no system and settings")
     except (OSError, RecursionError, ValueError) as error:
-        raise RunError(f"{path} is not a run directory ({error})") from error
-    if not isinstance(values, dict) or not {"system", "settings"} <= values.keys():
-        raise RunError(f"{path} is not a run directory: its config.json names no system and settings")
-    if values.get("format") != FORMAT:
-        raise RunError(
-            f"{path} was written by infocapsgan {values.get('version', '0.1')}, in format "
-            f"{values.get('format', 1)}; takes format {FORMAT}: use that version, or train the system again"
-        )
-    config: dict[str, Any] = {name: values.get(name) for name in Config._fields}
-    wrong = [name for name, hint in get_type_hints(Config).items() if mismatch(config[name], hint)]
+        reason = "it has no config.json" if isinstance(error, FileNotFoundError) else error
+        raise RunError(f"{path} is not a run directory: {reason}") from error
+    if (found := values.get("format", 1)) != FORMAT:
+        written = f"written by infocapsgan {values.get('version', '0.1')}, in format {found}"
+        raise RunError(f"{path} was {written}; takes format {FORMAT}: use that version, or train it again")
+    wrong = [name for name, hint in get_type_hints(Config).items() if mismatch(values.get(name), hint)]
     if wrong or values["image_shape"].keys() != {"channels", "size", "classes"}:
         raise RunError(f"{path / CONFIG} is damaged: {(wrong or ['image_shape'])[0]} is missing or wrong")
-    return Config(**config)
+    return Config._make(map(values.get, Config._fields))
 
 
 def write_config(path: Path, config: Config) -> None:
@@ -238,8 +194,7 @@ def write_config(path: Path, config: Config) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without those that are damaged; of all but the last a warning is printed."""
     file = path / METRICS
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-    rows = [_row(line) for line in lines]
+    rows = [_row(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.exists() else []
     if None in rows[:-1]:
         print(f"warning: {file}: {rows[:-1].count(None)} damaged rows are left out", file=sys.stderr)
     return [row for row in rows if row is not None]
@@ -249,8 +204,8 @@ def _row(line: bytes) -> dict[str, Any] | None:
     """The row in a line; None where it is cut, garbled, or not of the numbers that log() writes."""
     with suppress(RecursionError, TypeError, ValueError):
         row = json.loads(line)
-        numbers = {name: int | float for name in row if name != "kind"} | {"step": int, "epoch": int | float}
-        return row if has_types(row, kind=str, **numbers) else None
+        if has_types(row, **dict.fromkeys([*row, "epoch"], int | float) | {"kind": str, "step": int}):
+            return row
     return None
 
 
@@ -267,12 +222,8 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Of what a result depends on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "capsops": capsops.__version__,
-    }
+    packages = {package.__name__: package.__version__ for package in (torch, np, capsops)}
+    return {"python": platform.python_version(), **packages}
 
 
 def device_name(device: torch.device) -> str:
@@ -291,10 +242,3 @@ def _make_numbered(parent: Path, name: str) -> Path:
         with suppress(FileExistsError):  # another process took the number meanwhile
             path.mkdir()
             return path
-
-
-def _is_free(path: Path) -> bool:
-    """Whether `path` holds no file, but the lock of a start that was killed before its data were read."""
-    if not path.is_dir():
-        return not path.exists()
-    return not any(entry.is_file() and entry.name != LOCK for entry in path.rglob("*"))

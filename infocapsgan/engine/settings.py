@@ -75,35 +75,29 @@ class Settings:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
-            if isinstance(value, str) and Path in get_args(hint):
-                value = Path(value)
+            if isinstance(value, str | Path) and Path in get_args(hint):
+                # That of the data absolute: a run can be continued from another working directory.
+                value = Path(value).absolute() if name == "data_dir" else Path(value)
                 object.__setattr__(self, name, value)
             if wanted := mismatch(value, hint):
                 raise ValueError(f"{option_name(name)}: got {value!r:.100}, takes {wanted}")
         if self.width % 8:
             raise ValueError(f"--width: got {self.width}, takes a multiple of 8")
         if self.image_size and (self.image_size % 4 or self.dataset != "folder"):
-            raise ValueError(
-                f"--image-size: got {self.image_size}, takes a multiple of 4, with --dataset folder only"
-            )
+            takes = "a multiple of 4, with --dataset folder only"
+            raise ValueError(f"--image-size: got {self.image_size}, takes {takes}")
         if self.dataset != "folder" and None in (self.batch_size, self.epochs):
             raise ValueError("--batch-size, --epochs: take a number, but for --dataset folder")
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON holds them: paths become strings, that of the data an absolute one."""
+        """The settings as JSON holds them: all but --resume, and paths as strings."""
         values = dataclasses.asdict(self)
         del values["resume"]
-        if self.data_dir:
-            values["data_dir"] = self.data_dir.absolute()
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Settings":
-        """What to_json gave, read again.
-
-        Raises:
-            ValueError: an option is missing or unknown, or its value is of a wrong type or out of range.
-        """
+        """What to_json gave, read again; ValueError where an option is missing, unknown or out of range."""
         known = {field.name for field in dataclasses.fields(cls)} - {"resume"}
         for what, names in (("is missing", known - values.keys()), ("is unknown", values.keys() - known)):
             if names:
@@ -123,8 +117,7 @@ def mismatch(value: Any, hint: Any) -> str:
         reasons = [mismatch(value, part) for part in parts if part is not NoneType]
         return "" if "" in reasons or (value is None and NoneType in parts) else " or ".join(reasons)
     if kind is Literal:
-        fits = isinstance(value, str) and value in parts
-        return "" if fits else f"one of {', '.join(map(str, parts))}"
+        return "" if isinstance(value, str) and value in parts else f"one of {', '.join(parts)}"
     if kind is Annotated:
         wrong = mismatch(value, parts[0])
         limits = [limit for limit in parts[1:] if isinstance(limit, Range)]
@@ -134,9 +127,7 @@ def mismatch(value: Any, hint: Any) -> str:
         inner = value.values() if isinstance(value, dict) else value
         fits = isinstance(value, kind) and not any(mismatch(part, parts[-1]) for part in inner)
         return "" if fits else f"a {kind.__name__}"
-    fits = hint is Any or isinstance(value, hint)
-    if hint is float:
-        fits = isinstance(value, int | float) and abs(value) <= sys.float_info.max
-    if isinstance(value, bool) and hint in (int, float):
-        fits = False
+    fits = hint is Any or isinstance(value, (int, float) if hint is float else hint)
+    if hint in (int, float):
+        fits = fits and not isinstance(value, bool) and (hint is int or abs(value) <= sys.float_info.max)
     return "" if fits else _IN_WORDS[hint]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,14 +18,7 @@ from infocapsgan.engine import checkpoint
 from infocapsgan.engine.device import serving_impl
 from infocapsgan.engine.distributed import Processes, synchronise_batch_norm
 from infocapsgan.engine.rng import ShardedGenerator
-from infocapsgan.engine.run_directory import (
-    Config,
-    NoRunDirectory,
-    RunDirectory,
-    RunError,
-    read_config,
-    writing,
-)
+from infocapsgan.engine.run_directory import Config, RunDirectory, RunError, read_config
 from infocapsgan.engine.settings import Settings
 from infocapsgan.engine.train_state import TrainState
 from infocapsgan.systems.system import System
@@ -36,50 +28,35 @@ LEAST_BATCH, LEAST_STEPS = 8, 1500  # of a folder of images; a class code is lea
 
 @dataclass
 class Training:
-    """All that the training loop works with.
-
-    Attributes:
-        system: what is trained, on its device.
-        dataset: on the same device.
-        held_out: images, as test images, on which the weights that are kept have the lowest loss.
-        batches: which images make up which step.
-        state: where training stands, and what it changes weights with.
-        run: where everything is written.
-        seconds: how long the run took before it was resumed.
-    """
+    """All that the training loop works with, system and data on the same device."""
 
     system: System
     dataset: Dataset
-    held_out: Dataset | None
-    batches: Batches
+    held_out: Dataset | None  # as test images: the weights that are kept have the lowest loss on them
+    batches: Batches  # which images make up which step
     state: TrainState
-    run: RunDirectory | NoRunDirectory
-    seconds: float = 0.0
+    run: RunDirectory
+    seconds: float = 0.0  # how long the run took before it was resumed
 
 
 def prepare(
-    system_class: type[System],
-    settings: Settings,
-    run: RunDirectory | NoRunDirectory,
-    processes: Processes,
-    device: torch.device,
+    kind: type[System], settings: Settings, run: RunDirectory, processes: Processes, device: torch.device
 ) -> Training:
     """Makes the system, reads its data, and puts the state of a resumed run back."""
     torch.manual_seed(settings.seed)
-    system = system_class(settings).to(device)
+    system = kind(settings).to(device)
     dataset = system.load_data().to(device)
     system.class_names = dataset.class_names
     held_out = None
     if system.validation_share:
         dataset, held_out = dataset.hold_out(system.validation_share)
-    images = len(dataset.train_images)
-    batch_size, epochs = sized(system_class, settings, images)
+    batch_size, epochs = sized(kind, settings, len(dataset.train_images))
     system.settings = settings = dataclasses.replace(settings, batch_size=batch_size, epochs=epochs)
     check_batch_size(system, batch_size, processes.world)
     synchronise_batch_norm(system, processes, device)
     if settings.compile:
         system.compile_networks()
-    batches = Batches(images, batch_size, settings.seed, device)
+    batches = Batches(len(dataset.train_images), batch_size, settings.seed, device)
     state = TrainState(
         system.optimizers,
         ShardedGenerator(settings.seed, device, processes.rank, processes.world),
@@ -96,27 +73,24 @@ def prepare(
         config = resume(settings.resume, config, training)
     run.begin(config, state.step, finished=state.step == state.steps)
     if processes.writes:
-        for line in report(training):
-            print(line, file=sys.stderr)
+        print(*report(training), sep="\n", file=sys.stderr)
     return training
 
 
 def sized(system_class: type[System], settings: Settings, images: int) -> tuple[int, int]:
-    """The batch size and the epochs, which may be left to the number of training images.
+    """The batch size and the epochs; where they are left to the number of training images, the recipe's.
 
-    The batch size is then the recipe's, but at most the power of two nearest to a tenth of the images; the
-    epochs are the recipe's, but at least as many as 1,500 steps need.
+    But batches are then at most the power of two nearest to a tenth of the images, and steps at least 1,500.
     """
     recipe = {**vars(system_class.Settings()), **system_class.recipes[settings.recipe]}
-    tenth = 2 ** round(math.log2(images / 10))
-    batch = settings.batch_size or min(recipe["batch_size"], images, max(LEAST_BATCH, tenth))
+    tenth = max(LEAST_BATCH, 2 ** round(math.log2(images / 10)))
+    batch = settings.batch_size or min(recipe["batch_size"], images, tenth)
     steps = max(LEAST_STEPS, settings.max_steps or 0)
-    epochs = settings.epochs or max(recipe["epochs"], math.ceil(steps / max(1, images // batch)))
-    return batch, epochs
+    return batch, settings.epochs or max(recipe["epochs"], math.ceil(steps / max(1, images // batch)))
 
 
 def check_batch_size(system: System, batch: int, world: int) -> None:
-    """Raises ValueError where processes cannot share a batch, or where batch norm has too little of it."""
+    """Raises ValueError where processes cannot share a batch, or batch norm has too little of it."""
     if batch % world:
         raise ValueError(f"--batch-size: got {batch}, takes a multiple of the {world} processes")
     if batch // world < 2 and any(isinstance(module, _BatchNorm) for module in system.modules()):
@@ -124,52 +98,39 @@ def check_batch_size(system: System, batch: int, world: int) -> None:
 
 
 def resume(path: Path, here: Config, training: Training) -> Config:
-    """Puts the state of the newest intact checkpoint back, and returns what config.json is to hold.
-
-    Raises:
-        RunError: no checkpoint is intact or fits, the images are others, or the run has more steps already.
-    """
-    system, state, writes = training.system, training.state, training.state.processes.writes
-    before = read_config(path)
+    """Puts the state of the newest intact checkpoint back, and returns what config.json is to hold."""
+    state, settings, writes = training.state, training.system.settings, training.state.processes.writes
+    before, folder = read_config(path), path / "checkpoints"
     _check_split(path, before.split, here.split)
-    folder = path / "checkpoints"
     if training.held_out:
         checkpoint.read_best(folder)  # a damaged one is an error now, not at the first evaluation
     if newest := checkpoint.load_newest(folder, warn=writes):
-        training.seconds = _put_back(*newest, system, state)
-    length = f"--epochs {system.settings.epochs}"
-    length += f" and --max-steps {system.settings.max_steps}" if system.settings.max_steps else ""
+        _put_back(*newest, training)
+    length = f"--epochs {settings.epochs}"
+    length += f" and --max-steps {settings.max_steps}" if settings.max_steps else ""
     if state.step > state.steps:
-        raise RunError(
-            f"--resume: {path} has done {state.step} steps, and training of {length} ends after {state.steps}"
-        )
+        ends = f"training of {length} ends after {state.steps}"
+        raise RunError(f"--resume: {path} has done {state.step} steps, and {ends}")
     if writes and state.step == state.steps:
         print(f"nothing is left to train: all {state.step} steps of {length} are done", file=sys.stderr)
-    damaged = [saved for saved in checkpoint.checkpoints(folder) if int(saved.name[5:]) > state.step]
-    with writing(folder):
-        for saved in damaged if writes else ():  # training comes by there again
-            shutil.rmtree(saved)
     return before._replace(settings=here.settings)
 
 
 def report(training: Training) -> Iterator[str]:
     """What was read, where it goes and how it is computed, and what is not as one may expect."""
     system, dataset, state, s = training.system, training.dataset, training.state, training.system.settings
-    shape, names = system.image_shape, list(dataset.class_names)
+    shape, names = system.image_shape, dataset.class_names
     if len(names) > 10:
-        names = [*names[:8], "…", names[-1]]
-    classes = f"{shape.classes} classes" if dataset.labelled else "no labels"
-    shown = f" ({', '.join(names)})" if names and dataset.labelled else ""
+        names = (*names[:8], "…", names[-1])
+    classes = f"{shape.classes} classes ({', '.join(names)})" if dataset.labelled else "no labels"
     where = f"{s.dataset} in {s.data_dir}" if s.data_dir else s.dataset
-    parts = {"training": dataset.train_images, "test": dataset.test_images}
+    images = f"{len(dataset.train_images)} training, {len(dataset.test_images)} test"
     if training.held_out:
-        parts["validation"] = training.held_out.test_images
-    images = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+        images += f", {len(training.held_out.test_images)} validation"
     size = f"{shape.channels} × {shape.size} × {shape.size}"
-    yield f"data: {where}: {images} images of {size}, {classes}{shown}"
-    done = f", of which {state.step} are done" if state.step else ""
-    per_epoch = training.batches.per_epoch
-    yield f"steps: {per_epoch} an epoch with batches of {s.batch_size}, {state.steps} in all{done}"
+    yield f"data: {where}: {images} images of {size}, {classes}"
+    steps = f"{state.steps} in all" + (f", of which {state.step} are done" if state.step else "")
+    yield f"steps: {state.steps_per_epoch} an epoch with batches of {s.batch_size}, {steps}"
     yield f"run directory: {training.run.path}"
     if any(isinstance(module, (PrimaryCapsules, RoutingCapsules, Squash)) for module in system.modules()):
         impl, reason = serving_impl(s.impl, state.device)
@@ -183,20 +144,16 @@ def report(training: Training) -> Iterator[str]:
         yield f"warning: --max-steps {s.max_steps} is not reached: {ends}"
 
 
-def _put_back(snapshot: checkpoint.Snapshot, path: Path, system: System, state: TrainState) -> float:
-    """Puts a checkpoint back, and returns the seconds that the run had taken."""
+def _put_back(snapshot: checkpoint.Snapshot, path: Path, training: Training) -> None:
+    state, training.seconds = training.state, snapshot.numbers["seconds"]
     try:
-        checkpoint.restore(snapshot, system, state)
+        checkpoint.restore(snapshot, training.system, state)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise RunError(f"--resume: {path} was written by another version of infocapsgan: {error}") from error
     before, here = snapshot.numbers["device"], state.device.type
     if before != here and state.processes.writes:
-        print(
-            f"warning: the run was trained on {before} and goes on on {here}: random numbers start anew, so "
-            "its results differ from those of a run that stayed there",
-            file=sys.stderr,
-        )
-    return snapshot.numbers["seconds"]
+        moved = f"the run was trained on {before} and goes on on {here}"
+        print(f"warning: {moved}: random numbers start anew, which changes results", file=sys.stderr)
 
 
 def _check_split(path: Path, before: dict[str, Any] | None, here: dict[str, Any] | None) -> None:
@@ -204,5 +161,5 @@ def _check_split(path: Path, before: dict[str, Any] | None, here: dict[str, Any]
     old, new = ({name for part in (split or {}).values() for name in part} for split in (before, here))
     for what, images in (("were added", sorted(new - old)), ("are missing", sorted(old - new))):
         if images:
-            shown = ", ".join([*images[:3], "…"] if len(images) > 3 else images)
+            shown = ", ".join(images[:3]) + ", …" * (len(images) > 3)
             raise RunError(f"--resume: since {path} began, images {what}: {shown}")

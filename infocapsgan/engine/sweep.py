@@ -9,29 +9,24 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
 
+from infocapsgan.engine.interruption import Interruption
 from infocapsgan.engine.run_directory import EVALUATION, SUMMARY, RunError, lock_run, write_json
 from infocapsgan.engine.settings import Settings
 from infocapsgan.metrics import best
 from infocapsgan.systems import SYSTEMS
 
 
-class SweepError(RuntimeError):
-    """A sweep cannot start in its folder, or its runs did not leave what a summary is made of."""
-
-
-@dataclass(frozen=True)
-class Sweep:
+class Sweep(NamedTuple):
     """What a command asks for."""
 
     name: str  # of the system
@@ -69,39 +64,33 @@ class Sweep:
 def run_all(sweep: Sweep) -> dict[int, str]:
     """Runs the processes of all seeds that are not finished, `jobs` at a time, and waits for them.
 
-    SIGINT, SIGTERM and SIGHUP are passed on to the runs, which save their state; a second one kills them.
-    Returns the last line that each crashed run printed, by its seed.
-
-    Raises:
-        KeyboardInterrupt: a signal ended the runs.
+    A signal is passed on to the runs, which save their state, and is a KeyboardInterrupt at the end; a second
+    one kills them. Returns the last line that each crashed run printed, by its seed.
     """
-    with _received_signals() as signals, ThreadPoolExecutor(sweep.jobs) as pool:
+    with Interruption(2) as signals, ThreadPoolExecutor(sweep.jobs) as pool:
         lines = list(pool.map(lambda seed: _finish(sweep, seed, signals), sweep.seeds))
-    if signals:
+    if signals.came:
         raise KeyboardInterrupt
     return {seed: line for seed, line in zip(sweep.seeds, lines, strict=True) if line}
 
 
-def _finish(sweep: Sweep, seed: int, signals: list[int]) -> str:
-    """Runs one process after the other until a seed is finished; returns the last line of one that crashed.
-
-    A run that a killed sweep left behind still trains: it is waited for, in place of one of the jobs.
-    """
-    while (wanted := sweep.missing(seed)) and not signals:
-        if _in_use(run := sweep.run(seed)):
+def _finish(sweep: Sweep, seed: int, signals: Interruption) -> str:
+    """Runs one process after the other until a seed is finished; gives the last line of one that crashed."""
+    while (wanted := sweep.missing(seed)) and not signals.came:
+        if _in_use(run := sweep.run(seed)):  # a killed sweep left it behind; it counts as one of the jobs
             print(f"seed {seed}: another process trains {run}; waiting for it", flush=True)
-            while _in_use(run) and not signals:
+            while _in_use(run) and not signals.came:
                 time.sleep(0.1)
             continue
         process, passed_on = _start(sweep, seed), 0
         while process.poll() is None:
-            if len(signals) > passed_on:
-                passed_on = len(signals)
+            if signals.came > passed_on:
+                passed_on = signals.came
                 process.send_signal(signal.SIGTERM if passed_on == 1 else signal.SIGKILL)
             time.sleep(0.1)
-        if not (wanted.exists() or signals or _in_use(run)):
-            lines = run.with_suffix(".log").read_text(errors="replace").splitlines()
-            last = next((line for line in reversed(lines) if line.strip()), "nothing was printed")
+        if not (wanted.exists() or signals.came or _in_use(run)):
+            lines = run.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+            last = lines[-1] if lines else "nothing was printed"
             print(f"seed {seed}: crashed: {last}", flush=True)
             return last
     if not wanted:
@@ -112,7 +101,6 @@ def _finish(sweep: Sweep, seed: int, signals: list[int]) -> str:
 
 
 def _in_use(run: Path) -> bool:
-    """Whether a process trains the run."""
     try:
         if run.is_dir():
             lock_run(run).release()
@@ -122,28 +110,21 @@ def _in_use(run: Path) -> bool:
 
 
 def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
-    """What the runs of a finished sweep came to, with the keys of results/*.json.
-
-    Raises:
-        SweepError: no run came to an end, or one has other settings than the sweep, or lacks a metric that
-            others have.
-    """
-    seeds = [seed for seed in sweep.seeds if seed not in crashed]
-    if not seeds:
-        raise SweepError(f"every run crashed; what they printed is in {sweep.path}/seed-*.log")
+    """What the runs of a finished sweep came to, with the keys of results/*.json."""
+    if not (seeds := [seed for seed in sweep.seeds if seed not in crashed]):
+        raise RunError(f"every run crashed; what they printed is in {sweep.path}/seed-*.log")
     summaries = [sweep.read(seed, SUMMARY) for seed in seeds]
     metrics = _metrics(sweep, seeds)
     values = {name: [of_run[name] for of_run in metrics] for name in metrics[0]}
     first, below = summaries[0], sweep.failed_below
     if below is None and sweep.headline == "unsupervised_accuracy":
         below = max(first["baselines"][sweep.headline].values())
-    reached = zip(seeds, values[sweep.headline], strict=True)
-    failed = [seed for seed, value in reached if below is not None and value < below]
+    failed = [seeds[i] for i, x in enumerate(values[sweep.headline]) if below is not None and x < below]
     ended = max((sweep.run(seed) / SUMMARY).stat().st_mtime for seed in seeds)
     return {
         "system": sweep.name,
-        "dataset": first["settings"]["dataset"],
-        "recipe": first["settings"]["recipe"],
+        "dataset": sweep.settings.dataset,
+        "recipe": sweep.settings.recipe,
         "seeds": seeds,
         "metrics": {name: _spread(name, of_metric) for name, of_metric in values.items()},
         "baselines": first["baselines"],
@@ -154,11 +135,8 @@ def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
             "crashed": {str(seed): line for seed, line in crashed.items()},
         },
         "seconds": [summary["seconds"] for summary in summaries],
-        "device": " / ".join(dict.fromkeys(summary["device"] for summary in summaries)),
-        "versions": {
-            name: " / ".join(dict.fromkeys(summary["versions"][name] for summary in summaries))
-            for name in first["versions"]
-        },
+        "device": _joined(summary["device"] for summary in summaries),
+        "versions": {name: _joined(s["versions"][name] for s in summaries) for name in first["versions"]},
         "date": date.fromtimestamp(ended).isoformat(),
         "settings": _shared(first["settings"]),
     }
@@ -167,7 +145,7 @@ def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
 def table(sweep: Sweep, result: dict[str, Any]) -> str:
     """A Markdown table of one row: the headline metric in per cent, failures, seconds of a run."""
     headline, failed = result["metrics"][sweep.headline], result["failed"]
-    mean, std, best_ = (100 * (headline[key] or 0) for key in ("mean", "std", "best"))
+    mean, std, most = (100 * (headline[key] or 0) for key in ("mean", "std", "best"))
     threshold = f" (below {100 * failed['below']:.1f} % or crashed)" if failed["below"] is not None else ""
     cells = {
         "system": result["system"],
@@ -175,7 +153,7 @@ def table(sweep: Sweep, result: dict[str, Any]) -> str:
         "recipe": result["recipe"],
         "seeds": f"{len(sweep.seeds)}",
         f"{sweep.headline.replace('_', ' ')}, %": f"{mean:.2f} ± {std:.2f}",
-        "best, %": f"{best_:.2f}" if headline["best"] is not None else "–",
+        "best, %": f"{most:.2f}" if headline["best"] is not None else "–",
         f"failed{threshold}": f"{round(failed['share'] * len(sweep.seeds))} of {len(sweep.seeds)}",
         "seconds a run": f"{statistics.fmean(result['seconds']):.0f}",
     }
@@ -185,37 +163,30 @@ def table(sweep: Sweep, result: dict[str, Any]) -> str:
 
 @contextmanager
 def claimed(sweep: Sweep) -> Iterator[str | None]:
-    """Makes the folder, keeps other sweeps out of it and writes there what the sweep is.
-
-    Yields the commits of all its starts so far.
-
-    Raises:
-        SweepError: another sweep is at work there, or the folder has something else in it, or a sweep with
-            other settings.
-    """
+    """Makes the folder and keeps other sweeps out of it; yields the commits of all its starts so far."""
     sweep.path.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(sweep.path / "sweep.lock", timeout=0):
             yield _remember(sweep)
     except Timeout as error:
-        raise SweepError(f"--out: another sweep is still at work in {sweep.path}") from error
+        raise RunError(f"--out: another sweep is still at work in {sweep.path}") from error
 
 
 def _remember(sweep: Sweep) -> str | None:
     file, commit = sweep.path / "sweep.json", _commit()
-    asked: dict[str, Any] = {"system": sweep.name, "settings": _shared(sweep.settings.to_json())}
-    known = asked | {"commits": []}
+    settings = _shared(sweep.settings.to_json())
+    known: dict[str, Any] = {"system": sweep.name, "settings": settings, "commits": []}
     if file.exists():
         known = json.loads(file.read_text())
-        before, now = ({"system": words["system"]} | words["settings"] for words in (known, asked))
+        before, now = known["settings"] | {"system": known["system"]}, settings | {"system": sweep.name}
         if other := _differences(before, now):
-            raise SweepError(f"--out: {sweep.path} holds a sweep with other settings: {other}")
+            raise RunError(f"--out: {sweep.path} holds a sweep with other settings: {other}")
     elif any(path.name != "sweep.lock" for path in sweep.path.iterdir()):
-        raise SweepError(f"--out: {sweep.path} is not empty and holds no sweep")
+        raise RunError(f"--out: {sweep.path} is not empty and holds no sweep")
     if commit and commit not in known["commits"]:
         known["commits"].append(commit)
     write_json(file, known)
-    return " / ".join(known["commits"]) or None
+    return _joined(known["commits"]) or None
 
 
 def digest(settings: Settings) -> str:
@@ -224,22 +195,18 @@ def digest(settings: Settings) -> str:
 
 
 def _metrics(sweep: Sweep, seeds: list[int]) -> list[dict[str, float]]:
-    """The metrics of each run, which have the same names; raises SweepError as summarise does."""
+    """The metrics of each run; RunError where one has other settings, or lacks a metric of another."""
     shared, metrics = _shared(sweep.settings.to_json()), []
     for seed in seeds:
         if other := _differences(_shared(sweep.read(seed, SUMMARY)["settings"]), shared):
-            raise SweepError(
-                f"seed {seed} was trained on with other settings: {other}; "
-                f"delete {sweep.run(seed)}, and the same command trains it anew"
-            )
+            anew = f"delete {sweep.run(seed)}, and the same command trains it anew"
+            raise RunError(f"seed {seed} was trained on with other settings: {other}; {anew}")
         metrics.append({k: v for name in sweep.results for k, v in sweep.read(seed, name)["metrics"].items()})
     names = dict.fromkeys(name for of_run in metrics for name in of_run)
     for seed, of_run in zip(seeds, metrics, strict=True):
         if lacking := [name for name in names if name not in of_run]:
-            raise SweepError(
-                f"seed {seed} has no {', '.join(lacking)}, which other seeds have; delete "
-                f"{' and '.join(sweep.results)} in {sweep.run(seed)}, and the same command measures it again"
-            )
+            again = f"delete {' and '.join(sweep.results)} in {sweep.run(seed)} to have it measured again"
+            raise RunError(f"seed {seed} has no {', '.join(lacking)}, which other seeds have; {again}")
     return metrics
 
 
@@ -254,30 +221,12 @@ def _start(sweep: Sweep, seed: int) -> subprocess.Popen:
         shutil.rmtree(run, ignore_errors=True)
         words = ["infocapsgan.train", sweep.name, *sweep.options, "--seed", str(seed), "--out", str(run)]
     threads = str(max(1, torch.get_num_threads() // sweep.jobs))
+    env = ({"OMP_NUM_THREADS": threads} if sweep.jobs > 1 else {}) | os.environ
     print(f"seed {seed}: {words[0]}, output in {log}", flush=True)
     with log.open("a") as output:
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
         # In a session of its own, a run gets no Ctrl-C of the terminal beside the signal that is passed on.
-        return subprocess.Popen(
-            [sys.executable, "-m", *words],
-            env=({"OMP_NUM_THREADS": threads} if sweep.jobs > 1 else {}) | os.environ,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-@contextmanager
-def _received_signals() -> Iterator[list[int]]:
-    """SIGINT, SIGTERM and SIGHUP that come in its block are added to a list, and do nothing else."""
-    received: list[int] = []
-    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {kind: signal.signal(kind, lambda number, _: received.append(number)) for kind in kinds}
-    try:
-        yield received
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        return subprocess.Popen([sys.executable, "-m", *words], env=env, start_new_session=True, **streams)
 
 
 def _shared(settings: dict[str, Any]) -> dict[str, Any]:
@@ -291,7 +240,6 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file is part of; None where it is part of none."""
     here = Path(__file__)
     command = f"git ls-files --error-unmatch {here.name} && git describe --always --dirty --exclude='*'"
     done = subprocess.run(command, shell=True, cwd=here.parent, capture_output=True, text=True)
@@ -302,3 +250,7 @@ def _spread(name: str, values: list[float]) -> dict[str, Any]:
     """Mean, sample standard deviation (0 of one value), best (None where there is no better) and values."""
     std = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "std": std, "best": best(name, values), "values": values}
+
+
+def _joined(words: Iterable[str]) -> str:
+    return " / ".join(dict.fromkeys(words))

@@ -1,6 +1,7 @@
 """What a system's step needs beside its batch: random numbers, the precision, and the update of weights."""
 
 from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,44 +22,27 @@ def adam(weights: Iterable[nn.Parameter], rate: float, betas: tuple[float, float
     return Adam(weights, rate, betas, fused=True)
 
 
+@dataclass(eq=False)
 class TrainState:
-    """Takes losses to changed weights, in the precision asked for.
+    """Takes losses to changed weights, in the precision asked for."""
 
-    Args:
-        optimizers: by name; update() takes such a name.
-        rng: where every random number of a step comes from.
-        precision: fp32, bf16 or fp16.
-        device: where the system lives.
-        steps_per_epoch: what turns a step into an epoch.
-        steps: how many steps there will be.
-        processes: those that share a batch.
+    optimizers: dict[str, Optimizer]
+    rng: ShardedGenerator  # where every random number of a step comes from
+    _: KW_ONLY
+    precision: str = "fp32"  # or bf16, fp16
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    steps_per_epoch: int = 1
+    steps: int = 1  # how many there will be
+    processes: Processes = field(default_factory=Processes)
+    step: int = 0  # how many are done
+    at_once: bool = True
+    """Whether update() looks at each loss before weights change. Without it check() looks at all since its
+    last call: a GPU need not be waited for in between."""
 
-    Attributes:
-        step: steps done.
-        at_once: whether update() looks at each loss before weights change. Without it check() looks at all
-            since its last call: a GPU need not be waited for in between.
-    """
-
-    def __init__(
-        self,
-        optimizers: dict[str, Optimizer],
-        rng: ShardedGenerator,
-        *,
-        precision: str = "fp32",
-        device: torch.device | str = "cpu",
-        steps_per_epoch: int = 1,
-        steps: int = 1,
-        processes: Processes | None = None,
-    ) -> None:
-        self.optimizers, self.rng = optimizers, rng
-        self.precision, self.device = precision, torch.device(device)
-        self.steps_per_epoch, self.steps = steps_per_epoch, steps
-        self.processes = processes or Processes()
-        self.step, self.at_once = 0, True
+    def __post_init__(self) -> None:
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self.scalers = {
-            name: torch.amp.GradScaler(self.device.type, enabled=precision == "fp16") for name in optimizers
-        }
+        kind, on = self.device.type, self.precision == "fp16"
+        self.scalers = {name: torch.amp.GradScaler(kind, enabled=on) for name in self.optimizers}
 
     @property
     def epoch(self) -> float:
@@ -72,11 +56,8 @@ class TrainState:
     def update(self, name: str, loss: Tensor) -> None:
         """One step of the optimiser `name` down the gradient of `loss`, averaged over the processes.
 
-        No other weight gets a gradient, and one that the loss does not depend on stays as it is.
-
-        Raises:
-            NonFiniteLossError: the loss or its gradient is NaN or infinite; the weights are as before.
-                Without `at_once` that is left to check().
+        No other weight gets a gradient, and one that the loss does not depend on stays as it is. With
+        `at_once`, a loss or gradient that is not finite is a NonFiniteLossError, and weights are as before.
         """
         optimizer, scaler = self.optimizers[name], self.scalers[name]
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -93,26 +74,17 @@ class TrainState:
         elif not torch.isfinite(norm):
             raise NonFiniteLossError(f"the gradient of {name} is not finite")
         for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad = None if gradient is None else _laid_out_as(weight, gradient)
+            if gradient is not None and gradient.stride() != weight.stride():
+                # Adam's fused kernel on a GPU requires equal strides.
+                gradient = torch.empty_like(weight).copy_(gradient)
+            weight.grad = gradient
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
     def check(self) -> None:
         """Raises NonFiniteLossError if a loss or gradient since the last call was not finite."""
-        finite = bool(self._finite)
+        finite = self._finite.item()
         self._finite.fill_(True)
         if not finite:
             raise NonFiniteLossError("a loss or a gradient is not finite")
-
-
-def _laid_out_as(weight: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with the weight's strides, which Adam's fused kernel on a GPU requires."""
-    if gradient.stride() == weight.stride():
-        return gradient
-    return torch.empty_like(weight).copy_(gradient)
-
-
-def parameter_count(module: nn.Module) -> int:
-    """How many numbers are trained in `module`."""
-    return sum(parameter.numel() for parameter in module.parameters())

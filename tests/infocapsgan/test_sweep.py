@@ -132,7 +132,7 @@ def test_the_threshold_can_be_chosen(tmp_path):
 
 
 def test_every_run_crashed(tmp_path):
-    with pytest.raises(sweep.SweepError, match="every run crashed"):
+    with pytest.raises(sweep.RunError, match="every run crashed"):
         sweep.summarise(sweep.parse(["capsnet", "--seeds", "0..1", "--out", str(tmp_path)]), {0: "", 1: ""})
 
 
@@ -144,7 +144,7 @@ def test_a_metric_that_a_run_lacks(tmp_path):
         summary = json.loads(file.read_text())
         file.write_text(json.dumps(summary | {"metrics": summary["metrics"] | more}))
     with pytest.raises(
-        sweep.SweepError, match="seed 0 has no frechet_distance, .* delete summary.json in .*seed-0"
+        sweep.RunError, match="seed 0 has no frechet_distance, .* delete summary.json in .*seed-0"
     ):
         sweep.summarise(found, {})
 
@@ -155,7 +155,7 @@ def test_a_run_that_was_made_longer(tmp_path):
     longer = sweep.parse(["infocapsgan", "--seeds", "1", "--max-steps", "7", "--out", str(tmp_path)])
     write_run(longer, 1, 0.9)
     with pytest.raises(
-        sweep.SweepError, match=r"seed 1 was trained on with other settings: max_steps 7; delete"
+        sweep.RunError, match=r"seed 1 was trained on with other settings: max_steps 7; delete"
     ):
         sweep.summarise(found, {})
 
@@ -175,16 +175,16 @@ def test_a_folder_is_for_one_sweep(tmp_path):
 
     claim(*words)
     claim(*words[:2], "5..7", *words[3:])
-    with pytest.raises(sweep.SweepError, match="holds a sweep with other settings: epochs 15"):
+    with pytest.raises(sweep.RunError, match="holds a sweep with other settings: epochs 15"):
         claim(*words, "--epochs", "2")
     with (
         sweep.claimed(sweep.parse(words)),
-        pytest.raises(sweep.SweepError, match="another sweep is still at work in"),
+        pytest.raises(sweep.RunError, match="another sweep is still at work in"),
     ):
         claim(*words)
     (tmp_path / "sweep.json").unlink()
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(sweep.SweepError, match="is not empty and holds no sweep"):
+    with pytest.raises(sweep.RunError, match="is not empty and holds no sweep"):
         claim(*words)
 
 

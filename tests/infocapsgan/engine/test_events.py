@@ -8,7 +8,7 @@ from infocapsgan.engine.events import EventFile
 def test_tensorboard_reads_numbers_and_pictures(tmp_path):
     events = EventFile(tmp_path, 1)
     events.add_scalar("train/loss", 0.25, 1)
-    events.add_image("samples", np.full((4, 6, 3), 200, np.uint8), 1, dataformats="HWC")
+    events.add_image("samples", np.full((4, 6, 3), 200, np.uint8), 1)
     read = EventAccumulator(str(tmp_path)).Reload()  # before the file is closed
     assert [(event.step, event.value) for event in read.Scalars("train/loss")] == [(1, 0.25)]
     (picture,) = read.Images("samples")

@@ -61,10 +61,10 @@ def test_settings_are_read_as_they_were_written(tmp_path):
         assert type(settings).from_json(settings.to_json()) == settings
 
 
-def test_paths_may_be_strings_and_that_of_the_data_is_stored_absolute(tmp_path, monkeypatch):
+def test_paths_may_be_strings_and_that_of_the_data_becomes_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = Settings(data_dir="data", out="run")
-    assert (settings.data_dir, settings.out) == (Path("data"), Path("run"))
+    assert (settings.data_dir, settings.out) == (tmp_path / "data", Path("run"))
     assert settings.to_json()["data_dir"] == str(tmp_path / "data")
 
 

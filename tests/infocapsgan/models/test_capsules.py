@@ -2,9 +2,9 @@ import pytest
 import torch
 
 import capsops
-from infocapsgan.engine.train_state import parameter_count
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, lengths, primary_grid, unsquashed_lengths
 from infocapsgan.models.capsule_generator import CapsuleGenerator
+from tests.parameters import parameter_count
 
 
 @pytest.mark.parametrize(("size", "grid"), [(28, 6), (32, 8), (36, 10)])

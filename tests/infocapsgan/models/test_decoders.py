@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from infocapsgan.engine.train_state import parameter_count
 from infocapsgan.models.decoders import DeconvolutionalDecoder, FullyConnectedDecoder, masked
+from tests.parameters import parameter_count
 
 
 @pytest.mark.parametrize(

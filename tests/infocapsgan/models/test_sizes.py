@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from infocapsgan.engine.train_state import parameter_count
 from infocapsgan.models.capsule_encoder import CapsuleEncoder, first_stride, primary_grid
 from infocapsgan.models.capsule_generator import CapsuleGenerator
 from infocapsgan.models.capsulegan import TransposedGenerator, UpsamplingGenerator
@@ -11,6 +10,7 @@ from infocapsgan.models.dcgan import ConvolutionalDiscriminator
 from infocapsgan.models.decoders import DeconvolutionalDecoder, FullyConnectedDecoder
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk, infogan_levels
 from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
+from tests.parameters import parameter_count
 
 SIZES = (28, 32, 36, 48, 64, 100, 128)
 ENCODERS = {

@@ -5,8 +5,9 @@ from infocapsgan import data
 from infocapsgan.data.augment import random_affine
 from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.engine.rng import ShardedGenerator
-from infocapsgan.engine.train_state import TrainState, parameter_count
+from infocapsgan.engine.train_state import TrainState
 from infocapsgan.systems import Encoder, InfoCapsGAN
+from tests.parameters import parameter_count
 
 
 def test_the_network_is_that_of_infocapsgan():

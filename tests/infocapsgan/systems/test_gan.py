@@ -10,11 +10,12 @@ from infocapsgan.engine import loaded_run as trained
 from infocapsgan.engine.loop import train
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.run_directory import read_metrics
-from infocapsgan.engine.train_state import TrainState, parameter_count
+from infocapsgan.engine.train_state import TrainState
 from infocapsgan.evaluate import evaluate
 from infocapsgan.systems import DCGAN, SYSTEMS, CapsuleGAN, Mimic
 from infocapsgan.systems.gan import GAN, morph
 from infocapsgan.systems.mimic import squared_error
+from tests.parameters import parameter_count
 from tests.tiers import fast_only
 
 GANS = [name for name, system in SYSTEMS.items() if issubclass(system, GAN)]

@@ -4,10 +4,11 @@ import torch
 from infocapsgan import data
 from infocapsgan.engine.distributed import Processes
 from infocapsgan.engine.rng import ShardedGenerator
-from infocapsgan.engine.train_state import TrainState, parameter_count
+from infocapsgan.engine.train_state import TrainState
 from infocapsgan.models.capsule_encoder import Capsules
 from infocapsgan.systems import InfoCapsGAN
 from infocapsgan.systems.infocapsgan import compare_capsules
+from tests.parameters import parameter_count
 from tests.tiers import slow
 
 

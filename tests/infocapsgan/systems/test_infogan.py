@@ -6,11 +6,12 @@ import torch
 from infocapsgan import data
 from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.engine.rng import ShardedGenerator
-from infocapsgan.engine.train_state import TrainState, parameter_count
+from infocapsgan.engine.train_state import TrainState
 from infocapsgan.metrics import morphometry as strokes
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
 from infocapsgan.systems import InfoGAN
 from infocapsgan.systems.infogan import LEAN
+from tests.parameters import parameter_count
 
 
 def test_parameter_counts_by_hand():
