@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.run_directory import SUMMARY, read_config, read_metrics
 from infocapsgan.metrics import best
+from infocapsgan.plotting import register
 from infocapsgan.plotting.figures import LOG_FROM, new_figure
 from infocapsgan.systems import NotApplicableError, System
 
@@ -23,6 +24,7 @@ SPLITS = {"train": "training batches", "validation": "held-out training images",
 Rows = Sequence[dict[str, Any]]
 
 
+@register
 def curves(
     run: LoadedRun, *, metric: str | None = None, beside: Sequence[Path] = (), reach: Sequence[float] = ()
 ) -> Figure:
