@@ -80,7 +80,7 @@ def test_nothing_starts_before_all_options_are_right(capsys, monkeypatch):
     monkeypatch.setattr(data, "load", None)
     for words, message in (
         ((), "the following arguments are required: --seeds"),
-        (("--seeds", "0..1"), "SYSTEM: got none, takes one of capsnet, mimic"),
+        (("--seeds", "0..1"), "SYSTEM: got none, takes one of capsnet, dcgan"),
         (("resnet", "--seeds", "0..1"), "SYSTEM: got resnet, takes one of"),
         (("capsnet", "--seeds", "3..1"), "--seeds: got 3..1, takes first..last"),
         (("capsnet", "--seeds", "1,1"), "--seeds: got 1,1, takes"),
