@@ -138,13 +138,13 @@ class LoadedRun:
 
     @torch.no_grad()
     def reconstruct(self, images: Any) -> Tensor:
-        """Reconstructions [N, C, H, W] in [0, 1], of the predicted class; NotApplicableError if there are none."""
+        """Reconstructed images [N, C, H, W] in [0, 1]; NotApplicableError if the system makes none."""
         self.system.require("reconstruct", "reconstruct")
         return in_batches(self.system.reconstruct, self._images(images))
 
     @torch.no_grad()
     def capsules(self, images: Any) -> Capsules:
-        """Primary capsules [N, I, K] and class capsules [N, J, D]; NotApplicableError if there are none."""
+        """Primary capsules [N, I, K] and class capsules [N, J, D]; NotApplicableError if it has none."""
         self.system.require("capsules", "capsules")
         return self.system.capsules(self._images(images))
 

@@ -139,9 +139,8 @@ def report(training: Training) -> Iterator[str]:
             yield f"warning: the capsules are computed by plain PyTorch, which is slower: {reason}"
     if untrained := system.untrained(state.steps):
         yield f"warning: {untrained}"
-    if (s.max_steps or 0) > state.steps:
-        ends = f"--epochs {s.epochs} ends after {state.steps} steps"
-        yield f"warning: --max-steps {s.max_steps} is not reached: {ends}"
+    if (n := s.max_steps or 0) > state.steps:
+        yield f"warning: --max-steps {n} is not reached: --epochs {s.epochs} ends after {state.steps} steps"
 
 
 def _put_back(snapshot: checkpoint.Snapshot, path: Path, training: Training) -> None:
