@@ -11,10 +11,12 @@ from infocapsgan.engine.rng import ShardedGenerator
 Function = Callable[[Tensor], Tensor]
 
 
-def margin_loss(lengths: Tensor, target: Tensor) -> Tensor:
+def margin_loss(
+    lengths: Tensor, target: Tensor, *, upper: float = 0.9, lower: float = 0.1, absent: float = 0.5
+) -> Tensor:
     """Margin loss of each sample, summed over the classes: [B].
 
-    L_j = T_j · max(0, 0.9 − ‖v_j‖)² + 0.5 · (1 − T_j) · max(0, ‖v_j‖ − 0.1)²
+    L_j = T_j · max(0, upper − ‖v_j‖)² + absent · (1 − T_j) · max(0, ‖v_j‖ − lower)²
     (Sabour, Frosst, Hinton 2017, equation 4).
 
     Args:
@@ -34,8 +36,8 @@ def margin_loss(lengths: Tensor, target: Tensor) -> Tensor:
         takes = f"takes classes as integers [{B}], or a number for each class [{B}, {J}]"
         raise ValueError(f"target: got {target.dtype} of shape {list(target.shape)}, {takes}")
     target = target.to(lengths.dtype)
-    present = target * F.relu(0.9 - lengths).square()
-    return (present + 0.5 * (1 - target) * F.relu(lengths - 0.1).square()).sum(dim=1)
+    present = target * F.relu(upper - lengths).square()
+    return (present + absent * (1 - target) * F.relu(lengths - lower).square()).sum(dim=1)
 
 
 def discriminator_loss(real: Tensor, generated: Tensor, kind: str = "logistic") -> Tensor:

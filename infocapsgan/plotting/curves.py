@@ -60,8 +60,9 @@ def training_curves(rows: Rows, system: System, baselines: dict[str, float], tit
         for kind in (LOSSES, SHARES, CLUSTERS, CAPSULES):
             if of_kind := [name for name in names if _kind(name) == kind]:
                 panels.append((f"{images}: {kind}", kind, of_split, of_kind))
-    wide, high = min(3, len(panels)), -(-len(panels) // 3)
-    figure = new_figure(5.4 * wide, 4.0 * high, title)
+    wide = 2 if len(panels) in (2, 4) else min(3, len(panels))
+    high = -(-len(panels) // wide)
+    figure = new_figure(5.4 * wide, 5.0 * high, title)
     axes = figure.subplots(high, wide, squeeze=False).ravel()
     for place, (heading, kind, values, of_kind) in zip(axes, panels, strict=False):
         _plot(place, kind, values, of_kind, system.terms)
@@ -70,7 +71,8 @@ def training_curves(rows: Rows, system: System, baselines: dict[str, float], tit
         if system.headline in of_kind and values[0]["kind"] == "evaluation":
             for (name, value), style in zip(baselines.items(), cycle(LINE_STYLES[1:]), strict=False):
                 place.axhline(value, color="gray", linestyle=style, label=f"{name}: {value:.3f}")
-        place.legend(fontsize="x-small", ncols=2 if len(of_kind) > 5 else 1)
+        below = {"loc": "upper left", "bbox_to_anchor": (0, -0.13), "frameon": False}
+        place.legend(fontsize="x-small", ncols=3 if kind == CLUSTERS else 1, **below)
     for place in axes[len(panels) :]:
         place.set_visible(False)
     return figure

@@ -26,7 +26,7 @@ def morph(run: LoadedRun, *, seed: Whole = 0) -> Figure:
         code = torch.arange(system.codes, device=run.device)
         starts, ends = (system.latents(noise, (code + n) % system.codes) for n in (0, 1))
         names = system.code_names
-        rows = [f"{name}  to  {other}" for name, other in zip(names, names[1:] + names[:1], strict=True)]
+        rows = [f"{name} → {other}" for name, other in zip(names, names[1:] + names[:1], strict=True)]
         ylabel = f"{system.code_label}, the noise is the same"
     else:
         real = run.dataset.test_images if system.why_not("latents") else None

@@ -154,7 +154,7 @@ class System(nn.Module):
     def code_name(self, code: int) -> str:
         """A class code, and the name of the label that evaluate() matched it with, if it did."""
         label = -1 if self.label_of_code is None else int(self.label_of_code[code])
-        return str(code) if label < 0 else f"{code} → {self.class_name(label)}"
+        return str(code) if label < 0 else f"{code} ({self.class_name(label)})"
 
     @property
     def code_names(self) -> list[str]:
@@ -164,7 +164,7 @@ class System(nn.Module):
     @property
     def code_label(self) -> str:
         """What `code_names` are, for an axis."""
-        return "class code" + " → class" * any("→" in name for name in self.code_names)
+        return "class code" + " (class)" * any("(" in name for name in self.code_names)
 
     def load_data(self) -> Dataset:
         """The data set in the settings."""
