@@ -124,8 +124,8 @@ def comparison(paths: Sequence[Path], metric: str, reach: Sequence[float] = ()) 
         colour, style = (number, number // 10) if len(systems) == 1 else (systems.index(system), same)
         epochs = [f"{value:g} in epoch {_first_epoch(line, metric, value)}" for value in reach]
         label = "\n".join([f"{system}: {path.resolve().name}", *epochs])
-        (drawn,) = axes.plot(*zip(*line, strict=True), label=label, marker="o", markersize=3, linewidth=1)
-        drawn.set(color=f"C{colour % 10}", linestyle=LINE_STYLES[style % 4])
+        (plotted,) = axes.plot(*zip(*line, strict=True), label=label, marker="o", markersize=3, linewidth=1)
+        plotted.set(color=f"C{colour % 10}", linestyle=LINE_STYLES[style % 4])
     for value in reach:
         axes.axhline(value, color="gray", linestyle="--", linewidth=0.8)
     values = [value for _, _, line in runs for _, value in line]

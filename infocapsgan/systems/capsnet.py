@@ -233,7 +233,7 @@ class CapsNet(Supervised, name="capsnet"):
 
 
 def encoder_input(images: Tensor) -> Tensor:
-    """What the encoder is given: images as they are, pairs of digits [B, 2, H, W] overlaid."""
+    """What the encoder takes: images as they are, pairs of digits [B, 2, H, W] overlaid."""
     return overlay(images) if images.shape[1] == 2 else images
 
 

@@ -1,12 +1,11 @@
-"""What the systems with a class code have in common: they find classes in real images without labels.
+"""What the systems with a class code have in common: they learn classes from real images without labels.
 
-A code that is only to be recognised on generated images need not divide real ones: a generator satisfies its
-loss with images that are no digits. What the classes of real images should be like can be said of them
-directly. Predictions are certain, evenly used over the classes (IMSAT), and the same for an image and a moved
-copy of it with a part erased. Slant and size, along which classes would else divide, are what the copies
-change. Once classes have formed (smoothness_after), the worst small change of an image must not leave its
-class either: rare forms of a digit that had joined another come back. Then, after the warm-up, the generator
-comes in. From the first step on it would disturb the classes: they form around its early, arbitrary images.
+A code that must only be recognised on generated images need not divide real ones. So predictions for real
+images should be certain, evenly used over the classes (IMSAT), and the same for an image and an augmented
+copy with a part erased; what the copies change (slant, size) then does not divide classes. Once classes have
+formed (smoothness_after), the worst small change of an image must not leave its class: rare forms of a digit
+that had joined another come back. After the warm-up the generator comes in; earlier, classes would form
+around its first, arbitrary images.
 """
 
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ class ClassCodeSettings(GANSettings):
     """The options of all systems with a class code."""
 
     warm_up: Whole = 500
-    """Steps on real images alone, before the generator comes in."""
+    """Steps on real images only, before the generator comes in."""
     settled_rate: Share = 0.2
     """The learning rate of the classes falls in a straight line, over the warm-up, to this share."""
     information_weight: Weight = 0.3
@@ -42,7 +41,7 @@ class ClassCodeSettings(GANSettings):
     balance: Weight = 4.0
     """How much even use of the classes counts in it, against certainty about each image."""
     consistency_weight: Weight = 1.0
-    """Weight of: a real image and a moved copy of it belong to the same class."""
+    """Weight of: a real image and an augmented copy of it belong to the same class."""
     erased: Share = 0.5
     """Height and width of what is erased from that copy, at most, as a share of the image's."""
     smoothness_weight: Weight = 1.0
@@ -54,7 +53,7 @@ class ClassCodeSettings(GANSettings):
 
     @property
     def learns_of_real_images(self) -> bool:
-        """Whether real images say anything of the classes: smoothness alone keeps them as they are."""
+        """Whether real images say anything of the classes: smoothness by itself keeps them as they are."""
         return bool(self.information_weight or self.consistency_weight)
 
     def __post_init__(self) -> None:
@@ -65,7 +64,7 @@ class ClassCodeSettings(GANSettings):
 
 GENERATED: dict[str, Any] = {"warm_up": 0, "settled_rate": 1.0, "smoothness_weight": 0.0}
 GENERATED |= {"information_weight": 0.0, "consistency_weight": 0.0}
-"""The options with which the class code is learned on generated images alone, as published."""
+"""The options with which the class code is learned on generated images only, as published."""
 
 
 class ClassCodeGAN(GAN):

@@ -51,16 +51,16 @@ class Encoder(Supervised, name="encoder"):
         if self.settings.moved:
             images = random_affine(images, state.rng, background=-1)
         with state.autocast():
-            found = lengths(self.model(images).classes)
-            loss = losses.margin_loss(found.float(), labels).mean()
+            capsules = lengths(self.model(images).classes)
+            loss = losses.margin_loss(capsules.float(), labels).mean()
         state.update("model", loss)
-        return {"margin": loss.detach(), "batch_accuracy": (found.argmax(dim=1) == labels).float().mean()}
+        return {"margin": loss.detach(), "batch_accuracy": (capsules.argmax(dim=1) == labels).float().mean()}
 
     def test_predictions(self, dataset: Dataset) -> dict[str, Tensor]:
         """For each test image its `predicted` class [N] and its `margin_loss` [N]."""
-        found = in_batches(self.classify, dataset.test_images)
-        margin = losses.margin_loss(found, dataset.test_labels)
-        return {"predicted": found.argmax(dim=1), "margin_loss": margin}
+        scores = in_batches(self.classify, dataset.test_images)
+        margin = losses.margin_loss(scores, dataset.test_labels)
+        return {"predicted": scores.argmax(dim=1), "margin_loss": margin}
 
     def pictures(self, dataset: Dataset) -> dict[str, Sheet]:
         """Test images, each in the row of the class that is predicted for it; an empty place is grey."""

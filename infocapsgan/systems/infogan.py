@@ -2,13 +2,10 @@
 
 Source: Chen et al. 2016, networks of appendix C.1; loss weights and sizes of a public implementation.
 
-The recipe `tuned` finds the classes on real images first (class_code.py), by an optimiser of its own for
-trunk and recogniser. These have no batch norm: its statistics would be those of moved, real and generated
-images in turn, and a discriminator that sees each on a scale of its own cannot tell how bright they are.
-
-What the continuous codes mean is open as published: whatever varies most, at times the same twice. Copies of
-real images settle it (meaning_weight): where strokes lean more, the first code is to be higher, where they
-are wider the second, each by as much as the copy was changed, and neither with the other.
+The recipe `tuned` first learns the classes from real images (class_code.py), with an optimiser of its own for
+trunk and recogniser. These have no batch norm: its statistics would be those of augmented, real and generated
+images in turn. What the continuous codes mean is open as published. Copies of real images settle it
+(meaning_weight): the first code is to grow with the slant of strokes, the second with their width.
 """
 
 from dataclasses import dataclass
@@ -33,7 +30,7 @@ LEAN, THICKNESS = 0.5, 1.0  # of copies, where a continuous code is to change by
 
 @dataclass(frozen=True, kw_only=True)
 class InfoGANSettings(ClassCodeSettings):
-    """InfoGAN: a GAN with a categorical code and continuous codes."""
+    """InfoGAN: a GAN with categorical codes, the first of which is the class, and continuous codes."""
 
     batch_size: Count | None = 256
     """Images per step, over all processes."""
