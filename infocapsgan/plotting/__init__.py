@@ -1,6 +1,6 @@
-"""Pictures of a trained system: a module for each kind, which registers itself.
+"""Pictures of a trained system: each kind is a module here, and the function in it of the same name.
 
-A kind is a function from a loaded run, and options of its own, to a figure, or to the frames of a GIF.
+The function turns a loaded run, and options of its own, into a figure or the frames of a GIF;
 `python -m infocapsgan.visualize` takes its help from the function's docstring.
 """
 
@@ -12,12 +12,8 @@ from typing import Any
 KINDS: dict[str, Callable[..., Any]] = {}
 
 
-def register(kind: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers a kind of picture under the name of its function."""
-    return KINDS.setdefault(kind.__name__, kind)
-
-
 def import_kinds() -> None:
-    """Imports every module here, so that the kinds in it register themselves."""
+    """Fills KINDS: not at the import of this package, which systems need for their sheets."""
     for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
+        if kind := getattr(importlib.import_module(f"{__name__}.{module.name}"), module.name, None):
+            KINDS[module.name] = kind

@@ -6,11 +6,9 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from infocapsgan.engine.loaded_run import LoadedRun
-from infocapsgan.plotting import register
 from infocapsgan.systems import NotApplicableError
 
 
-@register
 def animate(run: LoadedRun, *, pictures: str | None = None) -> list[Image.Image]:
     """The pictures in samples/ one after another, each with its step.
 

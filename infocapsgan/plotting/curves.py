@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.run_directory import SUMMARY, read_config, read_metrics
 from infocapsgan.metrics import best
-from infocapsgan.plotting import register
 from infocapsgan.plotting.figures import LOG_FROM, new_figure
 from infocapsgan.systems import NotApplicableError, System
 
@@ -24,7 +23,6 @@ SPLITS = {"train": "training batches", "validation": "held-out training images",
 Rows = Sequence[dict[str, Any]]
 
 
-@register
 def curves(
     run: LoadedRun, *, metric: str | None = None, beside: Sequence[Path] = (), reach: Sequence[float] = ()
 ) -> Figure:

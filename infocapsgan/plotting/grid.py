@@ -6,13 +6,11 @@ from matplotlib.figure import Figure
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Whole
-from infocapsgan.plotting import register
 from infocapsgan.plotting.figures import Sheet, sheet_figure
 
 ROWS = COLUMNS = 10
 
 
-@register
 def grid(run: LoadedRun, *, seed: Whole = 0) -> Figure:
     """Samples; a row for each class code where there is one, all rows of the same noise.
 

@@ -8,12 +8,10 @@ from infocapsgan.data.multi_mnist import overlay
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.settings import Count
 from infocapsgan.metrics.matching import match_clusters
-from infocapsgan.plotting import register
 from infocapsgan.plotting.figures import Sheet, sheet_figure
 from infocapsgan.systems import NotApplicableError
 
 
-@register
 def mistakes(run: LoadedRun, *, images: Count = 60) -> Figure:
     """The first of the test images where the predicted class is wrong, with both classes.
 

@@ -6,13 +6,11 @@ from matplotlib.figure import Figure
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Whole
-from infocapsgan.plotting import register
 from infocapsgan.plotting.figures import Sheet, sheet_figure
 
 ROWS, STEPS = 10, 11
 
 
-@register
 def morph(run: LoadedRun, *, seed: Whole = 0) -> Figure:
     """Straight lines from one latent to another: from a class code to the next, else between two samples.
 

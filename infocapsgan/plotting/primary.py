@@ -27,7 +27,6 @@ from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.settings import Count, Whole
 from infocapsgan.models.capsule_encoder import lengths
 from infocapsgan.models.decoders import FullyConnectedDecoder
-from infocapsgan.plotting import register
 from infocapsgan.plotting.figures import Sheet, sheet_figure
 from infocapsgan.plotting.rotate import labelled_image
 from infocapsgan.systems import System
@@ -37,7 +36,6 @@ BATCH_SIZE, LEARNING_RATE = 128, 1e-3
 CAPSULES, COUPLINGS = 10, 10  # rows and columns of the picture
 
 
-@register
 def primary(run: LoadedRun, *, image: Whole = 0, steps: Count = 1000) -> Figure:
     """Reconstructions from single primary capsules, the coupling coefficient growing from left to right.
 

@@ -6,11 +6,9 @@ from matplotlib.figure import Figure
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.settings import Count
-from infocapsgan.plotting import register
 from infocapsgan.plotting.figures import CELL, Sheet, sheet_figure
 
 
-@register
 def reconstruct(run: LoadedRun, *, images: Count = 10) -> Figure:
     """Test images and their reconstructions: from the true label, and below from the predicted one.
 

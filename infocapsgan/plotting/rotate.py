@@ -9,14 +9,12 @@ from torch import Tensor
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.settings import Count, Whole
-from infocapsgan.plotting import register
 from infocapsgan.plotting.figures import Sheet, draw_sheet, new_figure, sheet_size
 from infocapsgan.systems import NotApplicableError, System
 
 PER_ROW = 12
 
 
-@register
 def rotate(run: LoadedRun, *, image: Whole = 0, degrees: Count = 15) -> Figure:
     """An image rotated through 360°: the longest class capsule, its length, and the reconstruction from it.
 

@@ -8,14 +8,12 @@ from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Whole
 from infocapsgan.metrics.codes import traversal
-from infocapsgan.plotting import register
 from infocapsgan.plotting.figures import Sheet, draw_sheet, new_figure, sheet_figure, sheet_size
 from infocapsgan.systems import NotApplicableError
 
 ROWS, STEPS = 10, 9
 
 
-@register
 def traverse(run: LoadedRun, *, seed: Whole = 0, code: Whole = 0) -> Figure:
     """One number of the latent varied along each row: continuous codes, or else values of the noise.
 

@@ -5,14 +5,12 @@ from matplotlib.figure import Figure
 
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.settings import Whole
-from infocapsgan.plotting import register
 from infocapsgan.plotting.figures import Sheet, sheet_figure
 from infocapsgan.plotting.rotate import labelled_image
 
 TWEAKS = torch.arange(-5, 6) * 0.05
 
 
-@register
 def tweak(run: LoadedRun, *, image: Whole = 0) -> Figure:
     """Each number of an image's class capsule changed by −0.25 to 0.25, a row for each, and reconstructed.
 
