@@ -11,18 +11,17 @@ import torch
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.run_command import DATA_DIR, DEVICE, loaded, run_parser, whole
 from infocapsgan.engine.settings import option_name
-from infocapsgan.plotting import KINDS, import_kinds
+from infocapsgan.plotting import kinds
 from infocapsgan.plotting.figures import save_figure, save_gif
 
 
 def main() -> None:
-    import_kinds()
     parser = run_parser("visualize", __doc__)
-    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    for name, function in KINDS.items():
+    subparsers = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    for name, function in kinds().items():
         documentation = docstring_parser.parse(function.__doc__ or "")
         summary = documentation.short_description
-        add = kinds.add_parser(name, help=summary, description=summary, allow_abbrev=False).add_argument
+        add = subparsers.add_parser(name, help=summary, description=summary, allow_abbrev=False).add_argument
         add("--out", type=Path, metavar="FILE", help=f"(default: RUN/pictures/{name}.{suffix(name)})")
         add("--data-dir", **DATA_DIR)
         add("--device", **DEVICE)
@@ -40,11 +39,10 @@ def main() -> None:
 
 
 def visualize(run: LoadedRun, kind: str, out: Path | None = None, **options: Any) -> Path:
-    """Writes a picture of one of plotting.KINDS, where `out` is None to RUN/pictures; returns its path."""
-    import_kinds()
+    """Writes a picture of one of plotting.kinds(), where `out` is None to RUN/pictures; returns its path."""
     path = out or run.path / "pictures" / f"{kind}.{suffix(kind)}"
     with torch.no_grad():
-        picture = KINDS[kind](run, **options)
+        picture = kinds()[kind](run, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     save = save_gif if isinstance(picture, list) else save_figure
     save(path, picture)

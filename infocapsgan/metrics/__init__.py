@@ -3,11 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from infocapsgan.data import Dataset
-    from infocapsgan.systems import System
+from typing import Any, NamedTuple
 
 Measured = tuple[dict[str, float], dict[str, Any]]
 """Metrics by name, and further details for evaluation.json."""
@@ -16,8 +12,8 @@ Measured = tuple[dict[str, float], dict[str, Any]]
 class Group(NamedTuple):
     """A group of metrics."""
 
-    why_not: "Callable[[System, Dataset], str]"  # why it does not apply to them; empty where it does
-    measure: "Callable[[System, Dataset, int], Measured]"  # with so many images where it generates any
+    why_not: Callable[..., str]  # (system, dataset): why it does not apply to them; empty where it does
+    measure: Callable[..., Measured]  # (system, dataset, samples): so many images, where it generates any
 
 
 GROUPS: dict[str, Group] = {}
@@ -25,17 +21,17 @@ HIGHER_IS_BETTER = {"accuracy", "unsupervised_accuracy", "nmi", "ari", "sample_p
 LOWER_IS_BETTER = {"error", "pair_error", "margin_loss", "squared_error", "frechet_distance"}
 
 
-def register(name: str, why_not: "Callable[[System, Dataset], str]") -> Callable:
+def register(name: str, why_not: Callable[..., str]) -> Callable:
     """Registers the function that it decorates as the group `name`."""
 
-    def decorate(measure: "Callable[[System, Dataset, int], Measured]") -> Callable:
+    def decorate(measure: Callable[..., Measured]) -> Callable:
         GROUPS[name] = Group(why_not, measure)
         return measure
 
     return decorate
 
 
-def unless_labelled(ability: str) -> "Callable[[System, Dataset], str]":
+def unless_labelled(ability: str) -> Callable[..., str]:
     """The `why_not` of groups that take a system with `ability` and images with labels."""
     unlabelled = "its images have no labels"
     return lambda system, dataset: system.why_not(ability) or ("" if dataset.labelled else unlabelled)

@@ -1,35 +1,26 @@
 """How well a system that was trained with labels predicts them."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from infocapsgan.data import Dataset
 from infocapsgan.metrics import Measured, register, unless_labelled
-
-if TYPE_CHECKING:
-    from infocapsgan.systems import System
+from infocapsgan.systems.system import System
 
 
 @register("classification", unless_labelled("classify"))
-def classification(system: "System", dataset: Dataset, samples: int) -> Measured:
+def classification(system: System, dataset: Dataset, samples: int) -> Measured:
     """Accuracy, error and losses of the test split, its confusion matrix; the error of pairs of labels."""
     values, labels = system.test_predictions(dataset), dataset.test_labels
     predicted = values.pop("predicted")
     right = predicted == labels
-    metrics = {"accuracy": accuracy(predicted, labels)}
-    metrics["error"] = 1 - metrics["accuracy"]
+    accuracy = right.double().mean().item()
+    metrics = {"accuracy": accuracy, "error": 1 - accuracy}
     if labels.dim() == 2:
         metrics["pair_error"] = 1 - right.all(dim=1).double().mean().item()
     metrics |= {name: loss.double().mean().item() for name, loss in values.items()}
     return metrics, confusion(predicted, labels, system.image_shape.classes)
-
-
-def accuracy(predictions: Tensor, labels: Tensor) -> float:
-    """The share of predictions [N] that equal their label [N]."""
-    return float((predictions == labels).double().mean())
 
 
 def confusion(predictions: Tensor, labels: Tensor, classes: int) -> dict[str, list]:

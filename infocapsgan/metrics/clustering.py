@@ -1,18 +1,14 @@
 """How well class codes, which were learned without labels, agree with the labels."""
 
-from typing import TYPE_CHECKING
-
 from infocapsgan.data import Dataset
 from infocapsgan.metrics import Measured, register, unless_labelled
 from infocapsgan.metrics.classification import confusion
 from infocapsgan.metrics.matching import clustering_metrics, match_clusters
-
-if TYPE_CHECKING:
-    from infocapsgan.systems import System
+from infocapsgan.systems.system import System
 
 
 @register("clustering", unless_labelled("cluster"))
-def clustering(system: "System", dataset: Dataset, samples: int) -> Measured:
+def clustering(system: System, dataset: Dataset, samples: int) -> Measured:
     """Unsupervised accuracy, NMI and ARI of the test split; clusters are matched on the training split."""
     classes = system.image_shape.classes
     train, test = system.cluster(dataset.train_images), system.cluster(dataset.test_images)

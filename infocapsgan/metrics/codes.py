@@ -1,7 +1,5 @@
 """What continuous codes mean on digits: how monotone slant and widths move along each code."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from scipy.stats import spearmanr
@@ -12,23 +10,21 @@ from infocapsgan.data.dataset import in_batches
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.metrics import HIGHER_IS_BETTER, Measured, register
 from infocapsgan.metrics.morphometry import MEASURES
-
-if TYPE_CHECKING:
-    from infocapsgan.systems import System
+from infocapsgan.systems.system import System
 
 DIGIT_SETS = ("digits", "mnist")
 ROWS_PER_CLASS, STEPS = 20, 11
 HIGHER_IS_BETTER |= {f"{name}_rank_correlation" for name in MEASURES}
 
 
-def _why_not(system: "System", dataset: Dataset) -> str:
+def _why_not(system: System, dataset: Dataset) -> str:
     if system.settings.dataset not in DIGIT_SETS:
         return f"slant and width are measured on {' and '.join(DIGIT_SETS)} only"
     return "" if system.continuous_codes else "it has no continuous codes"
 
 
 @register("codes", _why_not)
-def codes(system: "System", dataset: Dataset, samples: int) -> Measured:
+def codes(system: System, dataset: Dataset, samples: int) -> Measured:
     """Spearman's rank correlation of slant, stroke width and digit width with each continuous code.
 
     Along rows in which only the code changes, from −1 to 1, averaged over the rows, 20 a class; a row along
@@ -46,7 +42,7 @@ def codes(system: "System", dataset: Dataset, samples: int) -> Measured:
     return metrics, {f"{name}_of_each_code": each for name, each in per_code.items()}
 
 
-def traversal(system: "System", index: int, values: Tensor, codes: Tensor, rng: ShardedGenerator) -> Tensor:
+def traversal(system: System, index: int, values: Tensor, codes: Tensor, rng: ShardedGenerator) -> Tensor:
     """Latents [R · V, …] of rows along which a continuous code goes through `values` and nothing else does.
 
     `index` is the number of that code, `values` [V] are along a row, `codes` [R] the class codes of the rows;

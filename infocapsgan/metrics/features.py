@@ -22,7 +22,6 @@ from infocapsgan.data.dataset import TENSORS, in_batches, to_unit
 from infocapsgan.data.files import cache_folder
 from infocapsgan.engine.atomic import atomic_folder
 from infocapsgan.engine.rng import ShardedGenerator
-from infocapsgan.metrics.classification import accuracy
 
 VERSION = 1  # of the network and what else is not in the key of the cache
 FEATURES = 64
@@ -77,7 +76,7 @@ def feature_extractor(dataset: Dataset, classes: int) -> FeatureExtractor:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _train(classifier, dataset)
         logits = classifier.classify(classifier.of_all(dataset.test_images))
-        share = accuracy(logits.argmax(dim=1), dataset.test_labels)
+        share = (logits.argmax(dim=1) == dataset.test_labels).double().mean().item()
         with atomic_folder(folder, keep=True) as temporary:
             save_file(classifier.state_dict(), temporary / "weights.safetensors")
             (temporary / "classifier.json").write_text(json.dumps({"accuracy": share}))

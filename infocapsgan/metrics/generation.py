@@ -1,7 +1,5 @@
 """How close generated images come to real ones."""
 
-from typing import TYPE_CHECKING
-
 from infocapsgan.data import Dataset
 from infocapsgan.data.dataset import evenly, in_batches
 from infocapsgan.engine.rng import ShardedGenerator
@@ -9,19 +7,17 @@ from infocapsgan.metrics import Measured, register
 from infocapsgan.metrics.features import FEATURES, feature_extractor
 from infocapsgan.metrics.frechet_distance import frechet_distance
 from infocapsgan.metrics.precision_recall import NEIGHBOURS, precision_recall
-
-if TYPE_CHECKING:
-    from infocapsgan.systems import System
+from infocapsgan.systems.system import System
 
 
-def _why_not(system: "System", dataset: Dataset) -> str:
+def _why_not(system: System, dataset: Dataset) -> str:
     few = min(len(dataset.train_images), len(dataset.test_images)) <= NEIGHBOURS
     too_few = f"it takes {NEIGHBOURS + 1} training and test images" if few else ""
     return system.why_not("generate") or too_few
 
 
 @register("generation", _why_not)
-def generation(system: "System", dataset: Dataset, samples: int) -> Measured:
+def generation(system: System, dataset: Dataset, samples: int) -> Measured:
     """Fréchet distance, precision and recall of generated images against test images.
 
     The distance of training images to the same test images stands beside them: nobody gets far below it.

@@ -9,11 +9,10 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
-KINDS: dict[str, Callable[..., Any]] = {}
 
-
-def import_kinds() -> None:
-    """Fills KINDS: not at the import of this package, which systems need for their sheets."""
-    for module in pkgutil.iter_modules(__path__):
-        if kind := getattr(importlib.import_module(f"{__name__}.{module.name}"), module.name, None):
-            KINDS[module.name] = kind
+def kinds() -> dict[str, Callable[..., Any]]:
+    """All kinds by name; imported only now, as systems need this package for their sheets."""
+    modules = {
+        name: importlib.import_module(f"{__name__}.{name}") for _, name, _ in pkgutil.iter_modules(__path__)
+    }
+    return {name: getattr(module, name) for name, module in modules.items() if hasattr(module, name)}

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 import infocapsgan
-from infocapsgan import data
+from infocapsgan import data, plotting
 from infocapsgan.metrics import GROUPS
-from infocapsgan.plotting import KINDS, import_kinds
 from infocapsgan.systems import SYSTEMS
 
 PACKAGE = Path(infocapsgan.__file__).parent
@@ -60,11 +59,6 @@ def test_nobody_asks_for_the_class_of_a_system():
             lambda: GROUPS,
         ),
         (
-            "plotting",
-            "from infocapsgan.plotting import register\n@register\ndef mine(run):\n    'Mine.'\n",
-            lambda: KINDS,
-        ),
-        (
             "data",
             "from infocapsgan.data import ImageShape\nfrom infocapsgan.data.registry import register\n"
             "@register('mine', ImageShape(1, 28, 10))\ndef load(data_dir):\n    return None\n",
@@ -76,17 +70,18 @@ def test_a_new_one_is_one_file_that_registers_itself(package, text, registered, 
     (tmp_path / "mine_of_a_test.py").write_text(text)
     module = importlib.import_module(f"infocapsgan.{package}")
     monkeypatch.setattr(module, "__path__", [*module.__path__, str(tmp_path)])
-    names = registered()
-    for known in (SYSTEMS, GROUPS, KINDS, data.registry._SETS):
-        for name in list(known):
-            monkeypatch.setitem(known, name, known[name])  # to be as before afterwards
     try:
-        if package == "plotting":
-            import_kinds()
-        else:
-            for found in module.pkgutil.iter_modules(module.__path__):
-                importlib.import_module(f"infocapsgan.{package}.{found.name}")
-        assert "mine" in names
+        for found in module.pkgutil.iter_modules(module.__path__):
+            importlib.import_module(f"infocapsgan.{package}.{found.name}")
+        assert "mine" in registered()
     finally:
-        names.pop("mine", None)
+        registered().pop("mine", None)
         sys.modules.pop(f"infocapsgan.{package}.mine_of_a_test", None)
+
+
+def test_a_new_kind_of_picture_is_a_module_with_a_function_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / "mine_of_a_test.py").write_text("def mine_of_a_test(run):\n    'Mine.'\n")
+    monkeypatch.setattr(plotting, "__path__", [*plotting.__path__, str(tmp_path)])
+    assert plotting.kinds()["mine_of_a_test"].__doc__ == "Mine."
+    assert {"grid", "curves", "animate"} < plotting.kinds().keys()
+    sys.modules.pop("infocapsgan.plotting.mine_of_a_test")

@@ -17,7 +17,7 @@ from infocapsgan.engine.loaded_run import LoadedRun, Weights
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.metrics.codes import traversal
 from infocapsgan.models.decoders import FullyConnectedDecoder
-from infocapsgan.plotting import KINDS, import_kinds
+from infocapsgan.plotting import kinds
 from infocapsgan.plotting import primary as primary_module
 from infocapsgan.plotting.animate import animate, kept_pictures
 from infocapsgan.plotting.curves import curves
@@ -34,7 +34,6 @@ from infocapsgan.plotting.tweak import tweak
 from infocapsgan.systems import SYSTEMS, CapsNet, NotApplicableError
 from tests.tiers import slow
 
-import_kinds()
 APPLIES = {
     "infocapsgan": {"grid", "traverse", "morph", "mistakes", "animate", "curves"},
     "infogan": {"grid", "traverse", "morph", "mistakes", "animate", "curves"},
@@ -75,7 +74,7 @@ def ticks(axes):
         slow(system, kind)
         if system in ("mimic", "capsulegan", "dcgan") or (kind == "curves" and system != "capsnet")
         else (system, kind)
-        for system, kind in itertools.product(SYSTEMS, KINDS)
+        for system, kind in itertools.product(SYSTEMS, kinds())
     ],
 )
 def test_every_kind_is_drawn_or_says_why_not(system, kind, trained_as, tmp_path):

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from infocapsgan.data import Dataset
-from infocapsgan.metrics.classification import accuracy
 from infocapsgan.metrics.matching import clustering_metrics, kmeans_accuracy, match_clusters
 
 
@@ -49,10 +48,6 @@ def test_clusters_that_say_nothing():
     clusters = torch.zeros(4, dtype=int)
     metrics = clustering_metrics(match_clusters(clusters, labels, 2, 2), clusters, labels)
     assert metrics == {"unsupervised_accuracy": 0.5, "nmi": 0.0, "ari": 0.0}
-
-
-def test_accuracy():
-    assert accuracy(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 0])) == 0.75
 
 
 def test_kmeans_tells_black_from_white():
