@@ -82,7 +82,10 @@ def export(network: Inference, path: Path) -> float:
             options: dict[str, Any] = {"input_names": [network.input], "output_names": [network.output]}
             options |= {"dynamic_shapes": ({0: torch.export.Dim("N")},), "external_data": False}
             example = (network.example(2, 0),)
-            torch.onnx.export(network, example, temporary, dynamo=True, verbose=False, **options)
+            try:
+                torch.onnx.export(network, example, temporary, dynamo=True, verbose=False, **options)
+            except (TypeError, torch.onnx.OnnxExporterError) as error:
+                raise ExportError(f"torch {torch.__version__} cannot export it: {error}") from error
         session = onnxruntime.InferenceSession(temporary.read_bytes(), providers=["CPUExecutionProvider"])
         inputs = network.example(3, 1)  # another number than it was traced with
         with torch.no_grad():
