@@ -52,12 +52,11 @@ class InfoGANTrunk(nn.Module):
     def __init__(self, channels: int, size: int, *, width: int = 64, batch_norm: bool = True) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        levels = infogan_levels(size)
-        widths = [width * 2**level for level in range(levels)]
+        widths = [width * 2**level for level in range(infogan_levels(size))]
         for before, after in pairwise((channels, *widths)):
             norm = [nn.BatchNorm2d(after)] if layers and batch_norm else []
             layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), *norm, nn.LeakyReLU(0.1)]
-        layers += [nn.Flatten(), nn.Linear(widths[-1] * (size >> levels) ** 2, 16 * width)]
+        layers += [nn.Flatten(), nn.Linear(widths[-1] * (size >> len(widths)) ** 2, 16 * width)]
         layers += [nn.BatchNorm1d(16 * width) if batch_norm else nn.Identity(), nn.LeakyReLU(0.1)]
         self.layers = nn.Sequential(*layers)
 

@@ -30,7 +30,7 @@ def traverse(run: LoadedRun, *, seed: Whole = 0, code: Whole = 0) -> Figure:
     if system.codes:
         if code >= system.codes:
             raise NotApplicableError(f"--code: got {code}, takes 0 to {system.codes - 1}")
-        subject = f"class code {system.code_name(code)}; {subject}"
+        subject = f"class code {system.code_names[code]}; {subject}"
     base = rng.normal(1, system.noise_dim)
 
     def images(index: Tensor, values: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from infocapsgan.data.multi_mnist import TEST_PAIRS, MultiMNIST, overlay
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Count, Share, Weight, Whole
 from infocapsgan.engine.train_state import TrainState, adam
-from infocapsgan.models.capsule_encoder import CLASS_DIM, CapsuleEncoder, Capsules, lengths
+from infocapsgan.models import capsule_encoder as encoders
+from infocapsgan.models.capsule_encoder import CLASS_DIM, Capsules, lengths
 from infocapsgan.models.decoders import DeconvolutionalDecoder, FullyConnectedDecoder, masked
-from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
 from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.supervised import Supervised, SupervisedSettings
 
@@ -83,13 +83,11 @@ class CapsNetModel(nn.Module):
         super().__init__()
         s, numbers = settings, classes * CLASS_DIM
         options: dict[str, Any] = {"width": s.width, "iterations": s.iterations, "leaky": s.leaky}
-        self.encoder: CapsuleEncoder | StackedCapsuleEncoder
+        kind: type[nn.Module] = encoders.StackedCapsuleEncoder
         self.decoder: FullyConnectedDecoder | DeconvolutionalDecoder
         if s.stem == "single":
-            options["batch_norm"] = s.encoder_batch_norm
-            self.encoder = CapsuleEncoder(channels, size, classes, **options)
-        else:
-            self.encoder = StackedCapsuleEncoder(channels, size, classes, **options)
+            kind, options["batch_norm"] = encoders.CapsuleEncoder, s.encoder_batch_norm
+        self.encoder = kind(channels, size, classes, **options)
         norm = s.decoder_batch_norm
         if s.decoder == "fc":
             self.decoder = FullyConnectedDecoder(numbers, channels, size, batch_norm=norm)
@@ -201,7 +199,6 @@ class CapsNet(Supervised, name="capsnet"):
         return {"predicted": predicted, "margin_loss": margin, "squared_error": squared}
 
     def capsules(self, images: Tensor) -> Capsules:
-        """Primary capsules [N, I, 8] and class capsules [N, J, 16]."""
         return self.encoder(encoder_input(to_unit(images)))
 
     def decode(self, capsules: Tensor, classes: Tensor) -> Tensor:

@@ -33,9 +33,8 @@ class CapsuleDiscriminator(nn.Module):
         self.encoder = CapsuleEncoder(
             channels, size, CLASS_CAPSULES, width=width, kernel_size=7, iterations=iterations, bias=False
         )
-        self.verdict = nn.Sequential(
-            nn.Flatten(), nn.Linear(CLASS_CAPSULES * CLASS_DIM, 64), nn.ReLU(), nn.Linear(64, 1)
-        )
+        hidden = nn.Linear(CLASS_CAPSULES * CLASS_DIM, 64)
+        self.verdict = nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Linear(64, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] → logits [B], above 0 for real."""
@@ -47,10 +46,8 @@ class CapsuleGAN(CapsuleSystem, DCGAN, name="capsulegan"):
 
     Settings = CapsuleGANSettings
     settings: CapsuleGANSettings
-    discriminator: CapsuleDiscriminator
     tuned: ClassVar = {"digits": {"generator_width": 32, "width": 32, "epochs": 30}}
 
     def make_discriminator(self) -> nn.Module:
-        """Images → logits."""
         s, (channels, size, _) = self.settings, self.image_shape
         return CapsuleDiscriminator(channels, size, width=s.width, iterations=s.iterations)

@@ -76,7 +76,6 @@ class ClassCodeGAN(GAN):
 
     @property
     def codes(self) -> int:
-        """How many values the class code has."""
         return self.image_shape.classes
 
     def class_logits(self, images: Tensor) -> Tensor:

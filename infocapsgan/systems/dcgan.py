@@ -14,8 +14,7 @@ from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.settings import Count, Weight
 from infocapsgan.engine.train_state import TrainState, adam
 from infocapsgan.models.capsule_generator import CapsuleGenerator
-from infocapsgan.models.capsulegan import TransposedGenerator, UpsamplingGenerator
-from infocapsgan.models.dcgan import ConvolutionalDiscriminator
+from infocapsgan.models.dcgan import ConvolutionalDiscriminator, TransposedGenerator, UpsamplingGenerator
 from infocapsgan.plotting.sheet import Sheet
 from infocapsgan.systems.gan import ADAM_BETAS, GAN, SAME_LATENTS, GANSettings, accuracies, morph
 
@@ -73,9 +72,8 @@ class DCGAN(GAN, name="dcgan"):
 
     def step(self, images: Tensor, labels: Tensor, state: TrainState) -> dict[str, Tensor]:
         """The discriminator once, then the generator once on new latents; labels are not looked at."""
-        rng, B, N = state.rng, len(images), self.noise_dim
         real = to_symmetric(images)
-        latent, later_latent = rng.normal(B, N), rng.normal(B, N)
+        latent, later_latent = (state.rng.normal(len(real), self.noise_dim) for _ in range(2))
 
         with state.autocast():
             with torch.no_grad():

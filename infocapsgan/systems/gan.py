@@ -78,8 +78,7 @@ class GAN(System):
         if not number:
             return {}
         classifier = feature_extractor(dataset, self.image_shape.classes).classifier
-        rng = ShardedGenerator(0, self.device)
-        latents = self.random_latents(number, rng, images=dataset.train_images)
+        latents = self.random_latents(number, ShardedGenerator(0, self.device), images=dataset.train_images)
         generated = classifier.of_all(in_batches(self.generate, latents))
         real = classifier.of_all(evenly(dataset.test_images, number))
         return {"frechet_distance": frechet_distance(real, generated)}

@@ -134,9 +134,9 @@ class InfoCapsGAN(CapsuleSystem, ClassCodeGAN, name="infocapsgan"):
         if s.recipe == "published":
             self.apply(initialise_as_published)
         self.stabilise()
-        encoder = set(self.discriminator.encoder.parameters())
-        verdict = [weight for weight in self.discriminator.parameters() if weight not in encoder]
-        groups = [{"params": list(self.discriminator.encoder.parameters())}, {"params": verdict}]
+        encoder = list(self.discriminator.encoder.parameters())
+        verdict = list(self.discriminator.parameters())[len(encoder) :]
+        groups = [{"params": encoder}, {"params": verdict}]
         self.optimizers["discriminator"] = Adam(groups, s.discriminator_rate, ADAM_BETAS)
         self.optimizers["generator"] = Adam(self.generator.parameters(), s.generator_rate, ADAM_BETAS)
 
@@ -183,9 +183,8 @@ class InfoCapsGAN(CapsuleSystem, ClassCodeGAN, name="infocapsgan"):
                 latent = self.latents(noise, code)
                 generated, _ = self.generator(latent)
                 verdict = self.discriminator(generated.detach())
-                named["discriminator"] = self.adversarial_discriminator_loss(
-                    real, generated, seen.logit, verdict.logit, state
-                )
+                logits = seen.logit, verdict.logit
+                named["discriminator"] = self.adversarial_discriminator_loss(real, generated, *logits, state)
                 named["code"] = self.code_loss(verdict, code)
                 loss = loss + s.adversarial_weight * named["discriminator"]
                 loss = loss + s.code_weight * B * world * named["code"]

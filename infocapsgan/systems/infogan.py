@@ -61,11 +61,6 @@ class InfoGANSettings(ClassCodeSettings):
     meaning_weight: Weight = 0.0
     """Weight of: the first continuous code grows with slant, the second with the width of bright strokes."""
 
-    @property
-    def learns_of_copies(self) -> bool:
-        """Whether real images say what continuous codes mean."""
-        return bool(self.meaning_weight and self.continuous_codes)
-
 
 class InfoGANDiscriminator(nn.Module):
     """A trunk with two ends: real or generated, and the codes, each categorical one of so many `values`."""
@@ -110,15 +105,15 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
         s, (channels, size, _) = self.settings, self.image_shape
         latent_dim = s.noise_dim + s.categorical_codes * self.codes + s.continuous_codes
         self.generator = InfoGANGenerator(latent_dim, channels, size, width=s.width)
-        self.discriminator = InfoGANDiscriminator(channels, size, self.codes, s)
+        self.discriminator = network = InfoGANDiscriminator(channels, size, self.codes, s)
         self.stabilise()
-        shared = [*self.discriminator.trunk.parameters(), *self.discriminator.verdict.parameters()]
-        generating = [*self.generator.parameters(), *self.discriminator.recogniser.parameters()]
-        self.optimizers["discriminator"] = adam(shared, s.discriminator_rate, ADAM_BETAS)
+        parts = network.trunk, network.verdict, network.recogniser
+        trunk, verdict, recogniser = ([*part.parameters()] for part in parts)
+        self.optimizers["discriminator"] = adam(trunk + verdict, s.discriminator_rate, ADAM_BETAS)
+        generating = [*self.generator.parameters(), *recogniser]
         self.optimizers["generator"] = adam(generating, s.generator_rate, ADAM_BETAS)
-        if s.learns_of_real_images or s.learns_of_copies:
-            weights = [*self.discriminator.trunk.parameters(), *self.discriminator.recogniser.parameters()]
-            self.optimizers["classes"] = adam(weights, s.classes_rate, ADAM_BETAS)
+        if s.learns_of_real_images or (s.meaning_weight and s.continuous_codes):
+            self.optimizers["classes"] = adam(trunk + recogniser, s.classes_rate, ADAM_BETAS)
 
     def class_logits(self, images: Tensor) -> Tensor:
         """Logits of the first categorical code [B, values], of images [B, C, H, W] in [−1, 1]."""
@@ -152,7 +147,7 @@ class InfoGAN(ClassCodeGAN, name="infogan"):
             with state.autocast():
                 _, categories, values = self.discriminator(real)
                 loss = self.class_loss(real, categories[:, 0], state, named)
-                if s.learns_of_copies:
+                if s.meaning_weight and s.continuous_codes:
                     named["meaning"] = self.meaning_loss(real, values, state.rng)
                     loss = loss + s.meaning_weight * named["meaning"]
             state.update("classes", loss)

@@ -13,8 +13,7 @@ from infocapsgan.data import Dataset, ImageShape
 from infocapsgan.data.dataset import to_symmetric
 from infocapsgan.engine.settings import Settings as BaseSettings
 from infocapsgan.engine.train_state import TrainState
-from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules
-from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
+from infocapsgan.models.capsule_encoder import CapsuleEncoder, Capsules, StackedCapsuleEncoder
 from infocapsgan.plotting.sheet import Sheet
 
 SYSTEMS: dict[str, type["System"]] = {}
@@ -151,15 +150,11 @@ class System(nn.Module):
         numbers = labels.flatten().tolist() if isinstance(labels, Tensor) else [labels]
         return "+".join(self.class_names[n] if self.class_names else str(n) for n in numbers)
 
-    def code_name(self, code: int) -> str:
-        """A class code, and the name of the label that evaluate() matched it with, if it did."""
-        label = -1 if self.label_of_code is None else int(self.label_of_code[code])
-        return str(code) if label < 0 else f"{code} ({self.class_name(label)})"
-
     @property
     def code_names(self) -> list[str]:
-        """All class codes, as code_name() shows them."""
-        return [self.code_name(code) for code in range(self.codes)]
+        """Each class code, and the name of the label that evaluate() matched it with, if it did."""
+        labels = [] if self.label_of_code is None else self.label_of_code.tolist()
+        return [str(code) + f" ({self.class_name(n)})" * (n >= 0) for code, n in enumerate(labels)]
 
     @property
     def code_label(self) -> str:

@@ -4,12 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from infocapsgan.models.capsule_encoder import CapsuleEncoder
-from infocapsgan.models.capsulegan import TransposedGenerator, UpsamplingGenerator
-from infocapsgan.models.dcgan import ConvolutionalDiscriminator
+from infocapsgan.models.capsule_encoder import CapsuleEncoder, StackedCapsuleEncoder
+from infocapsgan.models.dcgan import ConvolutionalDiscriminator, TransposedGenerator, UpsamplingGenerator
 from infocapsgan.models.decoders import DeconvolutionalDecoder, FullyConnectedDecoder
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk
-from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
 
 
 def named(layers):

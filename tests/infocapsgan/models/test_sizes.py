@@ -3,13 +3,16 @@
 import pytest
 import torch
 
-from infocapsgan.models.capsule_encoder import CapsuleEncoder, first_stride, primary_grid
+from infocapsgan.models.capsule_encoder import (
+    CapsuleEncoder,
+    StackedCapsuleEncoder,
+    first_stride,
+    primary_grid,
+)
 from infocapsgan.models.capsule_generator import CapsuleGenerator
-from infocapsgan.models.capsulegan import TransposedGenerator, UpsamplingGenerator
-from infocapsgan.models.dcgan import ConvolutionalDiscriminator
+from infocapsgan.models.dcgan import ConvolutionalDiscriminator, TransposedGenerator, UpsamplingGenerator
 from infocapsgan.models.decoders import DeconvolutionalDecoder, FullyConnectedDecoder
 from infocapsgan.models.infogan import InfoGANGenerator, InfoGANTrunk, infogan_levels
-from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
 from tests.parameters import parameter_count
 
 SIZES = (28, 32, 36, 48, 64, 100, 128)

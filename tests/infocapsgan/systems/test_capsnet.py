@@ -15,7 +15,7 @@ from infocapsgan.data.augment import (
 from infocapsgan.data.dataset import to_unit
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.train_state import TrainState
-from infocapsgan.models.stacked_encoder import StackedCapsuleEncoder
+from infocapsgan.models.capsule_encoder import StackedCapsuleEncoder
 from infocapsgan.systems import CapsNet, capsnet
 from infocapsgan.systems.capsnet import image_error, schedule
 from tests.parameters import parameter_count
