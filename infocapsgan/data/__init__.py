@@ -13,5 +13,4 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 NAMES = names()
-SINGLE_NAMES = names(labels=1)
-"""Those whose images have one label each."""
+SINGLE_NAMES = names(labels=1)  # of those whose images have one label each

@@ -12,14 +12,9 @@ from infocapsgan.data.dataset import Dataset
 from infocapsgan.data.files import DataError, File, Source, find
 from infocapsgan.data.registry import ImageShape, register
 
-TRAIN, TEST = tuple(f"data_batch_{number}" for number in range(1, 6)), "test_batch"
-ARCHIVE = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"  # its sha256
-SOURCE = Source(
-    folder="cifar-10-batches-py",
-    url="https://www.cs.toronto.edu/~kriz/",
-    files=tuple(map(File, (*TRAIN, TEST))),
-    archive=File("cifar-10-python.tar.gz", ARCHIVE),
-)
+ARCHIVE = File("cifar-10-python.tar.gz", "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce")
+FILES = (*(File(f"data_batch_{number}") for number in range(1, 6)), File("test_batch"))
+SOURCE = Source("cifar-10-batches-py", "https://www.cs.toronto.edu/~kriz/", FILES, archive=ARCHIVE)
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 

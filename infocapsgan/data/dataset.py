@@ -18,8 +18,7 @@ TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 class Dataset:
     """Images [N, channels, height, width] as uint8 in 0 … 255 and their labels [N] as int64.
 
-    Images may be larger than `size`: a training batch is then cropped at random places, and
-    centred() crops the middle, for evaluations.
+    Images larger than `size` are cropped: training batches at random places, by centred() in the middle.
     """
 
     name: str
@@ -57,11 +56,11 @@ class Dataset:
         out, kept = order.to(self.train_labels.device).tensor_split([number])
         rest = replace(self, train_images=self.train_images[kept], train_labels=self.train_labels[kept])
         held_out = replace(rest, test_images=self.train_images[out], test_labels=self.train_labels[out])
-        if self.split is None:
-            return rest, held_out
-        train, test = ([self.split["train"][i] for i in part.tolist()] for part in (kept, out))
-        rest = replace(rest, split=self.split | {"train": train})
-        return rest, replace(held_out, split={"train": train, "test": test})
+        if self.split:
+            train, test = ([self.split["train"][i] for i in part.tolist()] for part in (kept, out))
+            rest = replace(rest, split=self.split | {"train": train})
+            held_out = replace(held_out, split={"train": train, "test": test})
+        return rest, held_out
 
     def centred(self: Set) -> Set:
         """The same data with every image cropped to its middle."""
@@ -94,10 +93,8 @@ def in_batches(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
 
 def crop(images: Tensor, corners: Tensor, size: int) -> Tensor:
     """The size × size pixels of each image [B, C, H, W] from its corner [B, 2] (row, column) on."""
-    rows, columns = (corners[:, :, None] + torch.arange(size, device=images.device)).unbind(1)
-    batch = torch.arange(len(images), device=images.device)[:, None, None, None]
-    channel = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
-    return images[batch, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    windows = images.unfold(2, size, 1).unfold(3, size, 1)  # each size × size pixels, by their corner
+    return windows[torch.arange(len(images), device=images.device), :, corners[:, 0], corners[:, 1]]
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ def load(data_dir: str | Path | None = None) -> Dataset:
     """8 × 8 images enlarged to 28 × 28 (bilinear), 80 / 20, stratified with seed 0."""
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
-    images = F.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False)
-    images = images.round().to(torch.uint8)
+    images = F.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False).round().byte()
     labels = torch.from_numpy(digits.target).long()
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     return Dataset("digits", images[train], labels[train], images[test], labels[test])

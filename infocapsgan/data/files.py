@@ -59,8 +59,7 @@ def cache_folder() -> Path:
 def find(source: Source, data_dir: str | Path | None = None) -> list[Path]:
     """The paths of the files of `source`, each with its checksum verified; missing ones are downloaded.
 
-    A file NAME.gz may also lie there uncompressed, as NAME. Downloads go to `data_dir` where it is set, else
-    to the user's cache folder.
+    A file NAME.gz may also lie there uncompressed, as NAME. Downloads go to `data_dir`, or the cache folder.
     """
     for folder in folders(data_dir):
         for layout in (source.folder, *source.other_folders):
@@ -73,11 +72,9 @@ def find(source: Source, data_dir: str | Path | None = None) -> list[Path]:
             return _unpack(source, source.archive, target)
         return [download(source.url + file.name, target / file.name, file) for file in source.files]
     except OSError as error:
-        raise DataError(
-            f"the data set {source.folder} is in none of {', '.join(map(str, places))} and could not be "
-            f"downloaded from {source.url} ({error}). "
-            f"Put these files into {target}: {', '.join(file.name for file in source.files)}"
-        ) from error
+        missing = f"the data set {source.folder} is in none of {', '.join(map(str, places))} and could not be"
+        remedy = f"Put these files into {target}: {', '.join(file.name for file in source.files)}"
+        raise DataError(f"{missing} downloaded from {source.url} ({error}). {remedy}") from error
 
 
 def _lying_in(folder: Path, source: Source) -> list[Path]:

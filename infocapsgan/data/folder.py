@@ -16,6 +16,7 @@ from infocapsgan.data.registry import ImageShape, register
 SIZE, SMALLEST, LARGEST = 32, 28, 128
 SUFFIXES = ".bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp"
 Labelled: TypeAlias = tuple[Path, int]  # an image and its label
+Listing: TypeAlias = tuple[list[list[Labelled]], tuple[str, ...], ImageShape]
 
 
 @register("folder", lambda *place: _listing(*place)[2], rank=7)
@@ -37,17 +38,14 @@ def load(data_dir: str | Path | None = None, image_size: int | None = None) -> D
         try:
             train, test = train_test_split(splits[0], test_size=0.2, random_state=0, stratify=labels)
         except ValueError as error:
-            message = f"{data_dir} holds too few images for a train and a test split ({error})"
-            raise DataError(message) from error
+            raise DataError(f"{data_dir} holds too few images to split them ({error})") from error
     parts = {"train": train, "test": test}
     split = {part: [path.relative_to(str(data_dir)).as_posix() for path, _ in parts[part]] for part in parts}
     tensors = *_read(train, channels, size), *_read(test, channels, size)
     return Dataset("folder", *tensors, size, names, split)
 
 
-def _listing(
-    data_dir: str | Path | None, image_size: int | None
-) -> tuple[list[list[Labelled]], tuple[str, ...], ImageShape]:
+def _listing(data_dir: str | Path | None, image_size: int | None) -> Listing:
     """Training and test images, or all in one list where they are not apart; names of classes; the shape."""
     size = SIZE if image_size is None else image_size
     if type(size) is not int or size % 4 or not SMALLEST <= size <= LARGEST:
@@ -57,10 +55,8 @@ def _listing(
     root = Path(data_dir)
     train, test = root / "train", root / "test"
     if train.is_dir() != test.is_dir():
-        raise DataError(
-            f"{root} holds the folders {', '.join(_folders(root))}; --dataset folder takes both "
-            "train and test, or neither and a folder for each class"
-        )
+        takes = "takes both train and test, or neither and a folder for each class"
+        raise DataError(f"{root} holds the folders {', '.join(_folders(root))}; --dataset folder {takes}")
     places = [train, test] if test.is_dir() else [root]
     names = _folders(places[0])
     if unknown := sorted(set(_folders(places[-1])) - set(names)):
@@ -86,10 +82,9 @@ def _images_below(place: Path) -> list[Path]:
     files = [path for path in shown if path.is_file()]
     if images := [path for path in files if path.suffix.lower() in SUFFIXES.split()]:
         return images
-    others = Counter(path.suffix.lower() or "no suffix" for path in files)
-    passed_over = ", ".join(f"{suffix} ({number})" for suffix, number in sorted(others.items()))
-    message = f"{place} holds no images, which end in one of {SUFFIXES}"
-    raise DataError(f"{message}; passed over: {passed_over or 'nothing'}")
+    counts = Counter(path.suffix.lower() or "no suffix" for path in files)
+    others = ", ".join(f"{suffix} ({number})" for suffix, number in sorted(counts.items())) or "nothing"
+    raise DataError(f"{place} holds no images, which end in one of {SUFFIXES}; passed over: {others}")
 
 
 def _read(images: list[Labelled], channels: int, size: int) -> tuple[Tensor, Tensor]:

@@ -62,9 +62,8 @@ def to_images(images: Picture | Sequence[Picture], shape: ImageShape) -> Tensor:
     if isinstance(images, Tensor | np.ndarray):
         return _from_arrays(images, shape.channels, shape.size)
     if not isinstance(images, Sequence):
-        raise TypeError(
-            f"images: got {type(images).__name__}, takes tensors, arrays, PIL images, paths or lists of them"
-        )
+        got = type(images).__name__
+        raise TypeError(f"images: got {got}, takes tensors, arrays, PIL images, paths or lists of them")
     if not images:
         raise ValueError("images: got an empty sequence, takes at least one picture")
     parts = [to_images(one, shape) for one in images]
@@ -120,10 +119,10 @@ def _from_arrays(images: Tensor | np.ndarray, channels: int, size: int) -> Tenso
     images = images[(None,) * (4 - images.ndim)] if images.ndim in (2, 3) else images
     channel_axes = [axis for axis in (1, 3) if images.ndim == 4 and images.shape[axis] in (1, 3)]
     if len(channel_axes) != 1 or not images.numel():
-        raise ValueError(
-            f"images: got an array of shape {shape}, takes [H, W], [C, H, W], [H, W, C], [N, C, H, W] or "
-            "[N, H, W, C] with C of 1 or 3, and no other axis that C could be"
+        takes = (
+            "[H, W], [C, H, W], [H, W, C], [N, C, H, W] or [N, H, W, C] with C of 1 or 3, and no other axis"
         )
+        raise ValueError(f"images: got an array of shape {shape}, takes {takes} that C could be")
     if images.is_floating_point():
         images = images.detach().float()
         low, high = (value.item() for value in images.aminmax())

@@ -69,8 +69,7 @@ class MultiMNIST(Dataset):
         pairs = fixed_pairs(self.test_digit_labels, number)
         images = render(self.test_digits, Pairs(*(values[:STORED] for values in pairs)))
         labels = labels_of(self.test_digit_labels, pairs)
-        kept = pairs if number > STORED else None
-        return replace(self, test_images=images, test_labels=labels, pairs=kept)
+        return replace(self, test_images=images, test_labels=labels, pairs=pairs if number > STORED else None)
 
     def hold_out(self, share: float) -> tuple["MultiMNIST", "MultiMNIST"]:
         rest, out = super().hold_out(share)

@@ -14,19 +14,13 @@ from infocapsgan.data.registry import ImageShape, register
 SIZE = 48  # of 96 × 96, resized as published; batches are cropped from it
 BYTES, INTEGERS = 0x1E3D4C55, 0x1E3D4C54
 
-SMALLNORB = Source(
-    folder="smallnorb",
-    url="https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",
-    files=tuple(
-        File(f"smallnorb-5x{split}-{kind}.mat.gz", checksum, "md5")
-        for split, kind, checksum in (
-            ("46789x9x18x6x2x96x96-training", "dat", "8138a0902307b32dfa0025a36dfa45ec"),
-            ("46789x9x18x6x2x96x96-training", "cat", "fd5120d3f770ad57ebe620eb61a0b633"),
-            ("01235x9x18x6x2x96x96-testing", "dat", "e9920b7f7b2869a8f1a12e945b2c166c"),
-            ("01235x9x18x6x2x96x96-testing", "cat", "fd5120d3f770ad57ebe620eb61a0b633"),
-        )
-    ),
+FILES = (
+    File("smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat.gz", "8138a0902307b32dfa0025a36dfa45ec", "md5"),
+    File("smallnorb-5x46789x9x18x6x2x96x96-training-cat.mat.gz", "fd5120d3f770ad57ebe620eb61a0b633", "md5"),
+    File("smallnorb-5x01235x9x18x6x2x96x96-testing-dat.mat.gz", "e9920b7f7b2869a8f1a12e945b2c166c", "md5"),
+    File("smallnorb-5x01235x9x18x6x2x96x96-testing-cat.mat.gz", "fd5120d3f770ad57ebe620eb61a0b633", "md5"),
 )
+SMALLNORB = Source("smallnorb", "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/", FILES)
 TOYS = ("animal", "human", "plane", "truck", "car")
 
 
@@ -34,8 +28,8 @@ TOYS = ("animal", "human", "plane", "truck", "car")
 def load(data_dir: str | Path | None = None) -> Dataset:
     """48,600 training images [1, 48, 48] of both cameras and as many test images, for crops of 32 × 32."""
     images, labels, test_images, test_labels = (read_matrix(path) for path in find(SMALLNORB, data_dir))
-    splits = *_flat(images, labels), *_flat(test_images, test_labels)
-    return Dataset("smallnorb", *splits, size=32, class_names=TOYS)
+    test = _flat(test_images, test_labels)
+    return Dataset("smallnorb", *_flat(images, labels), *test, size=32, class_names=TOYS)
 
 
 def read_matrix(path: Path) -> Tensor:

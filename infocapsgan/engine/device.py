@@ -26,10 +26,7 @@ def check_impl(impl: str, device: torch.device) -> None:
 
 
 def serving_impl(impl: str, device: torch.device) -> tuple[str, str]:
-    """Which implementation of the kernels serves float32 tensors on a device.
-
-    Beside it, where that is plain PyTorch and nobody asked for it, why no other one serves.
-    """
+    """Which kernels serve float32 on a device; where that is plain PyTorch that nobody chose, also why."""
     asked = dispatch.asked(impl)
     name = dispatch.automatic(device.type) if asked == "auto" else asked
     if asked != "auto" or name != "reference":

@@ -60,12 +60,10 @@ class Processes:
     def stop(self, here: bool, step: int, device: torch.device) -> bool:
         """Whether to stop after this step, which all processes decide alike: `here` is true in one of them.
 
-        To be told so the host waits until the device has done the step. One process knows by itself, and CPUs
-        are waited for anyway; several GPUs are asked every ten steps.
+        Asking them makes the host wait for the device: several GPUs are asked every ten steps.
         """
-        if self.world > 1 and device.type == "cuda" and step % 10:
-            return False
-        return self.any(here, device)
+        asked = self.world == 1 or device.type != "cuda" or step % 10 == 0
+        return asked and self.any(here, device)
 
 
 def join(device: torch.device) -> Processes:

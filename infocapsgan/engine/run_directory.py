@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -42,7 +42,7 @@ class Config(NamedTuple):
     split: dict[str, list[str]] | None  # of a folder of images, the relative paths in "train" and "test"
 
 
-class RunDirectory:
+class RunDirectory(AbstractContextManager["RunDirectory"]):
     """config.json, metrics.jsonl, TensorBoard events, checkpoints/, samples/, curves.png, summary.json.
 
     It locks a directory that is there. As a context manager it closes its files and releases the lock at the
@@ -88,9 +88,6 @@ class RunDirectory:
             write_config(self.path, config)
             self._metrics = self._files.enter_context((self.path / METRICS).open("a"))
             self._events = self._files.enter_context(closing(EventFile(self.path, step + 1)))
-
-    def __enter__(self) -> "RunDirectory":
-        return self
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -228,9 +225,8 @@ def versions() -> dict[str, str]:
 
 def device_name(device: torch.device) -> str:
     """The device in words, as summary.json has it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def _make_numbered(parent: Path, name: str) -> Path:

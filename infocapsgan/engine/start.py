@@ -47,9 +47,8 @@ def prepare(
     system = kind(settings).to(device)
     dataset = system.load_data().to(device)
     system.class_names = dataset.class_names
-    held_out = None
-    if system.validation_share:
-        dataset, held_out = dataset.hold_out(system.validation_share)
+    share = system.validation_share
+    dataset, held_out = dataset.hold_out(share) if share else (dataset, None)
     batch_size, epochs = sized(kind, settings, len(dataset.train_images))
     system.settings = settings = dataclasses.replace(settings, batch_size=batch_size, epochs=epochs)
     check_batch_size(system, batch_size, processes.world)
@@ -99,15 +98,14 @@ def check_batch_size(system: System, batch: int, world: int) -> None:
 
 def resume(path: Path, here: Config, training: Training) -> Config:
     """Puts the state of the newest intact checkpoint back, and returns what config.json is to hold."""
-    state, settings, writes = training.state, training.system.settings, training.state.processes.writes
+    state, s, writes = training.state, training.system.settings, training.state.processes.writes
     before, folder = read_config(path), path / "checkpoints"
     _check_split(path, before.split, here.split)
     if training.held_out:
         checkpoint.read_best(folder)  # a damaged one is an error now, not at the first evaluation
     if newest := checkpoint.load_newest(folder, warn=writes):
         _put_back(*newest, training)
-    length = f"--epochs {settings.epochs}"
-    length += f" and --max-steps {settings.max_steps}" if settings.max_steps else ""
+    length = f"--epochs {s.epochs}" + (f" and --max-steps {s.max_steps}" if s.max_steps else "")
     if state.step > state.steps:
         ends = f"training of {length} ends after {state.steps}"
         raise RunError(f"--resume: {path} has done {state.step} steps, and {ends}")
@@ -119,16 +117,14 @@ def resume(path: Path, here: Config, training: Training) -> Config:
 def report(training: Training) -> Iterator[str]:
     """What was read, where it goes and how it is computed, and what is not as one may expect."""
     system, dataset, state, s = training.system, training.dataset, training.state, training.system.settings
-    shape, names = system.image_shape, dataset.class_names
-    if len(names) > 10:
-        names = (*names[:8], "…", names[-1])
-    classes = f"{shape.classes} classes ({', '.join(names)})" if dataset.labelled else "no labels"
+    (channels, size, number), names = system.image_shape, dataset.class_names
+    names = (*names[:8], "…", names[-1]) if len(names) > 10 else names
+    classes = f"{number} classes ({', '.join(names)})" if dataset.labelled else "no labels"
     where = f"{s.dataset} in {s.data_dir}" if s.data_dir else s.dataset
     images = f"{len(dataset.train_images)} training, {len(dataset.test_images)} test"
     if training.held_out:
         images += f", {len(training.held_out.test_images)} validation"
-    size = f"{shape.channels} × {shape.size} × {shape.size}"
-    yield f"data: {where}: {images} images of {size}, {classes}"
+    yield f"data: {where}: {images} images of {channels} × {size} × {size}, {classes}"
     steps = f"{state.steps} in all" + (f", of which {state.step} are done" if state.step else "")
     yield f"steps: {state.steps_per_epoch} an epoch with batches of {s.batch_size}, {steps}"
     yield f"run directory: {training.run.path}"

@@ -114,12 +114,12 @@ def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
     if not (seeds := [seed for seed in sweep.seeds if seed not in crashed]):
         raise RunError(f"every run crashed; what they printed is in {sweep.path}/seed-*.log")
     summaries = [sweep.read(seed, SUMMARY) for seed in seeds]
-    metrics = _metrics(sweep, seeds)
-    values = {name: [of_run[name] for of_run in metrics] for name in metrics[0]}
-    first, below = summaries[0], sweep.failed_below
+    values, first, below = _metrics(sweep, seeds), summaries[0], sweep.failed_below
     if below is None and sweep.headline == "unsupervised_accuracy":
         below = max(first["baselines"][sweep.headline].values())
     failed = [seeds[i] for i, x in enumerate(values[sweep.headline]) if below is not None and x < below]
+    share = (len(failed) + len(crashed)) / len(sweep.seeds)
+    lines = {str(seed): line for seed, line in crashed.items()}
     ended = max((sweep.run(seed) / SUMMARY).stat().st_mtime for seed in seeds)
     return {
         "system": sweep.name,
@@ -128,12 +128,7 @@ def summarise(sweep: Sweep, crashed: dict[int, str]) -> dict[str, Any]:
         "seeds": seeds,
         "metrics": {name: _spread(name, of_metric) for name, of_metric in values.items()},
         "baselines": first["baselines"],
-        "failed": {
-            "share": (len(failed) + len(crashed)) / len(sweep.seeds),
-            "below": below,
-            "seeds": failed,
-            "crashed": {str(seed): line for seed, line in crashed.items()},
-        },
+        "failed": {"share": share, "below": below, "seeds": failed, "crashed": lines},
         "seconds": [summary["seconds"] for summary in summaries],
         "device": _joined(summary["device"] for summary in summaries),
         "versions": {name: _joined(s["versions"][name] for s in summaries) for name in first["versions"]},
@@ -174,15 +169,13 @@ def claimed(sweep: Sweep) -> Iterator[str | None]:
 
 def _remember(sweep: Sweep) -> str | None:
     file, commit = sweep.path / "sweep.json", _commit()
-    settings = _shared(sweep.settings.to_json())
-    known: dict[str, Any] = {"system": sweep.name, "settings": settings, "commits": []}
-    if file.exists():
-        known = json.loads(file.read_text())
-        before, now = known["settings"] | {"system": known["system"]}, settings | {"system": sweep.name}
-        if other := _differences(before, now):
-            raise RunError(f"--out: {sweep.path} holds a sweep with other settings: {other}")
-    elif any(path.name != "sweep.lock" for path in sweep.path.iterdir()):
+    new: dict[str, Any] = {"system": sweep.name, "settings": _shared(sweep.settings.to_json()), "commits": []}
+    if not file.exists() and any(path.name != "sweep.lock" for path in sweep.path.iterdir()):
         raise RunError(f"--out: {sweep.path} is not empty and holds no sweep")
+    known = json.loads(file.read_text()) if file.exists() else new
+    before, now = (values["settings"] | {"system": values["system"]} for values in (known, new))
+    if other := _differences(before, now):
+        raise RunError(f"--out: {sweep.path} holds a sweep with other settings: {other}")
     if commit and commit not in known["commits"]:
         known["commits"].append(commit)
     write_json(file, known)
@@ -194,8 +187,8 @@ def digest(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(_shared(settings.to_json()), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _metrics(sweep: Sweep, seeds: list[int]) -> list[dict[str, float]]:
-    """The metrics of each run; RunError where one has other settings, or lacks a metric of another."""
+def _metrics(sweep: Sweep, seeds: list[int]) -> dict[str, list[float]]:
+    """Each metric's value in each run; RunError where one has other settings, or lacks a metric."""
     shared, metrics = _shared(sweep.settings.to_json()), []
     for seed in seeds:
         if other := _differences(_shared(sweep.read(seed, SUMMARY)["settings"]), shared):
@@ -207,7 +200,7 @@ def _metrics(sweep: Sweep, seeds: list[int]) -> list[dict[str, float]]:
         if lacking := [name for name in names if name not in of_run]:
             again = f"delete {' and '.join(sweep.results)} in {sweep.run(seed)} to have it measured again"
             raise RunError(f"seed {seed} has no {', '.join(lacking)}, which other seeds have; {again}")
-    return metrics
+    return {name: [of_run[name] for of_run in metrics] for name in names}
 
 
 def _start(sweep: Sweep, seed: int) -> subprocess.Popen:

@@ -19,8 +19,10 @@ def content(images=2, seed=0):
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / cifar10.SOURCE.folder).mkdir()
-    for seed, name in enumerate((*cifar10.TRAIN, cifar10.TEST)):
-        (tmp_path / cifar10.SOURCE.folder / name).write_bytes(pickle.dumps(content(seed=seed), protocol=2))
+    for seed, file in enumerate(cifar10.SOURCE.files):
+        (tmp_path / cifar10.SOURCE.folder / file.name).write_bytes(
+            pickle.dumps(content(seed=seed), protocol=2)
+        )
     return tmp_path
 
 
@@ -86,7 +88,7 @@ def test_the_archive_is_unpacked_once(folder, tmp_path, monkeypatch):
         for dataset in pool.map(lambda _: load("cifar10", target), range(3)):
             assert dataset.train_images.shape == (10, 3, 32, 32)
     assert unpacked == [target / cifar10.SOURCE.folder]
-    assert (target / cifar10.SOURCE.folder / cifar10.TEST).is_file()
+    assert (target / cifar10.SOURCE.folder / "test_batch").is_file()
 
 
 def checksum(path):
