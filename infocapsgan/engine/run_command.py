@@ -14,11 +14,7 @@ from infocapsgan.engine.run_directory import RunError
 from infocapsgan.engine.settings import Range
 from infocapsgan.systems import NotApplicableError
 
-DEVICE: dict[str, Any] = {
-    "choices": ("auto", "cpu", "cuda"),
-    "default": "auto",
-    "help": "(default: %(default)s)",
-}
+DEVICE: dict[str, Any] = {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "(default: auto)"}
 DATA_DIR: dict[str, Any] = {"type": Path, "metavar": "DIR", "help": "where the data are, if they were moved"}
 """Of the options --device and --data-dir, for add_argument()."""
 
@@ -44,7 +40,7 @@ def whole(limits: Range) -> Callable[[str], int]:
 
 @contextmanager
 def loaded(path: Path, **where: Any) -> Iterator[LoadedRun]:
-    """The run, as load() reads it; an error that a user can mend ends the program with one line."""
+    """The run, as load() reads it; an error that a user can correct ends the program with one line."""
     try:
         run = load(path, **where)
         run.warn()

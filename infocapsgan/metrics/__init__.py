@@ -23,12 +23,7 @@ LOWER_IS_BETTER = {"error", "pair_error", "margin_loss", "squared_error", "frech
 
 def register(name: str, why_not: Callable[..., str]) -> Callable:
     """Registers the function that it decorates as the group `name`."""
-
-    def decorate(measure: Callable[..., Measured]) -> Callable:
-        GROUPS[name] = Group(why_not, measure)
-        return measure
-
-    return decorate
+    return lambda measure: GROUPS.setdefault(name, Group(why_not, measure)).measure
 
 
 def unless_labelled(ability: str) -> Callable[..., str]:
