@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias
 
 from infocapsgan.data.dataset import Dataset
 
-Loader = TypeVar("Loader", bound=Callable[..., Dataset])
+Loader = Callable[..., Dataset]
 
 
 class ImageShape(NamedTuple):
@@ -18,21 +18,16 @@ class ImageShape(NamedTuple):
 
 
 Shape: TypeAlias = ImageShape | Callable[..., ImageShape]
-_SETS: dict[str, tuple[Callable[..., Dataset], Shape, int, int]] = {}
+_SETS: dict[str, tuple[Loader, Shape, int, int]] = {}
 
 
-def register(name: str, shape: Shape, *, labels: int = 1, rank: int = 100) -> Callable[[Loader], Loader]:
+def register(name: str, shape: Shape, *, labels: int = 1, rank: int = 100) -> Callable[..., Loader]:
     """Decorator that makes a function the loader of the data set `name`.
 
     The function takes `data_dir`. Where the shape depends on the files, `shape` is a function, and both take
     `data_dir` and `image_size`. Each image has so many `labels`. Sets of lower rank come first in lists.
     """
-
-    def add(loader: Loader) -> Loader:
-        _SETS[name] = loader, shape, labels, rank
-        return loader
-
-    return add
+    return lambda loader: _SETS.setdefault(name, (loader, shape, labels, rank))[0]
 
 
 def names(*, labels: int | None = None) -> tuple[str, ...]:
@@ -66,7 +61,7 @@ def load(name: str, data_dir: str | Path | None = None, *, image_size: int | Non
     return loader(data_dir) if isinstance(shape, ImageShape) else loader(data_dir, image_size)
 
 
-def _find(name: str, image_size: int | None) -> tuple[Callable[..., Dataset], Shape]:
+def _find(name: str, image_size: int | None) -> tuple[Loader, Shape]:
     if name not in _SETS:
         raise ValueError(f"dataset: got {name!r}, takes one of {', '.join(names())}")
     loader, shape, *_ = _SETS[name]
