@@ -39,8 +39,7 @@ def train(system: str = "infocapsgan", **options: Any) -> LoadedRun:
             Beside `resume`, a run directory, only epochs, max_steps and data_dir; `system` is then ignored.
 
     Raises:
-        TypeError: there is no such option.
-        ValueError: there is no such system, or an option's value is not one that it takes.
+        TypeError, ValueError: there is no such option or system, or a value is not one that an option takes.
         DataError, RunError, NonFiniteLossError: as the command line prints them.
     """
     if "resume" in options:

@@ -23,7 +23,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path, *, keep: bool = False) -> Iterator[Path]:
     """As atomic_file, for a folder of files; with `keep`, one that is there when the block ends stays.
 
-    A folder cannot take the place of another at one stroke. The old one is moved aside first: a process that
+    A folder cannot replace another in a single step. The old one is moved aside first: a process that
     is killed just then leaves nothing there, but never a part.
     """
     temporary, aside = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old.tmp"))

@@ -95,7 +95,7 @@ def save(folder: Path, snapshot: Snapshot, *, seconds: float) -> Path:
 def save_best(folder: Path, system: System, step: int, loss: float) -> None:
     """Writes the weights to `folder`/best unless those there have at most this validation loss.
 
-    They and their loss are in one file: it takes the place of the last at one stroke, so there is always one.
+    They and their loss are in one file: it replaces the last one in a single step, so there always is one.
     """
     if (before := read_best(folder)) and before["validation_loss"] <= loss:
         return

@@ -146,7 +146,8 @@ class LoadedRun:
     def capsules(self, images: Any) -> Capsules:
         """Primary capsules [N, I, K] and class capsules [N, J, D]; NotApplicableError if it has none."""
         self.system.require("capsules", "capsules")
-        return self.system.capsules(self._images(images))
+        parts = map(self.system.capsules, self._images(images).split(500))
+        return Capsules(*map(torch.cat, zip(*parts, strict=True)))
 
     @property
     def class_names(self) -> tuple[str, ...]:

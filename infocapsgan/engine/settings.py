@@ -70,7 +70,7 @@ class Settings:
     checkpoint_every: Count | None = None
     """Steps between checkpoints [as --evaluate-every]."""
     resume: Path | None = None
-    """Run directory to continue; beside it --epochs (alone it lifts the run's --max-steps), --max-steps."""
+    """Run directory to continue; beside it only --epochs (it lifts --max-steps), --max-steps, --data-dir."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():

@@ -1,6 +1,6 @@
 """The supervised baseline: InfoCapsGAN's encoder, trained with labels.
 
-What InfoCapsGAN reaches without labels is measured against this: the same network, the same moved copies.
+What InfoCapsGAN reaches without labels is measured against this: the same network, the same augmented copies.
 """
 
 from dataclasses import dataclass
