@@ -157,7 +157,7 @@ def test_images_of_every_kind_are_the_same_images(shapes):
         picture,
         picture.convert("RGB"),
         array,
-        torch.from_numpy(array),
+        torch.from_numpy(array.copy()),
         [path],
         colour,
         unit,
