@@ -29,7 +29,9 @@ SAMPLES = 10_000
 def main() -> None:
     parser = run_parser("evaluate", __doc__)
     of_metrics = "groups of metrics, the file then holds these only (default: all that apply)"
-    of_samples = "images to generate, no more than there are test images (default: %(default)s)"
+    of_samples = (
+        "images to generate, at least 100, or as many as there are test images (default: %(default)s)"
+    )
     parser.add_argument("--metrics", nargs="+", choices=GROUPS, help=of_metrics)
     parser.add_argument("--samples", type=whole(Range(100)), default=SAMPLES, metavar="N", help=of_samples)
     parser.add_argument("--data-dir", **DATA_DIR)

@@ -18,7 +18,7 @@ import capsops
 from infocapsgan.engine.atomic import atomic_file
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.run_command import loaded, run_parser
-from infocapsgan.engine.run_directory import RunError
+from infocapsgan.engine.run_directory import RunError, writing
 from infocapsgan.systems import System
 
 EXPORTED = {
@@ -74,8 +74,7 @@ def export(network: Inference, path: Path) -> float:
         import onnxscript  # noqa: F401  # of torch.onnx.export
     except ImportError as error:
         raise ExportError(f"{error}; install it by `pip install 'capsops[onnx]'`") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
+    with writing(path), atomic_file(path) as temporary:
         with warnings.catch_warnings(), capsops.use_impl("reference"):
             warnings.simplefilter("ignore")  # the exporter's, of its own insides
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # "torchvision is not installed"

@@ -2,7 +2,7 @@
 
 Images are read as those of --dataset folder: the middle square, resized, in the channels that the system
 takes. A system that learned without labels predicts class codes, by the names of the classes that they were
-matched with.
+matched with. Capsule classifiers' probabilities are lengths of capsules, which do not add up to 1.
 """
 
 import json

@@ -10,6 +10,7 @@ import torch
 
 from infocapsgan.engine.loaded_run import LoadedRun
 from infocapsgan.engine.run_command import DATA_DIR, DEVICE, loaded, run_parser, whole
+from infocapsgan.engine.run_directory import writing
 from infocapsgan.engine.settings import option_name
 from infocapsgan.plotting import kinds
 from infocapsgan.plotting.figures import save_figure, save_gif
@@ -43,9 +44,9 @@ def visualize(run: LoadedRun, kind: str, out: Path | None = None, **options: Any
     path = out or run.path / "pictures" / f"{kind}.{suffix(kind)}"
     with torch.no_grad():
         picture = kinds()[kind](run, **options)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save = save_gif if isinstance(picture, list) else save_figure
-    save(path, picture)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (save_gif if isinstance(picture, list) else save_figure)(path, picture)
     return path
 
 

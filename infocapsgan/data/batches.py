@@ -12,7 +12,7 @@ class Batches:
 
     def __init__(self, images: int, batch_size: int, seed: int, device: torch.device | str = "cpu") -> None:
         if not 1 <= batch_size <= images:
-            raise ValueError(f"batch_size: got {batch_size}, takes 1 to {images}, the number of images")
+            raise ValueError(f"--batch-size: got {batch_size}, takes 1 to {images}, the number of images")
         self.images, self.batch_size, self.seed, self.device = images, batch_size, seed, device
         self.per_epoch = images // batch_size
         self._epoch, self._order = -1, torch.empty(0)

@@ -51,7 +51,9 @@ def _listing(data_dir: str | Path | None, image_size: int | None) -> Listing:
     if type(size) is not int or size % 4 or not SMALLEST <= size <= LARGEST:
         raise ValueError(f"--image-size: got {size}, takes a multiple of 4 from {SMALLEST} to {LARGEST}")
     if data_dir is None or not Path(data_dir).is_dir():
-        raise DataError(f"--data-dir: got {data_dir}, takes the directory of images for --dataset folder")
+        raise DataError(
+            f"--data-dir: got {data_dir}, takes the directory of images of --dataset folder: where it is now"
+        )
     root = Path(data_dir)
     train, test = root / "train", root / "test"
     if train.is_dir() != test.is_dir():

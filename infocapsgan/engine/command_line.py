@@ -130,7 +130,8 @@ def _overview() -> str:
     """The systems in a line each, and how a folder of images is laid out."""
     first_lines = {name: str(system.Settings.__doc__).splitlines()[0] for name, system in SYSTEMS.items()}
     lines = (f"  {name:13}{line.partition(': ')[2]}\n" for name, line in first_lines.items())
-    return f"Trains a system:\n{''.join(lines)}\nSYSTEM --help lists the options of one.\n\n{FOLDER}"
+    details = f"`{program('train')} SYSTEM --help` lists the options of one."
+    return f"Trains a system:\n{''.join(lines)}\n{details}\n\n{FOLDER}"
 
 
 def _parser(**options: Any) -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ class Predictions:
 
     Attributes:
         names: the predicted class of each image, by name [N].
-        labels: its number, 0 … J − 1, as int64 [N]; [N, 2] of a system trained on pairs of digits.
+        labels: its number in `class_names`, as int64 [N]; [N, 2] of a system trained on pairs of digits.
         probabilities: of each class [N, J]. Of capsule classifiers these are lengths of capsules, each from 0
             to 1, which do not add up to 1.
         class_names: what each column of `probabilities` stands for.
@@ -66,7 +66,7 @@ class LoadedRun:
 
     path: Path
     name: str
-    system: System
+    system: System = field(repr=False)
     weights: Weights
     device: torch.device
 
@@ -74,21 +74,20 @@ class LoadedRun:
     def predict(self, images: Any) -> Predictions:
         """The class of each image, and the probability of each class.
 
-        A system that learned without labels predicts its class codes. They have the names of the classes that
-        they were matched with on the labelled training images, if each was. A system that does neither raises
-        NotApplicableError.
+        A system that learned without labels predicts class codes; each has the name of the class that it was
+        matched with on the labelled training images, if it was. NotApplicableError if it does neither.
         """
         system, pixels = self.system, self._images(images)
-        if system.why_not("cluster"):
-            system.require("classify", "predict")
+        system.require("classify", "predict", "cluster")
+        if system.label_of_code is None:
             probabilities, names = in_batches(system.classify, pixels), self.class_names
         else:
-            probabilities = in_batches(system.code_probabilities, pixels)
-            names = tuple(f"code {code}" for code in range(system.codes))
-            labels = system.label_of_code
-            if system.codes == len(self.class_names) and labels is not None and bool((labels >= 0).all()):
+            probabilities, codes = in_batches(system.code_probabilities, pixels), system.label_of_code
+            matched = enumerate(codes.tolist())
+            names = tuple(self.class_names[j] if j >= 0 else f"code {code}" for code, j in matched)
+            if sorted(names) == sorted(self.class_names):
                 # A one-to-one map: column j becomes that of the code which was matched with label j.
-                probabilities, names = probabilities[:, labels.argsort()], self.class_names
+                probabilities, names = probabilities[:, codes.argsort()], self.class_names
         labels = probabilities.argmax(dim=1)
         if system.settings.dataset == "multi-mnist":
             labels = probabilities.topk(2, dim=1).indices.sort(dim=1).values
@@ -130,8 +129,9 @@ class LoadedRun:
                 raise NotApplicableError(f"codes: this {self.name} has no continuous codes")
             values = torch.as_tensor(codes, dtype=torch.float32, device=self.device)
             shapes = [[system.continuous_codes], [number, system.continuous_codes]]
-            if (shape := list(values.shape)) not in shapes:
-                raise ValueError(f"codes: got shape {shape}, takes {shapes[0]} or {shapes[1]}")
+            if (shape := list(values.shape)) not in shapes or not values.isfinite().all():
+                takes = f"{shapes[0]} or {shapes[1]} of finite numbers"
+                raise ValueError(f"codes: got shape {shape}, takes {takes}")
             chosen["continuous"] = values.expand(number, -1)
         rng = ShardedGenerator(seed, self.device)
         return in_batches(system.generate, system.random_latents(number, rng, **chosen))
@@ -155,16 +155,11 @@ class LoadedRun:
         return self.system.class_names
 
     @property
-    def subject(self) -> str:
-        """What was trained, in words: for the title of a picture."""
-        s = self.system.settings
-        return f"{self.name} on {s.dataset} (recipe {s.recipe}, seed {s.seed})"
-
-    @property
     def title(self) -> str:
-        """The subject and how far its training had come."""
-        chosen = "best weights, " if self.weights.checkpoint.name == checkpoint.BEST else ""
-        return f"{self.subject}, {chosen}step {self.weights.step:,}"
+        """What was trained, and how far its training had come: for the title of a picture."""
+        s, best = self.system.settings, self.weights.checkpoint.name == checkpoint.BEST
+        step = f"{'best weights, ' if best else ''}step {self.weights.step:,}"
+        return f"{self.name} on {s.dataset} (recipe {s.recipe}, seed {s.seed}), {step}"
 
     def warn(self) -> None:
         """Says on standard error which part is not trained yet."""
@@ -186,9 +181,9 @@ class LoadedRun:
         if label is not None and code is not None:
             raise ValueError(f"label and code exclude one another, got both ({label!r} and {code})")
         if code is not None:
-            if not 0 <= code < codes:
+            if code not in range(codes):
                 raise ValueError(f"code: got {code}, takes 0 to {codes - 1}")
-            return code
+            return int(code)
         matched = [] if labels is None else labels.tolist()
         names = [self.class_names[j] for j in sorted(matched) if j >= 0]
         number = self.class_names.index(label) if isinstance(label, str) and label in names else label
@@ -231,7 +226,9 @@ def read_settings(path: Path) -> tuple[str, Settings]:
     try:
         return name, SYSTEMS[name].Settings.from_json(values)
     except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} was written by another version of infocapsgan: {error}") from error
+        raise RunError(
+            f"{path} was changed, or written by another version of infocapsgan: {error}"
+        ) from error
 
 
 def _weights(folder: Path) -> Weights:

@@ -83,9 +83,10 @@ class Settings:
                 raise ValueError(f"{option_name(name)}: got {value!r:.100}, takes {wanted}")
         if self.width % 8:
             raise ValueError(f"--width: got {self.width}, takes a multiple of 8")
-        if self.image_size and (self.image_size % 4 or self.dataset != "folder"):
-            takes = "a multiple of 4, with --dataset folder only"
-            raise ValueError(f"--image-size: got {self.image_size}, takes {takes}")
+        if self.image_size and self.dataset != "folder":
+            raise ValueError(f"--image-size: got {self.image_size}, goes with --dataset folder only")
+        if (self.image_size or 0) % 4:
+            raise ValueError(f"--image-size: got {self.image_size}, takes a multiple of 4 from 28 to 128")
         if self.dataset != "folder" and None in (self.batch_size, self.epochs):
             raise ValueError("--batch-size, --epochs: take a number, but for --dataset folder")
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from infocapsgan.data import Dataset
 from infocapsgan.data.augment import random_shift
@@ -106,7 +107,7 @@ def _train(classifier: FeatureClassifier, dataset: Dataset) -> None:
     optimizer = torch.optim.Adam(classifier.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     rng = ShardedGenerator(0, images.device)
-    for step in range(steps):
+    for step in tqdm(range(steps), "training the classifier of features", unit="step"):
         chosen = batches.indices(step)
         seen = random_shift(to_unit(images[chosen]), rng, SHIFT)
         loss = F.cross_entropy(classifier.classify(classifier(seen)), labels[chosen])

@@ -44,7 +44,7 @@ def _predicted(run: LoadedRun) -> tuple[Tensor, str]:
     if not dataset.labelled:
         raise NotApplicableError(f"mistakes does not apply to this {run.name}: its images have no labels")
     if system.why_not("cluster"):
-        system.require("classify", "mistakes")
+        system.require("classify", "mistakes", "cluster")
         return system.test_predictions(dataset)["predicted"], "predicted class"
     clusters, classes = system.cluster(dataset.train_images), system.image_shape.classes
     matched = match_clusters(clusters, dataset.train_labels, system.codes, classes).to(run.device)

@@ -203,11 +203,12 @@ class System(nn.Module):
         """Why the system lacks one of ABILITIES; empty where it has it."""
         return "" if hasattr(type(self), ability) else ABILITIES[ability]
 
-    def require(self, ability: str, purpose: str) -> None:
-        """Raises NotApplicableError where the system lacks one of ABILITIES: for what, and which have it."""
-        if reason := self.why_not(ability):
-            able = ", ".join(name for name, system in SYSTEMS.items() if hasattr(system, ability))
-            reason = f"{reason}; it applies to {able}"
+    def require(self, ability: str, purpose: str, *others: str) -> None:
+        """Raises NotApplicableError where the system has none of these ABILITIES: for what; who has."""
+        abilities = (ability, *others)
+        if all(reasons := [self.why_not(one) for one in abilities]):
+            able = [name for name, kind in SYSTEMS.items() if any(hasattr(kind, one) for one in abilities)]
+            reason = f"{' and '.join(reasons)}; it applies to {', '.join(able)}"
             raise NotApplicableError(f"{purpose} does not apply to this {self.name}: {reason}")
 
     @property

@@ -114,7 +114,7 @@ def test_rows_of_the_grid_are_class_codes(trained_as):
     assert not np.array_equal(images[0][0], images[1][0])
     assert not np.array_equal(images[0][0], images[0][1])
     assert figure.axes[0].get_ylabel() == "class code (class)"
-    assert run.subject in figure.axes[0].get_title()
+    assert run.title in figure.axes[0].get_title()
     again, other = sheets(grid(run))[0], sheets(grid(run, seed=1))[0]
     assert np.array_equal(again, sheets(figure)[0])
     assert not np.array_equal(other, again)
@@ -452,6 +452,9 @@ def test_errors_of_the_command(tmp_path, run_of, monkeypatch, capsys):
 
     assert "error: " in fails(tmp_path, "grid")
     assert "is not a run directory" in fails(tmp_path, "grid")
+    out = tmp_path / "none" / "x.png"
+    (tmp_path / "none").write_text("a file")
+    assert f"error: {tmp_path / 'none'} cannot be written: " in fails(run_of("dcgan"), "grid", "--out", out)
     message = "error: grid does not apply to this capsnet: it generates no images from noise"
     assert message in fails(run_of("capsnet"), "grid")
     assert "invalid choice: 'photo'" in fails(tmp_path, "photo")

@@ -27,5 +27,5 @@ def test_a_step_depends_on_its_number_and_the_seed_alone():
 
 @pytest.mark.parametrize("size", [0, 11])
 def test_a_size_that_does_not_fit(size):
-    with pytest.raises(ValueError, match=f"batch_size: got {size}, takes 1 to 10"):
+    with pytest.raises(ValueError, match=f"--batch-size: got {size}, takes 1 to 10"):
         Batches(10, size, seed=0)

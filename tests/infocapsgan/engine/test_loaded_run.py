@@ -216,7 +216,8 @@ def test_class_codes_have_the_names_of_the_classes_they_were_matched_with(name, 
     run.system.label_of_code[3] = -1
     found = run.predict(images)
     assert found.labels.tolist() == codes.tolist()
-    assert found.class_names[3] == "code 3"
+    names = [str(label) for label in matched]
+    assert found.class_names == (*names[:3], "code 3", *names[4:])
 
 
 def test_samples_of_a_label_are_those_of_its_code(trained_as):
@@ -237,6 +238,8 @@ def test_samples_of_a_label_are_those_of_its_code(trained_as):
     for options, message in (
         ({"label": 3}, "label: got 3, takes none: its codes were matched with no labels"),
         ({"code": 10}, "code: got 10, takes 0 to 9"),
+        ({"code": 1.5}, "code: got 1.5, takes 0 to 9"),
+        ({"codes": [float("nan"), 0.0]}, r"codes: got shape \[2\], takes .* of finite numbers"),
         ({"code": 1, "label": 1}, "label and code exclude one another"),
         ({"codes": [1.0]}, r"codes: got shape \[1\], takes \[2\] or \[1, 2\]"),
         ({"number": 0}, "number: got 0, takes at least 1"),
@@ -259,7 +262,7 @@ def test_what_a_system_cannot_do_says_which_can(trained_as):
         (
             "dcgan",
             lambda run: run.predict(image),
-            "predict does not apply to this dcgan: .* applies to capsnet",
+            "it is not trained with labels and it has no class code; it applies to capsnet, .*infogan",
         ),
         ("encoder", lambda run: run.reconstruct(image), "reconstruct does not apply .* capsnet, mimic"),
         (
