@@ -194,7 +194,7 @@ class Trainer(Training):
         if done == PACE_TO and left >= 2 * PACE_TO and self.writes:
             seconds = (time.monotonic() - self.pace_from) / (PACE_TO - PACE_FROM) * (done + left)
             line = f"{done + left} steps will take about {tqdm.format_interval(seconds)}"
-            self.bar.write(line, file=sys.stderr)
+            self.bar.write(f"{line} at the pace of the first ones", file=sys.stderr)
 
     def _measured(self, method: Callable[[Dataset], Any], dataset: Dataset) -> Any:
         """What a method of the system says of a data set: evaluation mode, no gradients, not compiled."""
