@@ -135,14 +135,16 @@ def finite_and_changed(system, dataset):
     ("dataset", "shape"), [("cifar10", (3, 32, 32)), ("smallnorb", (1, 32, 32)), ("folder", (3, 64, 64))]
 )
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_step_on_images_of_other_shapes(name, dataset, shape, tmp_path):
+def test_a_few_steps_on_images_of_other_shapes(name, dataset, shape, tmp_path):
     torch.manual_seed(0)
     options = SMALL[name] | {"data_dir": tmp_path, "batch_size": 4}
     image_shape = data.ImageShape(shape[0], shape[1], 10) if dataset == "folder" else None
     system = SYSTEMS[name](dataset=dataset, image_shape=image_shape, **options)
     images, labels = torch.randint(256, (4, *shape)).byte(), torch.arange(4)
-    named = system.step(images, labels, TrainState(system.optimizers, ShardedGenerator(0)))
-    assert all(torch.isfinite(value) for value in named.values())
+    state = TrainState(system.optimizers, ShardedGenerator(0))
+    for state.step in range(3):
+        named = system.step(images, labels, state)
+        assert all(torch.isfinite(value) for value in named.values())
     few = data.Dataset(dataset, images, labels, images.repeat(3, 1, 1, 1), labels.repeat(3), size=32)
     system.eval()
     with torch.no_grad():
