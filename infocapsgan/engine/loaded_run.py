@@ -1,4 +1,4 @@
-"""A run directory, loaded: the trained system, ready to be used, measured and drawn."""
+"""A run directory, loaded: the trained system, ready to be used, measured and plotted."""
 
 import sys
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ class LoadedRun:
     Attributes:
         path: the run directory.
         name: of the system.
-        system: with the weights of the last checkpoint, or of the best where the run held images out.
+        system: with the weights of the last checkpoint, or of the best of a run with --validation.
         weights: where these are from.
         device: where they are.
     """

@@ -134,7 +134,7 @@ class Trainer(Training):
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in (values | headline).items()})
 
     def evaluate(self) -> None:
-        """Measures and draws; of held-out images the loss, whose lowest chooses the weights that are kept."""
+        """Logs metrics and pictures; the weights with the lowest loss on held-out images are kept."""
         state = self.state
         if self.held_out:
             loss = self._measured(self.system.validation_loss, self.held_out.centred())

@@ -79,8 +79,8 @@ class RunDirectory(AbstractContextManager["RunDirectory"]):
             remove_unfinished(self.path)
             for result in () if finished else (SUMMARY, EVALUATION):
                 (self.path / result).unlink(missing_ok=True)
-            for saved in self.checkpoints.glob("step-*"):
-                if int(saved.name.removeprefix("step-")) > step:
+            for saved in self.checkpoints.iterdir():
+                if (match := re.fullmatch(r"step-(\d+)", saved.name)) and int(match[1]) > step:
                     shutil.rmtree(saved)
             self.rows = [row for row in read_metrics(self.path) if row["step"] <= step]
             with atomic_file(self.path / METRICS) as temporary:
@@ -174,8 +174,8 @@ def read_config(path: Path) -> Config:
     except (OSError, RecursionError, ValueError) as error:
         reason = "it has no config.json" if isinstance(error, FileNotFoundError) else error
         raise RunError(f"{path} is not a run directory: {reason}") from error
-    if (found := values.get("format", 1)) != FORMAT:
-        written = f"written by infocapsgan {values.get('version', '0.1')}, in format {found}"
+    if (number := values.get("format", 1)) != FORMAT:
+        written = f"written by infocapsgan {values.get('version', '0.1')}, in format {number}"
         raise RunError(f"{path} was {written}; takes format {FORMAT}: use that version, or train it again")
     wrong = [name for name, hint in get_type_hints(Config).items() if mismatch(values.get(name), hint)]
     if wrong or values["image_shape"].keys() != {"channels", "size", "classes"}:

@@ -88,7 +88,7 @@ def feature_extractor(dataset: Dataset, classes: int) -> FeatureExtractor:
 
 
 def rotated(dataset: Dataset) -> Dataset:
-    """Each image turned by 0 to 3 quarter turns, their number as its label."""
+    """Each image rotated by 0 to 3 quarter turns, their number as its label."""
 
     def turn(images: Tensor) -> tuple[Tensor, Tensor]:
         turns = torch.arange(len(images), device=images.device) % 4

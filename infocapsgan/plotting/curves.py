@@ -30,7 +30,7 @@ def curves(
 
     Args:
         metric: one number only, against epochs.
-        beside: runs whose metric is drawn, too.
+        beside: runs whose metric is plotted, too.
         reach: values of the metric: the legend says in which epoch each run reached them.
     """
     if metric:

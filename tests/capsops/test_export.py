@@ -11,11 +11,7 @@ from torch import Tensor, nn
 import capsops
 from capsops import functional
 from tests.capsops.compare import assert_close
-
-try:
-    from torch.onnx._internal.exporter import _flags
-except ImportError:
-    _flags = None
+from tests.onnx_exporter import needs_newer_exporter
 
 
 class Network(nn.Module):
@@ -60,11 +56,6 @@ def test_every_op_has_a_decomposition() -> None:
     ops = ["squash", "predictions", "dynamic_routing", "capsule_routing"]
     backward = [f"{name}_backward" for name in ops]
     assert names == {f"capsops.{name}.default" for name in (*ops, *backward, "couplings")}
-
-
-# The exporter of torch 2.6 sets no flag while it runs, so it gets to see the ops, which it does not know.
-HAS_EXPORT_FLAG = hasattr(_flags, "_is_onnx_exporting")
-needs_newer_exporter = pytest.mark.skipif(not HAS_EXPORT_FLAG, reason="this torch's exporter is too old")
 
 
 def export_to_onnx(path: Path) -> None:

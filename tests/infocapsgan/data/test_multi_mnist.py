@@ -94,12 +94,12 @@ def test_each_digit_is_rebuilt_by_itself(digits):
     pairs, labels = next(of_digits(*digits, *digits, 6).test_batches(6))
     pairs = to_unit(pairs)
     capsules = torch.rand(6, 10, 16)
-    found = system.reconstruction_error(capsules, labels, pairs, "squared")
-    alone = [
+    error = system.reconstruction_error(capsules, labels, pairs, "squared")
+    of_each = [
         system.reconstruction_error(capsules, labels[:, digit], pairs[:, digit, None], "squared")
         for digit in (0, 1)
     ]
-    torch.testing.assert_close(found, sum(alone) / 2)
+    torch.testing.assert_close(error, sum(of_each) / 2)
 
 
 def test_digits_are_added_and_clipped():

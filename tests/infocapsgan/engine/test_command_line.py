@@ -139,23 +139,23 @@ def test_a_relative_data_dir_becomes_absolute(run, tmp_path, monkeypatch):
     assert parse(["--resume", str(run)])[1].data_dir is None
 
 
-def headings(capsys, *words):
+def help_headings(capsys, *words):
     """The options under each heading of --help."""
     with pytest.raises(SystemExit):
         parse([*words, "--help"])
-    found = {}
+    headings = {}
     for line in capsys.readouterr().out.splitlines():
         text = line.strip(" ╭╮│─")
         if re.fullmatch("([A-Za-z ]+ )?options", text):
-            options = found[text] = []
+            options = headings[text] = []
         elif option := re.match("--[a-z-]+[a-z]", text):
             options.append(option[0])
-    return found
+    return headings
 
 
 def test_help_groups_the_options(capsys):
-    found = headings(capsys, "infogan")
-    assert list(found) == [
+    headings = help_headings(capsys, "infogan")
+    assert list(headings) == [
         "options",
         "training options",
         "data options",
@@ -165,13 +165,13 @@ def test_help_groups_the_options(capsys):
         "ClassCode options",
         "InfoGAN options",
     ]
-    assert found["machine options"] == ["--device", "--impl", "--precision", "--compile"]
+    assert headings["machine options"] == ["--device", "--impl", "--precision", "--compile"]
     assert {"--epochs", "--batch-size", "--seed"} <= set(
-        found["training options"]
+        headings["training options"]
     )  # batch_size is overridden
-    assert {"--out", "--resume", "--log-every"} <= set(found["run directory options"])
-    assert "--adversarial-loss" in found["GAN options"]
-    assert "--noise-dim" in found["InfoGAN options"]
+    assert {"--out", "--resume", "--log-every"} <= set(headings["run directory options"])
+    assert "--adversarial-loss" in headings["GAN options"]
+    assert "--noise-dim" in headings["InfoGAN options"]
     assert list(headings(capsys, "capsulegan"))[-3:] == ["GAN options", "DCGAN options", "CapsuleGAN options"]
     assert list(headings(capsys, "capsnet"))[-2:] == ["Supervised options", "CapsNet options"]
 

@@ -1,10 +1,11 @@
-import importlib.util
+import importlib
 import json
 import shutil
 import subprocess
 import sys
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -18,9 +19,8 @@ from infocapsgan.engine.checkpoint import checkpoints, save_best
 from infocapsgan.engine.loop import train
 from infocapsgan.engine.run_directory import RunError
 from infocapsgan.systems import CapsNet, NotApplicableError
+from tests.onnx_exporter import needs_newer_exporter
 from tests.tiers import slow
-
-version = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 @pytest.fixture
@@ -353,7 +353,7 @@ def test_a_run_is_loaded_in_a_process_that_imports_nothing_else(run_of):
     assert done.stdout == "torch.Size([2, 1, 28, 28])\n"
 
 
-@pytest.mark.skipif(version < (2, 9), reason="this torch's exporter of ONNX is too old")
+@needs_newer_exporter
 @pytest.mark.parametrize(
     ("name", "line"),
     [
@@ -367,7 +367,6 @@ def test_a_run_is_loaded_in_a_process_that_imports_nothing_else(run_of):
     ],
 )
 def test_export_computes_what_torch_does(name, line, run_of, tmp_path, monkeypatch, capsys):
-    onnxruntime = pytest.importorskip("onnxruntime")
     path = tmp_path / "model.onnx"
     monkeypatch.setattr(sys, "argv", ["export", str(run_of(name)), "--out", str(path)])
     export.main()
@@ -381,9 +380,8 @@ def test_export_computes_what_torch_does(name, line, run_of, tmp_path, monkeypat
         torch.testing.assert_close(torch.from_numpy(result), network(inputs), atol=1e-4, rtol=0)
 
 
-@pytest.mark.skipif(version < (2, 9), reason="this torch's exporter of ONNX is too old")
+@needs_newer_exporter
 def test_a_wrong_export_is_not_written(trained_as, run_of, tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime")
     network = export.Inference(trained_as("encoder").system)
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     with pytest.raises(export.ExportError, match="differs from torch's by .*: not written"):
@@ -397,10 +395,9 @@ def test_an_export_that_cannot_be(run_of, trained_as, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise torch.onnx.OnnxExporterError("too old")
 
-    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
-        monkeypatch.setattr(torch.onnx, "export", fails)
-        with pytest.raises(export.ExportError, match="torch .* cannot export it: too old"):
-            export.export(network, tmp_path / "model.onnx")
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(export.ExportError, match="torch .* cannot export it: too old"):
+        export.export(network, tmp_path / "model.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(export.ExportError, match=r"pip install 'capsops\[onnx\]'"):
         export.export(network, tmp_path / "model.onnx")
