@@ -166,14 +166,17 @@ def test_help_groups_the_options(capsys):
         "InfoGAN options",
     ]
     assert headings["machine options"] == ["--device", "--impl", "--precision", "--compile"]
-    assert {"--epochs", "--batch-size", "--seed"} <= set(
-        headings["training options"]
-    )  # batch_size is overridden
+    # InfoGAN overrides the default of batch_size.
+    assert {"--epochs", "--batch-size", "--seed"} <= set(headings["training options"])
     assert {"--out", "--resume", "--log-every"} <= set(headings["run directory options"])
     assert "--adversarial-loss" in headings["GAN options"]
     assert "--noise-dim" in headings["InfoGAN options"]
-    assert list(headings(capsys, "capsulegan"))[-3:] == ["GAN options", "DCGAN options", "CapsuleGAN options"]
-    assert list(headings(capsys, "capsnet"))[-2:] == ["Supervised options", "CapsNet options"]
+    assert list(help_headings(capsys, "capsulegan"))[-3:] == [
+        "GAN options",
+        "DCGAN options",
+        "CapsuleGAN options",
+    ]
+    assert list(help_headings(capsys, "capsnet"))[-2:] == ["Supervised options", "CapsNet options"]
 
 
 def test_help_without_a_system_says_what_each_is_and_how_folders_are_laid_out(capsys, monkeypatch):
