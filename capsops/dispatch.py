@@ -140,7 +140,9 @@ def _automatic(
     for backend in reversed(BACKENDS.values()):
         if backend.unavailable or not backend.takes_device(device.type):
             continue
-        if backend.needs_proof and not (backend.name in proved and proved[backend.name].covers(lengths)):
+        if backend.needs_proof and not (
+            backend.name in proved and proved[backend.name].covers(lengths, options)
+        ):
             continue
         if not backend.why_declined(op, dtype, options):
             return backend

@@ -4,6 +4,7 @@ Checked here is only what an op cannot check: whether an argument is a tensor, a
 Objects with a __torch_function__, such as the proxies of torch.fx, are handed to it first.
 """
 
+from functools import partial
 from numbers import Integral
 
 import torch
@@ -23,11 +24,12 @@ def _check_tensor(name: str, x: object) -> None:
         ops.register_dtensor_shardings()
 
 
-def _check_tensors(bias: object = None, **capsules: object) -> None:
-    for name, x in capsules.items():
+def _check_tensors(required: dict[str, object], **optional: object) -> None:
+    for name, x in required.items():
         _check_tensor(name, x)
-    if bias is not None:
-        _check_tensor("bias", bias)
+    for name, x in optional.items():
+        if x is not None:
+            _check_tensor(name, x)
 
 
 def as_int(name: str, value: int) -> int:
@@ -64,6 +66,13 @@ def check_flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
         of = "" if type(value).__module__ == "builtins" else f"{type(value).__module__}."
         raise TypeError(f"{name}: got {of}{type(value).__name__}, takes a bool")
+
+
+def _check_flags(leaky: bool, detach: bool, squash_output: bool) -> None:
+    if not (isinstance(leaky, bool) and isinstance(detach, bool) and isinstance(squash_output, bool)):
+        check_flag("leaky", leaky)
+        check_flag("detach", detach)
+        check_flag("squash_output", squash_output)
 
 
 def _requested(impl: str, x: Tensor) -> str:
@@ -155,7 +164,7 @@ def predictions(u: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
         return handle_torch_function(predictions, (u, weight), u, weight, impl=impl)
     plain = ops.is_plain(u, weight)
     if not plain:
-        _check_tensors(u=u, weight=weight)
+        _check_tensors({"u": u, "weight": weight})
     impl = _requested(impl, u)
     if not plain and _formula_serves(impl, u, weight):
         return transforms.by_formula(ops.predictions.check, reference.predictions, u, weight)
@@ -166,63 +175,86 @@ def dynamic_routing(
     u_hat: Tensor,
     bias: Tensor | None = None,
     *,
+    logits: Tensor | None = None,
+    mask: Tensor | None = None,
     iterations: int = 3,
     leaky: bool = False,
     detach: bool = False,
+    squash_output: bool = True,
     impl: str = "auto",
 ) -> Tensor:
     """Routing by agreement of precomputed predictions (Sabour, Frosst, Hinton 2017, procedure 1).
 
-    V⁰ = 0; for t = 1…T: c_ij = softmax_j(û_ij · Vᵗ⁻¹_j), s_j = Σ_i c_ij û_ij + β_j, Vᵗ = Vᵗ⁻¹ + squash(s);
-    the result is the last squash(s).
+    V⁰ = 0; for t = 1…T: c_ij = softmax_j(ℓ_ij + û_ij · Vᵗ⁻¹_j), s_j = Σ_i c_ij û_ij + β_j,
+    Vᵗ = Vᵗ⁻¹ + squash(s); the result is the last squash(s).
 
     Args:
-        u_hat: predictions [B, I, J, D].
+        u_hat: predictions [B, I, J, D], or [B, I, D] where an input capsule predicts the same for every
+            output capsule. J is then that of `logits`, else that of `bias`.
         bias: β [J, D], added to s.
+        logits: ℓ, where the routing logits start (the paper's log prior probabilities), broadcast to
+            [B, I, J]. −inf closes a pair of capsules: its coupling and every gradient through it are 0. An
+            input capsule whose pairs are all closed goes nowhere.
+        mask: bool [B, I]; False for an input capsule that is not there, such as the padding of a sequence.
+            Its value has no effect, and its gradient is 0.
         iterations: T, the number of softmax passes, 0 to 1000; 0 means no routing, every coupling is 1.
         leaky: one more logit, fixed at 0, takes part in the softmax and is dropped: an orphan class.
-        detach: the couplings carry no gradient; it flows through û in the last weighted sum only.
+        detach: the couplings carry no gradient but that of `logits` in the last pass; û has the gradient of
+            the last weighted sum.
+        squash_output: whether the result is squash(s); else it is s itself, for another non-linearity.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        v [B, J, D], output capsules of length below 1.
+        v [B, J, D], output capsules of length below 1, or s [B, J, D].
 
     Raises:
-        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type.
+        TypeError: an argument is not a tensor, dtypes differ, `mask` is not of bool, or an option is of
+            another type.
         ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not take tensors of
-            this device or dtype, or names a kernel in forward mode or under torch.func.
+            this device or dtype, or an option, or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
-    if has_torch_function((u_hat, bias)):
+    if has_torch_function((u_hat, bias, logits, mask)):
         return handle_torch_function(
             dynamic_routing,
-            (u_hat, bias),
+            (u_hat, bias, logits, mask),
             u_hat,
             bias,
+            logits=logits,
+            mask=mask,
             iterations=iterations,
             leaky=leaky,
             detach=detach,
+            squash_output=squash_output,
             impl=impl,
         )
-    plain = ops.is_plain(u_hat, bias)
+    plain = ops.is_plain(u_hat, bias, logits, mask)
     if not plain:
-        _check_tensors(bias, u_hat=u_hat)
+        _check_tensors({"u_hat": u_hat}, bias=bias, logits=logits, mask=mask)
     iterations = as_int("iterations", iterations)
-    if not (isinstance(leaky, bool) and isinstance(detach, bool)):
-        check_flag("leaky", leaky)
-        check_flag("detach", detach)
+    _check_flags(leaky, detach, squash_output)
     impl = _requested(impl, u_hat)
-    if not plain and _formula_serves(impl, u_hat, bias):
+    if not plain and _formula_serves(impl, u_hat, bias, logits):
         return transforms.by_formula(
-            lambda u_hat, bias: ops.dynamic_routing.check(u_hat, bias, None, None, iterations),
-            reference.dynamic_routing,
+            partial(ops.dynamic_routing.check, iterations=iterations),
+            lambda u_hat, bias, logits, mask: reference.dynamic_routing(
+                u_hat,
+                bias,
+                logits=logits,
+                mask=mask,
+                iterations=iterations,
+                leaky=leaky,
+                detach=detach,
+                squash_output=squash_output,
+            ),
             u_hat,
             bias,
-            iterations=iterations,
-            leaky=leaky,
-            detach=detach,
+            logits,
+            mask,
         )
-    return ops.dynamic_routing.call(plain, u_hat, bias, None, None, iterations, leaky, detach, True, impl)[0]
+    return ops.dynamic_routing.call(
+        plain, u_hat, bias, logits, mask, iterations, leaky, detach, squash_output, impl
+    )[0]
 
 
 def capsule_routing(
@@ -230,15 +262,21 @@ def capsule_routing(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    logits: Tensor | None = None,
+    mask: Tensor | None = None,
     iterations: int = 3,
     leaky: bool = False,
     detach: bool = False,
+    squash_output: bool = True,
     impl: str = "auto",
 ) -> Tensor:
     """A whole capsule layer: dynamic_routing(predictions(u, weight), bias), without storing û.
 
     The predictions û_ij = W_ij u_i are recomputed in every pass, forward and backward. Only the reference
     stores them, or the couplings. Formula: see `dynamic_routing`.
+
+    A weight that all input capsules share, û_ij = W_j u_i, is routed among the u_i themselves: the logits
+    are u_i · (W_jᵀ V_j), and Σ_i c_ij û_ij is W_j (Σ_i c_ij u_i).
 
     Beside the results, a GPU needs memory for partial sums over I, [P, B, J, D], where P is large enough to
     fill the device (in small batches that can be more than B × I × J numbers), for three numbers per input
@@ -247,55 +285,74 @@ def capsule_routing(
 
     Args:
         u: input capsules [B, I, K].
-        weight: one D × K matrix per pair of capsules [I, J, D, K].
+        weight: one D × K matrix per pair of capsules [I, J, D, K], or one per output capsule, shared by all
+            input capsules, [J, D, K] or [1, J, D, K].
         bias: β [J, D], added to s.
+        logits: where the routing logits start (the paper's log prior probabilities), broadcast to [B, I, J].
+            −inf closes a pair of capsules: its coupling and every gradient through it are 0, and an input
+            capsule whose pairs are all closed goes nowhere.
+        mask: bool [B, I]; False for an input capsule that is not there, such as the padding of a sequence.
+            Its value has no effect, and its gradient is 0.
         iterations: T, the number of softmax passes, 0 to 1000; 0 means no routing, every coupling is 1.
         leaky: one more logit, fixed at 0, takes part in the softmax and is dropped: an orphan class.
-        detach: the couplings carry no gradient; it flows through û in the last weighted sum only.
+        detach: the couplings carry no gradient but that of `logits` in the last pass; û has the gradient of
+            the last weighted sum.
+        squash_output: whether the result is squash(s); else it is s itself, for another non-linearity.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        v [B, J, D], output capsules of length below 1.
+        v [B, J, D], output capsules of length below 1, or s [B, J, D].
 
     Raises:
-        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type.
+        TypeError: an argument is not a tensor, dtypes differ, `mask` is not of bool, or an option is of
+            another type.
         ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not take tensors of
-            this device or dtype, or names a kernel in forward mode or under torch.func.
+            this device or dtype, or an option, or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
-    if has_torch_function((u, weight, bias)):
+    if has_torch_function((u, weight, bias, logits, mask)):
         return handle_torch_function(
             capsule_routing,
-            (u, weight, bias),
+            (u, weight, bias, logits, mask),
             u,
             weight,
             bias,
+            logits=logits,
+            mask=mask,
             iterations=iterations,
             leaky=leaky,
             detach=detach,
+            squash_output=squash_output,
             impl=impl,
         )
-    plain = ops.is_plain(u, weight, bias)
+    plain = ops.is_plain(u, weight, bias, logits, mask)
     if not plain:
-        _check_tensors(bias, u=u, weight=weight)
+        _check_tensors({"u": u, "weight": weight}, bias=bias, logits=logits, mask=mask)
     iterations = as_int("iterations", iterations)
-    if not (isinstance(leaky, bool) and isinstance(detach, bool)):
-        check_flag("leaky", leaky)
-        check_flag("detach", detach)
+    _check_flags(leaky, detach, squash_output)
     impl = _requested(impl, u)
-    if not plain and _formula_serves(impl, u, weight, bias):
+    if not plain and _formula_serves(impl, u, weight, bias, logits):
         return transforms.by_formula(
-            lambda u, weight, bias: ops.capsule_routing.check(u, weight, bias, None, None, iterations),
-            reference.capsule_routing,
+            partial(ops.capsule_routing.check, iterations=iterations),
+            lambda u, weight, bias, logits, mask: reference.capsule_routing(
+                u,
+                weight,
+                bias,
+                logits=logits,
+                mask=mask,
+                iterations=iterations,
+                leaky=leaky,
+                detach=detach,
+                squash_output=squash_output,
+            ),
             u,
             weight,
             bias,
-            iterations=iterations,
-            leaky=leaky,
-            detach=detach,
+            logits,
+            mask,
         )
     return ops.capsule_routing.call(
-        plain, u, weight, bias, None, None, iterations, leaky, detach, True, impl
+        plain, u, weight, bias, logits, mask, iterations, leaky, detach, squash_output, impl
     )[0]
 
 
@@ -304,20 +361,26 @@ def couplings(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    logits: Tensor | None = None,
+    mask: Tensor | None = None,
     iterations: int = 3,
     leaky: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Coupling coefficients of the last pass of `capsule_routing`: how much of capsule i goes to capsule j.
 
-    c_ij = softmax_j(û_ij · Vᵀ⁻¹_j); they sum to 1 over j (below 1 with `leaky`). No gradient. Those of the
-    first pass are all equal, and those of a single output capsule without `leaky` are 1, even where û is NaN.
+    c_ij = softmax_j(ℓ_ij + û_ij · Vᵀ⁻¹_j); they sum to 1 over j (below 1 with `leaky`). No gradient. Without
+    `logits`, those of the first pass are all equal, and those of a single output capsule without `leaky` are
+    1, even where û is NaN. Closed pairs, and input capsules that are not there, have 0.
 
     Args:
         u: input capsules [B, I, K].
-        weight: one D × K matrix per pair of capsules [I, J, D, K].
+        weight: one D × K matrix per pair of capsules [I, J, D, K], or one per output capsule, shared by all
+            input capsules, [J, D, K] or [1, J, D, K].
         bias: β [J, D], added to s.
-        iterations: T, the number of softmax passes, 0 to 1000; 0 gives ones.
+        logits: ℓ, where the routing logits start, broadcast to [B, I, J]; −inf closes a pair.
+        mask: bool [B, I]; False for an input capsule that is not there.
+        iterations: T, the number of softmax passes, 0 to 1000; 0 gives 1 for every open pair.
         leaky: one more logit, fixed at 0, takes part in the softmax and is dropped.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -325,30 +388,42 @@ def couplings(
         c [B, I, J].
 
     Raises:
-        TypeError: an argument is not a tensor, dtypes differ, or an option is of another type.
+        TypeError: an argument is not a tensor, dtypes differ, `mask` is not of bool, or an option is of
+            another type.
         ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not take tensors of
-            this device or dtype.
+            this device or dtype or one of the options.
         RuntimeError: `impl` is not available here.
     """
-    if has_torch_function((u, weight, bias)):
+    if has_torch_function((u, weight, bias, logits, mask)):
         return handle_torch_function(
-            couplings, (u, weight, bias), u, weight, bias, iterations=iterations, leaky=leaky, impl=impl
+            couplings,
+            (u, weight, bias, logits, mask),
+            u,
+            weight,
+            bias,
+            logits=logits,
+            mask=mask,
+            iterations=iterations,
+            leaky=leaky,
+            impl=impl,
         )
-    plain = ops.is_plain(u, weight, bias)
+    plain = ops.is_plain(u, weight, bias, logits, mask)
     if not plain:
-        _check_tensors(bias, u=u, weight=weight)
+        _check_tensors({"u": u, "weight": weight}, bias=bias, logits=logits, mask=mask)
     iterations = as_int("iterations", iterations)
     check_flag("leaky", leaky)
     impl = _requested(impl, u)
     if not plain and _exports_to_onnx():
         return transforms.by_formula(
-            lambda u, weight, bias: ops.couplings.check(u, weight, bias, None, None, iterations),
-            reference.couplings,
+            partial(ops.couplings.check, iterations=iterations),
+            lambda u, weight, bias, logits, mask: reference.couplings(
+                u, weight, bias, logits=logits, mask=mask, iterations=iterations, leaky=leaky
+            ),
             u,
             weight,
             bias,
-            iterations=iterations,
-            leaky=leaky,
+            logits,
+            mask,
         )
     with torch.no_grad():
-        return ops.couplings.call(plain, u, weight, bias, None, None, iterations, leaky, impl)
+        return ops.couplings.call(plain, u, weight, bias, logits, mask, iterations, leaky, impl)

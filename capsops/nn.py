@@ -132,6 +132,8 @@ class RoutingCapsules(nn.Module):
         bias: whether to add a learned β [J, D] to s.
         leaky: whether an orphan class takes part in the softmax.
         detach: whether the couplings are kept out of the gradient.
+        shared: whether all input capsules share one matrix for each output capsule, weight [J, D, K]. Such a
+            layer takes any number of input capsules; `in_capsules` only sets how large the weights start.
 
     Raises:
         TypeError: a size or an option is of another type.
@@ -149,28 +151,37 @@ class RoutingCapsules(nn.Module):
         bias: bool = True,
         leaky: bool = False,
         detach: bool = False,
+        shared: bool = False,
     ) -> None:
         super().__init__()
-        for name, flag in (("bias", bias), ("leaky", leaky), ("detach", detach)):
+        for name, flag in (("bias", bias), ("leaky", leaky), ("detach", detach), ("shared", shared)):
             functional.check_flag(name, flag)
         self.iterations, self.leaky, self.detach = functional.as_iterations(iterations), leaky, detach
-        in_capsules, out_capsules = _size("in_capsules", in_capsules), _size("out_capsules", out_capsules)
-        in_dim, out_dim = _size("in_dim", in_dim), _size("out_dim", out_dim)
-        self.weight = nn.Parameter(torch.empty(in_capsules, out_capsules, out_dim, in_dim))
+        self.in_capsules, out_capsules = (
+            _size("in_capsules", in_capsules),
+            _size("out_capsules", out_capsules),
+        )
+        sizes = out_capsules, _size("out_dim", out_dim), _size("in_dim", in_dim)
+        self.weight = nn.Parameter(torch.empty(sizes if shared else (self.in_capsules, *sizes)))
         if bias:
-            self.bias = nn.Parameter(torch.empty(out_capsules, out_dim))
+            self.bias = nn.Parameter(torch.empty(sizes[:2]))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
 
+    @property
+    def shared(self) -> bool:
+        """Whether all input capsules share the weight."""
+        return self.weight.dim() == 3
+
     def reset_parameters(self) -> None:
         """Draws the weights anew; the bias becomes 0."""
-        in_capsules, out_capsules, out_dim, in_dim = self.weight.shape
+        out_capsules, out_dim, in_dim = self.weight.shape[-3:]
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         coupling = 1.0 if self.iterations == 0 else 1 / (out_capsules + self.leaky)
         length = in_dim / (in_dim + 1)  # of a squashed normal vector, about
-        nn.init.normal_(self.weight, std=0.3 / (coupling * length * math.sqrt(in_capsules * out_dim)))
+        nn.init.normal_(self.weight, std=0.3 / (coupling * length * math.sqrt(self.in_capsules * out_dim)))
 
     @classmethod
     def from_weight(
@@ -251,19 +262,35 @@ class RoutingCapsules(nn.Module):
                 layer.bias.copy_(bias.reshape(out_capsules, out_dim))
         return layer
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, *, logits: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """v [B, J, D] of u [B, I, K]; `logits` and `mask` as for capsops.capsule_routing."""
         return functional.capsule_routing(
-            u, self.weight, self.bias, iterations=self.iterations, leaky=self.leaky, detach=self.detach
+            u,
+            self.weight,
+            self.bias,
+            logits=logits,
+            mask=mask,
+            iterations=self.iterations,
+            leaky=self.leaky,
+            detach=self.detach,
         )
 
-    def couplings(self, u: Tensor) -> Tensor:
+    def couplings(self, u: Tensor, *, logits: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Coupling coefficients of the last pass [B, I, J]."""
-        return functional.couplings(u, self.weight, self.bias, iterations=self.iterations, leaky=self.leaky)
+        return functional.couplings(
+            u,
+            self.weight,
+            self.bias,
+            logits=logits,
+            mask=mask,
+            iterations=self.iterations,
+            leaky=self.leaky,
+        )
 
     def extra_repr(self) -> str:
-        in_capsules, out_capsules, out_dim, in_dim = self.weight.shape
+        out_capsules, out_dim, in_dim = self.weight.shape[-3:]
         return (
-            f"{in_capsules}, {out_capsules}, in_dim={in_dim}, out_dim={out_dim}, "
+            f"{self.in_capsules}, {out_capsules}, in_dim={in_dim}, out_dim={out_dim}, "
             f"iterations={self.iterations}, bias={self.bias is not None}, "
-            f"leaky={self.leaky}, detach={self.detach}"
+            f"leaky={self.leaky}, detach={self.detach}" + (", shared=True" if self.shared else "")
         )

@@ -7,6 +7,8 @@ Every function computes in the dtype of its arguments and is differentiable to a
 import torch
 from torch import Tensor
 
+CLOSED = -torch.inf  # a logit that closes a pair of capsules
+
 
 def squash(s: Tensor, dim: int = -1) -> Tensor:
     """squash(s) = s · r / (1 + r²), r = ‖s‖ along `dim` (Sabour et al. 2017, equation 1).
@@ -29,7 +31,12 @@ def squash(s: Tensor, dim: int = -1) -> Tensor:
 
 
 def predictions(u: Tensor, weight: Tensor) -> Tensor:
-    """û_ij = W_ij u_i: u [B, I, K], weight [I, J, D, K] → û [B, I, J, D] (equation 2)."""
+    """û_ij = W_ij u_i: u [B, I, K], weight [I, J, D, K] → û [B, I, J, D] (equation 2).
+
+    A weight [J, D, K], or [1, J, D, K], is shared by all input capsules: û_ij = W_j u_i.
+    """
+    if weight.dim() == 3:
+        weight = weight.unsqueeze(0)
     return torch.einsum("bik,ijdk->bijd", u, weight)
 
 
@@ -41,10 +48,33 @@ def coupling_softmax(logits: Tensor, leaky: bool) -> Tensor:
     return logits.softmax(-1)
 
 
+def closable_softmax(logits: Tensor, leaky: bool) -> Tensor:
+    """coupling_softmax where pairs may be closed: couplings of 0 for an input whose pairs are all closed."""
+    if leaky:  # the orphan takes all
+        return coupling_softmax(logits, leaky)
+    none_open = (logits == CLOSED).all(-1, keepdim=True)
+    return torch.where(none_open, 0, coupling_softmax(torch.where(none_open, 0, logits), leaky))
+
+
+def open_pairs(logits: Tensor) -> Tensor:
+    """The couplings without routing: 1, and 0 where a pair is closed."""
+    return torch.where(logits == CLOSED, 0, torch.ones_like(logits))
+
+
+def out_capsules(u_hat: Tensor, bias: Tensor | None, logits: Tensor | None) -> int:
+    """J: for û [B, I, D], which is alike for all output capsules, that of `logits`, else of `bias`."""
+    if u_hat.dim() == 4:
+        return u_hat.shape[2]
+    of_logits = 1 if logits is None or logits.dim() == 0 else logits.shape[-1]
+    return bias.shape[0] if of_logits == 1 and bias is not None else of_logits
+
+
 def dynamic_routing(
     u_hat: Tensor,
     bias: Tensor | None = None,
     *,
+    logits: Tensor | None = None,
+    mask: Tensor | None = None,
     iterations: int = 3,
     leaky: bool = False,
     detach: bool = False,
@@ -52,23 +82,34 @@ def dynamic_routing(
 ) -> Tensor:
     """Routing by agreement (procedure 1): û [B, I, J, D], bias [J, D] → v [B, J, D].
 
-    `iterations` counts softmax passes; 0 means couplings of 1. With `detach` the couplings carry no gradient.
-    With `squash_output=False` the last s itself is the result.
-    One output capsule without `leaky` is no routing: the softmax of one logit is always 1.
+    û [B, I, D] is alike for all output capsules. `logits`, broadcast to [B, I, J], are where routing starts;
+    −inf closes a pair, whose coupling is then 0. Input capsules whose `mask` [B, I] is False are not there.
+    `iterations` counts softmax passes; 0 means that the coupling of every open pair is 1. With `detach` the
+    couplings carry no gradient but that of `logits` in the last pass. With `squash_output=False` the last s
+    itself is the result. One output capsule without `leaky` and without `logits` is no routing: the softmax
+    of one logit is always 1.
     """
-    if iterations == 0 or (u_hat.shape[2] == 1 and not leaky):
+    J = out_capsules(u_hat, bias, logits)
+    if u_hat.dim() == 3:
+        u_hat = u_hat.unsqueeze(2).expand(-1, -1, J, -1)
+    if mask is not None:
+        u_hat = torch.where(mask[:, :, None, None], u_hat, 0)
+    if logits is None and (iterations == 0 or (J == 1 and not leaky)):
         s = u_hat.sum(1)
         s = s if bias is None else s + bias
         return squash(s) if squash_output else s
     fixed = u_hat.detach() if detach else u_hat
-    logits = u_hat.new_zeros(u_hat.shape[:3])
-    for t in range(1, iterations + 1):
-        last = t == iterations
-        s = torch.einsum("bij,bijd->bjd", coupling_softmax(logits, leaky), u_hat if last else fixed)
+    softmax = coupling_softmax if logits is None else closable_softmax
+    b = u_hat.new_zeros(u_hat.shape[:3]) if logits is None else logits.expand(u_hat.shape[:3])
+    passes = max(iterations, 1)
+    for t in range(1, passes + 1):
+        last = t == passes
+        c = softmax(b, leaky) if iterations else open_pairs(b)
+        s = torch.einsum("bij,bijd->bjd", c, u_hat if last else fixed)
         s = s if bias is None else s + bias
         v = s if last and not squash_output else squash(s)
         if not last:
-            logits = logits + torch.einsum("bijd,bjd->bij", fixed, v.detach() if detach else v)
+            b = b + torch.einsum("bijd,bjd->bij", fixed, v.detach() if detach else v)
     return v
 
 
@@ -77,15 +118,24 @@ def capsule_routing(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    logits: Tensor | None = None,
+    mask: Tensor | None = None,
     iterations: int = 3,
     leaky: bool = False,
     detach: bool = False,
     squash_output: bool = True,
 ) -> Tensor:
-    """dynamic_routing(predictions(u, weight), bias): u [B, I, K], weight [I, J, D, K] → v [B, J, D]."""
+    """dynamic_routing(predictions(u, weight), bias): u [B, I, K], weight [I, J, D, K] → v [B, J, D].
+
+    A weight [J, D, K], or [1, J, D, K], is shared by all input capsules.
+    """
+    if mask is not None:
+        u = torch.where(mask[:, :, None], u, 0)
     return dynamic_routing(
         predictions(u, weight),
         bias,
+        logits=logits,
+        mask=mask,
         iterations=iterations,
         leaky=leaky,
         detach=detach,
@@ -94,14 +144,27 @@ def capsule_routing(
 
 
 def couplings(
-    u: Tensor, weight: Tensor, bias: Tensor | None = None, *, iterations: int = 3, leaky: bool = False
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    logits: Tensor | None = None,
+    mask: Tensor | None = None,
+    iterations: int = 3,
+    leaky: bool = False,
 ) -> Tensor:
-    """c of the last pass [B, I, J], without gradient; ones where there is no routing."""
-    u_hat = predictions(u.detach(), weight.detach())
-    logits = u_hat.new_zeros(u_hat.shape[:3])
-    if iterations == 0 or (weight.shape[1] == 1 and not leaky):
-        return logits + 1
-    for t in range(1, iterations):
-        v = dynamic_routing(u_hat, None if bias is None else bias.detach(), iterations=t, leaky=leaky)
-        logits = logits + torch.einsum("bijd,bjd->bij", u_hat, v)
-    return coupling_softmax(logits, leaky)
+    """c of the last pass [B, I, J], without gradient; 1 without routing, 0 where `mask` is False."""
+    u, weight = u.detach(), weight.detach()
+    bias, logits = (None if x is None else x.detach() for x in (bias, logits))
+    if mask is not None:
+        u = torch.where(mask[:, :, None], u, 0)
+    u_hat = predictions(u, weight)
+    b = u_hat.new_zeros(u_hat.shape[:3]) if logits is None else logits.expand(u_hat.shape[:3])
+    if iterations == 0 or (u_hat.shape[2] == 1 and not leaky and logits is None):
+        c = open_pairs(b)
+    else:
+        for t in range(1, iterations):
+            v = dynamic_routing(u_hat, bias, logits=logits, mask=mask, iterations=t, leaky=leaky)
+            b = b + torch.einsum("bijd,bjd->bij", u_hat, v)
+        c = coupling_softmax(b, leaky) if logits is None else closable_softmax(b, leaky)
+    return c if mask is None else torch.where(mask[:, :, None], c, 0)

@@ -50,4 +50,5 @@ def by_formula(
         return cast(first, *others)
     check(first, *others)
     wide = accumulation_dtype(first.dtype)
-    return formula(*(None if x is None else x.to(wide) for x in (first, *others)), **options).to(first.dtype)
+    tensors = (x.to(wide) if x is not None and x.is_floating_point() else x for x in (first, *others))
+    return formula(*tensors, **options).to(first.dtype)

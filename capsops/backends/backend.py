@@ -8,8 +8,12 @@ import torch
 
 # Options of routing that a backend may lack, named as an error shows them.
 UNSQUASHED = "squash_output=False"
+LOGITS = "logits"
+MASK = "mask"
+SHARED = "a shared weight"  # or û [B, I, D], which is alike for all output capsules
 
 NO_OPTIONS: frozenset[str] = frozenset()
+ALL_OPTIONS = frozenset((UNSQUASHED, LOGITS, MASK, SHARED))
 
 
 class Proof(NamedTuple):
@@ -22,11 +26,13 @@ class Proof(NamedTuple):
     longest: tuple[int, int]  # the largest D and K that the proof covers
     multiple: int = 1  # D and K have to be multiples of this
     triton: str = ""  # the release of Triton that compiled them, for its kernels
+    options: frozenset[str] = NO_OPTIONS  # of routing that were compared, beside those of every backend
 
-    def covers(self, lengths: tuple[int, ...]) -> bool:
-        """Whether capsules of these lengths, D and K, are within what was compared."""
+    def covers(self, lengths: tuple[int, ...], options: frozenset[str] = NO_OPTIONS) -> bool:
+        """Whether capsules of these lengths, D and K, and these options are within what was compared."""
         within = zip(lengths, self.longest, strict=False)
-        return all(length <= most and length % self.multiple == 0 for length, most in within)
+        fit = all(length <= most and length % self.multiple == 0 for length, most in within)
+        return fit and options <= self.options
 
 
 def _like_every_proof(proof: Proof, capability: tuple[int, int]) -> str:
@@ -37,22 +43,29 @@ def _like_every_proof(proof: Proof, capability: tuple[int, int]) -> str:
 class Backend:
     """Computes the ops.
 
-    Tensors that its functions receive are contiguous and not empty, have one dtype and one device, and fit
-    one another. Tensors that they return are contiguous and share no memory with those. s is sᵗ of every
-    pass, [max(T, 1), B, J, D], in the accumulation dtype. With squash_output=False v is sᵗ of the last pass.
-    A gradient that is not needed is an empty tensor.
+    Tensors that its functions receive are not empty, have one dtype and one device, fit one another, and are
+    contiguous but for `logits`. Tensors that they return are contiguous and share no memory with those. s is
+    sᵗ of every pass, [max(T, 1), B, J, D], in the accumulation dtype. With squash_output=False v is sᵗ of the
+    last pass. A gradient that is not needed is an empty tensor.
+
+    weight is [I, J, D, K], or [J, D, K] where all input capsules share it. û is [B, I, J, D], or [B, I, D]
+    where it is alike for all output capsules. logits has three axes, each of B, I and J as long as that or 1,
+    and any strides; ∂logits has its shape. mask is [B, I], True where an input capsule is there.
 
         squash(s, dim) -> v
         squash_backward(grad, s, dim) -> ∂s
         predictions(u, weight) -> û
         predictions_backward(grad, u, weight, needs_u, needs_weight) -> ∂u, ∂W
-        dynamic_routing(u_hat, bias, iterations, leaky, squash_output) -> v, s
-        dynamic_routing_backward(grad, u_hat, s, iterations, leaky, detach, squash_output) -> ∂û, ∂β
-        capsule_routing(u, weight, bias, iterations, leaky, squash_output) -> v, s
+        dynamic_routing(u_hat, bias, logits, mask, iterations, leaky, squash_output) -> v, s
+        dynamic_routing_backward(
+            grad, u_hat, logits, mask, s, iterations, leaky, detach, squash_output, needs_logits
+        ) -> ∂û, ∂β, ∂logits
+        capsule_routing(u, weight, bias, logits, mask, iterations, leaky, squash_output) -> v, s
         capsule_routing_backward(
-            grad, u, weight, s, iterations, leaky, detach, squash_output, needs_u, needs_weight
-        ) -> ∂u, ∂W, ∂β
-        couplings(u, weight, bias, iterations, leaky) -> c
+            grad, u, weight, logits, mask, s, iterations, leaky, detach, squash_output, needs_u, needs_weight,
+            needs_logits
+        ) -> ∂u, ∂W, ∂β, ∂logits
+        couplings(u, weight, bias, logits, mask, iterations, leaky) -> c
 
     Attributes:
         name: what `impl` calls it.

@@ -112,14 +112,29 @@ def _route(
 
 
 def dynamic_routing(
-    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
+    u_hat: Tensor,
+    bias: Tensor | None,
+    logits: None,
+    mask: None,
+    iterations: int,
+    leaky: bool,
+    squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
     return _route(u_hat, None, bias, (*u_hat.shape, 1), iterations, leaky, squash_output)
 
 
 def dynamic_routing_backward(
-    grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool, squash_output: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    u_hat: Tensor,
+    logits: None,
+    mask: None,
+    s: Tensor,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    squash_output: bool,
+    needs_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_u_hat, grad_bias = torch.empty_like(u_hat), u_hat.new_empty(u_hat.shape[2:])
     _cpu.routing_backward(
         memory(grad),
@@ -138,11 +153,18 @@ def dynamic_routing_backward(
         _DTYPES[u_hat.dtype],
         torch.get_num_threads(),
     )
-    return grad_u_hat, grad_bias
+    return grad_u_hat, grad_bias, u_hat.new_empty(0)
 
 
 def capsule_routing(
-    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: None,
+    mask: None,
+    iterations: int,
+    leaky: bool,
+    squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
     return _route(u, weight, bias, (u.shape[0], *weight.shape), iterations, leaky, squash_output)
 
@@ -151,6 +173,8 @@ def capsule_routing_backward(
     grad: Tensor,
     u: Tensor,
     weight: Tensor,
+    logits: None,
+    mask: None,
     s: Tensor,
     iterations: int,
     leaky: bool,
@@ -158,7 +182,8 @@ def capsule_routing_backward(
     squash_output: bool,
     needs_u: bool,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    needs_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_u, grad_weight = _like(u, needs_u), _like(weight, needs_weight)
     grad_bias = u.new_empty(weight.shape[1:3])
     _cpu.routing_backward(
@@ -178,10 +203,12 @@ def capsule_routing_backward(
         _DTYPES[u.dtype],
         torch.get_num_threads(),
     )
-    return _or_empty(grad_u, u), _or_empty(grad_weight, u), grad_bias
+    return _or_empty(grad_u, u), _or_empty(grad_weight, u), grad_bias, u.new_empty(0)
 
 
-def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool) -> Tensor:
+def couplings(
+    u: Tensor, weight: Tensor, bias: Tensor | None, logits: None, mask: None, iterations: int, leaky: bool
+) -> Tensor:
     c = u.new_empty(u.shape[0], *weight.shape[:2])
     if iterations <= 1:
         return c.fill_(1 if iterations == 0 else 1 / (weight.shape[1] + leaky))

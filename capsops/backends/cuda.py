@@ -131,20 +131,42 @@ def _route(
 
 
 def dynamic_routing(
-    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
+    u_hat: Tensor,
+    bias: Tensor | None,
+    logits: None,
+    mask: None,
+    iterations: int,
+    leaky: bool,
+    squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
     return _route(u_hat, None, bias, iterations, leaky)
 
 
 def capsule_routing(
-    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: None,
+    mask: None,
+    iterations: int,
+    leaky: bool,
+    squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
     return _route(u, weight, bias, iterations, leaky)
 
 
 def dynamic_routing_backward(
-    grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool, squash_output: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    u_hat: Tensor,
+    logits: None,
+    mask: None,
+    s: Tensor,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    squash_output: bool,
+    needs_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     call = _call(u_hat, None, iterations, leaky, detach)
     grad_u_hat, grad_bias = (
         _empty(shape, u_hat.dtype, u_hat.device) for shape in (u_hat.shape, u_hat.shape[2:])
@@ -157,13 +179,15 @@ def dynamic_routing_backward(
         grad_bias=memory(grad_bias),
     )
     _run(_cuda.RoutingOp.backward, call, u_hat)
-    return grad_u_hat, grad_bias
+    return grad_u_hat, grad_bias, u_hat.new_empty(0)
 
 
 def capsule_routing_backward(
     grad: Tensor,
     u: Tensor,
     weight: Tensor,
+    logits: None,
+    mask: None,
     s: Tensor,
     iterations: int,
     leaky: bool,
@@ -171,7 +195,8 @@ def capsule_routing_backward(
     squash_output: bool,
     needs_u: bool,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    needs_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = _call(u, weight, iterations, leaky, detach)
     grad_u, grad_weight = _like(u, needs_u), _like(weight, needs_weight)
     grad_bias = _empty(weight.shape[1:3], u.dtype, u.device)
@@ -185,10 +210,12 @@ def capsule_routing_backward(
         grad_bias=memory(grad_bias),
     )
     _run(_cuda.RoutingOp.backward, call, u)
-    return _or_empty(grad_u, u), _or_empty(grad_weight, u), grad_bias
+    return _or_empty(grad_u, u), _or_empty(grad_weight, u), grad_bias, u.new_empty(0)
 
 
-def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool) -> Tensor:
+def couplings(
+    u: Tensor, weight: Tensor, bias: Tensor | None, logits: None, mask: None, iterations: int, leaky: bool
+) -> Tensor:
     c = _empty((u.shape[0], *weight.shape[:2]), u.dtype, u.device)
     if iterations <= 1:
         return c.fill_(1 if iterations == 0 else 1 / (weight.shape[1] + leaky))

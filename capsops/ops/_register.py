@@ -8,6 +8,7 @@ at any order.
 import sys
 import types
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,9 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from capsops import dispatch
 from capsops.backends import reference
-from capsops.backends.backend import NO_OPTIONS, UNSQUASHED, accumulation_dtype
+from capsops.backends.backend import LOGITS, MASK, NO_OPTIONS, SHARED, UNSQUASHED, accumulation_dtype
 from capsops.ops._sharding import Shards, register_shardings
-from capsops.ops._shared_checks import saved_passes
 
 _library = torch.library.Library("capsops", "DEF")
 _kernels: dict[str, Callable] = {}
@@ -31,28 +31,46 @@ ROUTING = "Tensor? bias, Tensor? logits, Tensor? mask, int iterations, bool leak
 OPTIONS = ("iterations", "leaky", "detach", "squash_output")
 
 _CPU = torch.device("cpu")
-_UNSQUASHED = frozenset((UNSQUASHED,))
+
+# Every set of options, by whether each is used: kernels of tiny layers have no time to make one.
+_OPTION_SETS = {
+    used: frozenset(
+        option for option, is_used in zip((UNSQUASHED, LOGITS, MASK, SHARED), used, strict=True) if is_used
+    )
+    for used in product((False, True), repeat=4)
+}
 
 
 def backend_function(
-    op: str, impl: str, *tensors: Tensor, lengths: tuple[int, ...] = (), options: frozenset[str] = NO_OPTIONS
+    op: str,
+    impl: str,
+    first: Tensor,
+    *others: Tensor | None,
+    lengths: tuple[int, ...] = (),
+    options: frozenset[str] = NO_OPTIONS,
 ) -> Callable:
     """The function of the backend that computes a call, which is the reference for empty tensors."""
-    first = tensors[0]
     backend = dispatch.chosen(op, impl, _CPU if first.is_cpu else first.device, first.dtype, lengths, options)
-    for x in tensors:
-        if x.numel() == 0:
+    for x in (first, *others):
+        if x is not None and x.numel() == 0:
             backend = reference.BACKEND
     return backend.functions[op]
 
 
-def routing_options(squash_output: bool) -> frozenset[str]:
+def routing_options(
+    squash_output: bool, logits: Tensor | None, mask: Tensor | None, shared: bool
+) -> frozenset[str]:
     """The options of a routing call that a backend may lack."""
-    return NO_OPTIONS if squash_output else _UNSQUASHED
+    return _OPTION_SETS[not squash_output, logits is not None, mask is not None, shared]
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def with_three_axes(logits: Tensor | None) -> Tensor | None:
+    """Starting logits as backends take them: [B, I, J], with 1 for an axis along which they are broadcast."""
+    return None if logits is None else logits[(None,) * (3 - logits.dim())]
 
 
 def fake_like(x: Tensor, needed: bool = True) -> Tensor:
@@ -60,12 +78,18 @@ def fake_like(x: Tensor, needed: bool = True) -> Tensor:
     return x.new_empty(x.shape if needed else 0)
 
 
-def routing_fakes(
-    like: Tensor, batch: int, capsules: int, dim: int, iterations: int, leaky: bool
-) -> tuple[Tensor, Tensor]:
+def like_logits(gradient: Tensor, logits: Tensor | None, needed: bool) -> Tensor:
+    """∂logits as a backend returns it, with the axes of `logits`; empty where it is not needed."""
+    return gradient.view(logits.shape) if needed and logits is not None else gradient
+
+
+def fake_like_logits(logits: Tensor | None, needed: bool, like: Tensor) -> Tensor:
+    return like.new_empty(0) if logits is None else fake_like(logits, needed)
+
+
+def routing_fakes(like: Tensor, batch: int, capsules: int, dim: int, passes: int) -> tuple[Tensor, Tensor]:
     """For a fake: v, and s of every pass."""
     v = like.new_empty(batch, capsules, dim)
-    passes = saved_passes(iterations, capsules, leaky)
     return v, v.new_empty(passes, batch, capsules, dim, dtype=accumulation_dtype(like.dtype))
 
 

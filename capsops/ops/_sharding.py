@@ -17,6 +17,13 @@ SUM = "sum"  # a result of which each device has a partial sum
 Shards = tuple[Sequence[int | str], Mapping[str, int]]
 
 
+def logits_axis(logits: Any, capsules: Any) -> dict[str, int]:
+    """The batch's axis of starting logits, by their name; empty where they are the same for every sample."""
+    if logits is None or len(logits.shape) < 3 or logits.shape[0] != capsules.shape[0]:
+        return {}
+    return {"logits": 0}
+
+
 def _placements(op: torch._ops.OpOverload, shards: Callable[..., list[Shards]], *args: Any) -> list[tuple]:
     """Choices of placements for results and arguments, None for an argument that is not a tensor."""
     from torch.distributed.tensor import Partial, Placement, Replicate, Shard

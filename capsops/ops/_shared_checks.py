@@ -19,17 +19,18 @@ _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64
 _STRIDED = torch.strided
 
 
-def effective_iterations(iterations: int, out_capsules: int, leaky: bool) -> int:
-    """`iterations`, or 0 where there is one output capsule and no orphan class.
+def effective_iterations(iterations: int, out_capsules: int, leaky: bool, logits: object = None) -> int:
+    """`iterations`, or 0 where there is one output capsule, no orphan class and no starting logits.
 
-    The softmax of one logit is always 1, even of NaN: there is nothing to route.
+    The softmax of one logit is always 1, even of NaN: there is nothing to route. Starting logits may close
+    the pair.
     """
-    return 0 if out_capsules == 1 and not leaky else iterations
+    return 0 if out_capsules == 1 and not leaky and logits is None else iterations
 
 
-def saved_passes(iterations: int, out_capsules: int, leaky: bool) -> int:
+def saved_passes(iterations: int, out_capsules: int, leaky: bool, logits: object = None) -> int:
     """How many passes save their s for backward."""
-    return max(effective_iterations(iterations, out_capsules, leaky), 1)
+    return max(effective_iterations(iterations, out_capsules, leaky, logits), 1)
 
 
 def check_dense(name: str, x: Tensor) -> None:
@@ -75,30 +76,54 @@ def check_iterations(iterations: int) -> None:
         raise ValueError(f"iterations: got {iterations}, takes 0 (no routing) to {MAX_ITERATIONS}")
 
 
-def _refuse_unsupported(logits: Tensor | None, mask: Tensor | None) -> None:
-    """The options of the schemas that no backend supports yet."""
-    for name, x in (("logits", logits), ("mask", mask)):
-        if x is not None:
-            raise ValueError(f"{name}: got a tensor, takes None: no backend supports `{name}` yet")
+def _check_logits(logits: Tensor, name: str, like: Tensor, pairs: tuple[int, int, int]) -> None:
+    """logits can be broadcast to [B, I, J]."""
+    check_like("logits", logits, name, like)
+    fits = logits.dim() <= 3
+    for size, wanted in zip(reversed(logits.shape), reversed(pairs), strict=False):
+        fits = fits and (size == 1 or size == wanted)
+    if not fits:
+        sizes = ", ".join(f"{axis} = {n}" for axis, n in zip("BIJ", pairs, strict=True))
+        raise ValueError(
+            f"logits: got shape {list(logits.shape)}, takes one that is broadcast to [B, I, J] with {sizes}"
+        )
+
+
+def _check_mask(mask: Tensor, name: str, like: Tensor, pairs: tuple[int, int, int]) -> None:
+    """mask is a dense tensor of bool [B, I]."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: got {type(mask).__name__}, takes a torch.Tensor")
+    if mask.is_nested or mask.layout is not _STRIDED:
+        raise ValueError("mask: got a nested or sparse tensor, takes a dense one")
+    if mask.dtype is not torch.bool:
+        raise TypeError(
+            f"mask: got dtype {mask.dtype}, takes torch.bool: True where an input capsule is there"
+        )
+    if mask.device != like.device:
+        raise ValueError(f"mask: got device {mask.device}, takes that of {name}, which is {like.device}")
+    if mask.shape != pairs[:2]:
+        refuse_shape("mask", mask, "BI", *pairs[:2])
 
 
 def check_routing(
     name: str,
     like: Tensor,
-    sizes: Sequence[int],
+    sizes: tuple[int, int, int, int],
     bias: Tensor | None,
     logits: Tensor | None,
     mask: Tensor | None,
     iterations: int,
 ) -> None:
-    """Checks the arguments that every routing op has beside the capsules; `sizes` is [J, D]."""
+    """Checks the arguments that every routing op has beside the capsules; `sizes` are B, I, J and D."""
     if bias is not None:
         check_like("bias", bias, name, like)
-        if bias.shape != sizes:
-            refuse_shape("bias", bias, "JD", *sizes)
+        if bias.shape != sizes[2:]:
+            refuse_shape("bias", bias, "JD", *sizes[2:])
     check_iterations(iterations)
-    if logits is not None or mask is not None:
-        _refuse_unsupported(logits, mask)
+    if logits is not None:
+        _check_logits(logits, name, like, sizes[:3])
+    if mask is not None:
+        _check_mask(mask, name, like, sizes[:3])
 
 
 def check_saved(
@@ -107,8 +132,7 @@ def check_saved(
     sizes: Sequence[int],
     grad: Tensor,
     s: Tensor,
-    iterations: int,
-    leaky: bool,
+    passes: int,
 ) -> None:
     """The upstream gradient [B, J, D], and s of every pass: as returned, or [T, B, J · D] as it is saved."""
     check_like("grad", grad, name, like)
@@ -121,6 +145,5 @@ def check_saved(
     if s.device != like.device:
         raise ValueError(f"s: got device {s.device}, takes that of {name}, which is {like.device}")
     batch, out_capsules, out_dim = sizes
-    passes = saved_passes(iterations, out_capsules, leaky)
     if s.shape != (passes, batch, out_capsules * out_dim) and s.shape != (passes, *sizes):
         refuse_shape("s", s, "TBJD", passes, *sizes)

@@ -12,9 +12,9 @@ from capsops.ops._shared_checks import effective_iterations
 Shape = Sequence[int]
 
 
-def later_passes(iterations: int, out_capsules: int, leaky: bool) -> int:
-    """The number of passes that have logits: those after the first, whose couplings are uniform."""
-    return max(effective_iterations(iterations, out_capsules, leaky) - 1, 0)
+def later_passes(iterations: int, out_capsules: int, leaky: bool, logits: object = None) -> int:
+    """The number of passes that have logits û · V: those after the first."""
+    return max(effective_iterations(iterations, out_capsules, leaky, logits) - 1, 0)
 
 
 def product(u: Shape, weight: Shape) -> int:
@@ -34,3 +34,26 @@ def backward(u_hat: Shape, later: int, detach: bool) -> int:
     and ∂û of its sum, ∂û and ∂V of its logits.
     """
     return 2 * prod(u_hat) * (1 if detach else 1 + 4 * later)
+
+
+def shared_forward(u: Shape, weight: Shape, later: int) -> int:
+    """forward() with a weight shared by all input capsules, [J, D, K]: û is never formed.
+
+    A sum is W (Σ_i c u), and logits are u · (Wᵀ V): products of K numbers for each (b, i, j), and one with W
+    for each (b, j).
+    """
+    batch, in_capsules, in_dim = u
+    out_capsules, out_dim, _ = weight
+    return forward((batch, in_capsules + out_dim, out_capsules, in_dim), later)
+
+
+def shared_backward(
+    u: Shape, weight: Shape, later: int, detach: bool, needs_u: bool, needs_weight: bool
+) -> int:
+    """Two gradients of each product of shared_forward(), but none of the first couplings."""
+    batch, in_capsules, in_dim = u
+    out_capsules, out_dim, _ = weight
+    products = 1 if detach else 1 + 2 * later
+    of_inputs = 2 * batch * in_capsules * out_capsules * in_dim
+    of_weight = 2 * batch * out_capsules * out_dim * in_dim
+    return of_inputs * (products - 1 + products * needs_u) + of_weight * products * (1 + needs_weight)

@@ -6,11 +6,18 @@ from typing import Any
 from torch import Tensor
 
 from capsops.ops import _shared_flops
-from capsops.ops._register import ROUTING, backend_function, contiguous, register
-from capsops.ops._sharding import Shards
+from capsops.ops._register import (
+    ROUTING,
+    backend_function,
+    contiguous,
+    register,
+    routing_options,
+    with_three_axes,
+)
+from capsops.ops._sharding import Shards, logits_axis
 from capsops.ops._shared_checks import effective_iterations
 from capsops.ops._shared_flops import Shape
-from capsops.ops.capsule_routing import check
+from capsops.ops.capsule_routing import backend_weight, check, is_shared
 
 SCHEMA = f"(Tensor u, Tensor weight, {ROUTING}, str impl) -> Tensor"
 
@@ -26,9 +33,18 @@ def kernel(
     impl: str,
 ) -> Tensor:
     check(u, weight, bias, logits, mask, iterations)
-    iterations = effective_iterations(iterations, weight.shape[1], leaky)
-    compute = backend_function("couplings", impl, u, weight, lengths=weight.shape[2:])
-    return compute(u.contiguous(), weight.contiguous(), contiguous(bias), iterations, leaky)
+    iterations = effective_iterations(iterations, weight.shape[-3], leaky, logits)
+    options = routing_options(True, logits, mask, is_shared(u.shape, weight.shape))
+    compute = backend_function("couplings", impl, u, weight, lengths=weight.shape[-2:], options=options)
+    return compute(
+        u.contiguous(),
+        backend_weight(u, weight),
+        contiguous(bias),
+        with_three_axes(logits),
+        contiguous(mask),
+        iterations,
+        leaky,
+    )
 
 
 def fake(
@@ -42,7 +58,7 @@ def fake(
     impl: str,
 ) -> Tensor:
     check(u, weight, bias, logits, mask, iterations)
-    return u.new_empty(u.shape[0], *weight.shape[:2])
+    return u.new_empty(u.shape[0], u.shape[1], weight.shape[-3])
 
 
 def flops(
@@ -57,16 +73,19 @@ def flops(
     **__: Any,
 ) -> int:
     """Operations of the passes before the last and of its logits; 0 where the couplings are uniform."""
-    later = _shared_flops.later_passes(iterations, weight[1], leaky)
+    later = _shared_flops.later_passes(iterations, weight[-3], leaky, logits)
     if later == 0:
         return 0
+    if is_shared(u, weight):
+        logits_of_last = 2 * u[0] * prod(weight[-3:]) + 2 * prod(u) * weight[-3]
+        return _shared_flops.shared_forward(u, weight[-3:], later - 1) + logits_of_last
     u_hat = (u[0], *weight[:3])
     return _shared_flops.product(u, weight) + _shared_flops.forward(u_hat, later - 1) + 2 * prod(u_hat)
 
 
-def shards(*_: Any) -> list[Shards]:
+def shards(u: Any, weight: Any, bias: Any, logits: Any, *_: Any) -> list[Shards]:
     """The batch."""
-    return [((0,), {"u": 0, "logits": 0, "mask": 0})]
+    return [((0,), {"u": 0, "mask": 0, **logits_axis(logits, u)})]
 
 
 call = register("couplings", SCHEMA, kernel, fake, flops=flops, shards=shards, autocast=True)

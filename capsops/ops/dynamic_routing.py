@@ -1,4 +1,4 @@
-"""torch.ops.capsops.dynamic_routing: û [B, I, J, D] → v [B, J, D], and s of every pass."""
+"""torch.ops.capsops.dynamic_routing: û [B, I, J, D] or [B, I, D] → v [B, J, D], and s of every pass."""
 
 from typing import Any
 
@@ -13,44 +13,79 @@ from capsops.ops._register import (
     backend_function,
     contiguous,
     fake_like,
+    fake_like_logits,
+    like_logits,
     register,
     routing_fakes,
     routing_options,
     saved,
     second_order,
+    with_three_axes,
 )
-from capsops.ops._sharding import SUM, Shards
+from capsops.ops._sharding import SUM, Shards, logits_axis
 from capsops.ops._shared_checks import (
     check_dense,
+    check_like,
     check_routing,
     check_saved,
     effective_iterations,
     refuse_shape,
+    saved_passes,
 )
 from capsops.ops._shared_flops import Shape
 
 SCHEMA = f"(Tensor u_hat, {ROUTING}, bool detach, bool squash_output, str impl) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (
-    "(Tensor grad, Tensor u_hat, Tensor? bias, Tensor s, int iterations, bool leaky, bool detach,"
-    " bool squash_output, str impl) -> (Tensor, Tensor)"
+    "(Tensor grad, Tensor u_hat, Tensor? bias, Tensor? logits, Tensor? mask, Tensor s, int iterations,"
+    " bool leaky, bool detach, bool squash_output, bool needs_logits, str impl) -> (Tensor, Tensor, Tensor)"
 )
+
+
+def _sizes(u_hat: Tensor, bias: Tensor | None, logits: Tensor | None) -> tuple[int, int, int, int]:
+    """B, I, J and D."""
+    batch, in_capsules, *_, out_dim = u_hat.shape
+    return batch, in_capsules, reference.out_capsules(u_hat, bias, logits), out_dim
 
 
 def check(
     u_hat: Tensor, bias: Tensor | None, logits: Tensor | None, mask: Tensor | None, iterations: int
 ) -> None:
     check_dense("u_hat", u_hat)
-    if u_hat.dim() != 4:
-        refuse_shape("u_hat", u_hat, "BIJD")
-    check_routing("u_hat", u_hat, u_hat.shape[2:], bias, logits, mask, iterations)
+    if u_hat.dim() == 3:
+        _check_out_capsules(u_hat, bias, logits)
+    elif u_hat.dim() != 4:
+        raise ValueError(f"u_hat: got shape {list(u_hat.shape)}, takes [B, I, J, D], or [B, I, D] for all j")
+    check_routing("u_hat", u_hat, _sizes(u_hat, bias, logits), bias, logits, mask, iterations)
+
+
+def _check_out_capsules(u_hat: Tensor, bias: Tensor | None, logits: Tensor | None) -> None:
+    """That `logits` or `bias` say how many output capsules there are."""
+    for name, x in (("logits", logits), ("bias", bias)):
+        if x is not None:
+            check_like(name, x, "u_hat", u_hat)
+    if bias is not None and bias.dim() != 2:
+        refuse_shape("bias", bias, "JD", None, u_hat.shape[2])
+    if bias is None and (logits is None or logits.dim() == 0):
+        raise ValueError(
+            f"u_hat: got shape {list(u_hat.shape)}, alike for all output capsules, takes `logits` or `bias`"
+            " with it, whose J is their number"
+        )
 
 
 def check_backward(
-    grad: Tensor, u_hat: Tensor, bias: Tensor | None, s: Tensor, iterations: int, leaky: bool
+    grad: Tensor,
+    u_hat: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    s: Tensor,
+    iterations: int,
+    leaky: bool,
 ) -> None:
-    check(u_hat, bias, None, None, iterations)
-    batch, _, out_capsules, out_dim = u_hat.shape
-    check_saved("u_hat", u_hat, (batch, out_capsules, out_dim), grad, s, iterations, leaky)
+    check(u_hat, bias, logits, mask, iterations)
+    batch, _, out_capsules, out_dim = _sizes(u_hat, bias, logits)
+    passes = saved_passes(iterations, out_capsules, leaky, logits)
+    check_saved("u_hat", u_hat, (batch, out_capsules, out_dim), grad, s, passes)
 
 
 def kernel(
@@ -65,38 +100,52 @@ def kernel(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     check(u_hat, bias, logits, mask, iterations)
-    iterations = effective_iterations(iterations, u_hat.shape[2], leaky)
+    out_capsules = reference.out_capsules(u_hat, bias, logits)
+    iterations = effective_iterations(iterations, out_capsules, leaky, logits)
+    options = routing_options(squash_output, logits, mask, u_hat.dim() == 3)
     compute = backend_function(
-        "dynamic_routing", impl, u_hat, lengths=u_hat.shape[3:], options=routing_options(squash_output)
+        "dynamic_routing", impl, u_hat, bias, logits, lengths=u_hat.shape[-1:], options=options
     )
-    return compute(u_hat.contiguous(), contiguous(bias), iterations, leaky, squash_output)
+    logits, mask = with_three_axes(logits), contiguous(mask)
+    return compute(u_hat.contiguous(), contiguous(bias), logits, mask, iterations, leaky, squash_output)
 
 
 def kernel_backward(
     grad: Tensor,
     u_hat: Tensor,
     bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
     s: Tensor,
     iterations: int,
     leaky: bool,
     detach: bool,
     squash_output: bool,
+    needs_logits: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    check_backward(grad, u_hat, bias, s, iterations, leaky)
-    iterations = effective_iterations(iterations, u_hat.shape[2], leaky)
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_backward(grad, u_hat, bias, logits, mask, s, iterations, leaky)
+    out_capsules, out_dim = grad.shape[1:]
+    iterations = effective_iterations(iterations, out_capsules, leaky, logits)
+    options = routing_options(squash_output, logits, mask, u_hat.dim() == 3)
     compute = backend_function(
-        "dynamic_routing_backward",
-        impl,
-        u_hat,
-        lengths=u_hat.shape[3:],
-        options=routing_options(squash_output),
+        "dynamic_routing_backward", impl, u_hat, grad, lengths=(out_dim,), options=options
     )
     if s.dim() == 3:
-        s = s.unflatten(2, u_hat.shape[2:])
-    return compute(
-        grad.contiguous(), u_hat.contiguous(), s.contiguous(), iterations, leaky, detach, squash_output
+        s = s.unflatten(2, (out_capsules, out_dim))
+    grad_u_hat, grad_bias, grad_logits = compute(
+        grad.contiguous(),
+        u_hat.contiguous(),
+        with_three_axes(logits),
+        contiguous(mask),
+        s.contiguous(),
+        iterations,
+        leaky,
+        detach,
+        squash_output,
+        needs_logits and logits is not None,
     )
+    return grad_u_hat, grad_bias, like_logits(grad_logits, logits, needs_logits)
 
 
 def fake(
@@ -111,70 +160,97 @@ def fake(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     check(u_hat, bias, logits, mask, iterations)
-    batch, _, out_capsules, out_dim = u_hat.shape
-    return routing_fakes(u_hat, batch, out_capsules, out_dim, iterations, leaky)
+    batch, _, out_capsules, out_dim = _sizes(u_hat, bias, logits)
+    passes = saved_passes(iterations, out_capsules, leaky, logits)
+    return routing_fakes(u_hat, batch, out_capsules, out_dim, passes)
 
 
 def fake_backward(
     grad: Tensor,
     u_hat: Tensor,
     bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
     s: Tensor,
     iterations: int,
     leaky: bool,
     detach: bool,
     squash_output: bool,
+    needs_logits: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    check_backward(grad, u_hat, bias, s, iterations, leaky)
-    return fake_like(u_hat), u_hat.new_empty(u_hat.shape[2:])
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_backward(grad, u_hat, bias, logits, mask, s, iterations, leaky)
+    return fake_like(u_hat), u_hat.new_empty(grad.shape[1:]), fake_like_logits(logits, needs_logits, u_hat)
 
 
 def save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    u_hat, bias, _, _, *ctx.options = inputs
+    u_hat, bias, logits, mask, *ctx.options, ctx.impl = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(u_hat, bias, saved(output[1]))
+    ctx.save_for_backward(u_hat, bias, logits, mask, saved(output[1]))
 
 
 def gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     if grad is None:
         return (None,) * 9
-    u_hat, bias, s = ctx.saved_tensors
-    grad_u_hat, grad_bias = call_backward(
-        is_plain_backward(grad, u_hat, bias, s), grad, u_hat, bias, s, *ctx.options
+    u_hat, bias, logits, mask, s = ctx.saved_tensors
+    _, _, needs_logits, *_ = ctx.needs_input_grad
+    grad_u_hat, grad_bias, grad_logits = call_backward(
+        is_plain_backward(grad, u_hat, bias, logits, mask, s),
+        grad,
+        u_hat,
+        bias,
+        logits,
+        mask,
+        s,
+        *ctx.options,
+        needs_logits,
+        ctx.impl,
     )
-    return grad_u_hat, None if bias is None else grad_bias, *(None,) * 7
+    return (
+        grad_u_hat,
+        None if bias is None else grad_bias,
+        grad_logits if needs_logits else None,
+        *(None,) * 6,
+    )
 
 
 def save_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    grad, u_hat, bias, _, *options, _ = inputs
+    grad, u_hat, bias, logits, mask, _, *options, ctx.needs_logits, _ = inputs
     ctx.options = dict(zip(OPTIONS, options, strict=True))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad, u_hat, bias)
+    ctx.save_for_backward(grad, u_hat, bias, logits, mask)
 
 
-def second_gradient(ctx: Any, grad_grad_u_hat: Tensor | None, grad_grad_bias: Tensor | None) -> tuple:
-    grad, u_hat, bias = ctx.saved_tensors
+def second_gradient(
+    ctx: Any, grad_grad_u_hat: Tensor | None, grad_grad_bias: Tensor | None, grad_grad_logits: Tensor | None
+) -> tuple:
+    grad, u_hat, bias, logits, mask = ctx.saved_tensors
+    grad_grads = (grad_grad_u_hat, grad_grad_bias, grad_grad_logits if ctx.needs_logits else None)
     gradients = second_order(
-        lambda x, b: reference.dynamic_routing(x, b, **ctx.options),
-        (u_hat, bias),
+        lambda x, b, start: reference.dynamic_routing(x, b, logits=start, mask=mask, **ctx.options),
+        (u_hat, bias, logits),
         grad,
-        (grad_grad_u_hat, grad_grad_bias),
+        grad_grads,
     )
-    return *gradients, *(None,) * 6
+    return *gradients, *(None,) * 8
 
 
 def flops(
     u_hat: Shape, bias: Any, logits: Any, mask: Any, iterations: int, leaky: bool, *_: Any, **__: Any
 ) -> int:
-    return _shared_flops.forward(u_hat, _shared_flops.later_passes(iterations, u_hat[2], leaky))
+    if len(u_hat) == 3:  # shapes stand for the tensors here
+        out_capsules = logits[-1] if logits else 1
+        u_hat = (*u_hat[:2], bias[0] if bias and out_capsules == 1 else out_capsules, u_hat[2])
+    return _shared_flops.forward(u_hat, _shared_flops.later_passes(iterations, u_hat[2], leaky, logits))
 
 
 def flops_backward(
     grad: Shape,
     u_hat: Shape,
     bias: Any,
+    logits: Any,
+    mask: Any,
     s: Shape,
     iterations: int,
     leaky: bool,
@@ -182,16 +258,18 @@ def flops_backward(
     *_: Any,
     **__: Any,
 ) -> int:
-    return _shared_flops.backward(u_hat, _shared_flops.later_passes(iterations, u_hat[2], leaky), detach)
+    later = _shared_flops.later_passes(iterations, grad[1], leaky, logits)
+    return _shared_flops.backward((*u_hat[:2], *grad[1:]), later, detach)
 
 
-def shards(*_: Any) -> list[Shards]:
+def shards(u_hat: Any, bias: Any, logits: Any, *_: Any) -> list[Shards]:
     """The batch."""
-    return [((0, 1), {"u_hat": 0, "logits": 0, "mask": 0})]
+    return [((0, 1), {"u_hat": 0, "mask": 0, **logits_axis(logits, u_hat)})]
 
 
-def shards_backward(*_: Any) -> list[Shards]:
-    return [((0, SUM), {"grad": 0, "u_hat": 0, "s": 1})]
+def shards_backward(grad: Any, u_hat: Any, bias: Any, logits: Any, *_: Any) -> list[Shards]:
+    axes = logits_axis(logits, u_hat)
+    return [((0, SUM, axes.get("logits", SUM)), {"grad": 0, "u_hat": 0, "mask": 0, "s": 1, **axes})]
 
 
 call = register("dynamic_routing", SCHEMA, kernel, fake, (gradient, save), flops, shards, autocast=True)

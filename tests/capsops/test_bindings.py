@@ -52,11 +52,11 @@ def recorded() -> tuple[list[tuple[str, list[Any]]], list[torch.Tensor]]:
         cpu.squash_backward(keep(u.clone()), cpu.squash(u, 2), 2)
         cpu.predictions_backward(u_hat, u, weight, True, True)
         cpu.predictions(u, weight)
-        v, s = cpu.capsule_routing(u, weight, bias, 3, False, True)
-        cpu.capsule_routing_backward(v, u, weight, s, 3, False, False, True, True, True)
-        v, s = cpu.dynamic_routing(u_hat, bias, 3, False, True)
-        cpu.dynamic_routing_backward(v, u_hat, s, 3, False, False, True)
-        cpu.couplings(u, weight, bias, 3, False)
+        v, s = cpu.capsule_routing(u, weight, bias, None, None, 3, False, True)
+        cpu.capsule_routing_backward(v, u, weight, None, None, s, 3, False, False, True, True, True, False)
+        v, s = cpu.dynamic_routing(u_hat, bias, None, None, 3, False, True)
+        cpu.dynamic_routing_backward(v, u_hat, None, None, s, 3, False, False, True, False)
+        cpu.couplings(u, weight, bias, None, None, 3, False)
     return recorder.calls, [*kept, u, weight, bias, u_hat]
 
 

@@ -65,7 +65,7 @@ def capsule_routing(
     """Value and gradients by the kernels; `layout` is applied to the other inputs of backward."""
     u, weight, bias = inputs
     v, s = emulated.call(
-        "capsule_routing", u, weight, bias, options.iterations, options.leaky, True, **device
+        "capsule_routing", u, weight, bias, None, None, options.iterations, options.leaky, True, **device
     )
     grads = emulated.call(
         "capsule_routing_backward",
@@ -73,6 +73,8 @@ def capsule_routing(
             layout(upstream(v)),
             u,
             weight,
+            None,
+            None,
             layout(s),
             options.iterations,
             options.leaky,
@@ -80,10 +82,11 @@ def capsule_routing(
             True,
             True,
             True,
+            False,
         ),
         **device,
     )
-    named = {f"gradient {n}": grad for n, grad in enumerate(grads) if inputs[n] is not None}
+    named = {f"gradient {n}": grad for n, grad in enumerate(grads[: len(inputs)]) if inputs[n] is not None}
     return {"value": v, **named}
 
 
@@ -95,13 +98,16 @@ def dynamic_routing(
     **device: int | bool,
 ) -> Run:
     u_hat, bias = inputs
-    v, s = emulated.call("dynamic_routing", u_hat, bias, options.iterations, options.leaky, True, **device)
+    v, s = emulated.call(
+        "dynamic_routing", u_hat, bias, None, None, options.iterations, options.leaky, True, **device
+    )
     grads = emulated.call(
         "dynamic_routing_backward",
-        *(layout(upstream(v)), u_hat, layout(s), options.iterations, options.leaky, options.detach, True),
+        *(layout(upstream(v)), u_hat, None, None, layout(s)),
+        *(options.iterations, options.leaky, options.detach, True, False),
         **device,
     )
-    named = {f"gradient {n}": grad for n, grad in enumerate(grads) if inputs[n] is not None}
+    named = {f"gradient {n}": grad for n, grad in enumerate(grads[: len(inputs)]) if inputs[n] is not None}
     return {"value": v, **named}
 
 
@@ -225,8 +231,10 @@ def test_capsule_routing_in_16_bit(
 def test_sums_of_16_bit_are_float32(emulated: Emulated, dtype: torch.dtype) -> None:
     """Only the inputs and v are rounded to 16 bits: s has the accuracy of float32."""
     u, weight, bias = layer_inputs(Shape(18, 35, 10, 16, 8), True, dtype)
-    _, s = emulated.call("capsule_routing", u, weight, bias, 3, False, True)
-    _, exact = emulated.call("capsule_routing", u.float(), weight.float(), bias.float(), 3, False, True)
+    _, s = emulated.call("capsule_routing", u, weight, bias, None, None, 3, False, True)
+    _, exact = emulated.call(
+        "capsule_routing", u.float(), weight.float(), bias.float(), None, None, 3, False, True
+    )
     assert (s - exact).norm() < 1e-6 * exact.norm()
 
 
@@ -234,8 +242,8 @@ def test_sums_of_16_bit_are_float32(emulated: Emulated, dtype: torch.dtype) -> N
 def test_sums_of_precomputed_16_bit(emulated: Emulated, dtype: torch.dtype, bound: float) -> None:
     """V is passed to the tensor cores in two parts, so the logits are far more accurate than the dtype."""
     u_hat, bias = routing_inputs(Shape(2, 37, 10, 16, 1), True, dtype)
-    _, s = emulated.call("dynamic_routing", u_hat, bias, 3, False, True)
-    _, exact = emulated.call("dynamic_routing", u_hat.float(), bias.float(), 3, False, True)
+    _, s = emulated.call("dynamic_routing", u_hat, bias, None, None, 3, False, True)
+    _, exact = emulated.call("dynamic_routing", u_hat.float(), bias.float(), None, None, 3, False, True)
     assert (s - exact).norm() < bound * exact.norm()
 
 
@@ -283,11 +291,11 @@ def test_capsule_routing_on_other_devices(emulated: Emulated, device: dict[str, 
 
 def test_gradients_that_are_not_needed(emulated: Emulated) -> None:
     u, weight, _ = layer_inputs(Shape(5, 6, 3, 4, 8), dtype=torch.float32)
-    v, s = emulated.call("capsule_routing", u, weight, None, 3, False, True)
-    arguments = (upstream(v), u, weight, s, 3, False, False, True)
-    every = emulated.call("capsule_routing_backward", *arguments, True, True)
+    v, s = emulated.call("capsule_routing", u, weight, None, None, None, 3, False, True)
+    arguments = (upstream(v), u, weight, None, None, s, 3, False, False, True)
+    every = emulated.call("capsule_routing_backward", *arguments, True, True, False)
     for needs in ((True, False), (False, True), (False, False)):
-        some = emulated.call("capsule_routing_backward", *arguments, *needs)
+        some = emulated.call("capsule_routing_backward", *arguments, *needs, False)
         for n in range(3):
             assert torch.equal(some[n], every[n] if n == 2 or needs[n] else torch.empty(0))
 
@@ -418,6 +426,6 @@ def couplings_in_orders(inputs: Sequence[Tensor | None], options: Options) -> tu
 def test_couplings(emulated: Emulated, shape: Shape, options: Options) -> None:
     inputs = layer_inputs(shape, options.bias, torch.float32)
     u, weight, bias = inputs
-    (c,) = emulated.call("couplings", u, weight, bias, options.iterations, options.leaky)
+    (c,) = emulated.call("couplings", u, weight, bias, None, None, options.iterations, options.leaky)
     exact, lows = couplings_in_orders(inputs, options)
     assert_low_precision(c, lows, exact, 2)

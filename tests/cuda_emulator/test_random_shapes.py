@@ -123,7 +123,7 @@ def run_kernels(emulated: Emulated, case: Case, inputs: Sequence[Tensor | None])
     if case.op in ("dynamic_routing", "smem_cached"):
         return dynamic_routing(emulated, placed, options, backward, **device)
     if case.op == "couplings":
-        (c,) = emulated.call("couplings", *placed, options.iterations, options.leaky, **device)
+        (c,) = emulated.call("couplings", *placed, None, None, options.iterations, options.leaky, **device)
         return {"value": c}
     if case.op == "predictions":
         (value,) = emulated.call("predictions", *placed, **device)

@@ -352,7 +352,14 @@ class Layer:
 
 
 def capsule_routing(
-    u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: None,
+    mask: None,
+    iterations: int,
+    leaky: bool,
+    squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
     with on_device(u):
         v, s, _ = Layer(u, weight, leaky).forward(bias, iterations, max(iterations, 1))
@@ -363,6 +370,8 @@ def capsule_routing_backward(
     grad: Tensor,
     u: Tensor,
     weight: Tensor,
+    logits: None,
+    mask: None,
     s: Tensor,
     iterations: int,
     leaky: bool,
@@ -370,7 +379,8 @@ def capsule_routing_backward(
     squash_output: bool,
     needs_u: bool,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    needs_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with on_device(u):
         layer = Layer(u, weight, leaky)
         factor = layer.first_factor(iterations)
@@ -379,7 +389,7 @@ def capsule_routing_backward(
         if last == 0:
             grad_u = layer.uniform_gradient("u", grad_s, factor) if needs_u else u.new_empty(0)
             grad_weight = layer.uniform_gradient("w", grad_s, factor) if needs_weight else u.new_empty(0)
-            return grad_u, grad_weight, reductions.bias_gradient(grad_s, weight)
+            return grad_u, grad_weight, reductions.bias_gradient(grad_s, weight), u.new_empty(0)
         statistics = s.new_empty(0 if detach else (last, 3, layer.B, layer.I))
         if not detach:
             reductions.reduce_backward(
@@ -390,4 +400,5 @@ def capsule_routing_backward(
             grad_u, grad_weight = layer.routed_gradient(
                 total, grad_s, statistics, factor, detach, needs_u, needs_weight
             )
-        return grad_u, grad_weight, reductions.bias_gradient(grad_s[last if detach else 0 :], weight)
+        grad_bias = reductions.bias_gradient(grad_s[last if detach else 0 :], weight)
+    return grad_u, grad_weight, grad_bias, u.new_empty(0)

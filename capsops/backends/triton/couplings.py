@@ -36,7 +36,9 @@ def couplings_kernel(
         tl.store(p_bi + j, c.to(p_c.dtype.element_ty), mask=m_bi)
 
 
-def couplings(u: Tensor, weight: Tensor, bias: Tensor | None, iterations: int, leaky: bool) -> Tensor:
+def couplings(
+    u: Tensor, weight: Tensor, bias: Tensor | None, logits: None, mask: None, iterations: int, leaky: bool
+) -> Tensor:
     with on_device(u):
         c = torch.empty(*u.shape[:2], weight.shape[1], dtype=u.dtype, device=u.device)
         if iterations <= 1:

@@ -219,7 +219,13 @@ class PrecomputedRouting:
 
 
 def dynamic_routing(
-    u_hat: Tensor, bias: Tensor | None, iterations: int, leaky: bool, squash_output: bool
+    u_hat: Tensor,
+    bias: Tensor | None,
+    logits: None,
+    mask: None,
+    iterations: int,
+    leaky: bool,
+    squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
     with on_device(u_hat):
         v, s, _ = PrecomputedRouting(u_hat, leaky).forward(bias, iterations, max(iterations, 1))
@@ -227,8 +233,17 @@ def dynamic_routing(
 
 
 def dynamic_routing_backward(
-    grad: Tensor, u_hat: Tensor, s: Tensor, iterations: int, leaky: bool, detach: bool, squash_output: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    u_hat: Tensor,
+    logits: None,
+    mask: None,
+    s: Tensor,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    squash_output: bool,
+    needs_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     with on_device(u_hat):
         routing = PrecomputedRouting(u_hat, leaky)
         total, grad_s = reductions.prepare_backward(grad, s)
@@ -243,4 +258,4 @@ def dynamic_routing_backward(
             routing.I, parts, len(s), factor, ROUTED=last > 0, DETACH=detach, **routing.options,
         )  # fmt: skip
         grad_bias = reductions.bias_gradient(grad_s[last if detach else 0 :], u_hat)
-    return grad_u_hat, grad_bias
+    return grad_u_hat, grad_bias, u_hat.new_empty(0)

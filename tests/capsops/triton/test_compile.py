@@ -98,7 +98,7 @@ def test_spills_are_counted(inputs: int, spills: bool, monkeypatch: pytest.Monke
     )
     u, weight = torch.empty(64, 32, 8, device="meta"), torch.empty(32, 10, 16, 8, device="meta")
     with compiling("sm_90", tf32=True) as launched:
-        KERNELS.couplings(u, weight, None, 2, False)
+        KERNELS.couplings(u, weight, None, None, None, 2, False)
     assert (resources(launched[-1]).spills > 0) == spills
 
 
@@ -172,15 +172,17 @@ def test_predictions_are_not_stored(
         torch.empty(n, device="meta") for n in ((B, I, K), (I, J, D, K), (B, J, D), (B, I, J, D))
     )
     with SizeRecorder() as recorder:
-        v, s = KERNELS.capsule_routing(u, weight, None, 3, False, True)
-        gradients = KERNELS.capsule_routing_backward(grad, u, weight, s, 3, False, detach, True, True, True)
+        v, s = KERNELS.capsule_routing(u, weight, None, None, None, 3, False, True)
+        gradients = KERNELS.capsule_routing_backward(
+            grad, u, weight, None, None, s, 3, False, detach, True, True, True, False
+        )
     results = {x.numel() for x in (v, s, *gradients)}
     assert results <= set(recorder.sizes)
     assert max(size for size in recorder.sizes if size not in results) < u_hat.numel() * share
     with SizeRecorder() as recorder:
-        KERNELS.couplings(u, weight, None, 3, False)
+        KERNELS.couplings(u, weight, None, None, None, 3, False)
     assert B * I * J in recorder.sizes
     assert max(recorder.sizes) <= u_hat.numel() * share
     with SizeRecorder() as recorder:
-        KERNELS.dynamic_routing_backward(grad, u_hat, s, 3, False, detach, True)
+        KERNELS.dynamic_routing_backward(grad, u_hat, None, None, s, 3, False, detach, True, False)
     assert u_hat.numel() in recorder.sizes
