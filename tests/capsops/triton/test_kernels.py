@@ -486,8 +486,8 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
         ),
         "capsule_routing": (ops.capsule_routing, u, weight, bias, None, None, 2, False, False, True),
         "capsule_routing_backward": (
-            ops.capsule_routing_backward, grad, u, weight, None, None, None, sums, 2, False, False, True, True,
-            True, False,
+            ops.capsule_routing_backward, grad, u, weight, None, None, None, sums, 2, False, False, True,
+            True, True, False,
         ),
         "couplings": (ops.couplings, u.detach(), weight.detach(), None, None, None, 2, False),
     }  # fmt: skip
