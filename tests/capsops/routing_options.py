@@ -18,7 +18,8 @@ from capsops.backends import BACKENDS
 from capsops.backends.backend import ALL_OPTIONS, LOGITS, MASK, NO_OPTIONS, SHARED, UNSQUASHED
 from capsops.ops._register import routing_options
 from capsops.ops.capsule_routing import is_shared
-from tests.capsops.cases import Options, Shape, layer_inputs
+from tests.capsops.cases import Options, Shape, layer_inputs, value_and_gradients
+from tests.capsops.compare import assert_close
 
 CLOSED = -torch.inf
 
@@ -75,17 +76,8 @@ class Routing(NamedTuple):
         return frozenset(name for name, is_used in flags.items() if is_used)
 
 
-class Inputs(NamedTuple):
-    """Tensors of a call, of order 1."""
-
-    first: Tensor  # u [B, I, K], or û
-    weight: Tensor | None  # None where `first` is û
-    bias: Tensor | None
-    logits: Tensor | None
-    mask: Tensor | None
-
-    def differentiable(self) -> list[Tensor | None]:
-        return [self.first, self.weight, self.bias, self.logits]
+# The tensors of a call: u or û, the weight, bias, logits and mask; None for those that it does not have.
+Inputs = list[Tensor | None]
 
 
 def skip_unless_supported(
@@ -125,44 +117,69 @@ def mask_like(shape: Shape) -> Tensor:
     return mask
 
 
-def layer_tensors(shape: Shape, routing: Routing, dtype: torch.dtype = torch.float64) -> Inputs:
-    """Those of capsule_routing."""
+def layer_tensors(shape: Shape, routing: Routing, dtype: torch.dtype) -> Inputs:
     u, weight, bias = layer_inputs(shape, routing.options.bias, dtype)
     logits = None if routing.logits is None else logits_like(shape, routing.logits, routing.closed, dtype)
     mask = mask_like(shape) if routing.mask else None
-    return Inputs(u, weight[0].clone() if routing.shared else weight, bias, logits, mask)
+    if routing.shared:
+        weight = (torch.randn(shape.J, shape.D, shape.K, dtype=torch.float64) / shape.K**0.5).to(dtype)
+    return [u, weight, bias, logits, mask]
 
 
-def routing_tensors(shape: Shape, routing: Routing, dtype: torch.dtype = torch.float64) -> Inputs:
-    """Those of dynamic_routing. û alike for all output capsules takes J from the bias or the logits."""
+def predicted_tensors(shape: Shape, routing: Routing, dtype: torch.dtype) -> Inputs:
+    """û alike for all output capsules takes J from the logits, else from the bias."""
     needs_bias = routing.shared and (routing.logits is None or not routing.logits.endswith("J"))
     routing = routing._replace(options=routing.options._replace(bias=routing.options.bias or needs_bias))
-    _, _, bias, logits, mask = layer_tensors(shape, routing, dtype)
+    _, _, *others = layer_tensors(shape, routing, dtype)
     sizes = (shape.B, shape.I, shape.D) if routing.shared else shape[:4]
-    return Inputs(torch.randn(sizes, dtype=torch.float64).to(dtype), None, bias, logits, mask)
+    return [torch.randn(sizes, dtype=torch.float64).to(dtype), None, *others]
 
 
-def call(function: Callable[..., Tensor], mask: Tensor | None) -> Callable[..., Tensor]:
-    """A function of the tensors that Inputs.differentiable() returns: capsule_routing or dynamic_routing."""
+def tensors(op: str, shape: Shape, routing: Routing, dtype: torch.dtype = torch.float64) -> Inputs:
+    """Random tensors of order 1 for a call of capsule_routing or dynamic_routing."""
+    return (layer_tensors if op == "capsule_routing" else predicted_tensors)(shape, routing, dtype)
 
-    def of_tensors(
-        first: Tensor, weight: Tensor | None, bias: Tensor | None, logits: Tensor | None
+
+def _of_tensors(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(
+        first: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None = None,
+        logits: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        tensors = (first,) if weight is None else (first, weight)
-        return function(*tensors, bias, logits=logits, mask=mask)
+        return function(*(x for x in (first, weight) if x is not None), bias, logits=logits, mask=mask)
 
-    return of_tensors
-
-
-def ours(op: str, impl: str, routing: Routing, mask: Tensor | None = None) -> Callable[..., Tensor]:
-    """`call` of the public function."""
-    return call(partial(getattr(capsops, op), impl=impl, **routing.keywords()), mask)
+    return call
 
 
-def plain(op: str, routing: Routing, mask: Tensor | None = None) -> Callable[..., Tensor]:
-    """`call` of the formula."""
-    return call(partial(getattr(reference, op), **routing.keywords()), mask)
+def ours(op: str, impl: str, routing: Routing) -> Callable[..., Tensor]:
+    """The public function, of Inputs."""
+    return _of_tensors(partial(getattr(capsops, op), impl=impl, **routing.keywords()))
 
 
-def tensors_of(op: str, shape: Shape, routing: Routing, dtype: torch.dtype = torch.float64) -> Inputs:
-    return (layer_tensors if op == "capsule_routing" else routing_tensors)(shape, routing, dtype)
+def plain(op: str, routing: Routing) -> Callable[..., Tensor]:
+    """The formula, of Inputs."""
+    return _of_tensors(partial(getattr(reference, op), **routing.keywords()))
+
+
+def wide(inputs: Inputs) -> Inputs:
+    """The same in float64."""
+    return [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+
+
+def assert_same_results(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    """Compares results of value_and_gradients for Inputs. In ∂logits terms of order 1 may cancel."""
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert_close(got[name], tensor, name, tolerance, floor=1 if name == "gradient 3" else 1e-3)
+
+
+def assert_equals_the_formula(op: str, impl: str, shape: Shape, routing: Routing) -> None:
+    """Compares value and gradients in float64."""
+    skip_unless_supported(impl, routing.used(), torch.float64)
+    inputs = tensors(op, shape, routing)
+    assert_same_results(
+        value_and_gradients(ours(op, impl, routing), inputs),
+        value_and_gradients(plain(op, routing), inputs),
+    )
