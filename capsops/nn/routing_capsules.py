@@ -1,12 +1,12 @@
 """RoutingCapsules: a fully connected layer of capsules with routing by agreement."""
 
-import math
 import re
 
 import torch
 from torch import Tensor, nn
 
 from capsops import functional
+from capsops.nn._initial import initialise
 from capsops.nn._sizes import check_size
 from capsops.ops._shared_checks import check_dense
 
@@ -92,12 +92,7 @@ class RoutingCapsules(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws the weights anew; the bias becomes 0."""
-        out_capsules, out_dim, in_dim = self.weight.shape[-3:]
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-        coupling = 1.0 if self.iterations == 0 else 1 / (out_capsules + self.leaky)
-        length = in_dim / (in_dim + 1)  # of a squashed normal vector, about
-        nn.init.normal_(self.weight, std=0.3 / (coupling * length * math.sqrt(self.in_capsules * out_dim)))
+        initialise(self.weight, self.bias, self.in_capsules, self.iterations, self.leaky)
 
     @classmethod
     def from_weight(
