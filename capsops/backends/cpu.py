@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capsops import reference
 from capsops.backends import extension
-from capsops.backends.backend import UNSQUASHED, Backend, by_name
+from capsops.backends.backend import ALL_OPTIONS, Backend, by_name
 from capsops.backends.extension import memory, vectors
 
 _cpu: Any
@@ -78,10 +79,25 @@ def predictions_backward(
     return _or_empty(grad_u, u), _or_empty(grad_weight, u)
 
 
+def _options(
+    u: Tensor, logits: Tensor | None, mask: Tensor | None, shared: bool, grad_logits: Tensor | None = None
+) -> tuple | None:
+    """The options that most calls do without, as the extension takes them; None where there are none."""
+    if logits is None:
+        if mask is None and not shared:
+            return None
+        return shared, memory(mask), (0, 0), (1, 1, 1), (0, 0, 0), (0, 0)
+    # From the first number to the end of the storage: the extension checks that the strides stay within it.
+    end = logits.untyped_storage().nbytes() - logits.storage_offset() * logits.element_size()
+    begin = logits.data_ptr(), end
+    return shared, memory(mask), begin, tuple(logits.shape), logits.stride(), memory(grad_logits)
+
+
 def _route(
     u: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    options: tuple | None,
     shape: tuple[int, ...],
     iterations: int,
     leaky: bool,
@@ -101,6 +117,7 @@ def _route(
         memory(bias),
         (v.data_ptr(), v.nbytes),
         (s.data_ptr(), s.nbytes),
+        options,
         *shape,
         iterations,
         leaky,
@@ -111,23 +128,69 @@ def _route(
     return v, s
 
 
+def _route_backward(
+    grad: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    s: Tensor,
+    shape: tuple[int, ...],
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    squash_output: bool,
+    needs_u: bool,
+    needs_weight: bool,
+    needs_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """∂u (or ∂û), ∂W, ∂β and ∂logits; `shape` is (B, I, J, D, K)."""
+    shared = u.dim() == 3 if weight is None else weight.dim() == 3
+    grad_u = _like(u, needs_u)
+    grad_weight = None if weight is None else _like(weight, needs_weight)
+    grad_logits = None if logits is None or not needs_logits else u.new_empty(logits.shape)
+    grad_bias = u.new_empty(shape[2:4])
+    _cpu.routing_backward(
+        memory(grad),
+        memory(u),
+        memory(weight),
+        memory(s),
+        memory(grad_u),
+        memory(grad_weight),
+        memory(grad_bias),
+        _options(u, logits, mask, shared, grad_logits),
+        *shape,
+        iterations,
+        leaky,
+        detach,
+        squash_output,
+        _DTYPES[u.dtype],
+        torch.get_num_threads(),
+    )
+    return _or_empty(grad_u, u), _or_empty(grad_weight, u), grad_bias, _or_empty(grad_logits, u)
+
+
 def dynamic_routing(
     u_hat: Tensor,
     bias: Tensor | None,
-    logits: None,
-    mask: None,
+    logits: Tensor | None,
+    mask: Tensor | None,
     iterations: int,
     leaky: bool,
     squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _route(u_hat, None, bias, (*u_hat.shape, 1), iterations, leaky, squash_output)
+    batch, in_capsules, *_, dim = u_hat.shape
+    capsules = reference.out_capsules(u_hat, bias, logits)
+    options = _options(u_hat, logits, mask, u_hat.dim() == 3)
+    shape = batch, in_capsules, capsules, dim, 1
+    return _route(u_hat, None, bias, options, shape, iterations, leaky, squash_output)
 
 
 def dynamic_routing_backward(
     grad: Tensor,
     u_hat: Tensor,
-    logits: None,
-    mask: None,
+    logits: Tensor | None,
+    mask: Tensor | None,
     s: Tensor,
     iterations: int,
     leaky: bool,
@@ -135,46 +198,38 @@ def dynamic_routing_backward(
     squash_output: bool,
     needs_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_u_hat, grad_bias = torch.empty_like(u_hat), u_hat.new_empty(u_hat.shape[2:])
-    _cpu.routing_backward(
-        memory(grad),
-        memory(u_hat),
-        memory(None),
-        memory(s),
-        memory(grad_u_hat),
-        memory(None),
-        memory(grad_bias),
-        *u_hat.shape,
-        1,
-        iterations,
-        leaky,
-        detach,
-        squash_output,
-        _DTYPES[u_hat.dtype],
-        torch.get_num_threads(),
+    shape = *u_hat.shape[:2], *grad.shape[1:], 1
+    options = iterations, leaky, detach, squash_output
+    grad_u_hat, _, grad_bias, grad_logits = _route_backward(
+        grad, u_hat, None, logits, mask, s, shape, *options, True, False, needs_logits
     )
-    return grad_u_hat, grad_bias, u_hat.new_empty(0)
+    return grad_u_hat, grad_bias, grad_logits
+
+
+def _shape(u: Tensor, weight: Tensor) -> tuple[int, ...]:
+    return *u.shape[:2], *weight.shape[-3:]
 
 
 def capsule_routing(
     u: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    logits: None,
-    mask: None,
+    logits: Tensor | None,
+    mask: Tensor | None,
     iterations: int,
     leaky: bool,
     squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _route(u, weight, bias, (u.shape[0], *weight.shape), iterations, leaky, squash_output)
+    options = _options(u, logits, mask, weight.dim() == 3)
+    return _route(u, weight, bias, options, _shape(u, weight), iterations, leaky, squash_output)
 
 
 def capsule_routing_backward(
     grad: Tensor,
     u: Tensor,
     weight: Tensor,
-    logits: None,
-    mask: None,
+    logits: Tensor | None,
+    mask: Tensor | None,
     s: Tensor,
     iterations: int,
     leaky: bool,
@@ -184,41 +239,33 @@ def capsule_routing_backward(
     needs_weight: bool,
     needs_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_u, grad_weight = _like(u, needs_u), _like(weight, needs_weight)
-    grad_bias = u.new_empty(weight.shape[1:3])
-    _cpu.routing_backward(
-        memory(grad),
-        memory(u),
-        memory(weight),
-        memory(s),
-        memory(grad_u),
-        memory(grad_weight),
-        memory(grad_bias),
-        u.shape[0],
-        *weight.shape,
-        iterations,
-        leaky,
-        detach,
-        squash_output,
-        _DTYPES[u.dtype],
-        torch.get_num_threads(),
+    options = iterations, leaky, detach, squash_output
+    return _route_backward(
+        grad, u, weight, logits, mask, s, _shape(u, weight), *options, needs_u, needs_weight, needs_logits
     )
-    return _or_empty(grad_u, u), _or_empty(grad_weight, u), grad_bias, u.new_empty(0)
 
 
 def couplings(
-    u: Tensor, weight: Tensor, bias: Tensor | None, logits: None, mask: None, iterations: int, leaky: bool
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
 ) -> Tensor:
-    c = u.new_empty(u.shape[0], *weight.shape[:2])
-    if iterations <= 1:
-        return c.fill_(1 if iterations == 0 else 1 / (weight.shape[1] + leaky))
+    batch, in_capsules, capsules, _, _ = shape = _shape(u, weight)
+    c = u.new_empty(batch, in_capsules, capsules)
+    if iterations <= 1 and logits is None:
+        c = c.fill_(1 if iterations == 0 else 1 / (capsules + leaky))
+        return c if mask is None else c.masked_fill_(~mask.unsqueeze(2), 0)
     _cpu.couplings(
         memory(u),
         memory(weight),
         memory(bias),
         memory(c),
-        u.shape[0],
-        *weight.shape,
+        _options(u, logits, mask, weight.dim() == 3),
+        *shape,
         iterations,
         leaky,
         _DTYPES[u.dtype],
@@ -242,6 +289,6 @@ BACKEND = Backend(
     ),
     devices=("cpu",),
     dtypes=tuple(_DTYPES),
-    options=frozenset((UNSQUASHED,)),
+    options=ALL_OPTIONS,
     unavailable=_unavailable,
 )

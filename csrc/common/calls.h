@@ -40,11 +40,22 @@ struct PredictionsCall {
 
 enum class RoutingOp : int { forward = 0, backward = 1, couplings = 2 };
 
-// Routing on u and weight or, where weight is null, on precomputed predictions: u is then u_hat [B, I, J, D].
+// Where the routing logits start: numbers that are broadcast to [B, I, J].
+struct StartingLogits {
+    const void* data;    // null where there are none: they start at 0
+    int64_t sizes[3];    // of the axes of B, I and J: as long as those, or 1
+    int64_t strides[3];  // in numbers; 0 where an axis is broadcast
+};
+
+// Routing on u [B, I, K] and weight [I, J, D, K] or, where weight is null, on precomputed predictions: u is
+// then u_hat [B, I, J, D]. If `shared`, weight is [J, D, K], the same for all input capsules, and u_hat is
+// [B, I, D], the same for all output capsules.
 struct RoutingCall {
     const void* u;
     const void* weight;
-    const void* bias;   // forward and couplings: [J, D] or null
+    const void* bias;  // forward and couplings: [J, D] or null
+    StartingLogits logits;
+    const uint8_t* mask;  // [B, I], 0 where an input capsule is not there; or null
     void* s;            // [max(iterations, 1), B, J, D] in the dtype of sums: written forward, read backward
     void* v;            // forward: [B, J, D]
     void* couplings;    // couplings: [B, I, J]
@@ -52,9 +63,10 @@ struct RoutingCall {
     void* grad_u;       // backward; null where it is not needed
     void* grad_weight;  // backward; null where it is not needed
     void* grad_bias;    // backward: [J, D]
+    void* grad_logits;  // backward: of the sizes of logits; null where it is not needed
     int64_t B, I, J, D, K;
     int64_t iterations;
-    bool leaky, detach;
+    bool shared, leaky, detach;
     bool squash_output;  // whether v is squash(s) of the last pass, else s itself
     Dtype dtype;
 };

@@ -1,6 +1,7 @@
 // Creates call records from the arguments that Python passes, and checks them.
 #pragma once
 
+#include <array>
 #include <string>
 
 #include "common/calls.h"
@@ -63,23 +64,55 @@ struct RoutingTensors {
     Memory u, weight, bias, s, v, couplings, grad, grad_u, grad_weight, grad_bias;
 };
 
+// Adds starting logits to a call. `logits` is the memory from their first number to the end of its block.
+inline void set_logits(RoutingCall& call, const Memory& logits, const std::array<int64_t, 3>& sizes,
+                       const std::array<int64_t, 3>& strides, const Memory& grad_logits) {
+    if (logits.first == 0 && logits.second == 0) {
+        if (grad_logits.first) throw std::invalid_argument("grad_logits: got one without logits");
+        return;
+    }
+    const int64_t wanted[3] = {call.B, call.I, call.J}, element = dtype_size(call.dtype);
+    int64_t last = 0;  // the offset of the last number
+    for (int axis = 0; axis < 3; ++axis) {
+        require(sizes[axis] == 1 || sizes[axis] == wanted[axis], "logits", sizes[axis],
+                "an axis as long as that of the capsules, or 1");
+        int64_t span;
+        const bool fits = strides[axis] >= 0 &&
+                          !__builtin_mul_overflow(strides[axis], sizes[axis] - 1, &span) &&
+                          !__builtin_add_overflow(last, span, &last);
+        require(fits, "logits", strides[axis], "strides of 0 or more that stay within its memory");
+        call.logits.sizes[axis] = sizes[axis];
+        call.logits.strides[axis] = sizes[axis] == 1 ? 0 : strides[axis];
+    }
+    require(logits.first != 0 && last < logits.second / element, "logits", logits.second,
+            "as many bytes as its sizes and strides span");
+    call.logits.data = reinterpret_cast<const void*>(logits.first);
+    call.grad_logits = optional_pointer("grad_logits", grad_logits, {sizes[0], sizes[1], sizes[2]}, element);
+}
+
 inline void set_tensors(RoutingCall& call, const RoutingTensors& tensors) {
     const int64_t B = call.B, I = call.I, J = call.J, D = call.D, K = call.K;
     const int64_t passes = call.iterations > 1 ? call.iterations : 1;
     const int64_t element = dtype_size(call.dtype);
-    call.weight = optional_pointer("weight", tensors.weight, {I, J, D, K}, element);
+    const int64_t matrices = call.shared ? 1 : I;   // for each output capsule
+    const int64_t predicted = call.shared ? 1 : J;  // precomputed predictions of an input capsule
+    call.weight = optional_pointer("weight", tensors.weight, {matrices, J, D, K}, element);
     call.u = call.weight ? pointer("u", tensors.u, {B, I, K}, element)
-                         : pointer("u", tensors.u, {B, I, J, D}, element);
+                         : pointer("u", tensors.u, {B, I, predicted, D}, element);
     call.bias = optional_pointer("bias", tensors.bias, {J, D}, element);
     call.s = optional_pointer("s", tensors.s, {passes, B, J, D}, sum_size(call.dtype));
     call.v = optional_pointer("v", tensors.v, {B, J, D}, element);
     call.couplings = optional_pointer("couplings", tensors.couplings, {B, I, J}, element);
     call.grad = optional_pointer("grad", tensors.grad, {B, J, D}, element);
     call.grad_u = call.weight ? optional_pointer("grad_u", tensors.grad_u, {B, I, K}, element)
-                              : optional_pointer("grad_u", tensors.grad_u, {B, I, J, D}, element);
-    call.grad_weight = optional_pointer("grad_weight", tensors.grad_weight, {I, J, D, K}, element);
+                              : optional_pointer("grad_u", tensors.grad_u, {B, I, predicted, D}, element);
+    call.grad_weight = optional_pointer("grad_weight", tensors.grad_weight, {matrices, J, D, K}, element);
     call.grad_bias = optional_pointer("grad_bias", tensors.grad_bias, {J, D}, element);
     if (!call.weight && call.grad_weight) throw std::invalid_argument("grad_weight: got one without weight");
+}
+
+inline void set_mask(RoutingCall& call, const Memory& mask) {
+    call.mask = static_cast<const uint8_t*>(optional_pointer("mask", mask, {call.B, call.I}, 1));
 }
 
 // Raises an error if a tensor that the op reads or writes is missing.

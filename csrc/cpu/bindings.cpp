@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/checked_calls.h"
@@ -83,7 +86,18 @@ int checked_threads(int threads) {
     return threads;
 }
 
-void run_routing(RoutingOp op, RoutingCall call, const RoutingTensors& tensors, int threads) {
+// What most calls of routing do without: whether the weight is shared; the mask; the starting logits, their
+// sizes and strides, and their gradient.
+typedef std::tuple<bool, Memory, Memory, std::array<int64_t, 3>, std::array<int64_t, 3>, Memory> Options;
+
+void run_routing(RoutingOp op, RoutingCall call, const RoutingTensors& tensors,
+                 const std::optional<Options>& options, int threads) {
+    if (options) {
+        const auto& [shared, mask, logits, sizes, strides, grad_logits] = *options;
+        call.shared = shared;
+        set_mask(call, mask);
+        set_logits(call, logits, sizes, strides, grad_logits);
+    }
     set_tensors(call, tensors);
     require_tensors(op, call);
     check(chosen->routing(op, call, checked_threads(threads)));
@@ -148,37 +162,40 @@ PYBIND11_MODULE(_cpu, m) {
         without_gil);
     m.def(
         "routing",
-        [](Memory u, Memory weight, Memory bias, Memory v, Memory s, int64_t B, int64_t I, int64_t J,
-           int64_t D, int64_t K, int64_t iterations, bool leaky, bool squash_output, int dtype, int threads) {
+        [](Memory u, Memory weight, Memory bias, Memory v, Memory s, std::optional<Options> options,
+           int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations, bool leaky,
+           bool squash_output, int dtype, int threads) {
             RoutingTensors tensors;
             tensors.u = u, tensors.weight = weight, tensors.bias = bias, tensors.v = v, tensors.s = s;
             const RoutingCall call =
                 routing_call(B, I, J, D, K, iterations, leaky, false, squash_output, dtype_of(dtype));
-            run_routing(RoutingOp::forward, call, tensors, threads);
+            run_routing(RoutingOp::forward, call, tensors, options, threads);
         },
         without_gil);
     m.def(
         "routing_backward",
         [](Memory grad, Memory u, Memory weight, Memory s, Memory grad_u, Memory grad_weight,
-           Memory grad_bias, int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations,
-           bool leaky, bool detach, bool squash_output, int dtype, int threads) {
+           Memory grad_bias, std::optional<Options> options, int64_t B, int64_t I, int64_t J, int64_t D,
+           int64_t K, int64_t iterations, bool leaky, bool detach, bool squash_output, int dtype,
+           int threads) {
             RoutingTensors tensors;
             tensors.u = u, tensors.weight = weight, tensors.s = s, tensors.grad = grad;
             tensors.grad_u = grad_u, tensors.grad_weight = grad_weight, tensors.grad_bias = grad_bias;
             const RoutingCall call =
                 routing_call(B, I, J, D, K, iterations, leaky, detach, squash_output, dtype_of(dtype));
-            run_routing(RoutingOp::backward, call, tensors, threads);
+            run_routing(RoutingOp::backward, call, tensors, options, threads);
         },
         without_gil);
     m.def(
         "couplings",
-        [](Memory u, Memory weight, Memory bias, Memory couplings, int64_t B, int64_t I, int64_t J, int64_t D,
-           int64_t K, int64_t iterations, bool leaky, int dtype, int threads) {
+        [](Memory u, Memory weight, Memory bias, Memory couplings, std::optional<Options> options, int64_t B,
+           int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations, bool leaky, int dtype,
+           int threads) {
             RoutingTensors tensors;
             tensors.u = u, tensors.weight = weight, tensors.bias = bias, tensors.couplings = couplings;
             const RoutingCall call =
                 routing_call(B, I, J, D, K, iterations, leaky, false, true, dtype_of(dtype));
-            run_routing(RoutingOp::couplings, call, tensors, threads);
+            run_routing(RoutingOp::couplings, call, tensors, options, threads);
         },
         without_gil);
 }

@@ -1,9 +1,11 @@
 // Routing by agreement and its full gradient, without storing û. The formulas are in capsops/reference.py.
 //
-// An engine (routing_batch_simd.h or routing_capsule_simd.h) computes the passes over û. This file computes
-// the steps between them, on tensors of B·J·D numbers. All threads wait for one another between passes.
+// An engine (routing_batch_simd.h, routing_capsule_simd.h or routing_shared_simd.h) computes the passes over
+// û. This file computes the steps between them, on tensors of B·J·D numbers. All threads wait for one another
+// between passes.
 #include "routing_batch_simd.h"
 #include "routing_capsule_simd.h"
+#include "routing_shared_simd.h"
 #include "squash.h"
 
 namespace capsops {
@@ -18,10 +20,12 @@ T uniform_coupling(const RoutingCall& call) {
 
 int64_t passes(const RoutingCall& call) { return larger(call.iterations, 1); }
 
-// How many passes with a softmax take part in the gradient.
+// How many passes have couplings of their own: not the first, unless it starts from given logits.
+int64_t routed_passes(const RoutingCall& call) { return passes(call) - (call.logits.data ? 0 : 1); }
+
+// How many of these take part in the gradient.
 int64_t routed_terms(const RoutingCall& call) {
-    if (call.detach) return smaller(passes(call) - 1, 1);
-    return passes(call) - 1;
+    return call.detach ? smaller(routed_passes(call), 1) : routed_passes(call);
 }
 
 // Routing of the samples of one call by an engine. All threads of a team call the same functions.
@@ -37,6 +41,7 @@ struct Routing {
     T* grad_v;   // backward: ∂V [B, R]
     T* row;      // scratch of each thread [threads, R]
     T* bias;     // [R]
+    T* zeros;    // V of the first pass, where it has logits [B, R]
 
     Routing(const RoutingCall& c, int64_t slots, int threads, int64_t stride)
         : call(c),
@@ -49,7 +54,8 @@ struct Routing {
           grad_s(nullptr),
           grad_v(nullptr),
           row(nullptr),
-          bias(nullptr) {}
+          bias(nullptr),
+          zeros(nullptr) {}
 
     void plan(Arena& arena, int threads, bool backward) {
         engine.plan(arena, threads, backward);
@@ -59,6 +65,7 @@ struct Routing {
         grad_v = arena.take<T>(backward ? size : 0);
         row = arena.take<T>(round_up(R, 64) * threads);
         bias = arena.take<T>(R);
+        zeros = arena.take<T>(call.logits.data ? size : 0);
     }
 
     T summed(int64_t at) const {
@@ -67,22 +74,34 @@ struct Routing {
         return total;
     }
 
+    // V of the first pass; the team waits before it is used.
+    void clear_zeros(const Team& team) {
+        const int64_t numbers = call.logits.data ? size : 0;
+        for (int64_t at = team.begin(numbers); at < team.end(numbers); ++at) zeros[at] = 0;
+        if (numbers > 0) team.barrier();
+    }
+
+    // V of pass t in slot 0, after the passes before it.
+    void prepare_v(const Team& team, int64_t t) { engine.prepare(team, 0, t == 0 ? zeros : total_v); }
+
     // Computes `count` passes. Writes each sᵗ to s and adds each vᵗ but the last to V. Writes the last vᵗ, or
     // its sᵗ, to v; with v null it is added to V too.
     void forward(const Team& team, T* s, int64_t count, void* v) {
         const int64_t J = call.J, D = call.D, rows = call.B * J;
         T* v_row = row + round_up(R, 64) * team.rank;
+        const bool starts_uniform = !call.logits.data;
         if (call.bias && team.rank == 0) read_row(call.bias, call.dtype, 0, R, bias);
+        clear_zeros(team);
         for (int64_t t = 0; t < count; ++t) {
-            if (t == 0) {
+            if (t == 0 && starts_uniform) {
                 engine.sum_uniform(team, t, partial);
             } else {
-                engine.prepare(team, 0, total_v);
+                prepare_v(team, t);
                 team.barrier();
                 engine.sum_routed(team, t, 0, partial);
             }
             team.barrier();
-            const T scale = t == 0 ? uniform_coupling<T>(call) : T(1);
+            const T scale = t == 0 && starts_uniform ? uniform_coupling<T>(call) : T(1);
             for (int64_t n = team.begin(rows); n < team.end(rows); ++n) {
                 T* s_row = s + t * s_stride + n * D;
                 for (int64_t d = 0; d < D; ++d) {
@@ -107,6 +126,7 @@ struct Routing {
         const int64_t terms = routed_terms(call);
         const int64_t begin = team.begin(rows), end = team.end(rows);
         T* scratch = row + round_up(R, 64) * team.rank;
+        clear_zeros(team);
         for (int64_t n = begin; n < end; ++n) {
             for (int64_t t = 0; t < last; ++t) {
                 T* total = total_v + t * size + n * D;
@@ -130,19 +150,19 @@ struct Routing {
                 squash_vjp_row(s + t * s_stride + n * D, g, D, grad_row);
             }
             team.barrier();
-            if (t > 0 && t > last - terms) {
-                const int64_t term = t - (last - terms) - 1;
-                engine.prepare(team, term, total_v + (t - 1) * size);
+            const int64_t term = t - (last - terms) - 1;  // its number among the terms, if it is one
+            if (term >= 0) {
+                engine.prepare(team, term, t == 0 ? zeros : total_v + (t - 1) * size);
                 engine.prepare(team, terms + term, grad_s + t * size);
                 team.barrier();
             }
             if (t == 0 || call.detach) break;
-            engine.sum_agreement(team, t, t - 1, terms + t - 1, partial);
+            engine.sum_agreement(team, t, term, terms + term, partial);
             team.barrier();
             for (int64_t at = begin * D; at < end * D; ++at) grad_v[at] += summed(at);
         }
         const int64_t first = call.detach ? last : 0;  // the first pass that has a gradient
-        const bool uniform = first == 0;
+        const bool uniform = first == 0 && !call.logits.data;
         if (uniform) {
             // ∂β needs ∂s without the scale, so the scaled copy overwrites ∂V, which is no longer needed.
             const T scale = uniform_coupling<T>(call);
@@ -156,7 +176,8 @@ struct Routing {
             }
         }
         team.barrier();
-        if (call.grad_u || call.grad_weight) engine.gradient(team, terms, uniform, !call.detach);
+        if (call.grad_u || call.grad_weight || engine.grad_logits)
+            engine.gradient(team, terms, uniform, !call.detach && call.iterations > 0);
     }
 };
 
@@ -164,16 +185,103 @@ int64_t slots_of(RoutingOp op, const RoutingCall& call) {
     return op == RoutingOp::backward ? 2 * routed_terms(call) + 1 : 1;
 }
 
+// What the threads of a call have in common beside its engines: the weight, where it is shared, and sums over
+// samples of the gradients.
+template <typename T, typename Engine>
+struct Sums {
+    static constexpr bool shared = std::is_same<Engine, SharedSimdEngine<T>>::value;
+    const RoutingCall& call;
+    const int threads;
+    const bool backward, converts;  // converts: a shared weight to T
+    const int64_t R, weights;       // J·D, numbers of a shared weight
+    LogitsGradient<T> grad_logits;
+    T* weight = nullptr;       // [J, D, K]
+    T* grad_weight = nullptr;  // [threads, J, D, K]
+    T* grad_bias = nullptr;    // [threads, R in whole cache lines]
+
+    Sums(RoutingOp op, const RoutingCall& c, int n)
+        : call(c),
+          threads(n),
+          backward(op == RoutingOp::backward),
+          converts(shared && c.weight && !is_native<T>(c.dtype)),
+          R(c.J * c.D),
+          weights(R * c.K),
+          grad_logits(c) {}
+
+    int64_t bias_stride() const { return round_up(R, 64); }
+
+    void plan(Arena& arena) {
+        weight = arena.take<T>(converts ? weights : 0);
+        grad_weight = arena.take<T>(shared && call.grad_weight ? weights * threads : 0);
+        grad_bias = arena.take<T>(backward ? bias_stride() * threads : 0);
+        if (backward) grad_logits.plan(arena, threads);
+    }
+
+    // Before the threads start.
+    void begin() {
+        if (converts) read_row(call.weight, call.dtype, 0, weights, weight);
+        if (!backward) return;
+        std::memset(grad_bias, 0, bias_stride() * threads * sizeof(T));
+        if (shared && call.grad_weight) std::memset(grad_weight, 0, weights * threads * sizeof(T));
+        for (int rank = 0; rank < threads; ++rank) grad_logits.clear(rank);
+        if (call.grad_logits && call.iterations == 0) {  // starting logits have no effect then
+            std::memset(call.grad_logits, 0, grad_logits.numbers() * dtype_size(call.dtype));
+        }
+    }
+
+    void give(Engine& engine) const {
+        engine.grad_logits = backward && grad_logits.needed() && call.iterations > 0 ? &grad_logits : nullptr;
+        if constexpr (shared) {
+            engine.weight = converts ? weight : static_cast<const T*>(call.weight);
+            engine.grad_weight = call.grad_weight ? grad_weight : nullptr;
+        }
+    }
+
+    // After they have ended.
+    void finish() {
+        if (!backward) return;
+        add_up(grad_bias, bias_stride(), R, call.grad_bias);
+        if (shared && call.grad_weight) add_up(grad_weight, weights, weights, call.grad_weight);
+        if (call.iterations > 0) grad_logits.finish(threads);
+    }
+
+  private:
+    // Writes the sum of what each thread has.
+    void add_up(T* sums, int64_t stride, int64_t numbers, void* out) {
+        for (int rank = 1; rank < threads; ++rank) {
+            for (int64_t at = 0; at < numbers; ++at) sums[at] += sums[rank * stride + at];
+        }
+        write_row(out, call.dtype, 0, numbers, sums);
+    }
+};
+
+// One op on the samples of a call or on one of them.
+template <typename T, typename Engine>
+void run(RoutingOp op, Routing<T, Engine>& routing, const Team& team, T* s, T* grad_bias) {
+    const RoutingCall& call = routing.call;
+    if (op == RoutingOp::forward) {
+        routing.forward(team, s, passes(call), call.v);
+    } else if (op == RoutingOp::backward) {
+        routing.backward(team, s, grad_bias);
+    } else {
+        routing.forward(team, s, passes(call) - 1, nullptr);
+        routing.prepare_v(team, passes(call) - 1);
+        team.barrier();
+        routing.engine.couplings(team, 0);
+    }
+}
+
 // All threads share the work of every sample.
 template <typename T, typename Engine>
 bool route_shared(RoutingOp op, const RoutingCall& call, int threads) {
-    const int64_t R = call.J * call.D, size = call.B * R;
+    const int64_t size = call.B * call.J * call.D;
     // Keeps s of every pass, except for couplings, which only need that of the last.
     Routing<T, Engine> routing(call, slots_of(op, call), threads, op == RoutingOp::couplings ? 0 : size);
-    T *bias_total = nullptr, *s = nullptr;
+    Sums<T, Engine> sums(op, call, threads);
+    T* s = nullptr;
     auto plan = [&](Arena& arena) {
         routing.plan(arena, threads, op == RoutingOp::backward);
-        bias_total = arena.take<T>(R);
+        sums.plan(arena);
         s = op == RoutingOp::couplings ? arena.take<T>(size) : static_cast<T*>(call.s);
     };
     Arena measure;
@@ -182,39 +290,50 @@ bool route_shared(RoutingOp op, const RoutingCall& call, int threads) {
     if (!buffer.base) return false;
     Arena arena(buffer.base);
     plan(arena);
-    std::memset(bias_total, 0, R * sizeof(T));
-    run_team(threads, [&](const Team& team) {
-        if (op == RoutingOp::forward) {
-            routing.forward(team, s, passes(call), call.v);
-        } else if (op == RoutingOp::backward) {
-            routing.backward(team, s, bias_total);
-        } else {
-            routing.forward(team, s, call.iterations - 1, nullptr);
-            routing.engine.prepare(team, 0, routing.total_v);
-            team.barrier();
-            routing.engine.couplings(team, 0);
-        }
-    });
-    if (op == RoutingOp::backward) write_row(call.grad_bias, call.dtype, 0, R, bias_total);
+    sums.begin();
+    sums.give(routing.engine);
+    // The threads' shares of ∂β do not overlap: one sum is enough.
+    run_team(threads, [&](const Team& team) { run(op, routing, team, s, sums.grad_bias); });
+    sums.finish();
     return true;
 }
 
-// Each thread routes its own samples, so that the precomputed predictions of a sample stay in the thread's
-// cache from pass to pass.
+// The call for one sample.
+template <typename T>
+RoutingCall call_of_sample(const RoutingCall& call, int64_t b) {
+    const int64_t R = call.J * call.D;
+    const int64_t inputs = call.I * (call.weight ? call.K : call.shared ? call.D : R);
+    auto at = [&](auto* tensor, int64_t numbers) {
+        return tensor ? element(tensor, call.dtype, b * numbers) : tensor;
+    };
+    RoutingCall sample = call;
+    sample.B = 1;
+    sample.u = at(call.u, inputs);
+    sample.grad_u = at(call.grad_u, inputs);
+    sample.v = at(call.v, R);
+    sample.grad = at(call.grad, R);
+    sample.couplings = at(call.couplings, call.I * call.J);
+    sample.s = call.s ? static_cast<T*>(call.s) + b * R : nullptr;
+    sample.mask = call.mask ? call.mask + b * call.I : nullptr;
+    sample.logits.data = at(call.logits.data, call.logits.strides[0]);
+    return sample;
+}
+
+// Each thread routes its own samples, so that what it reads of a sample stays in its cache from pass to pass.
 template <typename T, typename Engine>
 bool route_by_sample(RoutingOp op, const RoutingCall& call, int threads) {
-    const int64_t R = call.J * call.D, predictions = call.I * R;
-    T *bias_totals = nullptr, *bias_total = nullptr;
-    char* pool = nullptr;
-    RoutingCall sample_call = call;
-    sample_call.B = 1;
-    Routing<T, Engine> sample(sample_call, slots_of(op, call), 1, call.B * R);
+    const int64_t R = call.J * call.D, s_stride = op == RoutingOp::couplings ? 0 : call.B * R;
+    const RoutingCall first = call_of_sample<T>(call, 0);
+    Routing<T, Engine> sample(first, slots_of(op, call), 1, s_stride);
     Arena sample_size;
     sample.plan(sample_size, 1, op == RoutingOp::backward);
+    Sums<T, Engine> sums(op, call, threads);
+    char* pool = nullptr;
+    T* last_s = nullptr;  // of each thread, for couplings
     auto plan = [&](Arena& arena) {
-        bias_totals = arena.take<T>(round_up(R, 64) * threads);
-        bias_total = arena.take<T>(R);
+        sums.plan(arena);
         pool = arena.take<char>(sample_size.used() * threads);
+        last_s = arena.take<T>(op == RoutingOp::couplings ? sums.bias_stride() * threads : 0);
     };
     Arena measure;
     plan(measure);
@@ -222,35 +341,22 @@ bool route_by_sample(RoutingOp op, const RoutingCall& call, int threads) {
     if (!buffer.base) return false;
     Arena arena(buffer.base);
     plan(arena);
-    std::memset(bias_totals, 0, round_up(R, 64) * threads * sizeof(T));
+    sums.begin();
     run_team(threads, [&](const Team& team) {
         for (int64_t b = team.begin(call.B); b < team.end(call.B); ++b) {
-            RoutingCall own_call = sample_call;
-            own_call.u = element(call.u, call.dtype, b * predictions);
+            const RoutingCall own_call = call_of_sample<T>(call, b);
             Arena own_arena(pool + sample_size.used() * team.rank);
-            if (op == RoutingOp::forward) own_call.v = element(call.v, call.dtype, b * R);
-            if (op == RoutingOp::backward) {
-                own_call.grad = element(call.grad, call.dtype, b * R);
-                own_call.grad_u = element(call.grad_u, call.dtype, b * predictions);
-            }
-            Routing<T, Engine> routing(own_call, slots_of(op, call), 1, call.B * R);
+            Routing<T, Engine> routing(own_call, slots_of(op, call), 1, s_stride);
             routing.plan(own_arena, 1, op == RoutingOp::backward);
-            T* s = static_cast<T*>(call.s) + b * R;
-            if (op == RoutingOp::forward) {
-                routing.forward(single_thread, s, passes(call), own_call.v);
-            } else {
-                routing.backward(single_thread, s, bias_totals + round_up(R, 64) * team.rank);
-            }
+            sums.give(routing.engine);
+            routing.engine.first_sample = b;
+            routing.engine.first_rank = team.rank;
+            const int64_t own = sums.bias_stride() * team.rank;
+            T* s = op == RoutingOp::couplings ? last_s + own : static_cast<T*>(own_call.s);
+            run(op, routing, single_thread, s, sums.grad_bias + own);
         }
     });
-    if (op == RoutingOp::backward) {
-        for (int64_t r = 0; r < R; ++r) {
-            bias_total[r] = 0;
-            for (int rank = 0; rank < threads; ++rank)
-                bias_total[r] += bias_totals[round_up(R, 64) * rank + r];
-        }
-        write_row(call.grad_bias, call.dtype, 0, R, bias_total);
-    }
+    sums.finish();
     return true;
 }
 
@@ -264,8 +370,11 @@ bool route_capsule_simd(RoutingOp op, const RoutingCall& call, int threads) {
 template <typename T>
 bool route(RoutingOp op, const RoutingCall& call, int max_threads) {
     constexpr int width = vec_width<T>;
-    const int64_t work = call.B * call.I * call.J * call.D * (call.weight ? call.K : 1) * passes(call);
+    const int64_t depth = call.shared ? 1 : call.weight ? call.K : 1;
+    const int64_t work = call.B * call.I * call.J * call.D * depth * passes(call);
     const int threads = work < 131072 ? 1 : max_threads;
+    if (call.shared && call.B >= threads) return route_by_sample<T, SharedSimdEngine<T>>(op, call, threads);
+    if (call.shared) return route_shared<T, SharedSimdEngine<T>>(op, call, threads);
     if (BatchSimdEngine<T>::supports(call)) return route_shared<T, BatchSimdEngine<T>>(op, call, threads);
     // Use half registers where the numbers of a pair (i, j) fill those but not whole ones.
     const int64_t numbers = call.D * (call.weight ? call.K : 1);

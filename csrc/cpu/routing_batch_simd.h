@@ -11,6 +11,7 @@
 
 #include "dtype_convert.h"
 #include "softmax.h"
+#include "starting_logits.h"
 #include "threading.h"
 #include "transpose.h"
 
@@ -44,6 +45,8 @@ class BatchSimdEngine {
         T* transposed;     // ∂û of one i [L, padded]
         T* grad_weight;    // of a chunk [chunk, K, padded]
         T* weight_rows;    // ∂W of one i [R, K]
+        T* start_rows;     // starting logits of one i, or their gradient [L, J]
+        Lanes<T>* start;   // [J]
 
         static Scratch plan(Arena& arena, const BatchSimdEngine& engine, bool gradient) {
             const int64_t R = engine.R_, K = engine.K_, chunk = engine.chunk_;
@@ -60,6 +63,8 @@ class BatchSimdEngine {
             scratch.transposed = arena.take<T>(gradient ? L * engine.padded_ : 0);
             scratch.grad_weight = arena.take<T>(gradient ? chunk * K * engine.padded_ : 0);
             scratch.weight_rows = arena.take<T>(gradient ? R * K : 0);
+            scratch.start_rows = arena.take<T>(engine.call_.logits.data ? L * engine.J_ : 0);
+            scratch.start = arena.take<Lanes<T>>(engine.call_.logits.data ? engine.J_ : 0);
             return scratch;
         }
     };
@@ -78,9 +83,12 @@ class BatchSimdEngine {
   public:
     // The sum over i is split into so many parts, so that every thread has work.
     int64_t splits = 1;
+    const LogitsGradient<T>* grad_logits = nullptr;  // null where it is not needed
 
     // With fewer samples too many lanes are empty (measured, see benchmarks/results/NOTES.md).
-    static bool supports(const RoutingCall& call) { return call.weight && call.B > larger(1, L / 5); }
+    static bool supports(const RoutingCall& call) {
+        return call.weight && !call.shared && call.B > larger(1, L / 5);
+    }
 
     // `slots`: how many states are stored at a time.
     BatchSimdEngine(const RoutingCall& call, int64_t slots, int threads)
@@ -124,33 +132,36 @@ class BatchSimdEngine {
     // partial [splits, B, J, D] = Σ_i û
     CAPSOPS_NOINLINE void sum_uniform(const Team& team, int64_t, T* partial) {
         const int64_t few = larger(1, longest_uniform_sum / K_);
-        sum_over_i(team, partial, [&](const Scratch& s, const T* w, int64_t count, int64_t, Lanes<T>* sum) {
-            for (int64_t n = 0; n < count; n += few) {
-                (this->*add_uniform_)(w + n * R_ * K_, smaller(few, count - n), s.u + n * K_, sum);
-            }
-        });
+        sum_over_i(team, partial,
+                   [&](const Scratch& s, const T* w, int64_t, int64_t count, int64_t, Lanes<T>* sum) {
+                       for (int64_t n = 0; n < count; n += few) {
+                           (this->*add_uniform_)(w + n * R_ * K_, smaller(few, count - n), s.u + n * K_, sum);
+                       }
+                   });
     }
 
     // partial = Σ_i c û with the couplings of the state in slot `v`
     CAPSOPS_NOINLINE void sum_routed(const Team& team, int64_t, int64_t v, T* partial) {
-        sum_over_i(team, partial, [&](const Scratch& s, const T* w, int64_t count, int64_t g, Lanes<T>* sum) {
-            sum_scaled(s, w, count, state(v, g), 0, 1, sum, [&](Lanes<T>* dots) {
-                softmax(dots, J_, 1, call_.leaky);
-                return dots;
-            });
-        });
+        sum_over_i(team, partial,
+                   [&](const Scratch& s, const T* w, int64_t i0, int64_t count, int64_t g, Lanes<T>* sum) {
+                       sum_scaled(s, w, count, state(v, g), 0, 1, sum, [&](Lanes<T>* dots, int64_t n) {
+                           couple(s, g, i0 + n, dots, 1, 1);
+                           return dots;
+                       });
+                   });
     }
 
     // partial = Σ_i ∂b û with V in slot `v` and ∂s in slot `ds`
     CAPSOPS_NOINLINE void sum_agreement(const Team& team, int64_t, int64_t v, int64_t ds, T* partial) {
         const int64_t stride = (ds - v) * groups_ * R_;
-        sum_over_i(team, partial, [&](const Scratch& s, const T* w, int64_t count, int64_t g, Lanes<T>* sum) {
-            sum_scaled(s, w, count, state(v, g), stride, 2, sum, [&](Lanes<T>* dots) {
-                softmax(dots, J_, 2, call_.leaky);
-                softmax_vjp(dots, dots + 1, J_, 2);
-                return dots + 1;
-            });
-        });
+        sum_over_i(team, partial,
+                   [&](const Scratch& s, const T* w, int64_t i0, int64_t count, int64_t g, Lanes<T>* sum) {
+                       sum_scaled(s, w, count, state(v, g), stride, 2, sum, [&](Lanes<T>* dots, int64_t n) {
+                           couple(s, g, i0 + n, dots, 1, 2);
+                           softmax_vjp(dots, dots + 1, J_, 2);
+                           return dots + 1;
+                       });
+                   });
     }
 
     // Computes ∂u and ∂W. The slots are V of `terms` passes, then their ∂s, then, with `uniform`, the scaled
@@ -168,7 +179,8 @@ class BatchSimdEngine {
                 read_u_by_rows(s, g, i0, count);
                 for (int64_t n = 0; n < count; ++n) {
                     const T* w_i = w + n * R_ * K;
-                    gradient_of_u_hat(s, w_i, s.u + n * K, g, terms, uniform, agreement);
+                    gradient_of_u_hat(s, w_i, s.u + n * K, g, i0 + n, terms, uniform, agreement);
+                    if (grad_logits) gradient_of_logits(team, s, g, i0 + n, terms);
                     if (call_.grad_u) gradient_of_u(w_i, s.u_hat, s.grad_u + n * K);
                     if (call_.grad_weight) {
                         transpose_block(reinterpret_cast<const T*>(s.u_hat), L, R_, L, s.transposed, padded_);
@@ -193,9 +205,11 @@ class BatchSimdEngine {
             for (int64_t n = 0; n < count; ++n) {
                 (this->*predict_)(w + n * R_ * K_, s.u + n * K_, state(v, g), 0, 1, s.u_hat, s.dots, nullptr,
                                   nullptr);
-                softmax(s.dots, J_, 1, call_.leaky);
+                couple(s, g, i0 + n, s.dots, 1, 1);
                 transpose_block(reinterpret_cast<const T*>(s.dots), L, J_, L, rows, J_);
                 for (int64_t b = g * L; b < smaller(B_, (g + 1) * L); ++b) {
+                    if (!is_present(call_, b, i0 + n))
+                        std::memset(rows + (b - g * L) * J_, 0, J_ * sizeof(T));
                     write_row(call_.couplings, call_.dtype, (b * I_ + i0 + n) * J_, J_,
                               rows + (b - g * L) * J_);
                 }
@@ -237,9 +251,10 @@ class BatchSimdEngine {
         return scratch.weight;
     }
 
-    // Reads u of a chunk into lanes; lanes without a sample are 0.
+    // Reads u of a chunk into lanes; lanes without a sample are 0, and so are input capsules that are not
+    // there.
     void read_u(const Scratch& scratch, int64_t g, int64_t i0, int64_t count) const {
-        if (is_native<T>(call_.dtype) && (g + 1) * L <= B_) {
+        if (is_native<T>(call_.dtype) && (g + 1) * L <= B_ && !call_.mask) {
             const T* u = static_cast<const T*>(call_.u) + (g * L * I_ + i0) * K_;
             transpose_block(u, I_ * K_, L, count * K_, reinterpret_cast<T*>(scratch.u), L);
         } else {
@@ -255,6 +270,7 @@ class BatchSimdEngine {
             const int64_t b = g * L + lane;
             if (b < B_) {
                 read_row(call_.u, call_.dtype, (b * I_ + i0) * K_, numbers, row);
+                clear_absent(b, i0, count, row);
             } else {
                 std::memset(row, 0, numbers * sizeof(T));
             }
@@ -262,8 +278,15 @@ class BatchSimdEngine {
         transpose_block(scratch.u_rows, numbers, L, numbers, reinterpret_cast<T*>(scratch.u), L);
     }
 
-    // Calls work(scratch, W of a chunk, number of its input capsules, lane group, sum [R]) for this thread's
-    // share of all pairs (split, lane group). Writes the sums to partial [splits, B, R].
+    // Sets the rows [count, K] of input capsules that are not there to 0.
+    void clear_absent(int64_t b, int64_t i0, int64_t count, T* rows) const {
+        for (int64_t n = 0; call_.mask && n < count; ++n) {
+            if (!is_present(call_, b, i0 + n)) std::memset(rows + n * K_, 0, K_ * sizeof(T));
+        }
+    }
+
+    // Calls work(scratch, W of a chunk, its first input capsule, their number, lane group, sum [R]) for this
+    // thread's share of all pairs (split, lane group). Writes the sums to partial [splits, B, R].
     template <typename Work>
     void sum_over_i(const Team& team, T* partial, const Work& work) {
         const Scratch scratch = scratch_of(team, false);
@@ -278,7 +301,7 @@ class BatchSimdEngine {
                 const T* w = weight_of(scratch, i0, count);
                 for (int64_t g = g0; g < g1; ++g) {
                     read_u(scratch, g, i0, count);
-                    work(scratch, w, count, g, scratch.sum + (g - g0) * R_);
+                    work(scratch, w, i0, count, g, scratch.sum + (g - g0) * R_);
                 }
             }
             for (int64_t g = g0; g < g1; ++g) {
@@ -375,7 +398,8 @@ class BatchSimdEngine {
         }
     }
 
-    // sum [R] += Σ_i c_i û_i over the input capsules of a chunk, with c = coefficients(dots), `count` apart.
+    // sum [R] += Σ_i c_i û_i over the input capsules of a chunk, with c = coefficients(dots, its number),
+    // `count` apart.
     //
     // The products c û of one i mostly load and store, and computing û of the next mostly multiplies, so the
     // two are interleaved.
@@ -389,7 +413,7 @@ class BatchSimdEngine {
         for (int64_t n = 0; n < chunk; ++n) {
             (this->*predict_)(w + n * R_ * K_, s.u + n * K_, states, stride, count, s.u_hat, dots, c,
                               c ? s.part : nullptr);
-            c = coefficients(dots);
+            c = coefficients(dots, n);
             Lanes<T>* const previous = dots;
             dots = next_dots;
             next_dots = previous;
@@ -449,14 +473,14 @@ class BatchSimdEngine {
 
     // Writes ∂û of one i and lane group to scratch.u_hat.
     CAPSOPS_INLINE void gradient_of_u_hat(const Scratch& s, const T* w, const Lanes<T>* u, int64_t g,
-                                          int64_t terms, bool uniform, bool agreement) const {
-        const int64_t stride = groups_ * R_, count = agreement ? 2 * terms : terms;
+                                          int64_t i, int64_t terms, bool uniform, bool agreement) const {
+        const bool needs_b = agreement || grad_logits;
+        const int64_t stride = groups_ * R_, count = needs_b ? 2 * terms : terms;
         if (terms > 0) {
             (this->*predict_)(w, u, state(0, g), stride, count, s.u_hat, s.dots, nullptr, nullptr);
-            for (int64_t t = 0; t < terms; ++t) {
-                softmax(s.dots + t, J_, count, call_.leaky);
-                if (agreement) softmax_vjp(s.dots + t, s.dots + terms + t, J_, count);
-            }
+            couple(s, g, i, s.dots, terms, count);
+            for (int64_t t = 0; needs_b && t < terms; ++t)
+                softmax_vjp(s.dots + t, s.dots + terms + t, J_, count);
         }
         const Lanes<T>* uniform_term = state(2 * terms, g);
         for (int64_t j = 0; j < J_; ++j) {
@@ -470,6 +494,55 @@ class BatchSimdEngine {
                 s.u_hat[r] = total;
             }
         }
+    }
+
+    // Turns logits û · V, whose numbers are `stride` apart, into couplings, for `terms` passes.
+    CAPSOPS_INLINE void couple(const Scratch& s, int64_t g, int64_t i, Lanes<T>* dots, int64_t terms,
+                               int64_t stride) const {
+        if (call_.logits.data) {
+            read_starting_logits(s, g, i);
+            if (call_.iterations == 0) return open_pairs(s.start, dots, J_, stride);
+            for (int64_t j = 0; j < J_; ++j) {
+                for (int64_t t = 0; t < terms; ++t) dots[j * stride + t] += s.start[j];
+            }
+        }
+        for (int64_t t = 0; t < terms; ++t)
+            softmax(dots + t, J_, stride, call_.leaky, call_.logits.data != nullptr);
+    }
+
+    // Reads the starting logits of one i to scratch.start.
+    CAPSOPS_NOINLINE void read_starting_logits(const Scratch& s, int64_t g, int64_t i) const {
+        if (call_.logits.strides[0] == 0) {
+            read_logits(call_, 0, i, s.start_rows);
+            for (int64_t j = 0; j < J_; ++j) s.start[j] = Lanes<T>::filled(s.start_rows[j]);
+            return;
+        }
+        const int64_t samples = smaller(L, B_ - g * L);
+        for (int64_t lane = 0; lane < samples; ++lane)
+            read_logits(call_, g * L + lane, i, s.start_rows + lane * J_);
+        if (samples < L) std::memset(s.start_rows + samples * J_, 0, (L - samples) * J_ * sizeof(T));
+        transpose_block(s.start_rows, J_, L, J_, reinterpret_cast<T*>(s.start), L);
+    }
+
+    // Adds Σ_t ∂b of one i and lane group, which follow the couplings in scratch.dots, to the gradient of the
+    // starting logits.
+    CAPSOPS_NOINLINE void gradient_of_logits(const Team& team, const Scratch& s, int64_t g, int64_t i,
+                                             int64_t terms) const {
+        for (int64_t j = 0; j < J_; ++j) {
+            const Lanes<T>* grad_b = s.dots + (2 * j + 1) * terms;
+            s.start[j] = grad_b[0];
+            for (int64_t t = 1; t < terms; ++t) s.start[j] += grad_b[t];
+        }
+        if (call_.logits.sizes[0] == 1) {  // a lane without a sample has ∂b = 0
+            for (int64_t j = 0; j < J_; ++j) {
+                s.start_rows[j] = 0;
+                for (const Vec<T>& part : s.start[j].part) s.start_rows[j] += sum<T>(part);
+            }
+            return grad_logits->add(team.rank, 0, i, s.start_rows);
+        }
+        transpose_block(reinterpret_cast<const T*>(s.start), L, J_, L, s.start_rows, J_);
+        for (int64_t b = g * L; b < smaller(B_, (g + 1) * L); ++b)
+            grad_logits->add(team.rank, b, i, s.start_rows + (b - g * L) * J_);
     }
 
     // ∂u_i = Σ_r W_i[r] ∂û_i[r], for a few k at a time.
@@ -555,6 +628,7 @@ class BatchSimdEngine {
         const int64_t numbers = count * K_;
         transpose_block(reinterpret_cast<const T*>(s.grad_u), L, numbers, L, s.u_rows, numbers);
         for (int64_t lane = 0; lane < samples; ++lane) {
+            clear_absent(g * L + lane, i0, count, s.u_rows + lane * numbers);
             write_row(call_.grad_u, call_.dtype, ((g * L + lane) * I_ + i0) * K_, numbers,
                       s.u_rows + lane * numbers);
         }

@@ -15,6 +15,7 @@
 
 #include "dtype_convert.h"
 #include "softmax.h"
+#include "starting_logits.h"
 #include "threading.h"
 #include "transpose.h"
 
@@ -46,6 +47,7 @@ class CapsuleSimdEngine {
         T* sum;          // [B, row]
         T* grad_weight;  // [row]
         T* grad_u;       // [padded]
+        T* start;        // starting logits of one i, or their gradient [logits]
 
         static Scratch plan(Arena& arena, const CapsuleSimdEngine& engine) {
             const int64_t samples = Precomputed ? 1 : engine.B_;
@@ -57,6 +59,7 @@ class CapsuleSimdEngine {
             scratch.sum = arena.take<T>(samples * engine.row_);
             scratch.grad_weight = arena.take<T>(engine.row_);
             scratch.grad_u = arena.take<T>(engine.padded_);
+            scratch.start = arena.take<T>(engine.call_.logits.data ? engine.logits_ : 0);
             return scratch;
         }
     };
@@ -69,6 +72,9 @@ class CapsuleSimdEngine {
   public:
     // The sum over i is split into so many parts, so that every thread has work.
     int64_t splits = 1;
+    const LogitsGradient<T>* grad_logits = nullptr;  // null where it is not needed
+    int64_t first_sample = 0;                        // of the call, where this engine has one sample of it
+    int first_rank = 0;                              // likewise of its thread
 
     CapsuleSimdEngine(const RoutingCall& call, int64_t slots, int threads)
         : call_(call),
@@ -108,41 +114,42 @@ class CapsuleSimdEngine {
 
     // partial [splits, B, J, D] = Σ_i û; every other pass goes through i backwards
     CAPSOPS_NOINLINE void sum_uniform(const Team& team, int64_t pass, T* partial) {
-        sum_over_i(team, pass, partial, [&](const Scratch& s, int64_t, const T* w, int64_t count, T* sum) {
-            if (aligned_) {
-                Vec<T, N> u[block];
-                for (int64_t j = 0; j < J_; ++j) {
-                    for (int64_t n = 0; n < count; ++n) u[n] = load<T, N>(s.u + n * padded_);
-                    add_block(w + j * padded_, u, count, sum + j * padded_);
-                }
-                return;
-            }
-            for (int64_t at = 0; at < row_; at += padded_) {
-                for (int64_t p = at; p < at + padded_; p += N) {
-                    Vec<T, N> total = Vec<T, N>{};
-                    for (int64_t n = 0; n < count; ++n) {
-                        Vec<T, N> x = load<T, N>(w + n * row_ + p);
-                        if constexpr (!Precomputed) x *= load<T, N>(s.u + n * padded_ + p - at);
-                        total += x;
-                    }
-                    store<T, N>(sum + p, load<T, N>(sum + p) + total);
-                }
-            }
-        });
+        sum_over_i(team, pass, partial,
+                   [&](const Scratch& s, int64_t, const T* w, int64_t, int64_t count, T* sum) {
+                       if (aligned_) {
+                           Vec<T, N> u[block];
+                           for (int64_t j = 0; j < J_; ++j) {
+                               for (int64_t n = 0; n < count; ++n) u[n] = load<T, N>(s.u + n * padded_);
+                               add_block(w + j * padded_, u, count, sum + j * padded_);
+                           }
+                           return;
+                       }
+                       for (int64_t at = 0; at < row_; at += padded_) {
+                           for (int64_t p = at; p < at + padded_; p += N) {
+                               Vec<T, N> total = Vec<T, N>{};
+                               for (int64_t n = 0; n < count; ++n) {
+                                   Vec<T, N> x = load<T, N>(w + n * row_ + p);
+                                   if constexpr (!Precomputed) x *= load<T, N>(s.u + n * padded_ + p - at);
+                                   total += x;
+                               }
+                               store<T, N>(sum + p, load<T, N>(sum + p) + total);
+                           }
+                       }
+                   });
     }
 
     // partial = Σ_i c û with the couplings of the state in slot `v`
     CAPSOPS_NOINLINE void sum_routed(const Team& team, int64_t pass, int64_t v, T* partial) {
-        sum_scaled<1>(team, pass, v, 0, partial, [&](T* dots) {
-            softmax<T, N>(dots, J_, call_.leaky);
+        sum_scaled<1>(team, pass, v, 0, partial, [&](const Scratch& s, int64_t b, int64_t i, T* dots) {
+            couple(s, b, i, dots, 1);
             return dots;
         });
     }
 
     // partial = Σ_i ∂b û with V in slot `v` and ∂s in slot `ds`
     CAPSOPS_NOINLINE void sum_agreement(const Team& team, int64_t pass, int64_t v, int64_t ds, T* partial) {
-        sum_scaled<2>(team, pass, v, ds - v, partial, [&](T* dots) {
-            softmax<T, N>(dots, J_, call_.leaky);
+        sum_scaled<2>(team, pass, v, ds - v, partial, [&](const Scratch& s, int64_t b, int64_t i, T* dots) {
+            couple(s, b, i, dots, 1);
             softmax_vjp(dots, dots + logits_, J_);
             return dots + logits_;
         });
@@ -152,22 +159,27 @@ class CapsuleSimdEngine {
     // scaled ∂s of the first pass. `agreement`: whether the gradient flows through the logits too.
     CAPSOPS_NOINLINE void gradient(const Team& team, int64_t terms, bool uniform, bool agreement) {
         const Scratch s = scratch_of(team);
-        const int64_t states = agreement ? 2 * terms : terms;
+        const bool needs_b = agreement || grad_logits;
+        const int64_t states = needs_b ? 2 * terms : terms;
         for_items(team, s, [&](int64_t i, int64_t b, const T* w, bool first, bool last) {
             if (aligned_) {
                 dots_of_all(s, b, w, states);
             } else {
                 predict(s, b, w, s.u, 0, 1, states, s.dots);
             }
-            for (int64_t t = 0; t < terms; ++t) {
-                softmax<T, N>(s.dots + t * logits_, J_, call_.leaky);
-                if (agreement) softmax_vjp(s.dots + t * logits_, s.dots + (terms + t) * logits_, J_);
-            }
+            couple(s, b, i, s.dots, terms);
+            for (int64_t t = 0; needs_b && t < terms; ++t)
+                softmax_vjp(s.dots + t * logits_, s.dots + (terms + t) * logits_, J_);
+            if (grad_logits) gradient_of_logits(team, s, b, i, terms);
             gradient_of_u_hat(s, b, terms, uniform, agreement);
+            if (!is_present(call_, b, i)) {
+                if (call_.grad_u) clear_gradient(i, b);
+                if constexpr (Precomputed) return;
+            }
             if constexpr (Precomputed) {
                 write_rows(call_.grad_u, (b * I_ + i) * J_ * D_, s.parts, s.sum);
             } else {
-                if (call_.grad_u) gradient_of_u(s, i, b, w);
+                if (call_.grad_u && is_present(call_, b, i)) gradient_of_u(s, i, b, w);
                 if (call_.grad_weight) gradient_of_weight(s, i, first, last);
             }
         });
@@ -182,7 +194,8 @@ class CapsuleSimdEngine {
             } else {
                 predict(s, b, w, s.u, v, 0, 1, s.dots);
             }
-            softmax<T, N>(s.dots, J_, call_.leaky);
+            couple(s, b, i, s.dots, 1);
+            if (!is_present(call_, b, i)) std::memset(s.dots, 0, J_ * sizeof(T));
             write_row(call_.couplings, call_.dtype, (b * I_ + i) * J_, J_, s.dots);
         });
     }
@@ -198,6 +211,18 @@ class CapsuleSimdEngine {
         return scratch;
     }
 
+    // û of `count` input capsules of one sample, those that are not there 0, padded to whole registers.
+    const T* read_predictions(int64_t b, int64_t i, int64_t count, T* scratch) const {
+        const T* rows = read_rows(call_.u, (b * I_ + i) * J_ * D_, count * J_, scratch);
+        for (int64_t n = 0; call_.mask && n < count; ++n) {
+            if (is_present(call_, b, i + n)) continue;
+            if (rows != scratch) std::memcpy(scratch, rows, count * row_ * sizeof(T));
+            rows = scratch;
+            std::memset(scratch + n * row_, 0, row_ * sizeof(T));
+        }
+        return rows;
+    }
+
     void write_rows(void* tensor, int64_t at, const T* row, T* scratch) const {
         for (int64_t j = 0; j < J_; ++j)
             std::memmove(scratch + j * numbers_, row + j * padded_, numbers_ * sizeof(T));
@@ -208,6 +233,7 @@ class CapsuleSimdEngine {
     void read_u(int64_t i, int64_t b, T* repeated) const {
         const int64_t end = aligned_ ? N : numbers_;
         read_row(call_.u, call_.dtype, (b * I_ + i) * K_, K_, repeated);
+        if (!is_present(call_, b, i)) std::memset(repeated, 0, K_ * sizeof(T));
         for (int64_t p = K_; p < end; p += K_) std::memcpy(repeated + p, repeated, K_ * sizeof(T));
         for (int64_t p = numbers_; p < padded_; ++p) repeated[p] = 0;
     }
@@ -218,7 +244,7 @@ class CapsuleSimdEngine {
     void for_items(const Team& team, const Scratch& s, const Work& work) const {
         if constexpr (Precomputed) {
             for (int64_t item = team.begin(B_ * I_); item < team.end(B_ * I_); ++item) {
-                const T* row = read_rows(call_.u, item * J_ * D_, J_, s.weight);
+                const T* row = read_predictions(item / I_, item % I_, 1, s.weight);
                 work(item % I_, item / I_, row, true, true);
             }
         } else {
@@ -232,9 +258,9 @@ class CapsuleSimdEngine {
         }
     }
 
-    // Calls work(scratch, sample, W or û of a block, number of its input capsules, sum [row]) for this
-    // thread's share of the splits or, with precomputed predictions, of all pairs (sample, split). u of the
-    // block is in scratch.u. Writes the sums to partial [splits, B, J, D].
+    // Calls work(scratch, sample, W or û of a block, its first input capsule, their number, sum [row]) for
+    // this thread's share of the splits or, with precomputed predictions, of all pairs (sample, split). u of
+    // the block is in scratch.u. Writes the sums to partial [splits, B, J, D].
     template <typename Work>
     void sum_over_i(const Team& team, int64_t pass, T* partial, const Work& work) const {
         const Scratch s = scratch_of(team);
@@ -250,13 +276,13 @@ class CapsuleSimdEngine {
                 const int64_t i0 = begin + (backwards ? blocks - 1 - n : n) * block;
                 const int64_t count = smaller(block, end - i0);
                 if constexpr (Precomputed) {
-                    const T* rows = read_rows(call_.u, (first * I_ + i0) * J_ * D_, count * J_, s.weight);
-                    work(s, first, rows, count, s.sum);
+                    const T* rows = read_predictions(first, i0, count, s.weight);
+                    work(s, first, rows, i0, count, s.sum);
                 } else {
                     const T* w = read_rows(call_.weight, i0 * J_ * numbers_, count * J_, s.weight);
                     for (int64_t b = 0; b < B_; ++b) {
                         for (int64_t m = 0; m < count; ++m) read_u(i0 + m, b, s.u + m * padded_);
-                        work(s, b, w, count, s.sum + b * row_);
+                        work(s, b, w, i0, count, s.sum + b * row_);
                     }
                 }
             }
@@ -266,33 +292,35 @@ class CapsuleSimdEngine {
         }
     }
 
-    // partial = Σ_i c û with c = coefficients(dots). dots [States, logits] are the dot products of û with the
-    // States states in slots `v`, `v + stride`, …
+    // partial = Σ_i c û with c = coefficients(scratch, sample, input capsule, dots). dots [States, logits]
+    // are the dot products of û with the States states in slots `v`, `v + stride`, …
     template <int States, typename Coefficients>
     void sum_scaled(const Team& team, int64_t pass, int64_t v, int64_t stride, T* partial,
                     const Coefficients& coefficients) {
-        sum_over_i(team, pass, partial, [&](const Scratch& s, int64_t b, const T* w, int64_t count, T* sum) {
-            if (!aligned_) {
-                for (int64_t n = 0; n < count; ++n) {
-                    const T* parts =
-                        predict(s, b, w + n * row_, s.u + n * padded_, v, stride, States, s.dots);
-                    add_scaled(coefficients(s.dots), parts, sum);
-                }
-                return;
-            }
-            Vec<T, N> u[block], scaled[block];
-            const T* c[block];
-            for (int64_t n = 0; n < count; ++n) {
-                u[n] = load<T, N>(s.u + n * padded_);
-                T* dots = s.dots + n * States * logits_;
-                products<States>(w + n * row_, u[n], state(v, b), stride * B_ * row_, dots);
-            }
-            for (int64_t n = 0; n < count; ++n) c[n] = coefficients(s.dots + n * States * logits_);
-            for (int64_t j = 0; j < J_; ++j) {
-                for (int64_t n = 0; n < count; ++n) scaled[n] = c[n][j] * u[n];
-                add_block(w + j * padded_, scaled, count, sum + j * padded_);
-            }
-        });
+        sum_over_i(team, pass, partial,
+                   [&](const Scratch& s, int64_t b, const T* w, int64_t i0, int64_t count, T* sum) {
+                       if (!aligned_) {
+                           for (int64_t n = 0; n < count; ++n) {
+                               const T* parts =
+                                   predict(s, b, w + n * row_, s.u + n * padded_, v, stride, States, s.dots);
+                               add_scaled(coefficients(s, b, i0 + n, s.dots), parts, sum);
+                           }
+                           return;
+                       }
+                       Vec<T, N> u[block], scaled[block];
+                       const T* c[block];
+                       for (int64_t n = 0; n < count; ++n) {
+                           u[n] = load<T, N>(s.u + n * padded_);
+                           T* dots = s.dots + n * States * logits_;
+                           products<States>(w + n * row_, u[n], state(v, b), stride * B_ * row_, dots);
+                       }
+                       for (int64_t n = 0; n < count; ++n)
+                           c[n] = coefficients(s, b, i0 + n, s.dots + n * States * logits_);
+                       for (int64_t j = 0; j < J_; ++j) {
+                           for (int64_t n = 0; n < count; ++n) scaled[n] = c[n][j] * u[n];
+                           add_block(w + j * padded_, scaled, count, sum + j * padded_);
+                       }
+                   });
     }
 
     // sum [padded] += Σ_n x_n W_n over the input capsules of a block, whose W are a row apart.
@@ -352,6 +380,35 @@ class CapsuleSimdEngine {
         for (; n + 4 <= count; n += 4) products<4>(w, u, state(n, b), B_ * row_, s.dots + n * logits_);
         for (; n + 2 <= count; n += 2) products<2>(w, u, state(n, b), B_ * row_, s.dots + n * logits_);
         for (; n < count; ++n) products<1>(w, u, state(n, b), B_ * row_, s.dots + n * logits_);
+    }
+
+    // Turns logits û · V, a row for each of `terms` passes, into couplings.
+    CAPSOPS_INLINE void couple(const Scratch& s, int64_t b, int64_t i, T* dots, int64_t terms) const {
+        if (call_.logits.data) {
+            read_logits(call_, b, i, s.start);
+            if (call_.iterations == 0) return open_pairs(s.start, dots, J_);
+            for (int64_t t = 0; t < terms; ++t) {
+                for (int64_t j = 0; j < J_; ++j) dots[t * logits_ + j] += s.start[j];
+            }
+        }
+        for (int64_t t = 0; t < terms; ++t)
+            softmax<T, N>(dots + t * logits_, J_, call_.leaky, call_.logits.data != nullptr);
+    }
+
+    // Adds Σ_t ∂b, which follow the couplings in scratch.dots, to the gradient of the starting logits.
+    void gradient_of_logits(const Team& team, const Scratch& s, int64_t b, int64_t i, int64_t terms) const {
+        for (int64_t j = 0; j < J_; ++j) {
+            s.start[j] = 0;
+            for (int64_t t = 0; t < terms; ++t) s.start[j] += s.dots[(terms + t) * logits_ + j];
+        }
+        grad_logits->add(first_rank + team.rank, first_sample + b, i, s.start);
+    }
+
+    // Writes 0 to ∂u, or to ∂û, of an input capsule that is not there.
+    void clear_gradient(int64_t i, int64_t b) const {
+        const int64_t numbers = Precomputed ? J_ * D_ : K_;
+        std::memset(element(call_.grad_u, call_.dtype, (b * I_ + i) * numbers), 0,
+                    numbers * dtype_size(call_.dtype));
     }
 
     // Sums over k: [J, padded] → [J, D].

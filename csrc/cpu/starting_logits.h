@@ -1,0 +1,74 @@
+// The starting logits of a call and their gradient, and its mask.
+#pragma once
+
+#include "dtype_convert.h"
+#include "threading.h"
+
+namespace capsops {
+namespace CAPSOPS_ISA {
+
+// Whether an input capsule takes part.
+CAPSOPS_INLINE bool is_present(const RoutingCall& call, int64_t b, int64_t i) {
+    return !call.mask || call.mask[b * call.I + i];
+}
+
+// row [J] = the starting logits of one input capsule.
+template <typename T>
+inline void read_logits(const RoutingCall& call, int64_t b, int64_t i, T* row) {
+    const StartingLogits& logits = call.logits;
+    const int64_t at = b * logits.strides[0] + i * logits.strides[1], step = logits.strides[2];
+    if (step == 1) return read_row(logits.data, call.dtype, at, call.J, row);
+    for (int64_t j = 0; j < call.J; ++j) read_row(logits.data, call.dtype, at + j * step, 1, row + j);
+}
+
+// Sums of the gradient of the starting logits, whose rows [J] the threads add in any order of input capsules.
+// Where the logits have axes for samples and for input capsules, a row is a result as it is. Otherwise each
+// thread has sums of its own.
+template <typename T>
+class LogitsGradient {
+    const RoutingCall& call_;
+    const bool summed_;    // over samples or input capsules
+    const int64_t width_;  // J, or 1 if it is summed over j
+    const int64_t numbers_;
+    T* sums_ = nullptr;  // [threads, numbers]
+
+  public:
+    explicit LogitsGradient(const RoutingCall& call)
+        : call_(call),
+          summed_(call.logits.sizes[0] < call.B || call.logits.sizes[1] < call.I),
+          width_(call.logits.sizes[2]),
+          numbers_(call.logits.sizes[0] * call.logits.sizes[1] * width_) {}
+
+    bool needed() const { return call_.grad_logits != nullptr; }
+    int64_t numbers() const { return numbers_; }
+
+    void plan(Arena& arena, int threads) {
+        if (needed() && summed_) sums_ = arena.take<T>(numbers_ * threads);
+    }
+
+    // Sets this thread's sums to 0.
+    void clear(int rank) const {
+        if (needed() && summed_) std::memset(sums_ + rank * numbers_, 0, numbers_ * sizeof(T));
+    }
+
+    // Adds the gradient of the logits of one input capsule [J], which it may change.
+    void add(int rank, int64_t b, int64_t i, T* row) const {
+        for (int64_t j = 1; width_ < call_.J && j < call_.J; ++j) row[0] += row[j];
+        const int64_t own_b = call_.logits.sizes[0] == 1 ? 0 : b, own_i = call_.logits.sizes[1] == 1 ? 0 : i;
+        const int64_t at = (own_b * call_.logits.sizes[1] + own_i) * width_;
+        if (!summed_) return write_row(call_.grad_logits, call_.dtype, at, width_, row);
+        for (int64_t j = 0; j < width_; ++j) sums_[rank * numbers_ + at + j] += row[j];
+    }
+
+    // Writes the sums when all threads have added theirs.
+    void finish(int threads) const {
+        if (!needed() || !summed_) return;
+        for (int rank = 1; rank < threads; ++rank) {
+            for (int64_t at = 0; at < numbers_; ++at) sums_[at] += sums_[rank * numbers_ + at];
+        }
+        write_row(call_.grad_logits, call_.dtype, 0, numbers_, sums_);
+    }
+};
+
+}  // namespace CAPSOPS_ISA
+}  // namespace capsops
