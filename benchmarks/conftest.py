@@ -9,7 +9,7 @@ import torch
 from benchmarks import machine
 from benchmarks.report import describe, table
 from benchmarks.rows import RESULTS, Row, save
-from benchmarks.timing import Race
+from benchmarks.timing import Race, clock
 
 _rows = pytest.StashKey[list[Row]]()
 
@@ -41,9 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def race(benchmark: object) -> Iterator[Callable[..., Race]]:
     """Runs a race whose candidate "ours" is what pytest-benchmark times; the others run in between."""
 
-    def start(candidates: Mapping[str, Callable[[], object]], hopeless: float = 4) -> Race:
+    def start(
+        candidates: Mapping[str, Callable[[], object]],
+        hopeless: float = 4,
+        clock: Callable[[Callable[[], object], int], float] = clock,
+    ) -> Race:
         """Others that take `hopeless` times as long as the fastest of them are timed in the warm-up only."""
-        race = Race(candidates)
+        race = Race(candidates, clock)
         race.warm_up(hopeless)
         others = [name for name in race.candidates if name != "ours"]
         benchmark.extra_info["calls per round"] = race.calls["ours"]
