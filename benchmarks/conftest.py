@@ -17,7 +17,12 @@ _rows = pytest.StashKey[list[Row]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("capsops benchmarks")
     group.addoption(
-        "--save-results", action="store_true", help="write the rows to benchmarks/results/<device>.json"
+        "--save-results",
+        action="store_true",
+        help="write the rows to benchmarks/results/<name>-<device>.json",
+    )
+    group.addoption(
+        "--results-name", default="cpu", help="of the file that --save-results writes (default: cpu)"
     )
     group.addoption(
         "--threads", type=int, default=min(2, os.cpu_count() or 1), help="threads of torch (default: 2)"
@@ -82,6 +87,6 @@ def pytest_terminal_summary(
     if config.getoption("--save-results") and exitstatus != pytest.ExitCode.OK:
         write("not saved: a benchmark failed")
     elif config.getoption("--save-results"):
-        path = RESULTS / f"cpu-{machine.slug(machine.cpu_model())}.json"
+        path = RESULTS / f"{config.getoption('--results-name')}-{machine.slug(machine.cpu_model())}.json"
         save(path, header, rows)
         write(f"saved {path.relative_to(machine.ROOT)}")
