@@ -19,11 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--save-results",
         action="store_true",
-        help="write the rows to benchmarks/results/<name>-<device>.json",
+        help="write the rows to benchmarks/results/NAME-DEVICE.json",
     )
-    group.addoption(
-        "--results-name", default="cpu", help="of the file that --save-results writes (default: cpu)"
-    )
+    group.addoption("--results-name", default="cpu", help="NAME of --save-results (default: cpu)")
     group.addoption(
         "--threads", type=int, default=min(2, os.cpu_count() or 1), help="threads of torch (default: 2)"
     )

@@ -23,7 +23,8 @@ from tests.peers.peer import Peer
 from tests.peers.table import PEERS
 
 RATIOS = (17, 12)  # to be reached: forward, forward and backward
-FEW_CAPSULES = 2  # the same for routing among four capsules, both passes
+FEW_CAPSULES = 2  # the same for routing among four capsules
+AMONG_FOUR = (segcaps.ROUTING_ONLY, minglin_chen.ONE_PLACE)
 WITHOUT_TARGET = (  # no routing, or a convolution that takes the same time in both
     infocapsgan.REAL_OR_FAKE,
     infocapsgan.GEN_CAPSULES,
@@ -46,7 +47,7 @@ def peak_memory(call: Callable[[], object]) -> int:
 def target(peer: Peer, passes: str) -> float | None:
     if peer in WITHOUT_TARGET:
         return None
-    return FEW_CAPSULES if peer is segcaps.ROUTING_ONLY else RATIOS[BOTH.index(passes)]
+    return FEW_CAPSULES if peer in AMONG_FOUR else RATIOS[BOTH.index(passes)]
 
 
 @pytest.mark.parametrize("passes", BOTH)
