@@ -4,9 +4,8 @@ import pytest
 from torch import Tensor
 from torch.func import functional_call
 
-import capsops
 from tests.capsops.cases import value_and_gradients
-from tests.capsops.compare import assert_all_close, assert_all_low_precision, largest
+from tests.capsops.compare import assert_all_close, largest
 from tests.peers.adambielski import CAPS_LAYER
 from tests.peers.peer import Peer
 from tests.peers.table import PEERS
@@ -30,18 +29,9 @@ def test_the_same_in_float64(peer: Peer) -> None:
 
 @every_peer
 def test_the_same_in_float32(peer: Peer) -> None:
+    """Longer predictions make larger logits, and rounding then changes more than 1e-6, on either side."""
     inputs = tuple(x.float() for x in peer.short_inputs(peer.small))
     assert_all_close(by_capsops(peer, inputs), by_repository(peer, inputs), 1e-6)
-
-
-@every_peer
-def test_as_exact_as_plain_torch_in_float32(peer: Peer) -> None:
-    """Long predictions make large logits, and their rounding more than 1e-6 of the result, on either side."""
-    inputs = tuple(x.float() for x in peer.inputs(peer.small))
-    exact = by_repository(peer, tuple(x.double() for x in inputs))
-    with capsops.use_impl("reference"):
-        reference = by_capsops(peer, inputs)
-    assert_all_low_precision(by_capsops(peer, inputs), [by_repository(peer, inputs), reference], exact)
 
 
 @every_peer
