@@ -73,7 +73,7 @@ CAPSOPS_INLINE void store_halves(uint16_t* p, Words x) {
 }
 
 template <bool IsFloat16>
-inline void widen(const uint16_t* src, int64_t n, float* dst) {
+CAPSOPS_NOINLINE inline void widen(const uint16_t* src, int64_t n, float* dst) {
     const auto convert = [](const uint16_t* from, float* to) {
 #if defined(__AVX512F__)
         // With a mask of ones: GCC 12 warns of the other form.
@@ -97,7 +97,7 @@ inline void widen(const uint16_t* src, int64_t n, float* dst) {
 }
 
 template <bool IsFloat16>
-inline void narrow(const float* src, int64_t n, uint16_t* dst) {
+CAPSOPS_NOINLINE inline void narrow(const float* src, int64_t n, uint16_t* dst) {
     const auto convert = [](const float* from, uint16_t* to) {
 #if defined(__AVX512F__)
         if constexpr (IsFloat16) {
