@@ -16,8 +16,8 @@ namespace CAPSOPS_ISA {
 namespace {
 
 // Input capsules that are computed together: their numbers of one sample are neighbours in memory, so longer
-// runs of it are read and written.
-constexpr int64_t capsules_at_a_time = 4;
+// runs of it are read and written. Their W fits in the second-level cache.
+constexpr int64_t capsules_at_a_time = 8;
 // Up to so many samples W_i is used as it is in memory.
 constexpr int64_t few_samples = 2;
 
@@ -138,12 +138,13 @@ void predict(const PredictionsCall& call, int64_t b, int64_t i, const T* transpo
 template <typename T>
 void predict_transposed(const PredictionsCall& call, const Team& team, const ForwardScratch<T>& scratch) {
     constexpr int64_t samples = 8;  // one item of work: so many samples of a few input capsules
-    const int64_t chunks = divide_up(call.B, samples), blocks = divide_up(call.I, capsules_at_a_time);
+    const int64_t together = larger(1, smaller(capsules_at_a_time, call.I / team.size));
+    const int64_t chunks = divide_up(call.B, samples), blocks = divide_up(call.I, together);
     const int64_t size = call.K * scratch.padded;
     int64_t current = -1;  // the block whose W is in scratch
     for (int64_t item = team.begin(blocks * chunks); item < team.end(blocks * chunks); ++item) {
-        const int64_t block = item / chunks, first = block * capsules_at_a_time;
-        const int64_t count = smaller(capsules_at_a_time, call.I - first);
+        const int64_t block = item / chunks, first = block * together;
+        const int64_t count = smaller(together, call.I - first);
         for (int64_t n = 0; n < count && block != current; ++n)
             transpose_weight(call, first + n, scratch, scratch.transposed + n * size);
         current = block;
