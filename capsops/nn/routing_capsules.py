@@ -1,30 +1,14 @@
-"""Capsule layers as ordinary torch modules."""
+"""RoutingCapsules: a fully connected layer of capsules with routing by agreement."""
 
-import math
 import re
 
 import torch
 from torch import Tensor, nn
 
 from capsops import functional
+from capsops.nn._initial import initialise
+from capsops.nn._sizes import check_size
 from capsops.ops._shared_checks import check_dense
-
-
-def _size(name: str, value: int, least: int = 1) -> int:
-    """A size of a layer: an int of `least` or more."""
-    size = functional.as_int(name, value)
-    if size < least:
-        raise ValueError(f"{name}: got {size}, takes {least} or more")
-    return size
-
-
-def _sizes(name: str, value: int | tuple[int, int], least: int = 1) -> int | tuple[int, int]:
-    """A size, or one for the height and one for the width."""
-    if isinstance(value, (tuple, list)):
-        if len(value) != 2:
-            raise ValueError(f"{name}: got {value!r}, takes an int, or two: height and width")
-        return _size(name, value[0], least), _size(name, value[1], least)
-    return _size(name, value, least)
 
 
 def _split(weight: Tensor, layout: str, out_capsules: int | None) -> tuple[Tensor, str]:
@@ -39,7 +23,7 @@ def _split(weight: Tensor, layout: str, out_capsules: int | None) -> tuple[Tenso
         return weight, layout
     if out_capsules is None:
         raise ValueError(f"out_capsules: got None, takes J: in layout {layout!r} it shares an axis with D")
-    axis, J = shared[0], _size("out_capsules", out_capsules)
+    axis, J = shared[0], check_size("out_capsules", out_capsules)
     size = weight.shape[axis]
     if size % J:
         raise ValueError(
@@ -47,74 +31,6 @@ def _split(weight: Tensor, layout: str, out_capsules: int | None) -> tuple[Tenso
         )
     sizes = (J, size // J) if axes[axis] == "(JD)" else (size // J, J)
     return weight.unflatten(axis, sizes), layout.replace("(", "").replace(")", "")
-
-
-class Squash(nn.Module):
-    """capsops.squash as a module.
-
-    Args:
-        dim: the dimension along which a vector lies.
-
-    Raises:
-        TypeError: `dim` is not an int.
-    """
-
-    def __init__(self, dim: int = -1) -> None:
-        super().__init__()
-        self.dim = functional.as_int("dim", dim)
-
-    def forward(self, s: Tensor) -> Tensor:
-        return functional.squash(s, self.dim)
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}"
-
-
-class PrimaryCapsules(nn.Module):
-    """A convolution whose channels are grouped into capsules: images [B, C, H, W] → u [B, I, K], squashed.
-
-    A capsule is `dim` channels at one place, not `dim` places of one channel. I = capsules × H′ × W′, ordered
-    type by type and, within a type, row by row (Sabour, Frosst, Hinton 2017, section 4).
-
-    Args:
-        in_channels: C, channels of the input.
-        capsules: number of capsule types.
-        dim: K, the dimension of a capsule.
-        kernel_size: of the convolution, in pixels; two ints for height and width.
-        stride: of the convolution, in pixels; two ints for height and width.
-        padding: zeros on each side of the image, in pixels, 0 or more; two ints for height and width.
-
-    Raises:
-        TypeError: a size is not an int.
-        ValueError: a size is below 1, or `padding` below 0.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        capsules: int,
-        dim: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 2,
-        padding: int | tuple[int, int] = 0,
-    ) -> None:
-        super().__init__()
-        self.capsules, self.dim = _size("capsules", capsules), _size("dim", dim)
-        self.conv = nn.Conv2d(
-            _size("in_channels", in_channels),
-            self.capsules * self.dim,
-            _sizes("kernel_size", kernel_size),
-            _sizes("stride", stride),
-            _sizes("padding", padding, least=0),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        channels = self.conv.in_channels
-        if isinstance(x, Tensor) and (x.dim() != 4 or x.shape[1] != channels):  # no proxy of torch.fx
-            raise ValueError(f"x: got shape {list(x.shape)}, takes [B, C, H, W] with C = {channels}")
-        x = self.conv(x)
-        x = x.unflatten(1, (self.capsules, self.dim)).flatten(3).transpose(2, 3)
-        return functional.squash(x.flatten(1, 2))
 
 
 class RoutingCapsules(nn.Module):
@@ -158,10 +74,10 @@ class RoutingCapsules(nn.Module):
             functional.check_flag(name, flag)
         self.iterations, self.leaky, self.detach = functional.as_iterations(iterations), leaky, detach
         self.in_capsules, out_capsules = (
-            _size("in_capsules", in_capsules),
-            _size("out_capsules", out_capsules),
+            check_size("in_capsules", in_capsules),
+            check_size("out_capsules", out_capsules),
         )
-        sizes = out_capsules, _size("out_dim", out_dim), _size("in_dim", in_dim)
+        sizes = out_capsules, check_size("out_dim", out_dim), check_size("in_dim", in_dim)
         self.weight = nn.Parameter(torch.empty(sizes if shared else (self.in_capsules, *sizes)))
         if bias:
             self.bias = nn.Parameter(torch.empty(sizes[:2]))
@@ -176,12 +92,7 @@ class RoutingCapsules(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws the weights anew; the bias becomes 0."""
-        out_capsules, out_dim, in_dim = self.weight.shape[-3:]
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-        coupling = 1.0 if self.iterations == 0 else 1 / (out_capsules + self.leaky)
-        length = in_dim / (in_dim + 1)  # of a squashed normal vector, about
-        nn.init.normal_(self.weight, std=0.3 / (coupling * length * math.sqrt(self.in_capsules * out_dim)))
+        initialise(self.weight, self.bias, self.in_capsules, self.iterations, self.leaky)
 
     @classmethod
     def from_weight(
