@@ -141,6 +141,63 @@ def test_sums_of_the_first_pass_have_a_length_near_0_3(
     assert 0.25 < s.square().mean().sqrt() < 0.36
 
 
+@pytest.mark.parametrize("sizes", [(1152, 10, 8, 16), (32, 5, 16, 8)])
+def test_sums_of_a_shared_layer_have_a_length_near_0_3(sizes: tuple[int, ...]) -> None:
+    layer = RoutingCapsules(*sizes, iterations=1, shared=True)
+    v = layer(capsops.squash(torch.randn(200, sizes[0], sizes[2]))).norm(dim=-1)
+    assert 0.25 < (v / (1 - v)).mean().sqrt() < 0.36
+
+
+@pytest.mark.parametrize("in_capsules", [7, 1, 40])
+def test_a_shared_layer_takes_any_number_of_input_capsules(in_capsules: int) -> None:
+    """And equals a layer whose matrices are all the same."""
+    layer = RoutingCapsules(7, 3, 4, 5, shared=True, leaky=True).double()
+    nn.init.normal_(layer.bias)
+    assert layer.shared
+    assert layer.weight.shape == (3, 5, 4)
+    same = layer.weight.expand(in_capsules, -1, -1, -1)
+    full = RoutingCapsules.from_weight(same, "IJDK", bias=layer.bias, leaky=True)
+    assert not full.shared
+    u = torch.randn(2, in_capsules, 4, dtype=torch.float64)
+    assert_close(layer(u), full(u))
+    assert_close(layer.couplings(u), full.couplings(u))
+    for x in (layer, full):
+        x(u).square().sum().backward()
+    assert_close(layer.weight.grad, full.weight.grad.sum(0), tolerance=1e-10)
+    assert_close(layer.bias.grad, full.bias.grad, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_starting_logits_and_a_mask_are_passed_to_the_op(shared: bool) -> None:
+    layer = RoutingCapsules(7, 3, 4, 5, shared=shared)
+    u, start = torch.randn(2, 7, 4), torch.randn(7, 3, requires_grad=True)
+    start.data[2, 1] = -torch.inf
+    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    options = {"logits": start, "mask": mask}
+    want = capsops.capsule_routing(u, layer.weight, layer.bias, **options)
+    assert torch.equal(layer(u, **options), want)
+    assert not torch.allclose(layer(u, mask=mask), want)
+    assert not torch.allclose(layer(u, logits=start), want)
+    c = layer.couplings(u, **options)
+    assert torch.equal(c, capsops.couplings(u, layer.weight, layer.bias, **options))
+    assert (c[:, 2, 1] == 0).all()
+    assert (c[1, 4:] == 0).all()
+    assert_close(want[1:], layer(u.masked_fill(~mask[..., None], torch.nan), **options)[1:])
+    want.sum().backward()
+    assert start.grad[2, 1] == 0
+    assert (start.grad[0] != 0).all()
+
+
+def test_state_dict_of_a_shared_layer() -> None:
+    layer, other = RoutingCapsules(7, 3, 4, 5, shared=True), RoutingCapsules(9, 3, 4, 5, shared=True)
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    other.load_state_dict(layer.state_dict())
+    u = torch.randn(2, 7, 4)
+    assert torch.equal(layer(u), other(u))
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        RoutingCapsules(7, 3, 4, 5).load_state_dict(layer.state_dict())
+
+
 def test_reset_parameters_samples_new_weights() -> None:
     layer = RoutingCapsules(7, 3, 4, 5)
     before = layer.weight.detach().clone()
@@ -297,6 +354,10 @@ def test_repr_shows_the_arguments() -> None:
     assert repr(RoutingCapsules(7, 3, 4, 5, iterations=2, bias=False, leaky=True)) == (
         "RoutingCapsules(7, 3, in_dim=4, out_dim=5, iterations=2, bias=False, leaky=True, detach=False)"
     )
+    assert repr(RoutingCapsules(7, 3, 4, 5, shared=True)) == (
+        "RoutingCapsules(7, 3, in_dim=4, out_dim=5, iterations=3, bias=True, leaky=False, detach=False,"
+        " shared=True)"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -350,6 +411,11 @@ def test_options_are_checked_when_a_layer_is_made(
         RoutingCapsules(7, 3, 4, 5, **options)
     with pytest.raises(error, match=f"^{message}"):
         RoutingCapsules.from_weight(torch.zeros(7, 3, 5, 4), "IJDK", **options)
+
+
+def test_shared_is_a_bool() -> None:
+    with pytest.raises(TypeError, match="^shared: got int, takes a bool$"):
+        RoutingCapsules(7, 3, 4, 5, shared=1)
 
 
 def test_from_weight_rejects_what_is_not_a_tensor() -> None:
