@@ -2,7 +2,7 @@
 // that kernels compute in.
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -82,6 +82,11 @@ CAPSOPS_NOINLINE inline void widen(const uint16_t* src, int64_t n, float* dst) {
                                      0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
             return;
         }
+#elif defined(__F16C__)
+        if constexpr (IsFloat16) {
+            _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+            return;
+        }
 #endif
         const Words x = load_halves(from);
         store<float>(to, IsFloat16 ? from_float16(x) : from_bfloat16(x));
@@ -104,6 +109,12 @@ CAPSOPS_NOINLINE inline void narrow(const float* src, int64_t n, uint16_t* dst) 
             _mm256_storeu_si256(
                 reinterpret_cast<__m256i*>(to),
                 _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+            return;
+        }
+#elif defined(__F16C__)
+        if constexpr (IsFloat16) {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                             _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
             return;
         }
 #endif
