@@ -36,6 +36,7 @@ struct PredictionsCall {
     void* grad_weight;  // backward only; null where it is not needed
     int64_t B, I, J, D, K;
     Dtype dtype;
+    Dtype u_hat_dtype;  // of u_hat and grad: that of the other tensors, or that of sums
 };
 
 enum class RoutingOp : int { forward = 0, backward = 1, couplings = 2 };
@@ -69,6 +70,7 @@ struct RoutingCall {
     bool shared, leaky, detach;
     bool squash_output;  // whether v is squash(s) of the last pass, else s itself
     Dtype dtype;
+    Dtype u_hat_dtype;  // of precomputed predictions and their gradient: dtype, or that of sums
 };
 
 }  // namespace capsops

@@ -30,7 +30,8 @@ inline SquashCall squash_call(const Memory& s, const Memory& grad, const Memory&
 inline PredictionsCall predictions_call(const Memory& u, const Memory& weight, int64_t B, int64_t I,
                                         int64_t J, int64_t D, int64_t K, Dtype dtype) {
     PredictionsCall call{};
-    call.B = B, call.I = I, call.J = J, call.D = D, call.K = K, call.dtype = dtype;
+    call.B = B, call.I = I, call.J = J, call.D = D, call.K = K;
+    call.dtype = call.u_hat_dtype = dtype;
     call.u = pointer("u", u, {B, I, K}, dtype_size(dtype));
     call.weight = pointer("weight", weight, {I, J, D, K}, dtype_size(dtype));
     return call;
@@ -55,7 +56,8 @@ inline RoutingCall routing_call(int64_t B, int64_t I, int64_t J, int64_t D, int6
     require(iterations >= 0 && iterations <= max_iterations, "iterations", iterations, "0 to 1000");
     RoutingCall call{};
     call.B = B, call.I = I, call.J = J, call.D = D, call.K = K, call.iterations = iterations;
-    call.leaky = leaky, call.detach = detach, call.squash_output = squash_output, call.dtype = dtype;
+    call.leaky = leaky, call.detach = detach, call.squash_output = squash_output;
+    call.dtype = call.u_hat_dtype = dtype;
     return call;
 }
 

@@ -110,7 +110,7 @@ void predict(const PredictionsCall& call, int64_t b, int64_t i, const T* transpo
              const ForwardScratch<T>& scratch) {
     constexpr int registers = 5;  // computed together, so that the latencies of their sums overlap
     const int64_t R = call.J * call.D, K = call.K, padded = scratch.padded;
-    const bool direct = is_native<T>(call.dtype) && padded == R;
+    const bool direct = is_native<T>(call.u_hat_dtype) && padded == R;
     T* out[Samples];
     for (int m = 0; m < Samples; ++m) {
         const int64_t capsule = (b + m) * call.I + i;
@@ -131,7 +131,7 @@ void predict(const PredictionsCall& call, int64_t b, int64_t i, const T* transpo
         advance(vec_width<T>);
     }
     for (int m = 0; m < Samples && !direct; ++m)
-        write_row(call.u_hat, call.dtype, ((b + m) * call.I + i) * R, R, scratch.rows + m * padded);
+        write_row(call.u_hat, call.u_hat_dtype, ((b + m) * call.I + i) * R, R, scratch.rows + m * padded);
 }
 
 // This thread's share of û, by way of the transposed W_i.
@@ -164,7 +164,7 @@ template <typename T, int n>
 void predict_in_place(const PredictionsCall& call, const Team& team, const ForwardScratch<T>& scratch) {
     constexpr int N = vec_width<T>;
     const int64_t R = call.J * call.D, padded = scratch.padded;
-    const bool direct = is_native<T>(call.dtype) && padded == R;
+    const bool direct = is_native<T>(call.u_hat_dtype) && padded == R;
     for (int64_t i = team.begin(call.I); i < team.end(call.I); ++i) {
         const T* weight = weight_rows(call, i, padded, scratch.weight);
         for (int64_t b = 0; b < call.B; ++b) {
@@ -179,7 +179,7 @@ void predict_in_place(const PredictionsCall& call, const Team& team, const Forwa
                 for (int q = 0; q < n; ++q) products[q] = u * load<T>(weight + r * n + q * N);
                 store<T>(out + r, sum_rows<N, n>(products));
             }
-            if (!direct) write_row(call.u_hat, call.dtype, capsule * R, R, scratch.rows);
+            if (!direct) write_row(call.u_hat, call.u_hat_dtype, capsule * R, R, scratch.rows);
         }
     }
 }
@@ -364,11 +364,11 @@ class GradientBlock {
         Tile<T> tile{};
         for (int64_t m = 0; m < samples; ++m) {
             const int64_t capsule = (b + m) * call_.I + first_ + n;
-            if (native_ && scratch_.padded == R_) {
+            if (is_native<T>(call_.u_hat_dtype) && scratch_.padded == R_) {
                 tile.grad[m] = static_cast<const T*>(call_.grad) + capsule * R_;
             } else {
                 T* copy = scratch_.rows + m * scratch_.padded;
-                read_row(call_.grad, call_.dtype, capsule * R_, R_, copy);
+                read_row(call_.grad, call_.u_hat_dtype, capsule * R_, R_, copy);
                 for (int64_t r = R_; r < scratch_.padded; ++r) copy[r] = 0;
                 tile.grad[m] = copy;
             }

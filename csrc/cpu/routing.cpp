@@ -1,10 +1,11 @@
 // Routing by agreement and its full gradient, without storing û. The formulas are in capsops/reference.py.
 //
-// An engine (routing_batch_simd.h, routing_capsule_simd.h or routing_shared_simd.h) computes the passes over
+// An engine (one of the files routing_*_simd.h) computes the passes over
 // û. This file computes the steps between them, on tensors of B·J·D numbers. All threads wait for one another
 // between passes.
 #include "routing_batch_simd.h"
 #include "routing_capsule_simd.h"
+#include "routing_predictions_simd.h"
 #include "routing_shared_simd.h"
 #include "squash.h"
 
@@ -312,8 +313,9 @@ RoutingCall call_of_sample(const RoutingCall& call, int64_t b) {
     };
     RoutingCall sample = call;
     sample.B = 1;
-    sample.u = at(call.u, inputs);
-    sample.grad_u = at(call.grad_u, inputs);
+    const Dtype dtype = call.weight || call.shared ? call.dtype : call.u_hat_dtype;
+    sample.u = element(call.u, dtype, b * inputs);
+    sample.grad_u = call.grad_u ? element(call.grad_u, dtype, b * inputs) : nullptr;
     sample.v = at(call.v, R);
     sample.grad = at(call.grad, R);
     sample.couplings = at(call.couplings, call.I * call.J);
@@ -366,9 +368,9 @@ bool route_by_sample(RoutingOp op, const RoutingCall& call, int threads) {
 
 template <typename T, int N>
 bool route_capsule_simd(RoutingOp op, const RoutingCall& call, int threads) {
-    if (call.weight) return route_shared<T, CapsuleSimdEngine<T, N, false>>(op, call, threads);
-    if (call.B >= threads) return route_by_sample<T, CapsuleSimdEngine<T, N, true>>(op, call, threads);
-    return route_shared<T, CapsuleSimdEngine<T, N, true>>(op, call, threads);
+    if (call.weight) return route_shared<T, CapsuleSimdEngine<T, N>>(op, call, threads);
+    if (call.B >= threads) return route_by_sample<T, PredictionsSimdEngine<T, N>>(op, call, threads);
+    return route_shared<T, PredictionsSimdEngine<T, N>>(op, call, threads);
 }
 
 // The engine of u and weight, or of predictions, for samples whose lanes would be mostly empty.
@@ -389,17 +391,18 @@ bool route_few(RoutingOp op, const RoutingCall& call, int threads) {
 template <typename T>
 bool stores_predictions(const RoutingCall& call, int threads) {
     const int64_t bytes = call.B * call.I * call.J * call.D * int64_t(sizeof(T));
-    return call.weight && !call.shared && call.B < call.K && is_native<T>(call.dtype) &&
-           bytes <= threads * (int64_t(2) << 20);
+    return call.weight && !call.shared && call.B < call.K && bytes <= threads * (int64_t(2) << 20);
 }
 
 template <typename T>
 bool route_stored(RoutingOp op, const RoutingCall& call, int threads) {
     const bool backward = op == RoutingOp::backward;
     const int64_t inputs = call.B * call.I * call.K, numbers = call.B * call.I * call.J * call.D;
-    T *u = nullptr, *u_hat = nullptr, *grad_u_hat = nullptr;
+    const int64_t element_size = dtype_size(call.dtype);
+    char* u = nullptr;
+    T *u_hat = nullptr, *grad_u_hat = nullptr;
     auto plan = [&](Arena& arena) {
-        u = arena.take<T>(call.mask ? inputs : 0);
+        u = arena.take<char>(call.mask ? inputs * element_size : 0);
         u_hat = arena.take<T>(numbers);
         grad_u_hat = arena.take<T>(backward ? numbers : 0);
     };
@@ -410,23 +413,31 @@ bool route_stored(RoutingOp op, const RoutingCall& call, int threads) {
     Arena arena(buffer.base);
     plan(arena);
     for (int64_t n = 0; call.mask && n < call.B * call.I; ++n) {  // what is not there must not reach ∂W
-        const T* from = static_cast<const T*>(call.u) + n * call.K;
-        for (int64_t k = 0; k < call.K; ++k) u[n * call.K + k] = call.mask[n] ? from[k] : T(0);
+        char* row = u + n * call.K * element_size;
+        if (call.mask[n]) {
+            std::memcpy(row, element(call.u, call.dtype, n * call.K), call.K * element_size);
+        } else {
+            std::memset(row, 0, call.K * element_size);
+        }
     }
     PredictionsCall layer{};
     layer.B = call.B, layer.I = call.I, layer.J = call.J, layer.D = call.D, layer.K = call.K;
-    layer.dtype = call.dtype;
+    layer.dtype = call.dtype, layer.u_hat_dtype = sizeof(T) == 8 ? Dtype::float64 : Dtype::float32;
     layer.u = call.mask ? u : call.u, layer.weight = call.weight, layer.u_hat = u_hat;
     if (!predictions(layer, threads)) return false;
     RoutingCall routed = call;
-    routed.u = u_hat, routed.weight = nullptr, routed.K = 1;
+    routed.u = u_hat, routed.u_hat_dtype = layer.u_hat_dtype, routed.weight = nullptr, routed.K = 1;
     routed.grad_u = backward ? grad_u_hat : nullptr, routed.grad_weight = nullptr;
     if (!route_few<T>(op, routed, threads)) return false;
     if (!call.grad_u && !call.grad_weight) return true;
-    layer.grad = grad_u_hat, layer.grad_u = call.grad_u, layer.grad_weight = call.grad_weight;
-    if (!predictions_backward(layer, threads)) return false;
+    layer.grad = grad_u_hat, layer.grad_u = call.grad_u;
+    if (call.grad_u && !predictions_backward(layer, threads)) return false;
+    // ∂W by itself: to read W and write ∂W at the same time takes longer (benchmarks/results/NOTES.md).
+    layer.grad_u = nullptr, layer.grad_weight = call.grad_weight;
+    if (call.grad_weight && !predictions_backward(layer, threads)) return false;
     for (int64_t n = 0; call.mask && call.grad_u && n < call.B * call.I; ++n) {  // 0 even where W is infinite
-        if (!call.mask[n]) std::memset(static_cast<T*>(call.grad_u) + n * call.K, 0, call.K * sizeof(T));
+        if (!call.mask[n])
+            std::memset(element(call.grad_u, call.dtype, n * call.K), 0, call.K * element_size);
     }
     return true;
 }

@@ -1,10 +1,9 @@
-// Passes with the numbers of one pair of capsules (i, j) in the lanes of SIMD registers: for small batches of
-// u and weight, and for precomputed predictions.
+// Passes over u and weight with the numbers of one pair of capsules (i, j) in the lanes of SIMD registers:
+// for small batches whose predictions do not fit the cache.
 //
 // W_i is read as it is in memory, [J, D, K], and multiplied by u_i repeated for every (j, d). The products
 // are called parts; their sums over k are û. Dot products with V (repeated for every k) and sums over i are
-// made from the parts, so that every register is full and the sums over k wait until the end of a pass. For
-// precomputed predictions a part is û itself: K = 1 and no multiplication.
+// made from the parts, so that every register is full and the sums over k wait until the end of a pass.
 //
 // Where K divides the lanes of a register ("aligned"), u_i is one register for all (j, d) and the parts are
 // never made: W_i itself is multiplied by V and summed over d, then multiplied by u_i, and c_j u_i is one
@@ -22,8 +21,8 @@
 namespace capsops {
 namespace CAPSOPS_ISA {
 
-// N: lanes of a register. Precomputed: whether u is û.
-template <typename T, int N, bool Precomputed>
+// N: lanes of a register.
+template <typename T, int N>
 class CapsuleSimdEngine {
     const RoutingCall& call_;
     const int64_t B_, I_, J_, D_, K_;
@@ -41,7 +40,7 @@ class CapsuleSimdEngine {
 
     struct Scratch {
         T* u;            // of one sample, repeated [block, padded]
-        T* weight;       // W or û of a block, if it has to be converted or padded [block, row]
+        T* weight;       // W of a block, if it has to be converted or padded [block, row]
         T* parts;        // [row]
         T* dots;         // for a block or for all slots [block · states, logits]
         T* sum;          // [B, row]
@@ -50,13 +49,12 @@ class CapsuleSimdEngine {
         T* start;        // starting logits of one i, or their gradient [logits]
 
         static Scratch plan(Arena& arena, const CapsuleSimdEngine& engine) {
-            const int64_t samples = Precomputed ? 1 : engine.B_;
             Scratch scratch{};
             scratch.u = arena.take<T>(block * engine.padded_);
             scratch.weight = arena.take<T>(block * engine.row_);
             scratch.parts = arena.take<T>(engine.row_);
             scratch.dots = arena.take<T>(larger(engine.slots_, 2 * block) * engine.logits_);
-            scratch.sum = arena.take<T>(samples * engine.row_);
+            scratch.sum = arena.take<T>(engine.B_ * engine.row_);
             scratch.grad_weight = arena.take<T>(engine.row_);
             scratch.grad_u = arena.take<T>(engine.padded_);
             scratch.start = arena.take<T>(engine.call_.logits.data ? engine.logits_ : 0);
@@ -73,8 +71,6 @@ class CapsuleSimdEngine {
     // The sum over i is split into so many parts, so that every thread has work.
     int64_t splits = 1;
     const LogitsGradient<T>* grad_logits = nullptr;  // null where it is not needed
-    int64_t first_sample = 0;                        // of the call, where this engine has one sample of it
-    int first_rank = 0;                              // likewise of its thread
 
     CapsuleSimdEngine(const RoutingCall& call, int64_t slots, int threads)
         : call_(call),
@@ -82,13 +78,13 @@ class CapsuleSimdEngine {
           I_(call.I),
           J_(call.J),
           D_(call.D),
-          K_(Precomputed ? 1 : call.K),
+          K_(call.K),
           numbers_(D_ * K_),
           padded_(round_up(numbers_, N)),
           row_(J_ * padded_),
           logits_(round_up(J_, N)),
           slots_(slots),
-          aligned_(!Precomputed && N % K_ == 0 && padded_ == numbers_),
+          aligned_(N % K_ == 0 && padded_ == numbers_),
           states_(nullptr) {
         splits = smaller(threads, I_);
     }
@@ -129,7 +125,7 @@ class CapsuleSimdEngine {
                                Vec<T, N> total = Vec<T, N>{};
                                for (int64_t n = 0; n < count; ++n) {
                                    Vec<T, N> x = load<T, N>(w + n * row_ + p);
-                                   if constexpr (!Precomputed) x *= load<T, N>(s.u + n * padded_ + p - at);
+                                   x *= load<T, N>(s.u + n * padded_ + p - at);
                                    total += x;
                                }
                                store<T, N>(sum + p, load<T, N>(sum + p) + total);
@@ -172,16 +168,8 @@ class CapsuleSimdEngine {
                 softmax_vjp(s.dots + t * logits_, s.dots + (terms + t) * logits_, J_);
             if (grad_logits) gradient_of_logits(team, s, b, i, terms);
             gradient_of_u_hat(s, b, terms, uniform, agreement);
-            if (!is_present(call_, b, i)) {
-                if (call_.grad_u) clear_gradient(i, b);
-                if constexpr (Precomputed) return;
-            }
-            if constexpr (Precomputed) {
-                write_rows(call_.grad_u, (b * I_ + i) * J_ * D_, s.parts, s.sum);
-            } else {
-                if (call_.grad_u && is_present(call_, b, i)) gradient_of_u(s, i, b, w);
-                if (call_.grad_weight) gradient_of_weight(s, i, first, last);
-            }
+            if (call_.grad_u) gradient_of_u(s, i, b, w);
+            if (call_.grad_weight) gradient_of_weight(s, i, first, last);
         });
     }
 
@@ -211,18 +199,6 @@ class CapsuleSimdEngine {
         return scratch;
     }
 
-    // û of `count` input capsules of one sample, those that are not there 0, padded to whole registers.
-    const T* read_predictions(int64_t b, int64_t i, int64_t count, T* scratch) const {
-        const T* rows = read_rows(call_.u, (b * I_ + i) * J_ * D_, count * J_, scratch);
-        for (int64_t n = 0; call_.mask && n < count; ++n) {
-            if (is_present(call_, b, i + n)) continue;
-            if (rows != scratch) std::memcpy(scratch, rows, count * row_ * sizeof(T));
-            rows = scratch;
-            std::memset(scratch + n * row_, 0, row_ * sizeof(T));
-        }
-        return rows;
-    }
-
     void write_rows(void* tensor, int64_t at, const T* row, T* scratch) const {
         for (int64_t j = 0; j < J_; ++j)
             std::memmove(scratch + j * numbers_, row + j * padded_, numbers_ * sizeof(T));
@@ -238,57 +214,40 @@ class CapsuleSimdEngine {
         for (int64_t p = numbers_; p < padded_; ++p) repeated[p] = 0;
     }
 
-    // Calls work(i, sample, W_i or û_i, is the first sample of this i, is the last) for this thread's share.
-    // u_i is in scratch.u.
+    // Calls work(i, sample, W_i, is the first sample of this i, is the last) for this thread's share. u_i is
+    // in scratch.u.
     template <typename Work>
     void for_items(const Team& team, const Scratch& s, const Work& work) const {
-        if constexpr (Precomputed) {
-            for (int64_t item = team.begin(B_ * I_); item < team.end(B_ * I_); ++item) {
-                const T* row = read_predictions(item / I_, item % I_, 1, s.weight);
-                work(item % I_, item / I_, row, true, true);
-            }
-        } else {
-            for (int64_t i = team.begin(I_); i < team.end(I_); ++i) {
-                const T* w = read_rows(call_.weight, i * J_ * numbers_, J_, s.weight);
-                for (int64_t b = 0; b < B_; ++b) {
-                    read_u(i, b, s.u);
-                    work(i, b, w, b == 0, b == B_ - 1);
-                }
+        for (int64_t i = team.begin(I_); i < team.end(I_); ++i) {
+            const T* w = read_rows(call_.weight, i * J_ * numbers_, J_, s.weight);
+            for (int64_t b = 0; b < B_; ++b) {
+                read_u(i, b, s.u);
+                work(i, b, w, b == 0, b == B_ - 1);
             }
         }
     }
 
-    // Calls work(scratch, sample, W or û of a block, its first input capsule, their number, sum [row]) for
-    // this thread's share of the splits or, with precomputed predictions, of all pairs (sample, split). u of
-    // the block is in scratch.u. Writes the sums to partial [splits, B, J, D].
+    // Calls work(scratch, sample, W of a block, its first input capsule, their number, sum [row]) for this
+    // thread's share of the splits. u of the block is in scratch.u. Writes the sums to partial [splits, B, J,
+    // D].
     template <typename Work>
     void sum_over_i(const Team& team, int64_t pass, T* partial, const Work& work) const {
         const Scratch s = scratch_of(team);
         const bool backwards = pass & 1;
-        const int64_t samples = Precomputed ? 1 : B_;  // per task
-        const int64_t tasks = splits * B_ / samples;
-        for (int64_t task = team.begin(tasks); task < team.end(tasks); ++task) {
-            const int64_t split = task % splits, first = task / splits;
+        for (int64_t split = team.begin(splits); split < team.end(splits); ++split) {
             const int64_t begin = I_ * split / splits, end = I_ * (split + 1) / splits;
             const int64_t blocks = divide_up(end - begin, block);
-            std::memset(s.sum, 0, samples * row_ * sizeof(T));
+            std::memset(s.sum, 0, B_ * row_ * sizeof(T));
             for (int64_t n = 0; n < blocks; ++n) {
                 const int64_t i0 = begin + (backwards ? blocks - 1 - n : n) * block;
                 const int64_t count = smaller(block, end - i0);
-                if constexpr (Precomputed) {
-                    const T* rows = read_predictions(first, i0, count, s.weight);
-                    work(s, first, rows, i0, count, s.sum);
-                } else {
-                    const T* w = read_rows(call_.weight, i0 * J_ * numbers_, count * J_, s.weight);
-                    for (int64_t b = 0; b < B_; ++b) {
-                        for (int64_t m = 0; m < count; ++m) read_u(i0 + m, b, s.u + m * padded_);
-                        work(s, b, w, i0, count, s.sum + b * row_);
-                    }
+                const T* w = read_rows(call_.weight, i0 * J_ * numbers_, count * J_, s.weight);
+                for (int64_t b = 0; b < B_; ++b) {
+                    for (int64_t m = 0; m < count; ++m) read_u(i0 + m, b, s.u + m * padded_);
+                    work(s, b, w, i0, count, s.sum + b * row_);
                 }
             }
-            for (int64_t n = 0; n < samples; ++n) {
-                fold(s.sum + n * row_, partial + (split * B_ + first + n) * J_ * D_);
-            }
+            for (int64_t b = 0; b < B_; ++b) fold(s.sum + b * row_, partial + (split * B_ + b) * J_ * D_);
         }
     }
 
@@ -401,14 +360,7 @@ class CapsuleSimdEngine {
             s.start[j] = 0;
             for (int64_t t = 0; t < terms; ++t) s.start[j] += s.dots[(terms + t) * logits_ + j];
         }
-        grad_logits->add(first_rank + team.rank, first_sample + b, i, s.start);
-    }
-
-    // Writes 0 to ∂u, or to ∂û, of an input capsule that is not there.
-    void clear_gradient(int64_t i, int64_t b) const {
-        const int64_t numbers = Precomputed ? J_ * D_ : K_;
-        std::memset(element(call_.grad_u, call_.dtype, (b * I_ + i) * numbers), 0,
-                    numbers * dtype_size(call_.dtype));
+        grad_logits->add(team.rank, b, i, s.start);
     }
 
     // Sums over k: [J, padded] → [J, D].
@@ -428,7 +380,6 @@ class CapsuleSimdEngine {
     // apart.
     const T* predict(const Scratch& s, int64_t b, const T* w, const T* u, int64_t slot, int64_t stride,
                      int64_t count, T* dots) const {
-        const T* parts = Precomputed ? w : s.parts;
         for (int64_t n = 0; n < count; ++n) {
             const T* v = state(slot + n * stride, b);
             for (int64_t j0 = 0; j0 < J_; j0 += N) {
@@ -449,12 +400,11 @@ class CapsuleSimdEngine {
                 store<T, N>(dots + n * logits_ + j0, sum_lanes<N>(total));
             }
         }
-        return parts;
+        return s.parts;
     }
 
     // One register of parts: computed and stored for the first state, loaded for the others.
     static CAPSOPS_INLINE Vec<T, N> part(const T* w, const T* u, T* parts, int64_t n, int64_t at, int64_t p) {
-        if constexpr (Precomputed) return load<T, N>(w + at + p);
         if (n > 0) return load<T, N>(parts + at + p);
         const Vec<T, N> x = load<T, N>(w + at + p) * load<T, N>(u + p);
         store<T, N>(parts + at + p, x);
@@ -506,6 +456,7 @@ class CapsuleSimdEngine {
         }
         for (int64_t k = 0; k < K_; ++k) {
             for (int64_t d = 1; d < D_; ++d) s.grad_u[k] += s.grad_u[d * K_ + k];
+            if (!is_present(call_, b, i)) s.grad_u[k] = 0;
         }
         write_row(call_.grad_u, call_.dtype, (b * I_ + i) * K_, K_, s.grad_u);
     }

@@ -10,8 +10,7 @@
 #pragma once
 
 #include "dtype_convert.h"
-#include "softmax.h"
-#include "starting_logits.h"
+#include "input_lanes.h"
 #include "threading.h"
 #include "transpose.h"
 
@@ -36,31 +35,27 @@ class SharedSimdEngine {
         T* u;         // with input capsules in lanes [K, width]
         T* dots;      // logits, then couplings [slots, J, width]
         T* grad_u;    // [K, width]
-        T* start;     // starting logits, or their gradient [J, width]
-        T* pairs;     // the same, a row for each input capsule [width, J]
         Vec<T>* sum;  // Σ_i c u over the input capsules in each lane [slots, J, K]
         T* folded;    // over all lanes [J, K]
         T* total_u;   // Σ_i u [K]
+        InputLanes<T, N> lanes;
 
-        static Scratch plan(Arena& arena, const SharedSimdEngine& engine, bool gradient) {
+        Scratch(Arena& arena, const SharedSimdEngine& engine, bool gradient)
+            : lanes(engine.call_, engine.width_, arena) {
             const int64_t J = engine.J_, K = engine.K_, width = engine.width_, slots = engine.slots_;
-            Scratch scratch{};
-            scratch.rows = arena.take<T>(width * K);
-            scratch.u = arena.take<T>(width * K);
-            scratch.dots = arena.take<T>(larger(slots, 2) * J * width);
-            scratch.grad_u = arena.take<T>(gradient ? K * width : 0);
-            scratch.start = arena.take<T>(J * width);
-            scratch.pairs = arena.take<T>(J * width);
-            scratch.sum = arena.take<Vec<T>>((gradient ? slots : 1) * J * K);
-            scratch.folded = arena.take<T>(J * K);
-            scratch.total_u = arena.take<T>(K);
-            return scratch;
+            rows = arena.take<T>(width * K);
+            u = arena.take<T>(width * K);
+            dots = arena.take<T>(larger(slots, 2) * J * width);
+            grad_u = arena.take<T>(gradient ? K * width : 0);
+            sum = arena.take<Vec<T>>((gradient ? slots : 1) * J * K);
+            folded = arena.take<T>(J * K);
+            total_u = arena.take<T>(K);
         }
     };
 
     Scratch scratch_of(const Team& team, bool gradient) const {
         Arena own(pool_ + pool_stride_ * team.rank);
-        return Scratch::plan(own, *this, gradient);
+        return Scratch(own, *this, gradient);
     }
 
     char* pool_ = nullptr;
@@ -96,7 +91,7 @@ class SharedSimdEngine {
         projected_ = arena.take<T>(slots_ * B_ * J_ * K_);
         states_ = arena.take<T>(call_.grad_weight ? slots_ * B_ * J_ * D_ : 0);
         Arena scratch;
-        Scratch::plan(scratch, *this, backward);
+        Scratch(scratch, *this, backward);
         pool_stride_ = scratch.used();
         pool_ = arena.take<char>(pool_stride_ * threads);
     }
@@ -133,7 +128,7 @@ class SharedSimdEngine {
     CAPSOPS_NOINLINE void sum_routed(const Team& team, int64_t, int64_t v, T* partial) {
         sum_scaled(team, partial, [&](const Scratch& s, int64_t b, int64_t i0, int64_t count) {
             products(projected(v, b), s.u, s.dots);
-            couple(s, b, i0, count, 1);
+            s.lanes.couple(b, i0, count, 1, s.dots);
             return s.dots;
         });
     }
@@ -144,8 +139,8 @@ class SharedSimdEngine {
             T* grad_b = s.dots + J_ * width_;
             products(projected(v, b), s.u, s.dots);
             products(projected(ds, b), s.u, grad_b);
-            couple(s, b, i0, count, 1);
-            agree(s.dots, grad_b);
+            s.lanes.couple(b, i0, count, 1, s.dots);
+            s.lanes.agree(s.dots, grad_b);
             return grad_b;
         });
     }
@@ -161,10 +156,13 @@ class SharedSimdEngine {
             for_chunks(s, b, begin, end, [&](int64_t i0, int64_t count) {
                 for (int64_t t = 0; t < (needs_b ? 2 : 1) * terms; ++t)
                     products(projected(t, b), s.u, s.dots + t * block);
-                couple(s, b, i0, count, terms);
+                s.lanes.couple(b, i0, count, terms, s.dots);
                 for (int64_t t = 0; needs_b && t < terms; ++t)
-                    agree(s.dots + t * block, s.dots + (terms + t) * block);
-                if (grad_logits) gradient_of_logits(team, s, b, i0, count, terms);
+                    s.lanes.agree(s.dots + t * block, s.dots + (terms + t) * block);
+                if (grad_logits) {
+                    s.lanes.add_gradient(*grad_logits, first_rank + team.rank, first_sample + b, i0, count,
+                                         terms, s.dots + terms * block);
+                }
                 // The factor of ∂s is c, that of V is ∂b: slot t has the factors of slot (t + terms) mod 2
                 // terms.
                 if (grad_weight) {
@@ -199,12 +197,8 @@ class SharedSimdEngine {
         for_tasks(team, [&](int64_t, int64_t b, int64_t begin, int64_t end) {
             for_chunks(s, b, begin, end, [&](int64_t i0, int64_t count) {
                 products(projected(v, b), s.u, s.dots);
-                couple(s, b, i0, count, 1);
-                transpose_block(s.dots, width_, J_, count, s.pairs, J_);
-                for (int64_t n = 0; n < count; ++n) {
-                    if (!is_present(call_, b, i0 + n)) std::memset(s.pairs + n * J_, 0, J_ * sizeof(T));
-                }
-                write_row(call_.couplings, call_.dtype, (b * I_ + i0) * J_, count * J_, s.pairs);
+                s.lanes.couple(b, i0, count, 1, s.dots);
+                s.lanes.write(b, i0, count, s.dots);
             });
         });
     }
@@ -303,77 +297,6 @@ class SharedSimdEngine {
             const T* z_j = z + r / D_ * stride;
             for (int64_t k = 0; k < K_; ++k) total[r * K_ + k] += x[r] * z_j[k];
         }
-    }
-
-    // Turns logits û · V of `terms` passes [terms, J, width] in scratch.dots into couplings.
-    void couple(const Scratch& s, int64_t b, int64_t i0, int64_t count, int64_t terms) const {
-        const bool closable = call_.logits.data != nullptr;
-        if (closable) read_starting_logits(s, b, i0, count);
-        for (int64_t at = 0; at < width_; at += N) {
-            if (closable && call_.iterations == 0) {
-                for (int64_t j = 0; j < J_; ++j) {
-                    const Vec<T> start = load<T>(s.start + j * width_ + at);
-                    store<T>(s.dots + j * width_ + at,
-                             start == Vec<T>{} - __builtin_inff() ? Vec<T>{} : Vec<T>{} + 1);
-                }
-                continue;
-            }
-            for (int64_t t = 0; t < terms; ++t) {
-                T* c = s.dots + t * J_ * width_ + at;
-                for (int64_t j = 0; closable && j < J_; ++j)
-                    store<T>(c + j * width_, load<T>(c + j * width_) + load<T>(s.start + j * width_ + at));
-                softmax_of_columns(c, closable);
-            }
-        }
-    }
-
-    // Softmax over j of one register of input capsules, whose logits are a width apart.
-    CAPSOPS_INLINE void softmax_of_columns(T* c, bool closable) const {
-        const Vec<T> zero = Vec<T>{};
-        Vec<T> top = call_.leaky ? zero : load<T>(c);
-        for (int64_t j = 0; j < J_; ++j) top = maximum(top, load<T>(c + j * width_));
-        if (closable) top = largest_of_closable(top);
-        Vec<T> total = call_.leaky ? exp_nonpositive<N>(zero - top, T()) : zero;
-        for (int64_t j = 0; j < J_; ++j) {
-            const Vec<T> e = exp_nonpositive<N>(load<T>(c + j * width_) - top, T());
-            store<T>(c + j * width_, e);
-            total += e;
-        }
-        if (closable) total = sum_of_closable(total);
-        const Vec<T> scale = (zero + 1) / total;
-        for (int64_t j = 0; j < J_; ++j) store<T>(c + j * width_, load<T>(c + j * width_) * scale);
-    }
-
-    // Replaces a [J, width] by ∂b = c (a − Σ_j c a).
-    void agree(const T* c, T* a) const {
-        for (int64_t at = 0; at < width_; at += N) {
-            Vec<T> mean = Vec<T>{};
-            for (int64_t j = 0; j < J_; ++j)
-                mean += load<T>(c + j * width_ + at) * load<T>(a + j * width_ + at);
-            for (int64_t j = 0; j < J_; ++j) {
-                const int64_t p = j * width_ + at;
-                store<T>(a + p, load<T>(c + p) * (load<T>(a + p) - mean));
-            }
-        }
-    }
-
-    // Reads the starting logits of a chunk to scratch.start [J, width]; lanes without an input capsule are 0.
-    void read_starting_logits(const Scratch& s, int64_t b, int64_t i0, int64_t count) const {
-        read_logits(call_, b, i0, count, s.pairs);
-        std::memset(s.pairs + count * J_, 0, (width_ - count) * J_ * sizeof(T));
-        transpose_block(s.pairs, J_, width_, J_, s.start, width_);
-    }
-
-    void gradient_of_logits(const Team& team, const Scratch& s, int64_t b, int64_t i0, int64_t count,
-                            int64_t terms) const {
-        const int64_t block = J_ * width_;
-        std::memcpy(s.start, s.dots + terms * block, block * sizeof(T));
-        for (int64_t t = 1; t < terms; ++t) {
-            for (int64_t p = 0; p < block; ++p) s.start[p] += s.dots[(terms + t) * block + p];
-        }
-        transpose_block(s.start, width_, J_, count, s.pairs, J_);
-        for (int64_t n = 0; n < count; ++n)
-            grad_logits->add(first_rank + team.rank, first_sample + b, i0 + n, s.pairs + n * J_);
     }
 
     // Sums over the lanes.
