@@ -53,13 +53,14 @@ def measure(
     (u, weight), grad = case.inputs(device)
     u, weight = u.detach(), weight.detach()
     options = (case.iterations, False, False, True)  # leaky, detach, squash_output
+    needs = (True, True, False)  # the gradients of u, weight and logits
     rows = []
     patch = mock.patch.object(launch_configs, "PROGRAMS", programs)
     with matrix_precision(PRECISIONS[case.precision][1]), patch:
         kind = launch_configs.kind(unit(u), case.batch, case.out_dim, case.in_dim)
-        forward = partial(kernels.capsule_routing, u, weight, None, case.iterations, False, True)
+        forward = partial(kernels.capsule_routing, u, weight, None, None, None, case.iterations, False, True)
         _, s = forward()
-        backward = partial(kernels.capsule_routing_backward, grad, u, weight, s, *options, True, True)
+        backward = partial(kernels.capsule_routing_backward, grad, u, weight, None, None, s, *options, *needs)
         calls = {"forward": (forward, launch_configs.ROUTED), "backward": (backward, launch_configs.GRADIENT)}
         for entry in entries:
             row = {"case": str(case), "precision": case.precision, "programs": programs, "entry": entry}

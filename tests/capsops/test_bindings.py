@@ -124,7 +124,76 @@ def test_couplings_take_a_weight() -> None:
     u_hat, couplings = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4)
     u_hat_memory, couplings_memory = ((x.data_ptr(), x.nbytes) for x in (u_hat, couplings))
     with pytest.raises(ValueError, match="^weight: got none, takes one$"):
-        _cpu.couplings(u_hat_memory, (0, 0), (0, 0), couplings_memory, 2, 3, 4, 5, 1, 3, False, 0, 1)
+        _cpu.couplings(u_hat_memory, (0, 0), (0, 0), couplings_memory, None, 2, 3, 4, 5, 1, 3, False, 0, 1)
+
+
+# Starting logits, a mask and shared predictions: the one argument of a kernel that is a tuple of six.
+
+
+def recorded_with_options() -> tuple[list[tuple[str, list[Any]]], list[torch.Tensor]]:
+    """Calls of the kernels of routing with options, and the tensors whose addresses they contain."""
+    u, weight, bias = layer_inputs(SHAPE, bias=True, dtype=torch.float32)
+    logits, mask = torch.randn(1, 3, 4), torch.ones(2, 3) > 0
+    recorder, kept = Recorder(), [u, weight, bias, logits, mask]
+
+    def keeping(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args: Any, **options: Any) -> torch.Tensor:
+            kept.append(function(*args, **options))
+            return kept[-1]
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_cpu", recorder)
+        patch.setattr(torch, "empty_like", keeping(torch.empty_like))
+        patch.setattr(torch.Tensor, "new_empty", keeping(torch.Tensor.new_empty))
+        kept.append(shared := weight[0].contiguous())
+        options = logits, mask, 3, False
+        v, s = cpu.capsule_routing(u, shared, bias, *options, True)
+        needs = False, True, True, True, True
+        cpu.capsule_routing_backward(v, u, shared, logits, mask, s, 3, False, *needs)
+        cpu.couplings(u, shared, bias, *options)
+        kept.append(u_hat := torch.randn(2, 3, 5))
+        v, s = cpu.dynamic_routing(u_hat, bias, *options, True)
+        cpu.dynamic_routing_backward(v, u_hat, logits, mask, s, 3, False, False, True, True)
+    return recorder.calls, kept
+
+
+OPTION_CALLS, OPTIONS_KEPT = recorded_with_options()
+
+
+@pytest.mark.parametrize(("name", "args"), OPTION_CALLS, ids=[name for name, _ in OPTION_CALLS])
+def test_wrong_options_are_rejected(name: str, args: list[Any]) -> None:
+    """Memory that is too short, sizes that do not fit the capsules, and strides that leave the memory."""
+    function = getattr(_cpu, name)
+    function(*args)
+    n = next(n for n, x in enumerate(args) if isinstance(x, tuple) and len(x) == 6)
+    shared, mask, (address, size), sizes, strides, grad = args[n]
+    assert (shared, sizes, strides) == (True, (1, 3, 4), (12, 4, 1))
+    logits, huge = (address, size), 2**62
+    wrong = [
+        *((shared, other, logits, sizes, strides, grad) for other in ((mask[0], 5), (mask[0], 0), (0, 6))),
+        *((shared, mask, (address, other), sizes, strides, grad) for other in (0, 4, size - 4, -size)),
+        (shared, mask, (0, size), sizes, strides, grad),
+        *(
+            (shared, mask, logits, other, strides, grad)
+            for other in ((3, 3, 4), (1, 2, 4), (1, 3, 5), (0, 3, 4), (-1, 3, 4), (1, 3, huge))
+        ),
+        *(
+            (shared, mask, logits, sizes, other, grad)
+            for other in ((12, 5, 1), (12, 4, 2), (12, -4, 1), (12, 4, -1), (12, huge, 1), (12, 4, huge))
+        ),
+        (shared, mask, logits, (2, 3, 4), (huge, 4, 1), grad),
+        (shared, mask, logits, (2, 3, 4), (12, 4, 1), grad),
+        *((shared, mask, logits, sizes, strides, other) for other in ((address, 4), (address, 52), (64, 0))),
+        (False, mask, logits, sizes, strides, grad),  # the predictions are too short for each of the capsules
+    ]
+    for other in wrong:
+        with pytest.raises(ValueError, match=r"^\w+: got "):
+            function(*args[:n], other, *args[n + 1 :])
+    if grad != (0, 0):
+        with pytest.raises(ValueError, match="^grad_logits: got one without logits$"):
+            function(*args[:n], (shared, mask, (0, 0), sizes, strides, grad), *args[n + 1 :])
 
 
 def test_use_isa() -> None:

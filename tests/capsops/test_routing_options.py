@@ -60,7 +60,7 @@ COMBINATIONS = [
 FEW_COMBINATIONS = COMBINATIONS[::13]
 # In shapes that fill nothing evenly.
 OTHER_SHAPES = [
-    (shape, COMBINATIONS[(n * 211 + 53) % len(COMBINATIONS)][1]) for n, shape in enumerate(SHAPES * 3)
+    (shape, COMBINATIONS[(n * 211 + 53) % len(COMBINATIONS)][1]) for n, shape in enumerate(SHAPES * 2)
 ]
 
 
