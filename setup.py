@@ -40,7 +40,7 @@ CPU_FLAGS = (*HOST_FLAGS, "-fno-math-errno", "-ffp-contract=fast", "-fopenmp")
 # The kernels are compiled once for each of these; bindings.cpp chooses among them.
 X86_ISAS = {
     "baseline": (),
-    "avx2": ("-mavx2", "-mfma"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": (
         *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
         "-mprefer-vector-width=512",

@@ -9,7 +9,7 @@ import torch
 from benchmarks import machine
 from benchmarks.report import describe, table
 from benchmarks.rows import RESULTS, Row, save
-from benchmarks.timing import Race
+from benchmarks.timing import Race, clock
 
 _rows = pytest.StashKey[list[Row]]()
 
@@ -17,8 +17,11 @@ _rows = pytest.StashKey[list[Row]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("capsops benchmarks")
     group.addoption(
-        "--save-results", action="store_true", help="write the rows to benchmarks/results/<device>.json"
+        "--save-results",
+        action="store_true",
+        help="write the rows to benchmarks/results/NAME-DEVICE.json",
     )
+    group.addoption("--results-name", default="cpu", help="NAME of --save-results (default: cpu)")
     group.addoption(
         "--threads", type=int, default=min(2, os.cpu_count() or 1), help="threads of torch (default: 2)"
     )
@@ -41,9 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def race(benchmark: object) -> Iterator[Callable[..., Race]]:
     """Runs a race whose candidate "ours" is what pytest-benchmark times; the others run in between."""
 
-    def start(candidates: Mapping[str, Callable[[], object]], hopeless: float = 4) -> Race:
+    def start(
+        candidates: Mapping[str, Callable[[], object]],
+        hopeless: float = 4,
+        clock: Callable[[Callable[[], object], int], float] = clock,
+    ) -> Race:
         """Others that take `hopeless` times as long as the fastest of them are timed in the warm-up only."""
-        race = Race(candidates)
+        race = Race(candidates, clock)
         race.warm_up(hopeless)
         others = [name for name in race.candidates if name != "ours"]
         benchmark.extra_info["calls per round"] = race.calls["ours"]
@@ -78,6 +85,6 @@ def pytest_terminal_summary(
     if config.getoption("--save-results") and exitstatus != pytest.ExitCode.OK:
         write("not saved: a benchmark failed")
     elif config.getoption("--save-results"):
-        path = RESULTS / f"cpu-{machine.slug(machine.cpu_model())}.json"
+        path = RESULTS / f"{config.getoption('--results-name')}-{machine.slug(machine.cpu_model())}.json"
         save(path, header, rows)
         write(f"saved {path.relative_to(machine.ROOT)}")

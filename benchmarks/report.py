@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.rows import RESULTS, Row, Target, load
 
 MIB = 1 << 20
-_COLUMNS = ("case", "ours", "peer", "which", "ratio", "share", "beyond inputs, MiB", "einsum's", "target")
+_COLUMNS = ("case", "ours", "peer", "which", "ratio", "share", "beyond inputs, MiB", "peer's", "target")
 _COMPARED_WITH = {"share": " of ceiling", "memory ratio": " leaner", "overhead": " as long"}
 
 
@@ -50,13 +50,16 @@ def _cells(row: Row) -> tuple[str, ...]:
         _times(row.ratio),
         "–" if row.share is None else f"{row.share:.0%}",
         _mib(row.memory),
-        _mib(row.peers_memory.get("einsum")),
+        _mib(row.peers_memory.get("einsum", row.peers_memory.get(row.peer))),
         "; ".join(map(_target, row.targets)) or "–",
     )
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """A line for each row: time, the fastest peer, share of the ceiling, memory, targets."""
+    """A line for each row: time, the fastest peer, share of the ceiling, memory, targets.
+
+    The peer's memory is that of the einsum form where that one was measured.
+    """
     cells = [_COLUMNS, *map(_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, tuple("-" * width for width in widths))

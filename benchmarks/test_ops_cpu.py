@@ -12,6 +12,7 @@ from benchmarks.passes import BOTH, FORWARD, FORWARD_BACKWARD
 from benchmarks.rows import Row, Target
 
 RATIOS = {128: (10, 5), 16: (2, 2), 1: (1, 1)}  # to be reached, by batch: forward, forward and backward
+OP_RATIO = 0.9  # of an op by itself, at every batch
 LARGE = Case(batch=16, in_capsules=3872, out_capsules=196)
 LARGE_BYTES = 128 << 20
 
@@ -23,9 +24,18 @@ def add_memory(row: Row, case: Case) -> None:
 
 
 @pytest.mark.parametrize("passes", BOTH)
-@pytest.mark.parametrize("op", ["squash", "predictions", "dynamic_routing"])
-def test_op(op: str, passes: str, race: StartRace, report: Callable[[Row], None]) -> None:
-    case = Case(128, op=op)
+@pytest.mark.parametrize("batch", RATIOS)
+@pytest.mark.parametrize("op", ["squash", "predictions"])
+def test_op(op: str, batch: int, passes: str, race: StartRace, report: Callable[[Row], None]) -> None:
+    case = Case(batch, op=op)
+    row = measure("ops", case, passes, forms(case), race)
+    row.targets.append(Target("ratio", OP_RATIO, row.ratio))
+    report(row)
+
+
+@pytest.mark.parametrize("passes", BOTH)
+def test_dynamic_routing(passes: str, race: StartRace, report: Callable[[Row], None]) -> None:
+    case = Case(128, op="dynamic_routing")
     report(measure("ops", case, passes, forms(case), race))
 
 

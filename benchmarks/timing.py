@@ -25,6 +25,14 @@ def clock(call: Call, calls: int, device: torch.device = CPU) -> float:
     return time.perf_counter() - begin
 
 
+def cpu_clock(call: Call, calls: int) -> float:
+    """Seconds of CPU time that `calls` calls take together, on all threads."""
+    begin = time.process_time()
+    for _ in range(calls):
+        call()
+    return time.process_time() - begin
+
+
 def fastest(call: Call, device: torch.device = CPU) -> float:
     """Seconds of one call, the best of a few samples."""
     clock(call, 3, device)

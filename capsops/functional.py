@@ -273,7 +273,8 @@ def capsule_routing(
     """A whole capsule layer: dynamic_routing(predictions(u, weight), bias), without storing û.
 
     The predictions û_ij = W_ij u_i are recomputed in every pass, forward and backward. Only the reference
-    stores them, or the couplings. Formula: see `dynamic_routing`.
+    stores them, or the couplings. On a CPU, a few samples, fewer than K, are routed with their predictions in
+    scratch memory that fits the cache, at most 2 MiB for each thread (twice that with gradients).
 
     A weight that all input capsules share, û_ij = W_j u_i, is routed among the u_i themselves: the logits
     are u_i · (W_jᵀ V_j), and Σ_i c_ij û_ij is W_j (Σ_i c_ij u_i).

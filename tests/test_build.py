@@ -90,6 +90,12 @@ def test_every_kernel_is_compiled_for_every_instruction_set() -> None:
             assert ("-mavx512f" in flags) == (isa == "avx512")
 
 
+def test_no_flags_of_another_processor_on_arm() -> None:
+    objects = setup_py.cpu_objects("aarch64", {})
+    assert not [flag for _, flags in objects.values() for flag in flags if flag.startswith("-m")]
+    assert len(objects) == len({source for source, _ in objects.values()})
+
+
 def test_cuda_objects() -> None:
     objects = setup_py.cuda_objects("90")
     assert {source for source, _ in objects.values()} == {

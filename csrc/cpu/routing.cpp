@@ -10,6 +10,10 @@
 
 namespace capsops {
 namespace CAPSOPS_ISA {
+
+bool predictions(const PredictionsCall& call, int threads);
+bool predictions_backward(const PredictionsCall& call, int threads);
+
 namespace {
 
 // The couplings of the first pass, whose logits are all 0; 1 without routing.
@@ -367,15 +371,10 @@ bool route_capsule_simd(RoutingOp op, const RoutingCall& call, int threads) {
     return route_shared<T, CapsuleSimdEngine<T, N, true>>(op, call, threads);
 }
 
+// The engine of u and weight, or of predictions, for samples whose lanes would be mostly empty.
 template <typename T>
-bool route(RoutingOp op, const RoutingCall& call, int max_threads) {
+bool route_few(RoutingOp op, const RoutingCall& call, int threads) {
     constexpr int width = vec_width<T>;
-    const int64_t depth = call.shared ? 1 : call.weight ? call.K : 1;
-    const int64_t work = call.B * call.I * call.J * call.D * depth * passes(call);
-    const int threads = work < 131072 ? 1 : max_threads;
-    if (call.shared && call.B >= threads) return route_by_sample<T, SharedSimdEngine<T>>(op, call, threads);
-    if (call.shared) return route_shared<T, SharedSimdEngine<T>>(op, call, threads);
-    if (BatchSimdEngine<T>::supports(call)) return route_shared<T, BatchSimdEngine<T>>(op, call, threads);
     // Use half registers where the numbers of a pair (i, j) fill those but not whole ones.
     const int64_t numbers = call.D * (call.weight ? call.K : 1);
     if constexpr (sizeof(T) == 4) {
@@ -383,6 +382,65 @@ bool route(RoutingOp op, const RoutingCall& call, int max_threads) {
             return route_capsule_simd<T, width / 2>(op, call, threads);
     }
     return route_capsule_simd<T, width>(op, call, threads);
+}
+
+// Whether a few samples are routed with û in scratch memory: W is then read once, not in every pass, and what
+// a thread has of û, and of ∂û, stays in its second-level cache.
+template <typename T>
+bool stores_predictions(const RoutingCall& call, int threads) {
+    const int64_t bytes = call.B * call.I * call.J * call.D * int64_t(sizeof(T));
+    return call.weight && !call.shared && call.B < call.K && is_native<T>(call.dtype) &&
+           bytes <= threads * (int64_t(2) << 20);
+}
+
+template <typename T>
+bool route_stored(RoutingOp op, const RoutingCall& call, int threads) {
+    const bool backward = op == RoutingOp::backward;
+    const int64_t inputs = call.B * call.I * call.K, numbers = call.B * call.I * call.J * call.D;
+    T *u = nullptr, *u_hat = nullptr, *grad_u_hat = nullptr;
+    auto plan = [&](Arena& arena) {
+        u = arena.take<T>(call.mask ? inputs : 0);
+        u_hat = arena.take<T>(numbers);
+        grad_u_hat = arena.take<T>(backward ? numbers : 0);
+    };
+    Arena measure;
+    plan(measure);
+    Buffer buffer(measure.used());
+    if (!buffer.base) return false;
+    Arena arena(buffer.base);
+    plan(arena);
+    for (int64_t n = 0; call.mask && n < call.B * call.I; ++n) {  // what is not there must not reach ∂W
+        const T* from = static_cast<const T*>(call.u) + n * call.K;
+        for (int64_t k = 0; k < call.K; ++k) u[n * call.K + k] = call.mask[n] ? from[k] : T(0);
+    }
+    PredictionsCall layer{};
+    layer.B = call.B, layer.I = call.I, layer.J = call.J, layer.D = call.D, layer.K = call.K;
+    layer.dtype = call.dtype;
+    layer.u = call.mask ? u : call.u, layer.weight = call.weight, layer.u_hat = u_hat;
+    if (!predictions(layer, threads)) return false;
+    RoutingCall routed = call;
+    routed.u = u_hat, routed.weight = nullptr, routed.K = 1;
+    routed.grad_u = backward ? grad_u_hat : nullptr, routed.grad_weight = nullptr;
+    if (!route_few<T>(op, routed, threads)) return false;
+    if (!call.grad_u && !call.grad_weight) return true;
+    layer.grad = grad_u_hat, layer.grad_u = call.grad_u, layer.grad_weight = call.grad_weight;
+    if (!predictions_backward(layer, threads)) return false;
+    for (int64_t n = 0; call.mask && call.grad_u && n < call.B * call.I; ++n) {  // 0 even where W is infinite
+        if (!call.mask[n]) std::memset(static_cast<T*>(call.grad_u) + n * call.K, 0, call.K * sizeof(T));
+    }
+    return true;
+}
+
+template <typename T>
+bool route(RoutingOp op, const RoutingCall& call, int max_threads) {
+    const int64_t depth = call.shared ? 1 : call.weight ? call.K : 1;
+    const int64_t work = call.B * call.I * call.J * call.D * depth * passes(call);
+    const int threads = work < 131072 ? 1 : max_threads;
+    if (call.shared && call.B >= threads) return route_by_sample<T, SharedSimdEngine<T>>(op, call, threads);
+    if (call.shared) return route_shared<T, SharedSimdEngine<T>>(op, call, threads);
+    if (stores_predictions<T>(call, threads)) return route_stored<T>(op, call, threads);
+    if (BatchSimdEngine<T>::supports(call)) return route_shared<T, BatchSimdEngine<T>>(op, call, threads);
+    return route_few<T>(op, call, threads);
 }
 
 }  // namespace

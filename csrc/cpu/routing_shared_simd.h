@@ -359,7 +359,7 @@ class SharedSimdEngine {
 
     // Reads the starting logits of a chunk to scratch.start [J, width]; lanes without an input capsule are 0.
     void read_starting_logits(const Scratch& s, int64_t b, int64_t i0, int64_t count) const {
-        for (int64_t n = 0; n < count; ++n) read_logits(call_, b, i0 + n, s.pairs + n * J_);
+        read_logits(call_, b, i0, count, s.pairs);
         std::memset(s.pairs + count * J_, 0, (width_ - count) * J_ * sizeof(T));
         transpose_block(s.pairs, J_, width_, J_, s.start, width_);
     }

@@ -21,6 +21,17 @@ inline void read_logits(const RoutingCall& call, int64_t b, int64_t i, T* row) {
     for (int64_t j = 0; j < call.J; ++j) read_row(logits.data, call.dtype, at + j * step, 1, row + j);
 }
 
+// rows [count, J] = the starting logits of `count` input capsules.
+template <typename T>
+inline void read_logits(const RoutingCall& call, int64_t b, int64_t i, int64_t count, T* rows) {
+    const StartingLogits& logits = call.logits;
+    if (logits.strides[1] == call.J && logits.strides[2] == 1) {
+        const int64_t at = b * logits.strides[0] + i * call.J;
+        return read_row(logits.data, call.dtype, at, count * call.J, rows);
+    }
+    for (int64_t n = 0; n < count; ++n) read_logits(call, b, i + n, rows + n * call.J);
+}
+
 // Sums of the gradient of the starting logits, whose rows [J] the threads add in any order of input capsules.
 // Where the logits have axes for samples and for input capsules, a row is a result as it is. Otherwise each
 // thread has sums of its own.

@@ -116,9 +116,11 @@ def value_and_gradients(
 
     The inputs keep their strides. `upstream` is the gradient of the result, or a function that computes it
     from the result; by default it is random, and the same in every call whose result has this shape. `needs`
-    selects the inputs that require a gradient; no other input has one in the returned dict.
+    selects the inputs that require a gradient, by default all but a mask; no other input has one in the
+    returned dict.
     """
-    needs = [x is not None for x in inputs] if needs is None else needs
+    if needs is None:
+        needs = [x is not None and x.is_floating_point() for x in inputs]
     leaves = [
         x.detach().requires_grad_(need) if x is not None else None
         for x, need in zip(inputs, needs, strict=True)
@@ -130,7 +132,11 @@ def value_and_gradients(
     elif not isinstance(upstream, Tensor):
         upstream = upstream(value.detach())
     differentiable = {f"gradient {n}": x for n, x in enumerate(leaves) if x is not None and x.requires_grad}
-    gradients = torch.autograd.grad(value, list(differentiable.values()), upstream) if differentiable else ()
+    gradients: Sequence[Tensor] = ()
+    if differentiable:  # zeros for starting logits that have no effect
+        gradients = torch.autograd.grad(
+            value, list(differentiable.values()), upstream, materialize_grads=True
+        )
     return {"value": value.detach(), **dict(zip(differentiable, gradients, strict=True))}
 
 

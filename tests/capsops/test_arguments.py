@@ -6,7 +6,6 @@ can pass because the op always fails.
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,9 @@ from torch import Tensor, nn
 
 import capsops
 from capsops import reference
-from capsops.backends import BACKENDS
-from capsops.backends.backend import NO_OPTIONS, UNSQUASHED
 from capsops.nn import PrimaryCapsules, RoutingCapsules
-from tests.capsops.cases import Options, Shape, layer_inputs, routing_inputs, value_and_gradients
-from tests.capsops.compare import assert_all_close, assert_close
+from tests.capsops.cases import Shape, layer_inputs
+from tests.capsops.compare import assert_close
 
 OPS = torch.ops.capsops
 B, I, J, D, K, T = 2, 3, 4, 5, 6, 3  # noqa: E741
@@ -40,7 +37,8 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "dynamic_routing_backward": {
         "grad": torch.zeros(B, J, D), "u_hat": torch.zeros(B, I, J, D), "bias": torch.zeros(J, D),
-        "s": torch.zeros(T, B, J, D), "iterations": T, "leaky": False, "detach": False, "squash_output": True,
+        "logits": None, "mask": None, "s": torch.zeros(T, B, J, D), "iterations": T, "leaky": False,
+        "detach": False, "squash_output": True, "needs_logits": False,
     },
     "capsule_routing": {
         "u": torch.zeros(B, I, K), "weight": torch.zeros(I, J, D, K), "bias": torch.zeros(J, D),
@@ -48,8 +46,9 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "capsule_routing_backward": {
         "grad": torch.zeros(B, J, D), "u": torch.zeros(B, I, K), "weight": torch.zeros(I, J, D, K),
-        "bias": torch.zeros(J, D), "s": torch.zeros(T, B, J, D), "iterations": T, "leaky": False,
-        "detach": False, "squash_output": True, "needs_u": True, "needs_weight": True,
+        "bias": torch.zeros(J, D), "logits": None, "mask": None, "s": torch.zeros(T, B, J, D),
+        "iterations": T, "leaky": False, "detach": False, "squash_output": True, "needs_u": True,
+        "needs_weight": True, "needs_logits": False,
     },
     "couplings": {
         "u": torch.zeros(B, I, K), "weight": torch.zeros(I, J, D, K), "bias": torch.zeros(J, D),
@@ -115,13 +114,70 @@ def wrong_values(op: str) -> list[InvalidCall]:
     if "s" in VALID[op] and "iterations" in VALID[op]:
         for count in (0, T - 1, T + 1):
             rows.append((op, {"iterations": count}, ValueError, f"s: got shape [{T}, {B}, {J}, {D}], takes"))
-    if "logits" in VALID[op]:
-        rows.append((op, {"logits": torch.zeros(I, J)}, ValueError, "logits: got a tensor, takes None"))
-        rows.append((op, {"mask": torch.ones(B, I) > 0}, ValueError, "mask: got a tensor, takes None"))
     return rows
 
 
-INVALID_CALLS = [row for op in VALID for row in (*wrong_tensors(op), *wrong_values(op))]
+def wrong_routing_options(op: str) -> list[InvalidCall]:
+    """Calls with starting logits, a mask or predictions of wrong shapes or dtypes."""
+    if "logits" not in VALID[op]:
+        return []
+    logits, mask = torch.zeros(I, J), torch.ones(B, I) > 0
+    sizes = f"takes one that is broadcast to [B, I, J] with B = {B}, I = {I}, J = {J}"
+    rows: list[InvalidCall] = [
+        (op, {"logits": logits.double()}, TypeError, "logits: got dtype torch.float64, takes that of u"),
+        (op, {"logits": logits.long()}, ValueError, "logits: got dtype torch.int64, takes float32"),
+        (op, {"logits": logits.to_sparse()}, ValueError, "logits: got layout torch.sparse_coo, takes"),
+        (op, {"mask": mask.float()}, TypeError, "mask: got dtype torch.float32, takes torch.bool"),
+        (op, {"mask": mask.to(torch.uint8)}, TypeError, "mask: got dtype torch.uint8, takes torch.bool"),
+        (op, {"mask": mask.to_sparse()}, ValueError, "mask: got a nested or sparse tensor, takes a dense"),
+    ]
+    for shape in ((J + 1,), (I,), (0,), (J, I), (0, J), (B, J), (B, I), (I, I, J), (B, J, I), (1, B, I, J)):
+        wrong = {"logits": torch.zeros(shape)}
+        rows.append((op, wrong, ValueError, f"logits: got shape {list(shape)}, {sizes}"))
+    for shape in ((), (I,), (B,), (1, I), (B, 1), (I, B), (B, I - 1), (0, I), (B, I, 1), (1, B, I)):
+        wrong = {"mask": torch.ones(shape) > 0}
+        rows.append(
+            (op, wrong, ValueError, f"mask: got shape {list(shape)}, takes [B, I] with B = {B}, I = {I}")
+        )
+    if "weight" in VALID[op]:
+        rows += [
+            (op, {"weight": torch.zeros(shape)}, ValueError, f"{message} {list(got)}, takes {takes}")
+            for shape, message, got, takes in (
+                ((J, D, K + 1), "weight: got shape", (J, D, K + 1), f"[J, D, K] with K = {K}"),
+                ((1, J, D, K - 1), "weight: got shape", (1, J, D, K - 1), f"[1, J, D, K] with K = {K}"),
+                ((D, K), "weight: got shape", (D, K), "[I, J, D, K]"),
+                ((1, 1, J, D, K), "weight: got shape", (1, 1, J, D, K), "[I, J, D, K]"),
+                ((I - 1, J, D, K), "u: got shape", (B, I, K), f"[B, I, K] with I = {I - 1}, K = {K}"),
+                ((J - 1, D, K), "bias: got shape", (J, D), f"[J, D] with J = {J - 1}, D = {D}"),
+                ((J, D + 1, K), "bias: got shape", (J, D), f"[J, D] with J = {J}, D = {D + 1}"),
+            )
+        ]
+        rows.append((op, {"u": torch.zeros(B, K), "weight": torch.zeros(J, D, K)}, ValueError, "weight: got"))
+        rows.append((op, {"weight": torch.zeros(J, D, K).double()}, TypeError, "weight: got dtype"))
+    else:
+        alike = torch.zeros(B, I, D)
+        unknown = f"u_hat: got shape [{B}, {I}, {D}], alike for all output capsules, takes `logits` or `bias`"
+        rows += [
+            (op, {"u_hat": alike, "bias": None}, ValueError, unknown),
+            (op, {"u_hat": alike, "bias": None, "logits": torch.zeros(())}, ValueError, unknown),
+            (op, {"u_hat": alike[0]}, ValueError, f"u_hat: got shape [{I}, {D}], takes [B, I, J, D], or"),
+            (
+                op,
+                {"u_hat": alike, "bias": torch.zeros(D)},
+                ValueError,
+                f"bias: got shape [{D}], takes [J, D]",
+            ),
+            (op, {"u_hat": alike, "bias": torch.zeros(J, D + 1)}, ValueError, "bias: got shape"),
+            (op, {"u_hat": alike, "logits": torch.zeros(J + 1)}, ValueError, "bias: got shape"),
+            (op, {"u_hat": alike, "logits": torch.zeros(B, J, J)}, ValueError, "logits: got shape"),
+            (op, {"u_hat": alike, "mask": torch.ones(B, J) > 0}, ValueError, "mask: got shape"),
+        ]
+    return rows
+
+
+INVALID_CALLS = [
+    row for op in VALID for row in (*wrong_tensors(op), *wrong_values(op), *wrong_routing_options(op))
+]
 
 
 @pytest.mark.parametrize("op", VALID)
@@ -158,6 +214,10 @@ def test_tensors_on_different_devices_are_rejected(op: str) -> None:
         if isinstance(x, Tensor):
             with pytest.raises(ValueError, match="got device (meta|cpu), takes that of"):
                 call(op, "reference", {name: x.to("meta")})
+    if "logits" in VALID[op]:
+        for name, x in (("logits", torch.zeros(I, J)), ("mask", torch.ones(B, I) > 0)):
+            with pytest.raises(ValueError, match=f"^{name}: got device meta, takes that of u"):
+                call(op, "reference", {name: x.to("meta")})
 
 
 def test_nested_tensors_are_rejected() -> None:
@@ -168,6 +228,8 @@ def test_nested_tensors_are_rejected() -> None:
             lambda x: capsops.squash(x),
             lambda x: capsops.capsule_routing(x, VALID["predictions"]["weight"]),
             lambda x: capsops.dynamic_routing(VALID["dynamic_routing"]["u_hat"], x),
+            lambda x: capsops.dynamic_routing(VALID["dynamic_routing"]["u_hat"], logits=x),
+            lambda x: capsops.dynamic_routing(VALID["dynamic_routing"]["u_hat"], mask=x),
         ):
             with pytest.raises(ValueError, match="got a nested tensor, takes a dense one"):
                 function(nested)
@@ -320,57 +382,6 @@ def test_an_image_of_another_size_is_an_error_about_u() -> None:
         ValueError, match=r"^u: got shape \[1, 32, 4\], takes \[B, I, K\] with I = 18, K = 4$"
     ):
         model(torch.zeros(1, 1, 11, 11))
-
-
-# squash_output=False: the result is the last s.
-
-
-@pytest.mark.parametrize(
-    "options",
-    [Options(0, bias=True), Options(1), Options(3, True, bias=True), Options(2, detach=True)],
-    ids=str,
-)
-def test_unsquashed_output_agrees_with_the_formula(options: Options) -> None:
-    """In value, gradients and second gradients, for the backends that support it."""
-    extra = (None, None, *options[:3], False)
-    for impl in ("reference", "cpu"):
-        for op, inputs in (
-            ("capsule_routing", layer_inputs(Shape(5, 9, 3, 4, 2), options.bias)),
-            ("dynamic_routing", routing_inputs(Shape(5, 9, 3, 4, 2), options.bias)),
-        ):
-            formula = getattr(reference, op)
-            functions = (
-                lambda *x, op=op, impl=impl: getattr(OPS, op)(*x, *extra, impl)[0],
-                lambda *x, formula=formula: formula(*x, **options.keywords(), squash_output=False),
-            )
-            assert_all_close(*(value_and_gradients(function, inputs) for function in functions))
-
-            def penalty(function: Callable[..., Tensor], inputs: Any = inputs) -> Tensor:
-                leaf = inputs[0].detach().requires_grad_()
-                (first,) = torch.autograd.grad(function(leaf, *inputs[1:]).sum(), leaf, create_graph=True)
-                (second,) = torch.autograd.grad(first.square().sum() + leaf.sum(), leaf)
-                return second
-
-            assert_close(*map(penalty, functions), tolerance=1e-11)
-
-
-def test_unsquashed_output_shares_no_memory_with_the_saved_sums(impl: str) -> None:
-    args = (*routing_inputs(Shape(2, 3, 4, 5, 1)), None, None, 2, False, False, False, impl)
-    if impl == "triton":
-        with pytest.raises(ValueError, match="^impl='triton' does not support squash_output=False"):
-            OPS.dynamic_routing(*(x.float() if isinstance(x, Tensor) else x for x in args))
-        return
-    s = OPS.dynamic_routing(*args)
-    assert torch.equal(s[0], s[1][-1])
-    assert s[0].data_ptr() != s[1][-1].data_ptr()
-
-
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_gpu_kernels_decline_unsquashed_output(name: str) -> None:
-    here = replace(BACKENDS[name], dtypes=(torch.float32,), functions={"capsule_routing": print})
-    assert here.why_declined("capsule_routing", torch.float32, NO_OPTIONS) == ""
-    reason = here.why_declined("capsule_routing", torch.float32, frozenset((UNSQUASHED,)))
-    assert reason == f"impl={name!r} does not support squash_output=False"
 
 
 # One output capsule.

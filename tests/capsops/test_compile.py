@@ -9,8 +9,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import capsops
+from capsops.backends.backend import LOGITS, MASK
 from tests.capsops.cases import Options, Shape, layer_inputs, routing_inputs, value_and_gradients
 from tests.capsops.compare import assert_all_close, assert_close
+from tests.capsops.routing_options import Routing, ours, skip_unless_supported, tensors
 
 SHAPE = Shape(5, 7, 4, 16, 8)
 
@@ -38,6 +40,44 @@ def test_layer_agrees_with_eager_mode(impl: str, options: Options) -> None:
     inputs = layer_inputs(SHAPE, options.bias)
     compiled = torch.compile(lambda *x: function(*x), fullgraph=True, backend="aot_eager")
     assert_all_close(value_and_gradients(compiled, inputs), value_and_gradients(function, inputs), 1e-14)
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [
+        Routing(Options(3, bias=True), "IJ"),
+        Routing(Options(2, leaky=True), "BIJ", closed=True, mask=True),
+        Routing(Options(3, bias=True), "", shared=True),
+        Routing(Options(2, bias=True), "J", True, True, True, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", ["dynamic_routing", "capsule_routing"])
+def test_routing_options_agree_with_eager_mode(impl: str, op: str, routing: Routing) -> None:
+    """Forward and backward, with the gradient of the logits."""
+    skip_unless_supported(impl, routing.used(), torch.float64)
+    inputs, function = tensors(op, SHAPE, routing), ours(op, impl, routing)
+    compiled, counter = compile_and_count(function)
+    got, want = value_and_gradients(compiled, inputs), value_and_gradients(function, inputs)
+    assert counter.frame_count == 1
+    for name, tensor in want.items():
+        assert_close(got[name], tensor, name, tolerance=1e-14, floor=1)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_batch_size_changes_with_logits_and_a_mask(impl: str, dynamic: bool | None) -> None:
+    skip_unless_supported(impl, frozenset((LOGITS, MASK)), torch.float64)
+    routing = Routing(Options(2), "IJ", mask=True)
+    function = ours("capsule_routing", impl, routing)
+    compiled, counter = compile_and_count(function, dynamic=dynamic)
+    _, weight, _, logits, _ = tensors("capsule_routing", SHAPE, routing)
+    for batch in (5, 16, 33):
+        u, *_, mask = tensors("capsule_routing", SHAPE._replace(B=batch), routing)
+        inputs = [u, weight, None, logits, mask]
+        got, want = value_and_gradients(compiled, inputs), value_and_gradients(function, inputs)
+        for name, tensor in want.items():
+            assert_close(got[name], tensor, name, tolerance=1e-14, floor=1)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("op", ["squash", "predictions", "dynamic_routing", "couplings"])

@@ -14,7 +14,7 @@ import torch
 import capsops
 from capsops import dispatch, gpu_record
 from capsops.backends import cuda, extension, reference, triton
-from capsops.backends.backend import NO_OPTIONS, UNSQUASHED, Backend, Proof
+from capsops.backends.backend import ALL_OPTIONS, LOGITS, MASK, NO_OPTIONS, SHARED, UNSQUASHED, Backend, Proof
 from tests.processes import run_python
 
 
@@ -112,6 +112,48 @@ def test_auto_takes_only_kernels_proved_for_the_lengths(
 ) -> None:
     gpu.archs = archs
     assert on_gpu(lengths) == expected
+
+
+@pytest.mark.parametrize(
+    ("proved", "used", "covered"),
+    [
+        ((), (), True),
+        ((), (LOGITS,), False),
+        ((LOGITS,), (), True),
+        ((LOGITS,), (LOGITS,), True),
+        ((LOGITS,), (MASK,), False),
+        ((LOGITS, MASK), (MASK,), True),
+        ((LOGITS, MASK), (LOGITS, MASK, SHARED), False),
+        (ALL_OPTIONS, ALL_OPTIONS, True),
+    ],
+)
+def test_a_proof_covers_the_options_that_were_compared(
+    proved: tuple[str, ...], used: tuple[str, ...], covered: bool
+) -> None:
+    proof = Proof("Card", "cuda", "f", "c", longest=(32, 64), options=frozenset(proved))
+    assert proof.covers((16, 8), frozenset(used)) == covered
+    assert proof.covers((), frozenset(used)) == covered
+    assert not proof.covers((33, 8), frozenset(used))
+
+
+def test_auto_takes_only_kernels_proved_with_the_options(
+    gpu: SimpleNamespace, change_backend: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proof without options does not serve a call with options, even where the kernels support them."""
+    for name in ("cuda", "triton"):
+        change_backend(name, options=ALL_OPTIONS)
+    assert on_gpu((16, 8)) == "cuda"
+    for option in ALL_OPTIONS:
+        assert on_gpu((16, 8), frozenset((option,))) == "reference"
+    cuda_proof, triton_proof = gpu_record.PROOFS
+    proofs = (cuda_proof, triton_proof._replace(options=frozenset((LOGITS, MASK))))
+    monkeypatch.setattr(gpu_record, "PROOFS", proofs)
+    dispatch.proofs.cache_clear()
+    dispatch._automatic.cache_clear()
+    assert on_gpu((16, 8)) == "cuda"
+    assert on_gpu((16, 8), frozenset((LOGITS,))) == "triton"
+    assert on_gpu((16, 8), frozenset((LOGITS, MASK))) == "triton"
+    assert on_gpu((16, 8), frozenset((LOGITS, SHARED))) == "reference"
 
 
 @pytest.mark.parametrize(
@@ -225,6 +267,31 @@ def test_an_op_and_its_gradient_request_the_same_backend(
             result.sum().backward()
     functions = [op, f"{op}_backward"][:count]
     assert requests == [(each, "auto", torch.float32, lengths, NO_OPTIONS) for each in functions]
+
+
+@pytest.mark.parametrize("op", ["dynamic_routing", "capsule_routing", "couplings"])
+@pytest.mark.parametrize("options", [(), (UNSQUASHED,), (LOGITS,), (MASK,), (SHARED,), tuple(ALL_OPTIONS)])
+def test_an_op_and_its_gradient_name_the_options_they_use(
+    op: str, options: tuple[str, ...], requests: list[tuple]
+) -> None:
+    if op == "couplings":
+        options = tuple(option for option in options if option != UNSQUASHED)
+    shared, bias = SHARED in options, torch.randn(2, 5)
+    keywords: dict[str, object] = {
+        "logits": torch.randn(2) if LOGITS in options else None,
+        "mask": torch.ones(2, 4) > 0 if MASK in options else None,
+    }
+    if UNSQUASHED in options:
+        keywords["squash_output"] = False
+    u, weight = torch.randn(2, 4, 3), torch.randn(2, 5, 3) if shared else torch.randn(4, 2, 5, 3)
+    inputs = (u, weight)
+    if op == "dynamic_routing":
+        inputs = (torch.randn(2, 4, 5) if shared else torch.randn(2, 4, 2, 5),)
+    inputs[0].requires_grad_()
+    result = getattr(capsops, op)(*inputs, bias, **keywords)
+    if op != "couplings":
+        result.sum().backward()
+    assert [each for *_, each in requests] == [frozenset(options)] * (1 if op == "couplings" else 2)
 
 
 def test_an_op_requests_the_backend_of_use_impl(requests: list[tuple]) -> None:

@@ -120,7 +120,15 @@ CASES: list[tuple[Callable, tuple, dict[str, Any], type[Exception], str]] = [
         predictions, (U, W[..., :5]), {}, ValueError,
         f"u: got shape [2, 3, 6], {INPUT} I = 3, K = 5",
     ),
-    (dynamic_routing, (U_HAT[0],), {}, ValueError, "u_hat: got shape [3, 4, 5], takes [B, I, J, D]"),
+    (
+        dynamic_routing, (U_HAT[0],), {}, ValueError,
+        "u_hat: got shape [3, 4, 5], alike for all output capsules, takes `logits` or `bias` with it, whose J"
+        " is their number",
+    ),
+    (
+        dynamic_routing, (U_HAT[0, 0],), {}, ValueError,
+        "u_hat: got shape [4, 5], takes [B, I, J, D], or [B, I, D] for all j",
+    ),
     (
         dynamic_routing, (U_HAT, BETA.T), {}, ValueError,
         f"bias: got shape [5, 4], {BIAS}",
@@ -136,6 +144,50 @@ CASES: list[tuple[Callable, tuple, dict[str, Any], type[Exception], str]] = [
         f"bias: got shape [1, 4, 5], {BIAS}",
     ),
     (couplings, (U, W, BETA.T), {}, ValueError, f"bias: got shape [5, 4], {BIAS}"),
+    (
+        capsule_routing, (U, W[0, ..., :5]), {}, ValueError,
+        "weight: got shape [4, 5, 5], takes [J, D, K] with K = 6",
+    ),
+    (
+        couplings, (U, W[:1, ..., :5]), {}, ValueError,
+        "weight: got shape [1, 4, 5, 5], takes [1, J, D, K] with K = 6",
+    ),
+    # starting logits and mask
+    (dynamic_routing, (U_HAT,), {"logits": [0.0]}, TypeError, "logits: got list, takes a torch.Tensor"),
+    (capsule_routing, (U, W), {"logits": 0.0}, TypeError, "logits: got float, takes a torch.Tensor"),
+    (couplings, (U, W), {"logits": np.zeros(4)}, TypeError, "logits: got ndarray, takes a torch.Tensor"),
+    (dynamic_routing, (U_HAT,), {"mask": True}, TypeError, "mask: got bool, takes a torch.Tensor"),
+    (capsule_routing, (U, W), {"mask": [[True]]}, TypeError, "mask: got list, takes a torch.Tensor"),
+    (
+        dynamic_routing, (U_HAT,), {"logits": torch.zeros(3)}, ValueError,
+        "logits: got shape [3], takes one that is broadcast to [B, I, J] with B = 2, I = 3, J = 4",
+    ),
+    (
+        capsule_routing, (U, W), {"logits": torch.zeros(4).half()}, TypeError,
+        "logits: got dtype torch.float16, takes that of u, which is torch.float32",
+    ),
+    (
+        couplings, (U, W), {"logits": torch.zeros(4, device="meta")}, ValueError,
+        "logits: got device meta, takes that of u, which is cpu",
+    ),
+    (
+        capsule_routing, (U, W), {"mask": torch.ones(2, 3)}, TypeError,
+        "mask: got dtype torch.float32, takes torch.bool: True where an input capsule is there",
+    ),
+    (
+        dynamic_routing, (U_HAT,), {"mask": torch.ones(3) > 0}, ValueError,
+        "mask: got shape [3], takes [B, I] with B = 2, I = 3",
+    ),
+    (
+        couplings, (U, W), {"mask": torch.ones(2, 3, dtype=torch.bool, device="meta")}, ValueError,
+        "mask: got device meta, takes that of u, which is cpu",
+    ),
+    # flags
+    (capsule_routing, (U, W), {"squash_output": 1}, TypeError, "squash_output: got int, takes a bool"),
+    (
+        dynamic_routing, (U_HAT,), {"squash_output": None}, TypeError,
+        "squash_output: got NoneType, takes a bool",
+    ),
     # iterations
     (dynamic_routing, (U_HAT,), {"iterations": -1}, ValueError, f"iterations: got -1, {COUNT}"),
     (capsule_routing, (U, W), {"iterations": -2}, ValueError, f"iterations: got -2, {COUNT}"),

@@ -22,12 +22,22 @@ class Network(nn.Module):
         torch.manual_seed(0)
         self.primary = capsops.nn.PrimaryCapsules(1, 2, 4, 5)
         self.routing = capsops.nn.RoutingCapsules(32, 3, 4, 5, leaky=True)
+        self.shared, self.logits = nn.Parameter(torch.randn(3, 5, 4)), nn.Parameter(torch.randn(32, 3))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         u = self.primary(images)
         u_hat = capsops.predictions(u, self.routing.weight)
         again = capsops.dynamic_routing(u_hat, self.routing.bias, iterations=2)
-        return self.routing(u), again, self.routing.couplings(u)
+        mask, logits = u[..., 0] > 0, self.logits
+        closed = torch.where(logits > 1, -torch.inf, logits)
+        return (
+            self.routing(u),
+            again,
+            self.routing.couplings(u),
+            capsops.capsule_routing(u, self.shared, logits=closed, mask=mask),
+            capsops.dynamic_routing(u, logits=closed, mask=mask, squash_output=False),
+            capsops.couplings(u, self.shared, logits=logits, mask=mask),
+        )
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,50 @@ def test_routing_counts_like_the_formula(iterations: int, leaky: bool, detach: b
         assert ours == count_flops(getattr(reference, name), *inputs, **options), name
 
 
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("iterations", [1, 2, 4])
+def test_logits_and_masks_count_nothing(iterations: int, detach: bool) -> None:
+    """They are added or chosen, which is no product."""
+    options = {"iterations": iterations, "detach": detach}
+    want = count_flops(capsops.capsule_routing, *layer(), **options)
+    for start in ({"mask": torch.ones(B, I) > 0}, {"logits": torch.zeros(I, J)}):
+        assert count_flops(capsops.capsule_routing, *layer(), **start, **options) == want
+
+
+def count_by_hand(passes: int, of_sums: int, of_weight: int) -> int:
+    """Operations of a forward pass with a shared weight: in each pass a sum, in all but the first logits."""
+    return (2 * passes - 1) * 2 * (of_sums + of_weight)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 4])
+def test_a_shared_weight_counts_less(iterations: int) -> None:
+    """Σ_i c u and u · (Wᵀ V): B · I · J · K products each, and W with B · J vectors."""
+    u, weight = torch.randn(B, I, K), torch.randn(J, D, K)
+    forward = count_by_hand(iterations, B * I * J * K, B * J * D * K)
+    assert count_flops(capsops.capsule_routing, u, weight, iterations=iterations) == (forward, 0)
+    assert count_flops(capsops.capsule_routing, u, weight[None], iterations=iterations) == (forward, 0)
+    expanded, _ = count_flops(capsops.capsule_routing, u, weight.expand(I, J, D, K), iterations=iterations)
+    assert forward < expanded
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 4])
+def test_predictions_alike_for_all_outputs_count_as_if_expanded(iterations: int) -> None:
+    u_hat, bias = torch.randn(B, I, D, requires_grad=True), torch.randn(J, D)
+    expanded = u_hat[:, :, None].expand(B, I, J, D)
+    for options in ({"logits": torch.zeros(I, J)}, {}):
+        got = count_flops(capsops.dynamic_routing, u_hat, bias, iterations=iterations, **options)
+        assert got == count_flops(capsops.dynamic_routing, expanded, bias, iterations=iterations, **options)
+
+
+def test_gradients_of_a_shared_weight() -> None:
+    """Two for each product of the forward pass, without those of the first couplings, which are constant."""
+    u, weight = torch.randn(B, I, K, requires_grad=True), torch.randn(J, D, K, requires_grad=True)
+    of_sum, of_weight = 2 * B * I * J * K, 2 * B * J * D * K
+    assert count_flops(capsops.capsule_routing, u, weight, iterations=1)[1] == of_sum + 2 * of_weight
+    assert count_flops(capsops.capsule_routing, u.detach(), weight, iterations=1)[1] == 2 * of_weight
+    assert count_flops(capsops.capsule_routing, u, weight, iterations=3)[1] == 9 * of_sum + 10 * of_weight
+
+
 @pytest.mark.parametrize(("needs_u", "needs_weight"), [(True, False), (False, True), (False, False)])
 def test_gradients_that_are_not_needed_do_not_count(needs_u: bool, needs_weight: bool) -> None:
     inputs = layer(needs_u, needs_weight)

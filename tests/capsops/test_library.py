@@ -10,8 +10,10 @@ from torch import Tensor
 
 import capsops
 from capsops import dispatch, reference
+from capsops.backends.backend import UNSQUASHED
 from tests.capsops.cases import Options, Shape, layer_inputs, routing_inputs
 from tests.capsops.compare import assert_close
+from tests.capsops.routing_options import options_of_call, skip_unless_supported
 from tests.tiers import slow
 
 OPS = torch.ops.capsops
@@ -33,6 +35,7 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
     u, weight, bias = leaf(B, I, K), leaf(I, J, D, K), leaf(J, D)
     u_hat, grad_u_hat, grad = leaf(B, I, J, D), leaf(B, I, J, D), leaf(B, J, D)
     s, grad_s = leaf(B, J, D), leaf(B, J, D)
+    none = None, None  # neither logits nor a mask
     return {
         "squash": (OPS.squash, s, 2),
         "squash of a middle dim": (OPS.squash, s, 1),
@@ -42,60 +45,122 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
         "predictions_backward": (OPS.predictions_backward, grad_u_hat, u, weight, True, True),
         "predictions_backward for u": (OPS.predictions_backward, grad_u_hat, u, weight, True, False),
         "predictions_backward for weight": (OPS.predictions_backward, grad_u_hat, u, weight, False, True),
-        "dynamic_routing": (OPS.dynamic_routing, u_hat, bias, None, None, 3, False, False, True),
+        "dynamic_routing": (OPS.dynamic_routing, u_hat, bias, *none, 3, False, False, True),
         "dynamic_routing without bias, leaky": (
-            OPS.dynamic_routing, u_hat, None, None, None, 2, True, False, True,
+            OPS.dynamic_routing, u_hat, None, *none, 2, True, False, True,
         ),
-        "dynamic_routing, detached": (OPS.dynamic_routing, u_hat, bias, None, None, 2, False, True, True),
+        "dynamic_routing, detached": (OPS.dynamic_routing, u_hat, bias, *none, 2, False, True, True),
         "dynamic_routing_backward": (
-            OPS.dynamic_routing_backward, grad, u_hat, bias, sums(2), 2, False, False, True,
+            OPS.dynamic_routing_backward, grad, u_hat, bias, *none, sums(2), 2, False, False, True, False,
         ),
         "dynamic_routing_backward of three passes": (
-            OPS.dynamic_routing_backward, grad, u_hat, bias, sums(3), 3, False, False, True,
+            OPS.dynamic_routing_backward, grad, u_hat, bias, *none, sums(3), 3, False, False, True, False,
         ),
         "dynamic_routing_backward without bias, leaky": (
-            OPS.dynamic_routing_backward, grad, u_hat, None, sums(2), 2, True, False, True,
+            OPS.dynamic_routing_backward, grad, u_hat, None, *none, sums(2), 2, True, False, True, False,
         ),
         "dynamic_routing_backward, no routing": (
-            OPS.dynamic_routing_backward, grad, u_hat, bias, sums(0), 0, False, False, True,
+            OPS.dynamic_routing_backward, grad, u_hat, bias, *none, sums(0), 0, False, False, True, False,
         ),
-        "capsule_routing": (OPS.capsule_routing, u, weight, bias, None, None, 3, False, False, True),
+        "capsule_routing": (OPS.capsule_routing, u, weight, bias, *none, 3, False, False, True),
         "capsule_routing without bias, leaky": (
-            OPS.capsule_routing, u, weight, None, None, None, 2, True, False, True,
+            OPS.capsule_routing, u, weight, None, *none, 2, True, False, True,
         ),
-        "capsule_routing, no routing": (
-            OPS.capsule_routing, u, weight, bias, None, None, 0, False, False, True,
-        ),
+        "capsule_routing, no routing": (OPS.capsule_routing, u, weight, bias, *none, 0, False, False, True),
         "capsule_routing of fixed input, detached": (
-            OPS.capsule_routing, u.detach(), weight, bias, None, None, 2, False, True, True,
+            OPS.capsule_routing, u.detach(), weight, bias, *none, 2, False, True, True,
         ),
         "capsule_routing_backward": (
-            OPS.capsule_routing_backward, grad, u, weight, bias, sums(2), 2, False, False, True, True, True,
+            OPS.capsule_routing_backward, grad, u, weight, bias, *none, sums(2), 2, False, False, True,
+            True, True, False,
         ),
         "capsule_routing_backward of three passes": (
-            OPS.capsule_routing_backward, grad, u, weight, bias, sums(3), 3, False, False, True, True, True,
+            OPS.capsule_routing_backward, grad, u, weight, bias, *none, sums(3), 3, False, False, True,
+            True, True, False,
         ),
         "capsule_routing_backward for u, leaky": (
-            OPS.capsule_routing_backward, grad, u, weight, None, sums(2), 2, True, False, True, True, False,
+            OPS.capsule_routing_backward, grad, u, weight, None, *none, sums(2), 2, True, False, True,
+            True, False, False,
         ),
         "capsule_routing_backward for weight, detached": (
-            OPS.capsule_routing_backward, grad, u, weight, bias, sums(2), 2, False, True, True, False, True,
+            OPS.capsule_routing_backward, grad, u, weight, bias, *none, sums(2), 2, False, True, True,
+            False, True, False,
         ),
         "dynamic_routing, not squashed": (
-            OPS.dynamic_routing, u_hat, bias, None, None, 3, False, False, False,
+            OPS.dynamic_routing, u_hat, bias, *none, 3, False, False, False,
         ),
         "dynamic_routing_backward, not squashed": (
-            OPS.dynamic_routing_backward, grad, u_hat, bias, sums(3), 3, False, False, False,
+            OPS.dynamic_routing_backward, grad, u_hat, bias, *none, sums(3), 3, False, False, False, False,
         ),
         "capsule_routing, not squashed": (
-            OPS.capsule_routing, u, weight, bias, None, None, 2, True, False, False,
+            OPS.capsule_routing, u, weight, bias, *none, 2, True, False, False,
         ),
         "capsule_routing_backward, not squashed": (
-            OPS.capsule_routing_backward, grad, u, weight, bias, sums(2), 2, True, True, False, True, True,
+            OPS.capsule_routing_backward, grad, u, weight, bias, *none, sums(2), 2, True, True, False,
+            True, True, False,
         ),
-        "couplings": (OPS.couplings, u.detach(), weight.detach(), bias.detach(), None, None, 3, False),
-        "couplings, no routing": (OPS.couplings, u.detach(), weight.detach(), None, None, None, 0, False),
+        "couplings": (OPS.couplings, u.detach(), weight.detach(), bias.detach(), *none, 3, False),
+        "couplings, no routing": (OPS.couplings, u.detach(), weight.detach(), None, *none, 0, False),
+        **calls_with_options(),
     }  # fmt: skip
+
+
+def calls_with_options() -> dict[str, tuple[Any, ...]]:
+    """Calls with starting logits, a mask, and predictions that input or output capsules share."""
+    B, I, J, D, K = SHAPE  # noqa: E741
+    u, weight, bias = leaf(B, I, K), leaf(I, J, D, K), leaf(J, D)
+    shared, alike, u_hat, grad = leaf(J, D, K), leaf(B, I, D), leaf(B, I, J, D), leaf(B, J, D)
+    mask, options = torch.arange(I) < torch.arange(1, B + 1)[:, None], (2, False, False, True)
+
+    def shared_backward(logits: Tensor | None, *needs: bool) -> tuple[Any, ...]:
+        return OPS.capsule_routing_backward, grad, u, shared, bias, logits, mask, sums(2), *options, *needs
+
+    calls: dict[str, tuple[Any, ...]] = {}
+    for sizes in ((), (J,), (I, J), (1, I, J), (B, 1, J), (B, I, 1), (B, I, J)):
+        logits, name = leaf(*sizes), f"with logits {list(sizes)}"
+        calls |= {
+            f"dynamic_routing {name}": (OPS.dynamic_routing, u_hat, bias, logits, None, *options),
+            f"dynamic_routing_backward {name}": (
+                OPS.dynamic_routing_backward, grad, u_hat, bias, logits, None, sums(2), *options, True,
+            ),
+            f"capsule_routing {name}": (OPS.capsule_routing, u, weight, bias, logits, None, *options),
+            f"capsule_routing_backward {name}": (
+                OPS.capsule_routing_backward, grad, u, weight, bias, logits, None, sums(2), *options,
+                True, True, True,
+            ),
+            f"couplings {name}": (OPS.couplings, u, weight, bias, logits, None, 2, False),
+        }  # fmt: skip
+    logits = leaf(I, J)
+    calls |= {
+        "dynamic_routing with a mask": (OPS.dynamic_routing, u_hat, bias, None, mask, *options),
+        "dynamic_routing, alike for all outputs": (OPS.dynamic_routing, alike, bias, None, mask, *options),
+        "dynamic_routing, alike, with logits": (OPS.dynamic_routing, alike, None, logits, mask, *options),
+        "dynamic_routing_backward with a mask": (
+            OPS.dynamic_routing_backward, grad, u_hat, bias, None, mask, sums(2), *options, False,
+        ),
+        "dynamic_routing_backward, alike for all outputs": (
+            OPS.dynamic_routing_backward, grad, alike, None, logits, mask, sums(2), *options, True,
+        ),
+        "dynamic_routing_backward, no routing, with logits": (
+            OPS.dynamic_routing_backward, grad, u_hat, bias, logits, mask, sums(0), 0, False, False, True,
+            True,
+        ),
+        "capsule_routing with a mask": (OPS.capsule_routing, u, weight, bias, None, mask, *options),
+        "capsule_routing of a shared weight": (OPS.capsule_routing, u, shared, bias, None, None, *options),
+        "capsule_routing of a shared weight with four axes, leaky": (
+            OPS.capsule_routing, u, shared[None], None, None, None, 3, True, False, True,
+        ),
+        "capsule_routing with all options, detached": (
+            OPS.capsule_routing, u, shared, bias, logits, mask, 3, True, True, False,
+        ),
+        "capsule_routing_backward of a shared weight": shared_backward(None, True, True, False),
+        "capsule_routing_backward with all options": shared_backward(logits, True, True, True),
+        "capsule_routing_backward for logits": shared_backward(logits, False, False, True),
+        "capsule_routing_backward of fixed logits": shared_backward(logits, True, True, False),
+        "couplings with all options": (OPS.couplings, u, shared, bias, logits, mask, 3, True),
+        "couplings with a mask, no routing": (OPS.couplings, u, weight, bias, None, mask, 0, False),
+    }  # fmt: skip
+    return calls
 
 
 CALLS = list(op_calls())
@@ -109,6 +174,7 @@ def test_every_op_is_checked() -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(impl: str, name: str) -> None:
     op, *args = op_calls()[name]
+    skip_unless_supported(impl, options_of_call(op, args))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(op.default, (*args, impl), test_utils=checks)
 
@@ -120,9 +186,18 @@ def check_traced(impl: str, name: str) -> None:
 
 # Tracing takes seconds, and longer with each pass: one call per op, and only one backend in the fast tier.
 TRACED = [name for name in CALLS if name.isidentifier()]
+ALSO_TRACED = [
+    "dynamic_routing, alike, with logits",
+    "dynamic_routing_backward, alike for all outputs",
+    "capsule_routing with all options, detached",
+    "capsule_routing_backward with all options",
+    "couplings with all options",
+]
 
 
-@pytest.mark.parametrize("name", [slow(n) if n.endswith("routing_backward") else n for n in TRACED])
+@pytest.mark.parametrize(
+    "name", [*(slow(n) if n.endswith("routing_backward") else n for n in TRACED), *map(slow, ALSO_TRACED)]
+)
 def test_opcheck_traced(name: str) -> None:
     check_traced("auto", name)
 
@@ -140,10 +215,13 @@ def test_fakes_have_the_shapes_dtypes_and_strides_of_results(
 ) -> None:
     """torch.compile relies on them, for inputs in any memory layout."""
     op, *args = op_calls()[name]
+    skip_unless_supported(impl, options_of_call(op, args), dtype)
 
     def cast(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
+        if x.dtype == torch.bool:
+            return x.T.contiguous().T
         # s of the passes is saved in the accumulation dtype
         saved = x.dim() == 4 and not x.requires_grad and "routing_backward" in name
         x = x.detach().to(dtype if dtype == torch.float64 or not saved else torch.float32)
@@ -347,34 +425,50 @@ def test_an_op_rejects_tensors_on_a_device_that_its_backend_does_not_support() -
 
 
 @pytest.mark.parametrize(("needs_u", "needs_weight"), [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("op", ["predictions", "capsule_routing"])
+@pytest.mark.parametrize(("op", "first_flag"), [("predictions", 3), ("capsule_routing", 10)])
 def test_gradients_that_are_not_needed_are_not_requested(
-    op: str, needs_u: bool, needs_weight: bool, change_backend: Callable[..., None]
+    op: str, first_flag: int, needs_u: bool, needs_weight: bool, change_backend: Callable[..., None]
 ) -> None:
     backward = dispatch.BACKENDS["reference"].functions[f"{op}_backward"]
     requested = []
 
     def recording(*arguments: Any) -> Any:
-        requested.append(arguments[-2:])
+        requested.append(arguments[first_flag:])
         return backward(*arguments)
 
     change_backend("reference", **{f"{op}_backward": recording})
     u, weight, _ = layer_inputs(SHAPE, bias=False)
     u, weight = u.detach().requires_grad_(needs_u), weight.detach().requires_grad_(needs_weight)
     getattr(capsops, op)(u, weight, impl="reference").sum().backward()
-    assert requested == [(needs_u, needs_weight)]
+    of_logits = () if op == "predictions" else (False,)
+    assert requested == [(needs_u, needs_weight, *of_logits)]
+
+
+@pytest.mark.parametrize("op", ["dynamic_routing", "capsule_routing"])
+def test_the_gradient_of_fixed_logits_is_not_requested(op: str, change_backend: Callable[..., None]) -> None:
+    backward = dispatch.BACKENDS["reference"].functions[f"{op}_backward"]
+    requested = []
+
+    def recording(*arguments: Any) -> Any:
+        requested.append(arguments[-1])
+        return backward(*arguments)
+
+    change_backend("reference", **{f"{op}_backward": recording})
+    u, weight, _ = layer_inputs(SHAPE)
+    inputs = (u, weight) if op == "capsule_routing" else (reference.predictions(u, weight),)
+    inputs[0].requires_grad_()
+    for needed in (False, True):
+        logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=needed)
+        getattr(capsops, op)(*inputs, logits=logits, impl="reference").sum().backward()
+    assert requested == [False, True]
 
 
 @pytest.mark.parametrize("iterations", [0, 3])
 def test_a_gradient_shares_no_memory_with_the_upstream_gradient(impl: str, iterations: int) -> None:
     """Of one input capsule and one output capsule, whose gradient is the upstream one."""
     u_hat = torch.randn(2, 1, 1, 5, requires_grad=True)
-    args = (u_hat, None, None, None, iterations, False, False, False, impl)
-    if impl == "triton":
-        with pytest.raises(ValueError, match="^impl='triton' does not support squash_output=False"):
-            OPS.dynamic_routing(*args)
-        return
-    v, _ = OPS.dynamic_routing(*args)
+    skip_unless_supported(impl, frozenset((UNSQUASHED,)))
+    v, _ = OPS.dynamic_routing(u_hat, None, None, None, iterations, False, False, False, impl)
     upstream = torch.randn_like(v)
     (grad,) = torch.autograd.grad(v, u_hat, upstream)
     assert torch.equal(grad.flatten(), upstream.flatten())

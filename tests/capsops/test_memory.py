@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import capsops
+from capsops.backends.backend import LOGITS, SHARED
 from tests.capsops.cases import FEW_OPTIONS, Shape, layer_inputs, routing_inputs, value_and_gradients
+from tests.capsops.routing_options import skip_unless_supported
 from tests.processes import run_python
 
 SHAPE = Shape(512, 1024, 32, 4, 4)
@@ -19,12 +21,15 @@ def status(field):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
-def step(u, weight, bias):
-    v = capsops.capsule_routing(u, weight, bias, iterations=3, detach={detach}, impl={impl!r})
-    return v, *torch.autograd.grad(v, (u, weight, bias), upstream)
+def step(u, weight, bias, logits):
+    tensors = (u, bias) if weight is None else (u, weight, bias)
+    routing = capsops.dynamic_routing if weight is None else capsops.capsule_routing
+    v = routing(*tensors, logits=logits, iterations=3, detach={detach}, impl={impl!r})
+    return v, *torch.autograd.grad(v, [*tensors, *([] if logits is None else [logits])], upstream)
 
 def leaves(B, I, J, D, K):
-    return [torch.randn(s, requires_grad=True) for s in ((B, I, K), (I, J, D, K), (J, D))]
+    sizes = (B, I, K), {weight}, (J, D), {logits}
+    return [None if s is None else torch.randn(s, requires_grad=True) for s in sizes]
 
 torch.set_num_threads({threads})
 B, I, J, D, K = {shape}
@@ -40,10 +45,20 @@ print(status("VmHWM") - before - sum(x.nbytes for x in results))
 """
 
 
-def peak(impl: str, shape: Shape, detach: bool) -> int:
-    """Peak memory of a forward and a backward pass, in bytes beyond inputs, result and gradients."""
-    threads = os.cpu_count() or 1
-    done = run_python("-c", PEAK.format(shape=tuple(shape), impl=impl, detach=detach, threads=threads))
+def peak(impl: str, shape: Shape, detach: bool, weight: str = "(I, J, D, K)", logits: str = "None") -> int:
+    """Peak memory of a forward and a backward pass, in bytes beyond inputs, result and gradients.
+
+    `weight` and `logits` are their shapes, or "None"; without a weight u is û, alike for all output capsules.
+    """
+    code = PEAK.format(
+        shape=tuple(shape),
+        impl=impl,
+        detach=detach,
+        weight=weight,
+        logits=logits,
+        threads=os.cpu_count() or 1,
+    )
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
@@ -65,6 +80,25 @@ def test_peak_is_far_below_the_couplings(impl: str, detach: bool) -> None:
         pytest.skip("the reference stores û by definition")
     couplings = 4 * SHAPE.B * SHAPE.I * SHAPE.J
     assert peak(impl, SHAPE, detach) < couplings / 8
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize(
+    ("weight", "logits"),
+    [
+        ("(I, J, D, K)", "(I, J)"),
+        ("(J, D, K)", "None"),
+        ("(J, D, K)", "(I, J)"),
+        ("None", "(I, J)"),
+    ],
+)
+def test_peak_with_routing_options(impl: str, weight: str, logits: str, detach: bool) -> None:
+    """Neither the couplings nor, with a shared weight, numbers of each pair of capsules are stored."""
+    if impl == "reference":
+        pytest.skip("the reference stores the couplings by definition")
+    skip_unless_supported(impl, frozenset((LOGITS, SHARED)))
+    couplings = 4 * SHAPE.B * SHAPE.I * SHAPE.J
+    assert peak(impl, SHAPE, detach, weight, logits) < couplings / 8
 
 
 SHAPES = [Shape(5, 9, 3, 5, 3), Shape(17, 33, 10, 16, 8), Shape(2, 7, 60, 32, 4)]

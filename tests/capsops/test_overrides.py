@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 import capsops
 
 U, WEIGHT, BIAS = torch.randn(2, 6, 4), torch.randn(6, 3, 5, 4), torch.randn(3, 5)
+MASK = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
 CALLS: dict[str, Callable[..., Tensor]] = {
     "squash": lambda u, w, b: capsops.squash(u, 1),
     "predictions": lambda u, w, b: capsops.predictions(u, w, impl="reference"),
@@ -18,14 +19,33 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     ),
     "capsule_routing": lambda u, w, b: capsops.capsule_routing(u, w, b, iterations=2),
     "couplings": lambda u, w, b: capsops.couplings(u, w, b, leaky=True),
+    "dynamic_routing with options": lambda u, w, b: capsops.dynamic_routing(
+        w.transpose(2, 3), logits=b, mask=MASK.view(6, 2)[:, :1].expand(6, 3), squash_output=False
+    ),
+    "capsule_routing with options": lambda u, w, b: capsops.capsule_routing(
+        u, w, logits=b, mask=MASK, squash_output=False
+    ),
+    "couplings with options": lambda u, w, b: capsops.couplings(u, w, logits=b, mask=MASK),
 }
+
+# Where a call has options, `b` is its starting logits and `w` a weight shared by all input capsules.
+ARGUMENTS = {
+    **dict.fromkeys(CALLS, (U, WEIGHT, BIAS)),
+    "dynamic_routing with options": (U, WEIGHT, torch.randn(4)),
+    "capsule_routing with options": (U, WEIGHT[0], torch.randn(3)),
+    "couplings with options": (U, WEIGHT[0], torch.randn(3)),
+}
+
+
+def function_of(name: str) -> Callable[..., Tensor]:
+    return getattr(capsops, name.split()[0])
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_fx_records_each_function(name: str) -> None:
     traced = torch.fx.symbolic_trace(CALLS[name])
-    assert getattr(capsops, name) in [node.target for node in traced.graph.nodes]
-    assert torch.equal(traced(U, WEIGHT, BIAS), CALLS[name](U, WEIGHT, BIAS))
+    assert function_of(name) in [node.target for node in traced.graph.nodes]
+    assert torch.equal(traced(*ARGUMENTS[name]), CALLS[name](*ARGUMENTS[name]))
 
 
 def test_fx_traces_the_layers() -> None:
@@ -64,9 +84,9 @@ def test_a_mode_receives_the_call(name: str) -> None:
             return function(*args, **(kwargs or {}))
 
     with Mode():
-        result = CALLS[name](U, WEIGHT, BIAS)
-    assert getattr(capsops, name) in calls
-    assert torch.equal(result, CALLS[name](U, WEIGHT, BIAS))
+        result = CALLS[name](*ARGUMENTS[name])
+    assert function_of(name) in calls
+    assert torch.equal(result, CALLS[name](*ARGUMENTS[name]))
 
 
 class Plain(torch.Tensor):
@@ -75,9 +95,9 @@ class Plain(torch.Tensor):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_results_keep_the_subclass(name: str) -> None:
-    subclassed = CALLS[name](*(x.as_subclass(Plain) for x in (U, WEIGHT, BIAS)))
+    subclassed = CALLS[name](*(x.as_subclass(Plain) for x in ARGUMENTS[name]))
     assert type(subclassed) is Plain
-    assert torch.equal(subclassed.as_subclass(Tensor), CALLS[name](U, WEIGHT, BIAS))
+    assert torch.equal(subclassed.as_subclass(Tensor), CALLS[name](*ARGUMENTS[name]))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -92,4 +112,4 @@ def test_another_class_can_override_a_function(name: str) -> None:
         def transpose(self, *axes: int) -> "Override":
             return self
 
-    assert CALLS[name](Override(), Override(), Override()) == name
+    assert CALLS[name](Override(), Override(), Override()) == function_of(name).__name__

@@ -37,6 +37,27 @@ def test_equals_the_reference(impl: str, shape: Shape) -> None:
         )
 
 
+@pytest.mark.parametrize("K", [*range(1, 18), 32, 40])
+def test_equals_the_reference_at_any_depth(impl: str, K: int) -> None:
+    """On CPUs the kernel depends on K, on the number of samples, and on whether J·D fills registers."""
+    for sizes in ((1, 5, 4, 16), (2, 3, 3, 5), (3, 4, 2, 8), (4, 9, 5, 7), (5, 1, 2, 16), (11, 5, 3, 16)):
+        u, weight, _ = layer_inputs(Shape(*sizes, K))
+        assert_all_close(
+            value_and_gradients(partial(capsops.predictions, impl=impl), [u, weight]),
+            value_and_gradients(reference.predictions, [u, weight]),
+        )
+
+
+@pytest.mark.parametrize("I", [1, 3, 12, 13])
+def test_equals_the_reference_with_few_input_capsules_for_the_threads(impl: str, I: int) -> None:  # noqa: E741
+    for K, D in ((8, 16), (5, 7)):
+        u, weight, _ = layer_inputs(Shape(67, I, 20, D, K))
+        want = value_and_gradients(reference.predictions, [u, weight])
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert_all_close(value_and_gradients(partial(capsops.predictions, impl=impl), [u, weight]), want)
+
+
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s.B * s.I * s.J * s.D > 5000], ids=str)
 def test_low_precision(impl: str, shape: Shape, dtype: torch.dtype) -> None:

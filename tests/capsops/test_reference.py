@@ -19,15 +19,29 @@ def textbook_squash(s: np.ndarray) -> np.ndarray:
     return norm**2 / (1 + norm**2) * s / norm
 
 
-def textbook_routing(u_hat: np.ndarray, bias: np.ndarray, iterations: int, leaky: bool) -> np.ndarray:
-    """Procedure 1 with its logits stored: b ← b + û · v after every pass but the last."""
+def textbook_routing(
+    u_hat: np.ndarray,
+    bias: np.ndarray,
+    iterations: int,
+    leaky: bool,
+    start: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """Procedure 1 with its logits stored: b ← b + û · v after every pass but the last.
+
+    `start` are the logits of the first pass; an input capsule whose logits are all −inf, or whose mask is
+    False, sends nothing.
+    """
     batch, in_capsules, out_capsules, _ = u_hat.shape
     v = np.zeros((batch, *u_hat.shape[2:]))
     for b in range(batch):
-        logits = np.zeros((in_capsules, out_capsules))
+        logits = np.zeros((in_capsules, out_capsules)) if start is None else start[b].copy()
         for _ in range(iterations):
             weights = np.exp(logits)
-            c = weights / (weights.sum(1, keepdims=True) + (1 if leaky else 0))
+            total = weights.sum(1, keepdims=True) + (1 if leaky else 0)
+            c = weights / np.where(total == 0, 1, total)
+            if mask is not None:
+                c = c * mask[b][:, None]
             for j in range(out_capsules):
                 v[b, j] = textbook_squash(c[:, j] @ u_hat[b, :, j] + bias[j])
             for i in range(in_capsules):
@@ -117,6 +131,35 @@ def test_routing_equals_the_paper(shape: Shape, with_bias: bool, leaky: bool, it
     assert_close(reference.predictions(u, weight), torch.from_numpy(u_hat), "û")
     assert_close(reference.dynamic_routing(torch.from_numpy(u_hat), bias, **options), want, "from û")
     assert_close(reference.capsule_routing(u, weight, bias, **options), want, "from u")
+
+
+@pytest.mark.parametrize("iterations", range(1, 5))
+@pytest.mark.parametrize("leaky", [False, True])
+@pytest.mark.parametrize("shape", [Shape(2, 5, 1, 4, 2), Shape(3, 9, 5, 4, 3)], ids=str)
+def test_routing_options_equal_the_paper(shape: Shape, leaky: bool, iterations: int) -> None:
+    """Logits, some of them −inf, and a mask; a weight of all input capsules, and û of all output capsules."""
+    u, weight, bias = layer_inputs(shape, bias=True)
+    logits = torch.randn(shape[:3], dtype=torch.float64)
+    logits[torch.rand(shape[:3]) < 0.3] = -torch.inf
+    logits[0, 0] = -torch.inf
+    mask = torch.rand(shape.B, shape.I) > 0.3
+    options = {"iterations": iterations, "leaky": leaky, "logits": logits, "mask": mask}
+
+    def paper(u_hat: Tensor) -> Tensor:
+        arrays = u_hat.numpy(), bias.numpy(), iterations, leaky, logits.numpy(), mask.numpy()
+        return torch.from_numpy(textbook_routing(*arrays))
+
+    u_hat = reference.predictions(u, weight)
+    assert_close(reference.capsule_routing(u, weight, bias, **options), paper(u_hat), "layer")
+    assert_close(reference.dynamic_routing(u_hat, bias, **options), paper(u_hat), "from û")
+    s = reference.dynamic_routing(u_hat, bias, squash_output=False, **options)
+    assert_close(reference.squash(s), paper(u_hat), "squash of s")
+    shared = reference.predictions(u, weight[:1].expand_as(weight))
+    for one in (weight[0], weight[:1]):
+        assert_close(reference.capsule_routing(u, one, bias, **options), paper(shared), "shared weight")
+    alike = u_hat[:, :, 0]
+    want = paper(alike[:, :, None].expand_as(u_hat))
+    assert_close(reference.dynamic_routing(alike, bias, **options), want, "û of all outputs")
 
 
 def test_couplings_by_hand() -> None:

@@ -30,10 +30,32 @@ cases = {
     "capsule_routing": (capsops.capsule_routing, (u, weight, bias), (S, R, R)),
     "without bias": (lambda u, w: capsops.capsule_routing(u, w, detach=True), (u, weight), (S, R)),
     "couplings": (capsops.couplings, (u, weight, bias), (S, R, R)),
+    "logits [I, J]": (
+        lambda u, w, l: capsops.capsule_routing(u, w, logits=l), (u, weight, torch.randn(6, 3)), (S, R, R)
+    ),
+    "logits [B, I, J] and a mask": (
+        lambda u, w, l, m: capsops.capsule_routing(u, w, logits=l, mask=m),
+        (u, weight, torch.randn(4, 6, 3), torch.randn(4, 6) > 0),
+        (S, R, S, S),
+    ),
+    "a shared weight": (
+        lambda u, w, b, l: capsops.capsule_routing(u, w, b, logits=l, squash_output=False),
+        (u, weight[0], bias, torch.randn(4, 1, 3)),
+        (S, R, R, S),
+    ),
+    "alike for all outputs": (
+        lambda x, l, m: capsops.dynamic_routing(x, logits=l, mask=m),
+        (u, torch.randn(1, 6, 3), torch.randn(4, 6) > 0),
+        (S, R, S),
+    ),
+    "logits of û": (lambda x, l: capsops.dynamic_routing(x, logits=l), (u_hat, torch.randn(4, 6, 3)), (S, S)),
 }
 for name, (op, inputs, placements) in cases.items():
-    whole = [x.clone().requires_grad_() for x in inputs]
-    sharded = [distribute_tensor(x, mesh, [p]).requires_grad_() for x, p in zip(inputs, placements)]
+    whole = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    sharded = [
+        distribute_tensor(x, mesh, [p]).requires_grad_(x.is_floating_point())
+        for x, p in zip(inputs, placements)
+    ]
     want = op(*whole)
     with CommDebugMode() as communication:
         got = op(*sharded)
@@ -45,6 +67,8 @@ for name, (op, inputs, placements) in cases.items():
     if name != "couplings":
         want.backward(torch.ones_like(want))
         for part, leaf, placement in zip(sharded, whole, placements):
+            if not leaf.requires_grad:
+                continue
             expected = S if placement == S else Partial()
             assert part.grad.placements == (expected,), (name, part.grad.placements)
             torch.testing.assert_close(part.grad.full_tensor(), leaf.grad)
@@ -63,7 +87,7 @@ def test_the_batch_is_sharded_without_communication(imports: str) -> None:
     ranks = [start_python("-c", imports + CODE, RANK=str(rank), **common) for rank in range(WORLD)]
     for process in ranks:
         out, err = process.communicate(timeout=100)
-        assert (process.returncode, out.strip().splitlines()[-1:]) == (0, ["all 6 are equal"]), err
+        assert (process.returncode, out.strip().splitlines()[-1:]) == (0, ["all 11 are equal"]), err
 
 
 def test_importing_capsops_does_not_import_dtensor() -> None:

@@ -59,6 +59,40 @@ def test_equals_the_reference(impl: str, shape: tuple[int, ...], dim: int) -> No
     )
 
 
+@pytest.mark.parametrize("n", [*range(1, 18), 24, 32, 48, 64, 256, 257])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_equals_the_reference_for_any_number_of_rows(impl: str, n: int, dtype: torch.dtype) -> None:
+    """On CPUs a register of rows is computed at a time."""
+    for rows in (1, 3, 15, 16, 17, 33):
+        s = torch.randn(rows, n, dtype=dtype)
+        got = value_and_gradients(partial(capsops.squash, impl=impl), [s])
+        want = value_and_gradients(reference.squash, [s.double()])
+        for name, tensor in want.items():
+            assert_close(got[name].double(), tensor, name, tolerance=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 8, 16, 32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_large_and_tiny_neighbours_change_nothing(impl: str, n: int, dtype: torch.dtype) -> None:
+    """A row has the same bits beside rows whose squares overflow or underflow, and wherever it lies."""
+    s, grad = torch.randn(37, n).to(dtype), torch.randn(37, n).to(dtype)
+    function = partial(capsops.squash, impl=impl)
+    clean = value_and_gradients(function, [s], grad)
+    tiny, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    broken, rows = s.clone(), torch.tensor([0, 5, 17, 18, 36])
+    broken[rows] = torch.tensor([0, tiny, largest, NAN, -INF], dtype=dtype)[:, None].expand(5, n)
+    others = torch.ones(37, dtype=torch.bool)
+    others[rows] = False
+    got = value_and_gradients(function, [broken], grad)
+    later = value_and_gradients(function, [s[1:]], grad[1:])
+    for name, tensor in clean.items():
+        assert torch.equal(got[name][others], tensor[others]), name
+        if impl != "reference":
+            assert torch.equal(later[name], tensor[1:]), name
+    assert (got["value"][0] == 0).all()
+    assert (got["gradient 0"][0] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("scale", [0.01, 1, 100])
 @pytest.mark.parametrize(
@@ -66,6 +100,7 @@ def test_equals_the_reference(impl: str, shape: tuple[int, ...], dim: int) -> No
     [
         ((100, 8), 1),
         ((300, 8), 1),  # on CPUs 128 of these are converted at a time
+        ((45, 64), 1),  # and 16 of these
         ((33, 17), 1),
         ((5, 16, 33), 1),
         ((3, 1000), 1),

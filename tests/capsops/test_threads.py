@@ -12,7 +12,8 @@ from torch import Tensor
 import capsops
 from tests.capsops import cases
 from tests.capsops.cases import Options, Shape, layer_inputs, routing_inputs, value_and_gradients
-from tests.capsops.compare import assert_all_close
+from tests.capsops.compare import assert_all_close, assert_close
+from tests.capsops.routing_options import Routing, ours, skip_unless_supported, tensors
 from tests.processes import run_python
 
 # Large enough that the kernels start their threads; B = 1 and 3 do not fill a vector.
@@ -76,6 +77,41 @@ def test_number_of_threads_changes_rounding_only(impl: str, shape: Shape, option
     for count in (2, 3, 7):
         torch.set_num_threads(count)
         assert_all_close(everything(impl, shape, options, torch.float64), single, tolerance=1e-13)
+
+
+ROUTINGS = [
+    Routing(Options(3, bias=True), "IJ"),
+    Routing(Options(2, leaky=True), "BI1", closed=True, mask=True),
+    Routing(Options(3, bias=True), shared=True),
+    Routing(Options(3, bias=True), "J", True, True, True, False),
+]
+
+
+def with_routing_options(impl: str, shape: Shape, routing: Routing, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Values and gradients of routing with these options, on inputs that are the same for every call."""
+    torch.manual_seed(0)
+    return {
+        f"{op}: {name}": x
+        for op in ("capsule_routing", "dynamic_routing")
+        for name, x in value_and_gradients(
+            ours(op, impl, routing), tensors(op, shape, routing, dtype)
+        ).items()
+    }
+
+
+@pytest.mark.parametrize("routing", ROUTINGS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_routing_options_on_any_number_of_threads(impl: str, shape: Shape, routing: Routing) -> None:
+    """Two runs are bitwise the same; another number of threads changes rounding only."""
+    if impl == "reference":
+        pytest.skip("its threads are torch's own")
+    skip_unless_supported(impl, routing.used(), torch.float64)
+    single = with_routing_options(impl, shape, routing, torch.float64)
+    for count in (2, 3, 7):
+        torch.set_num_threads(count)
+        assert_identical(*(with_routing_options(impl, shape, routing, torch.float32) for _ in range(2)))
+        for name, tensor in with_routing_options(impl, shape, routing, torch.float64).items():
+            assert_close(tensor, single[name], name, tolerance=1e-13, floor=1)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -50,9 +50,45 @@ CASES = [
 ]
 
 
+def with_logits(name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    """As op_and_formula, of the first tensors and logits [I, J], one of them −inf, with a mask."""
+    *inputs, _ = arguments(name)
+    logits, mask = torch.randn(5, 3, dtype=torch.float64), torch.arange(5) < torch.tensor([[3], [5]])
+    logits[1, 2] = -torch.inf
+
+    def of_logits(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *x: function(*x[:-1], logits=x[-1], mask=mask, squash_output=False)
+
+    return of_logits(getattr(capsops, name)), of_logits(getattr(reference, name)), [*inputs, logits]
+
+
+def with_shared_predictions(name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    """As op_and_formula, of a weight [J, D, K], or of û [B, I, D]."""
+    op, formula, inputs = op_and_formula(name)
+    if name == "capsule_routing":
+        inputs[1] = inputs[1][0].clone()
+    else:
+        inputs[0] = inputs[0][:, :, 0].clone()
+    return op, formula, inputs
+
+
+@pytest.mark.parametrize("name", ["dynamic_routing", "capsule_routing"])
+@pytest.mark.parametrize("case", [with_logits, with_shared_predictions])
+def test_derivatives_of_routing_options(
+    case: Callable[[str], tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]], name: str
+) -> None:
+    check_derivatives(*case(name))
+
+
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_derivatives_agree_with_the_formula(name: str, options: dict[str, object]) -> None:
-    op, formula, inputs = op_and_formula(name, **options)
+    check_derivatives(*op_and_formula(name, **options))
+
+
+def check_derivatives(
+    op: Callable[..., Tensor], formula: Callable[..., Tensor], inputs: list[Tensor]
+) -> None:
+    """Those of torch.func and of forward mode, against the formula and against backward mode."""
     tangents = [torch.randn_like(x) for x in inputs]
     argnums = tuple(range(len(inputs)))
     value, tangent = torch.func.jvp(op, tuple(inputs), tuple(tangents))
@@ -152,7 +188,13 @@ def test_of_the_named_backends_only_the_reference_supports_torch_func(impl: str)
     [
         (capsops.squash, [()], "s: got a scalar"),
         (capsops.predictions, [(2, 3, 4), (3, 5, 6, 7)], r"u: got shape \[2, 3, 4\], takes"),
-        (capsops.dynamic_routing, [(3, 4, 5)], r"u_hat: got shape \[3, 4, 5\], takes"),
+        (capsops.dynamic_routing, [(3, 4, 5)], r"u_hat: got shape \[3, 4, 5\], alike for all output"),
+        (capsops.dynamic_routing, [(4, 5)], r"u_hat: got shape \[4, 5\], takes"),
+        (
+            capsops.capsule_routing,
+            [(2, 3, 7), (5, 6, 8)],
+            r"weight: got shape \[5, 6, 8\], takes \[J, D, K\]",
+        ),
         (capsops.capsule_routing, [(2, 3, 7), (3, 5, 6, 7), (6, 5)], r"bias: got shape \[6, 5\], takes"),
     ],
 )

@@ -15,8 +15,8 @@ from capsops.backends.triton import why_interpreter_fails  # noqa: E402
 FILE = "tests/capsops/triton/test_kernels.py"
 
 
-def run(selection: str, processes: int) -> int:
-    """Runs the selected tests and returns how many passed."""
+def run(selection: str, processes: int, file: str = FILE, names: str = "") -> int:
+    """Runs the selected tests and returns how many passed; `names` as in pytest's -k."""
     done = run_python(
         "-W",
         "ignore::RuntimeWarning",
@@ -31,7 +31,9 @@ def run(selection: str, processes: int) -> int:
         str(processes),
         "-m",
         selection,
-        FILE,
+        "-k",
+        names,
+        file,
         timeout=3000,
         TRITON_INTERPRET="1",
     )
@@ -89,3 +91,11 @@ def test_every_kernel_equals_the_reference() -> None:
 @pytest.mark.timeout(3000)
 def test_every_kernel_in_every_dtype() -> None:
     assert run("slow", min(4, os.cpu_count() or 1)) > 100
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_every_routing_option_in_low_precision() -> None:
+    file = "tests/capsops/test_routing_options.py"
+    assert run("not slow", min(4, os.cpu_count() or 1), file, "triton and low_precision") > 40

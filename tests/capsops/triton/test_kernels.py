@@ -482,11 +482,12 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
         "predictions_backward": (ops.predictions_backward, grad_u_hat, u, weight, True, True),
         "dynamic_routing": (ops.dynamic_routing, u_hat, bias, None, None, 2, False, False, True),
         "dynamic_routing_backward": (
-            ops.dynamic_routing_backward, grad, u_hat, bias, sums, 2, True, False, True,
+            ops.dynamic_routing_backward, grad, u_hat, bias, None, None, sums, 2, True, False, True, False,
         ),
         "capsule_routing": (ops.capsule_routing, u, weight, bias, None, None, 2, False, False, True),
         "capsule_routing_backward": (
-            ops.capsule_routing_backward, grad, u, weight, None, sums, 2, False, False, True, True, True,
+            ops.capsule_routing_backward, grad, u, weight, None, None, None, sums, 2, False, False, True,
+            True, True, False,
         ),
         "couplings": (ops.couplings, u.detach(), weight.detach(), None, None, None, 2, False),
     }  # fmt: skip
