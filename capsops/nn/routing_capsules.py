@@ -112,7 +112,8 @@ class RoutingCapsules(nn.Module):
             weight: the transformation matrices.
             layout: a letter for each axis of `weight`: I, J, D, K once each, and 1 for an axis of size 1. The
                 layouts met in public code are "JIDK", "JIKD", "1IJDK" and "1JIDK". "(JD)" is one axis
-                for both, D running fastest, as in "IK(JD)"; "(DJ)" the other way.
+                for both, D running fastest, as in "IK(JD)"; "(DJ)" the other way. Without I, as in "JDK", the
+                layer is `shared`.
             bias: β [J, D], flat or with further axes of size 1 if need be, on the device of `weight`.
             out_capsules: J, needed where it shares an axis with D.
             iterations, leaky, detach: as for the class.
@@ -131,21 +132,23 @@ class RoutingCapsules(nn.Module):
         if not isinstance(layout, str):
             raise TypeError(f"layout: got {type(layout).__name__}, takes a str such as 'JIDK'")
         weight, layout = _split(weight, layout, out_capsules)
-        if sorted(layout.replace("1", "")) != sorted("IJDK") or len(layout) != weight.dim():
+        order = "IJDK" if "I" in layout else "JDK"
+        if sorted(layout.replace("1", "")) != sorted(order) or len(layout) != weight.dim():
             raise ValueError(
                 f"layout: got {layout!r} for a weight of shape {list(weight.shape)}, takes a letter for each"
-                " axis: I, J, D, K once each, and 1 for an axis of size 1; (JD) or (DJ) for one axis of both"
+                " axis: I (unless the weight is shared), J, D, K once each, and 1 for an axis of size 1;"
+                " (JD) or (DJ) for one axis of both"
             )
         shape = list(weight.shape)
         ones = [axis for axis, letter in enumerate(layout) if letter == "1"]
         if any(weight.shape[axis] != 1 for axis in ones):
             raise ValueError(f"layout: got {layout!r}, where 1 stands for an axis that is not 1 in {shape}")
         weight = (
-            weight.detach().squeeze(ones).permute([layout.replace("1", "").index(axis) for axis in "IJDK"])
+            weight.detach().squeeze(ones).permute([layout.replace("1", "").index(axis) for axis in order])
         )
         if weight.numel() == 0:
             raise ValueError(f"weight: got shape {shape} in layout {layout!r}, takes no axis of size 0")
-        in_capsules, out_capsules, out_dim, in_dim = weight.shape
+        out_capsules, out_dim, in_dim = weight.shape[-3:]
         if bias is not None:
             sizes = [n for n in bias.shape if n != 1]
             if sizes != [n for n in (out_capsules, out_dim) if n != 1] and sizes != [out_capsules * out_dim]:
@@ -158,7 +161,7 @@ class RoutingCapsules(nn.Module):
                     f"bias: got device {bias.device}, takes that of weight, which is {weight.device}"
                 )
         layer = cls(
-            in_capsules,
+            1 if order == "JDK" else weight.shape[0],
             out_capsules,
             in_dim,
             out_dim,
@@ -166,6 +169,7 @@ class RoutingCapsules(nn.Module):
             bias=bias is not None,
             leaky=leaky,
             detach=detach,
+            shared=order == "JDK",
         ).to(weight)
         with torch.no_grad():
             layer.weight.copy_(weight)

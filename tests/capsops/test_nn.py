@@ -265,6 +265,18 @@ def test_from_weight_rejects_invalid_shared_axes(layout: str, out_capsules: int 
         RoutingCapsules.from_weight(torch.zeros(7, 4, 15), layout, out_capsules=out_capsules)
 
 
+@pytest.mark.parametrize("layout", ["JDK", "KJD", "1DJK"])
+def test_from_weight_that_all_input_capsules_share(layout: str) -> None:
+    weight = torch.randn(3, 5, 4)
+    letters = layout.replace("1", "")
+    other = weight.permute(["JDK".index(letter) for letter in letters])
+    layer = RoutingCapsules.from_weight(other.unsqueeze(0) if "1" in layout else other, layout)
+    assert layer.shared
+    assert torch.equal(layer.weight, weight)
+    u = torch.randn(2, 7, 4)
+    assert torch.equal(layer(u), capsops.capsule_routing(u, weight))
+
+
 def test_from_weight_copies_the_weight() -> None:
     weight = nn.Parameter(torch.randn(7, 3, 5, 4))
     layer = RoutingCapsules.from_weight(weight, "IJDK")
