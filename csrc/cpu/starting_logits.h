@@ -34,14 +34,16 @@ inline void read_logits(const RoutingCall& call, int64_t b, int64_t i, int64_t c
 
 // Sums of the gradient of the starting logits, whose rows [J] the threads add in any order of input capsules.
 // Where the logits have axes for samples and for input capsules, a row is a result as it is. Otherwise each
-// thread has sums of its own.
+// thread has sums of its own, in double precision: they may have as many terms as there are samples and input
+// capsules.
 template <typename T>
 class LogitsGradient {
     const RoutingCall& call_;
     const bool summed_;    // over samples or input capsules
     const int64_t width_;  // J, or 1 if it is summed over j
     const int64_t numbers_;
-    T* sums_ = nullptr;  // [threads, numbers]
+    double* sums_ = nullptr;  // [threads, numbers]
+    T* total_ = nullptr;      // [numbers]
 
   public:
     explicit LogitsGradient(const RoutingCall& call)
@@ -54,12 +56,14 @@ class LogitsGradient {
     int64_t numbers() const { return numbers_; }
 
     void plan(Arena& arena, int threads) {
-        if (needed() && summed_) sums_ = arena.take<T>(numbers_ * threads);
+        if (!needed() || !summed_) return;
+        sums_ = arena.take<double>(numbers_ * threads);
+        total_ = arena.take<T>(numbers_);
     }
 
     // Sets this thread's sums to 0.
     void clear(int rank) const {
-        if (needed() && summed_) std::memset(sums_ + rank * numbers_, 0, numbers_ * sizeof(T));
+        if (needed() && summed_) std::memset(sums_ + rank * numbers_, 0, numbers_ * sizeof(double));
     }
 
     // Adds the gradient of the logits of one input capsule [J], which it may change.
@@ -77,7 +81,8 @@ class LogitsGradient {
         for (int rank = 1; rank < threads; ++rank) {
             for (int64_t at = 0; at < numbers_; ++at) sums_[at] += sums_[rank * numbers_ + at];
         }
-        write_row(call_.grad_logits, call_.dtype, 0, numbers_, sums_);
+        for (int64_t at = 0; at < numbers_; ++at) total_[at] = T(sums_[at]);
+        write_row(call_.grad_logits, call_.dtype, 0, numbers_, total_);
     }
 };
 
