@@ -20,6 +20,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
 torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)  # a sharded sum is rounded in another order
 u, weight, bias = torch.randn(4, 6, 4), torch.randn(6, 3, 5, 4), torch.randn(3, 5)
 u_hat = torch.randn(4, 6, 3, 5)
 S, R = Shard(0), Replicate()
