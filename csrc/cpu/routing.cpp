@@ -7,6 +7,7 @@
 #include "routing_capsule_simd.h"
 #include "routing_predictions_simd.h"
 #include "routing_shared_simd.h"
+#include "routing_small_simd.h"
 #include "squash.h"
 
 namespace capsops {
@@ -303,16 +304,16 @@ bool route_shared(RoutingOp op, const RoutingCall& call, int threads) {
     return true;
 }
 
-// The call for one sample.
+// The call for some samples, the first of which is b.
 template <typename T>
-RoutingCall call_of_sample(const RoutingCall& call, int64_t b) {
+RoutingCall call_of_samples(const RoutingCall& call, int64_t b, int64_t samples) {
     const int64_t R = call.J * call.D;
     const int64_t inputs = call.I * (call.weight ? call.K : call.shared ? call.D : R);
     auto at = [&](auto* tensor, int64_t numbers) {
         return tensor ? element(tensor, call.dtype, b * numbers) : tensor;
     };
     RoutingCall sample = call;
-    sample.B = 1;
+    sample.B = smaller(samples, call.B - b);
     const Dtype dtype = call.weight || call.shared ? call.dtype : call.u_hat_dtype;
     sample.u = element(call.u, dtype, b * inputs);
     sample.grad_u = call.grad_u ? element(call.grad_u, dtype, b * inputs) : nullptr;
@@ -325,11 +326,12 @@ RoutingCall call_of_sample(const RoutingCall& call, int64_t b) {
     return sample;
 }
 
-// Each thread routes its own samples, so that what it reads of a sample stays in its cache from pass to pass.
+// Each thread routes its own samples, some at a time, so that what it reads of them stays in its cache from
+// pass to pass.
 template <typename T, typename Engine>
-bool route_by_sample(RoutingOp op, const RoutingCall& call, int threads) {
+bool route_by_sample(RoutingOp op, const RoutingCall& call, int threads, int64_t samples = 1) {
     const int64_t R = call.J * call.D, s_stride = op == RoutingOp::couplings ? 0 : call.B * R;
-    const RoutingCall first = call_of_sample<T>(call, 0);
+    const RoutingCall first = call_of_samples<T>(call, 0, samples);
     Routing<T, Engine> sample(first, slots_of(op, call), 1, s_stride);
     Arena sample_size;
     sample.plan(sample_size, 1, op == RoutingOp::backward);
@@ -339,7 +341,7 @@ bool route_by_sample(RoutingOp op, const RoutingCall& call, int threads) {
     auto plan = [&](Arena& arena) {
         sums.plan(arena);
         pool = arena.take<char>(sample_size.used() * threads);
-        last_s = arena.take<T>(op == RoutingOp::couplings ? sums.bias_stride() * threads : 0);
+        last_s = arena.take<T>(op == RoutingOp::couplings ? samples * sums.bias_stride() * threads : 0);
     };
     Arena measure;
     plan(measure);
@@ -349,8 +351,10 @@ bool route_by_sample(RoutingOp op, const RoutingCall& call, int threads) {
     plan(arena);
     sums.begin();
     run_team(threads, [&](const Team& team) {
-        for (int64_t b = team.begin(call.B); b < team.end(call.B); ++b) {
-            const RoutingCall own_call = call_of_sample<T>(call, b);
+        const int64_t groups = divide_up(call.B, samples);
+        for (int64_t group = team.begin(groups); group < team.end(groups); ++group) {
+            const int64_t b = group * samples;
+            const RoutingCall own_call = call_of_samples<T>(call, b, samples);
             Arena own_arena(pool + sample_size.used() * team.rank);
             Routing<T, Engine> routing(own_call, slots_of(op, call), 1, s_stride);
             routing.plan(own_arena, 1, op == RoutingOp::backward);
@@ -358,7 +362,7 @@ bool route_by_sample(RoutingOp op, const RoutingCall& call, int threads) {
             routing.engine.first_sample = b;
             routing.engine.first_rank = team.rank;
             const int64_t own = sums.bias_stride() * team.rank;
-            T* s = op == RoutingOp::couplings ? last_s + own : static_cast<T*>(own_call.s);
+            T* s = op == RoutingOp::couplings ? last_s + samples * own : static_cast<T*>(own_call.s);
             run(op, routing, single_thread, s, sums.grad_bias + own);
         }
     });
@@ -449,6 +453,9 @@ bool route(RoutingOp op, const RoutingCall& call, int max_threads) {
     const int threads = work < 131072 ? 1 : max_threads;
     if (call.shared && call.B >= threads) return route_by_sample<T, SharedSimdEngine<T>>(op, call, threads);
     if (call.shared) return route_shared<T, SharedSimdEngine<T>>(op, call, threads);
+    if (SmallSimdEngine<T>::supports(call)) {
+        return route_by_sample<T, SmallSimdEngine<T>>(op, call, threads, SmallSimdEngine<T>::samples);
+    }
     if (stores_predictions<T>(call, threads)) return route_stored<T>(op, call, threads);
     if (BatchSimdEngine<T>::supports(call)) return route_shared<T, BatchSimdEngine<T>>(op, call, threads);
     return route_few<T>(op, call, threads);

@@ -10,8 +10,7 @@
 #pragma once
 
 #include "dtype_convert.h"
-#include "softmax.h"
-#include "starting_logits.h"
+#include "sample_lanes.h"
 #include "threading.h"
 #include "transpose.h"
 
@@ -45,13 +44,14 @@ class BatchSimdEngine {
         T* transposed;     // ∂û of one i [L, padded]
         T* grad_weight;    // of a chunk [chunk, K, padded]
         T* weight_rows;    // ∂W of one i [R, K]
-        T* start_rows;     // starting logits of one i, or their gradient [L, J]
-        Lanes<T>* start;   // [J]
+        SampleLanes<T> lanes;
+
+        Scratch(Arena& arena, const RoutingCall& call) : lanes(call, arena) {}
 
         static Scratch plan(Arena& arena, const BatchSimdEngine& engine, bool gradient) {
             const int64_t R = engine.R_, K = engine.K_, chunk = engine.chunk_;
             const bool converts = !is_native<T>(engine.call_.dtype);
-            Scratch scratch{};
+            Scratch scratch(arena, engine.call_);
             scratch.u_rows = arena.take<T>(L * chunk * K);
             scratch.u = arena.take<Lanes<T>>(chunk * K);
             scratch.weight = arena.take<T>(converts ? chunk * R * K : 0);
@@ -63,8 +63,6 @@ class BatchSimdEngine {
             scratch.transposed = arena.take<T>(gradient ? L * engine.padded_ : 0);
             scratch.grad_weight = arena.take<T>(gradient ? chunk * K * engine.padded_ : 0);
             scratch.weight_rows = arena.take<T>(gradient ? R * K : 0);
-            scratch.start_rows = arena.take<T>(engine.call_.logits.data ? L * engine.J_ : 0);
-            scratch.start = arena.take<Lanes<T>>(engine.call_.logits.data ? engine.J_ : 0);
             return scratch;
         }
     };
@@ -145,7 +143,7 @@ class BatchSimdEngine {
         sum_over_i(team, partial,
                    [&](const Scratch& s, const T* w, int64_t i0, int64_t count, int64_t g, Lanes<T>* sum) {
                        sum_scaled(s, w, count, state(v, g), 0, 1, sum, [&](Lanes<T>* dots, int64_t n) {
-                           couple(s, g, i0 + n, dots, 1, 1);
+                           s.lanes.couple(g * L, i0 + n, dots, 1, 1);
                            return dots;
                        });
                    });
@@ -157,7 +155,7 @@ class BatchSimdEngine {
         sum_over_i(team, partial,
                    [&](const Scratch& s, const T* w, int64_t i0, int64_t count, int64_t g, Lanes<T>* sum) {
                        sum_scaled(s, w, count, state(v, g), stride, 2, sum, [&](Lanes<T>* dots, int64_t n) {
-                           couple(s, g, i0 + n, dots, 1, 2);
+                           s.lanes.couple(g * L, i0 + n, dots, 1, 2);
                            softmax_vjp(dots, dots + 1, J_, 2);
                            return dots + 1;
                        });
@@ -180,7 +178,8 @@ class BatchSimdEngine {
                 for (int64_t n = 0; n < count; ++n) {
                     const T* w_i = w + n * R_ * K;
                     gradient_of_u_hat(s, w_i, s.u + n * K, g, i0 + n, terms, uniform, agreement);
-                    if (grad_logits) gradient_of_logits(team, s, g, i0 + n, terms);
+                    if (grad_logits)
+                        s.lanes.add_gradient(*grad_logits, team.rank, g * L, 0, i0 + n, terms, s.dots);
                     if (call_.grad_u) gradient_of_u(w_i, s.u_hat, s.grad_u + n * K);
                     if (call_.grad_weight) {
                         transpose_block(reinterpret_cast<const T*>(s.u_hat), L, R_, L, s.transposed, padded_);
@@ -205,7 +204,7 @@ class BatchSimdEngine {
             for (int64_t n = 0; n < count; ++n) {
                 (this->*predict_)(w + n * R_ * K_, s.u + n * K_, state(v, g), 0, 1, s.u_hat, s.dots, nullptr,
                                   nullptr);
-                couple(s, g, i0 + n, s.dots, 1, 1);
+                s.lanes.couple(g * L, i0 + n, s.dots, 1, 1);
                 transpose_block(reinterpret_cast<const T*>(s.dots), L, J_, L, rows, J_);
                 for (int64_t b = g * L; b < smaller(B_, (g + 1) * L); ++b) {
                     if (!is_present(call_, b, i0 + n))
@@ -478,7 +477,7 @@ class BatchSimdEngine {
         const int64_t stride = groups_ * R_, count = needs_b ? 2 * terms : terms;
         if (terms > 0) {
             (this->*predict_)(w, u, state(0, g), stride, count, s.u_hat, s.dots, nullptr, nullptr);
-            couple(s, g, i, s.dots, terms, count);
+            s.lanes.couple(g * L, i, s.dots, terms, count);
             for (int64_t t = 0; needs_b && t < terms; ++t)
                 softmax_vjp(s.dots + t, s.dots + terms + t, J_, count);
         }
@@ -494,55 +493,6 @@ class BatchSimdEngine {
                 s.u_hat[r] = total;
             }
         }
-    }
-
-    // Turns logits û · V, whose numbers are `stride` apart, into couplings, for `terms` passes.
-    CAPSOPS_INLINE void couple(const Scratch& s, int64_t g, int64_t i, Lanes<T>* dots, int64_t terms,
-                               int64_t stride) const {
-        if (call_.logits.data) {
-            read_starting_logits(s, g, i);
-            if (call_.iterations == 0) return open_pairs(s.start, dots, J_, stride);
-            for (int64_t j = 0; j < J_; ++j) {
-                for (int64_t t = 0; t < terms; ++t) dots[j * stride + t] += s.start[j];
-            }
-        }
-        for (int64_t t = 0; t < terms; ++t)
-            softmax(dots + t, J_, stride, call_.leaky, call_.logits.data != nullptr);
-    }
-
-    // Reads the starting logits of one i to scratch.start.
-    CAPSOPS_NOINLINE void read_starting_logits(const Scratch& s, int64_t g, int64_t i) const {
-        if (call_.logits.strides[0] == 0) {
-            read_logits(call_, 0, i, s.start_rows);
-            for (int64_t j = 0; j < J_; ++j) s.start[j] = Lanes<T>::filled(s.start_rows[j]);
-            return;
-        }
-        const int64_t samples = smaller(L, B_ - g * L);
-        for (int64_t lane = 0; lane < samples; ++lane)
-            read_logits(call_, g * L + lane, i, s.start_rows + lane * J_);
-        if (samples < L) std::memset(s.start_rows + samples * J_, 0, (L - samples) * J_ * sizeof(T));
-        transpose_block(s.start_rows, J_, L, J_, reinterpret_cast<T*>(s.start), L);
-    }
-
-    // Adds Σ_t ∂b of one i and lane group, which follow the couplings in scratch.dots, to the gradient of the
-    // starting logits.
-    CAPSOPS_NOINLINE void gradient_of_logits(const Team& team, const Scratch& s, int64_t g, int64_t i,
-                                             int64_t terms) const {
-        for (int64_t j = 0; j < J_; ++j) {
-            const Lanes<T>* grad_b = s.dots + (2 * j + 1) * terms;
-            s.start[j] = grad_b[0];
-            for (int64_t t = 1; t < terms; ++t) s.start[j] += grad_b[t];
-        }
-        if (call_.logits.sizes[0] == 1) {  // a lane without a sample has ∂b = 0
-            for (int64_t j = 0; j < J_; ++j) {
-                s.start_rows[j] = 0;
-                for (const Vec<T>& part : s.start[j].part) s.start_rows[j] += sum<T>(part);
-            }
-            return grad_logits->add(team.rank, 0, i, s.start_rows);
-        }
-        transpose_block(reinterpret_cast<const T*>(s.start), L, J_, L, s.start_rows, J_);
-        for (int64_t b = g * L; b < smaller(B_, (g + 1) * L); ++b)
-            grad_logits->add(team.rank, b, i, s.start_rows + (b - g * L) * J_);
     }
 
     // ∂u_i = Σ_r W_i[r] ∂û_i[r], for a few k at a time.
