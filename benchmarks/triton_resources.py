@@ -40,11 +40,13 @@ def launches(
         kernels.squash_backward(u, kernels.squash(u, 2), 2)
         kernels.predictions_backward(kernels.predictions(u, weight), u, weight, True, True)
         for iterations in (0, 3):
-            v, s = kernels.dynamic_routing(u_hat, bias, iterations, leaky, True)
-            kernels.dynamic_routing_backward(v, u_hat, s, iterations, leaky, detach, True)
-            v, s = kernels.capsule_routing(u, weight, bias, iterations, leaky, True)
-            kernels.capsule_routing_backward(v, u, weight, s, iterations, leaky, detach, True, True, True)
-        kernels.couplings(u, weight, bias, 3, leaky)
+            v, s = kernels.dynamic_routing(u_hat, bias, None, None, iterations, leaky, True)
+            kernels.dynamic_routing_backward(v, u_hat, None, None, s, iterations, leaky, detach, True, False)
+            v, s = kernels.capsule_routing(u, weight, bias, None, None, iterations, leaky, True)
+            kernels.capsule_routing_backward(
+                v, u, weight, None, None, s, iterations, leaky, detach, True, True, True, False
+            )
+        kernels.couplings(u, weight, bias, None, None, 3, leaky)
     return list({id(launch.artifact): launch for launch in launched}.values())
 
 

@@ -319,7 +319,9 @@ class Layer:
         )  # fmt: skip
         return partials
 
-    def forward(self, bias: Tensor | None, iterations: int, passes: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, bias: Tensor | None, iterations: int, passes: int, squash_output: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """v, s of the first `passes` passes of `iterations`, and V; v is set by the last pass of all."""
         v = self.u.new_empty(self.B, self.J, self.D)
         s = self.sums_of_pass(passes)
@@ -328,7 +330,7 @@ class Layer:
         for t in range(passes):
             partials = self.uniform_pass() if t == 0 else self.routed_pass(total, None, total)
             count = self.J + self.leaky if t == 0 and iterations else 1
-            reductions.finish_pass(partials, bias, s[t], total, v, count, t == 0, t == last)
+            reductions.finish_pass(partials, bias, s[t], total, v, count, t == 0, t == last, squash_output)
         return v, s, total
 
     def routed_gradient(
@@ -362,7 +364,7 @@ def capsule_routing(
     squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
     with on_device(u):
-        v, s, _ = Layer(u, weight, leaky).forward(bias, iterations, max(iterations, 1))
+        v, s, _ = Layer(u, weight, leaky).forward(bias, iterations, max(iterations, 1), squash_output)
     return v, s
 
 
@@ -384,7 +386,7 @@ def capsule_routing_backward(
     with on_device(u):
         layer = Layer(u, weight, leaky)
         factor = layer.first_factor(iterations)
-        total, grad_s = reductions.prepare_backward(grad, s)
+        total, grad_s = reductions.prepare_backward(grad, s, squash_output)
         last = len(s) - 1
         if last == 0:
             grad_u = layer.uniform_gradient("u", grad_s, factor) if needs_u else u.new_empty(0)

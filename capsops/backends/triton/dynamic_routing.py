@@ -206,7 +206,9 @@ class PrecomputedRouting:
         )  # fmt: skip
         return partials
 
-    def forward(self, bias: Tensor | None, iterations: int, passes: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, bias: Tensor | None, iterations: int, passes: int, squash_output: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """v, s of the first `passes` passes of `iterations`, and V; v is set by the last pass of all."""
         s = self.sums_of_pass(passes)
         v, total = self.u_hat.new_empty(s.shape[1:]), s.new_empty(s.shape[1:])
@@ -214,7 +216,7 @@ class PrecomputedRouting:
         for t in range(passes):
             partials = self.one_pass(None if t == 0 else total, None)
             count = self.J + self.leaky if t == 0 and iterations else 1
-            reductions.finish_pass(partials, bias, s[t], total, v, count, t == 0, t == last)
+            reductions.finish_pass(partials, bias, s[t], total, v, count, t == 0, t == last, squash_output)
         return v, s, total
 
 
@@ -228,7 +230,9 @@ def dynamic_routing(
     squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
     with on_device(u_hat):
-        v, s, _ = PrecomputedRouting(u_hat, leaky).forward(bias, iterations, max(iterations, 1))
+        v, s, _ = PrecomputedRouting(u_hat, leaky).forward(
+            bias, iterations, max(iterations, 1), squash_output
+        )
     return v, s
 
 
@@ -246,7 +250,7 @@ def dynamic_routing_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with on_device(u_hat):
         routing = PrecomputedRouting(u_hat, leaky)
-        total, grad_s = reductions.prepare_backward(grad, s)
+        total, grad_s = reductions.prepare_backward(grad, s, squash_output)
         last = len(s) - 1
         if not detach:
             reductions.reduce_backward(lambda v, grad, _: routing.one_pass(v, grad), total, grad_s, s)
