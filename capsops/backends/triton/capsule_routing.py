@@ -45,6 +45,7 @@ from capsops.backends.triton.capsules import (
 from capsops.backends.triton.launch import launch, on_device, unit
 from capsops.backends.triton.launch_configs import ceil_div
 from capsops.backends.triton.pairs import LogitsGradient, add_pairs, load_pairs, mask_bytes, pairs
+from capsops.backends.triton.shared_routing import SharedRouting
 from capsops.backends.triton.softmax import open_pairs, pair_logits, softmax_over_outputs
 
 
@@ -460,6 +461,14 @@ class Layer:
         return grad_u, grad_weight
 
 
+def _layer(
+    u: Tensor, weight: Tensor, logits: Tensor | None, mask: Tensor | None, iterations: int, leaky: bool
+) -> Layer | SharedRouting:
+    if weight.dim() == 3:
+        return SharedRouting(u, weight, len(weight), logits, mask, iterations, leaky)
+    return Layer(u, weight, logits, mask, iterations, leaky)
+
+
 def capsule_routing(
     u: Tensor,
     weight: Tensor,
@@ -471,7 +480,7 @@ def capsule_routing(
     squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
     with on_device(u):
-        layer = Layer(u, weight, logits, mask, iterations, leaky)
+        layer = _layer(u, weight, logits, mask, iterations, leaky)
         v, s, _ = layer.forward(bias, max(iterations, 1), squash_output)
     return v, s
 
@@ -492,6 +501,9 @@ def capsule_routing_backward(
     needs_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with on_device(u):
+        if weight.dim() == 3:
+            shared = SharedRouting(u, weight, len(weight), logits, mask, iterations, leaky)
+            return shared.backward(grad, s, detach, squash_output, needs_u, needs_weight, needs_logits)
         layer = Layer(u, weight, logits, mask, iterations, leaky)
         total, grad_s = reductions.prepare_backward(grad, s, squash_output)
         last = len(s) - 1

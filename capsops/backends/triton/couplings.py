@@ -10,6 +10,7 @@ from capsops.backends.triton.capsule_routing import Layer
 from capsops.backends.triton.capsules import load_inputs, load_mask, power
 from capsops.backends.triton.launch import launch, on_device
 from capsops.backends.triton.launch_configs import ceil_div
+from capsops.backends.triton.shared_routing import SharedRouting
 from capsops.backends.triton.softmax import open_pairs, pair_logits, softmax_over_outputs
 
 
@@ -52,6 +53,8 @@ def couplings(
     leaky: bool,
 ) -> Tensor:
     with on_device(u):
+        if weight.dim() == 3:
+            return SharedRouting(u, weight, len(weight), logits, mask, iterations, leaky).couplings(bias)
         c = torch.empty(*u.shape[:2], weight.shape[1], dtype=u.dtype, device=u.device)
         layer = Layer(u, weight, logits, mask, iterations, leaky)
         if iterations <= 1 and logits is None:

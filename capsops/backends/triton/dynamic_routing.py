@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from capsops import reference
 from capsops.backends.triton import launch_configs, reductions
 from capsops.backends.triton.capsules import load_if, power
 from capsops.backends.triton.launch import launch, on_device
 from capsops.backends.triton.launch_configs import ceil_div
 from capsops.backends.triton.pairs import LogitsGradient, add_pairs, load_pairs, mask_bytes, pairs
+from capsops.backends.triton.shared_routing import SharedRouting
 from capsops.backends.triton.softmax import finite_or_0, open_pairs, softmax
 
 
@@ -356,13 +358,7 @@ class PrecomputedRouting:
 
     def logits_gradient(self, logits: Tensor, total: Tensor, grad_s: Tensor, detach: bool) -> Tensor:
         """∂logits, from Vᵗ and ∂sᵗ of all passes."""
-        blocks = ceil_div(self.I, self.tile.inputs)
-        tiles = launch_configs.Split(self.B, 1)
-        if logits.shape[0] == 1:
-            tiles = launch_configs.split(self.B, blocks, self.u_hat)
-        parts = launch_configs.Split(blocks, self.tile.inputs)
-        if logits.shape[1] == 1:
-            parts = launch_configs.split(self.I, tiles.number, self.u_hat, self.tile.inputs)
+        tiles, parts = launch_configs.pair_blocks(logits, self.B, self.I, self.tile.inputs)
         gradient = LogitsGradient(logits, tiles.number, parts.number)
         if self.iterations:
             launch(
@@ -383,6 +379,10 @@ def dynamic_routing(
     squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
     with on_device(u_hat):
+        if u_hat.dim() == 3:
+            J = reference.out_capsules(u_hat, bias, logits)
+            routing = SharedRouting(u_hat, None, J, logits, mask, iterations, leaky)
+            return routing.forward(bias, max(iterations, 1), squash_output)[:2]
         return PrecomputedRouting(u_hat, logits, mask, iterations, leaky).forward(bias, squash_output)
 
 
@@ -399,6 +399,12 @@ def dynamic_routing_backward(
     needs_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with on_device(u_hat):
+        if u_hat.dim() == 3:
+            shared = SharedRouting(u_hat, None, s.shape[2], logits, mask, iterations, leaky)
+            grad_u, _, grad_bias, grad_logits = shared.backward(
+                grad, s, detach, squash_output, True, False, needs_logits
+            )
+            return grad_u, grad_bias, grad_logits
         routing = PrecomputedRouting(u_hat, logits, mask, iterations, leaky)
         total, grad_s = reductions.prepare_backward(grad, s, squash_output)
         last = len(s) - 1
