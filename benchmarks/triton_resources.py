@@ -50,6 +50,38 @@ def launches(
     return list({id(launch.artifact): launch for launch in launched}.values())
 
 
+def option_launches(case: Case, precision: str, target: str) -> list[Compiled]:
+    """Every kernel that the routing ops launch with their options, each variant once.
+
+    That is with starting logits and a mask: logits of every sample, which may close pairs, and logits that
+    all samples share, each with its gradient; and a weight that all input capsules share.
+    """
+    dtype, tf32 = PRECISIONS[precision]
+    B, I, J, D, K = case.sizes  # noqa: E741
+    u, weight, shared, u_hat, alike, grad = (
+        torch.empty(n, dtype=dtype, device="meta")
+        for n in ((B, I, K), (I, J, D, K), (J, D, K), (B, I, J, D), (B, I, D), (B, J, D))
+    )
+    mask = torch.empty(B, I, dtype=torch.bool, device="meta")
+    kernels = SimpleNamespace(**capsops.dispatch.BACKENDS["triton"].functions)
+    with compiling(target, tf32) as launched:
+        for sizes, iterations in (((B, I, J), 3), ((1, I, J), 3), ((B, I, J), 0), (None, 3), (None, 1)):
+            logits = None if sizes is None else torch.empty(sizes, dtype=dtype, device="meta")
+            for w in (weight, shared):
+                _, s = kernels.capsule_routing(u, w, None, logits, mask, iterations, False, False)
+                kernels.capsule_routing_backward(
+                    grad, u, w, logits, mask, s, iterations, False, False, False, True, True,
+                    logits is not None,
+                )  # fmt: skip
+                kernels.couplings(u, w, None, logits, mask, iterations, False)
+            for x in (u_hat,) if logits is None else (u_hat, alike):
+                _, s = kernels.dynamic_routing(x, None, logits, mask, iterations, False, False)
+                kernels.dynamic_routing_backward(
+                    grad, x, logits, mask, s, iterations, False, False, False, logits is not None
+                )
+    return list({id(launch.artifact): launch for launch in launched}.values())
+
+
 def rows(
     shapes: list[str], precisions: list[str], targets: list[str]
 ) -> Iterator[tuple[str, str, str, Compiled, Resources]]:

@@ -364,7 +364,7 @@ class PrecomputedRouting:
             launch(
                 precomputed_logits_kernel, tiles.number * parts.number, self.u_hat, self.mask, total, grad_s,
                 self.starting, gradient.arguments(), self.B, self.I, parts.number, tiles.size, parts.size,
-                len(grad_s), DETACH=detach, **self.options,
+                len(grad_s), DETACH=detach, **self.options, **launch_configs.all_registers(),
             )  # fmt: skip
         return gradient.result()
 

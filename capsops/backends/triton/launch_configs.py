@@ -14,6 +14,14 @@ from torch import Tensor
 PROGRAMS = 4
 
 
+def all_registers() -> dict[str, int]:
+    """The option that lets ptxas, which is NVIDIA's, use all registers of a thread.
+
+    By itself it may spill some so that one more program fits.
+    """
+    return {} if torch.version.hip is not None else {"maxnreg": 255}
+
+
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()

@@ -66,7 +66,8 @@ class LogitsGradient:
         self.part = None if parts == 1 else logits.numel()
 
     def arguments(self) -> PairSums:
-        return PairSums(self.sums, *_strides(self.sums[0]), self.tile, self.part)
+        batch, inputs, outputs = _strides(self.sums[0])
+        return PairSums(self.sums, batch, inputs, outputs, self.tile, self.part)
 
     def result(self) -> Tensor:
         if len(self.sums) == 1 and self.dtype == torch.float32:

@@ -374,28 +374,31 @@ class SharedRouting:
         """W z [B, J, D] for z [B, J, K]."""
         return z if self.W is None else predictions(z, self.W).squeeze(2)
 
+    def parts(self) -> launch_configs.Split:
+        """Parts of i of a pass."""
+        return launch_configs.split(self.I, self.B, self.u, self.tile.inputs)
+
+    def sums_of_pass(self, out_capsules: int) -> Tensor:
+        """Memory for partial sums over i [parts, B, J, K]."""
+        return self.numbers(self.parts().number, self.B, out_capsules, self.K)
+
     def one_pass(
-        self, p: Tensor | None, q: Tensor | None, needs_z: bool, needs_y: bool, J: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Partial sums over i [parts, B, J, K] of c u and of ∂b u, from P and Q."""
-        parts = launch_configs.split(self.I, self.B, self.u, self.tile.inputs)
-        z, y = (
-            self.numbers(parts.number, self.B, J, self.K) if needed else None for needed in (needs_z, needs_y)
-        )
-        uniform = p is None and (self.starting is None or not self.iterations)
+        self, p: Tensor | None, q: Tensor | None, z: Tensor | None, y: Tensor | None, J: int
+    ) -> None:
+        """Fills the partial sums of c u and of ∂b u, from P and Q."""
+        parts = self.parts()
         launch(
-            shared_pass_kernel, self.B * parts.number, self.u, self.mask, p, q,
-            self.starting, z, y, self.B, self.I, parts.number, parts.size, UNIFORM=uniform,
-            **{**self.options, "J": J},
+            shared_pass_kernel, self.B * parts.number, self.u, self.mask, p, q, self.starting, z, y, self.B,
+            self.I, parts.number, parts.size,
+            UNIFORM=p is None and (self.starting is None or not self.iterations), **{**self.options, "J": J},
         )  # fmt: skip
-        return z, y
 
     def weighted_sums(self, p: Tensor | None) -> Tensor:
         """Partial sums of z [parts, B, J, K] of a pass. Without P and ℓ couplings are 1, and z is Σ_i u."""
-        if p is None and self.starting is None:
-            z, _ = self.one_pass(None, None, True, False, 1)
-            return z.expand(-1, -1, self.J, -1).contiguous()
-        return self.one_pass(p, None, True, False, self.J)[0]
+        alike = p is None and self.starting is None
+        z = self.sums_of_pass(1 if alike else self.J)
+        self.one_pass(p, None, z, None, z.shape[2])
+        return z.expand(-1, -1, self.J, -1).contiguous() if alike else z
 
     def first_factor(self) -> float:
         """What z of the first pass is multiplied by, without starting logits."""
@@ -430,8 +433,10 @@ class SharedRouting:
         sums: list[tuple[Tensor, Tensor]] = []  # x and z of the terms x zᵀ of ∂W
 
         def reduced(v: Tensor, grad: Tensor, t: int) -> Tensor:
-            z, y = self.one_pass(p[t], self.projected(grad), needs_weight, True, self.J)
-            if needs_weight:
+            z = self.sums_of_pass(self.J) if needs_weight else None
+            y = self.sums_of_pass(self.J)
+            self.one_pass(p[t], self.projected(grad), z, y, self.J)
+            if z is not None:
                 sums.extend([(grad, _added(z)), (v, _added(y))])
             return y if self.W is None else self.applied(_added(y)).unsqueeze(0)
 
@@ -448,7 +453,7 @@ class SharedRouting:
                 self.mask, p, q, self.starting, grad_u, self.B, self.I, blocks, passes, self.first_factor(),
                 DETACH=detach, UNIFORM=self.starting is not None and not self.iterations, **self.options,
             )  # fmt: skip
-        if needs_weight:
+        if needs_weight and self.W is not None:
             t = last if detach else 0
             z = _added(self.weighted_sums(p[t - 1] if t else None))
             if t == 0 and self.starting is None:
@@ -461,15 +466,15 @@ class SharedRouting:
                 False,
                 True,
             )[1].squeeze(1)
-        if needs_logits:
-            grad_logits = self.logits_gradient(p, q, detach)
+        if needs_logits and self.logits is not None:
+            grad_logits = self.logits_gradient(self.logits, p, q, detach)
         grad_bias = reductions.bias_gradient(grad_s[last if detach else 0 :], self.u)
         return grad_u, grad_weight, grad_bias, grad_logits
 
-    def logits_gradient(self, p: Tensor, q: Tensor, detach: bool) -> Tensor:
+    def logits_gradient(self, logits: Tensor, p: Tensor, q: Tensor, detach: bool) -> Tensor:
         """∂logits, from P and Q of all passes."""
-        tiles, parts = launch_configs.pair_blocks(self.logits, self.B, self.I, self.tile.inputs)
-        gradient = LogitsGradient(self.logits, tiles.number, parts.number)
+        tiles, parts = launch_configs.pair_blocks(logits, self.B, self.I, self.tile.inputs)
+        gradient = LogitsGradient(logits, tiles.number, parts.number)
         if self.iterations:
             launch(
                 shared_logits_kernel, tiles.number * parts.number, self.u, self.mask,
