@@ -335,8 +335,11 @@ class Layer:
 
     def routed_tile(self, table: dict[str, launch_configs.Entry]) -> launch_configs.Tile:
         entry = table[launch_configs.kind(self.unit, self.B, self.D, self.K)]
-        if self.starting is not None:
-            entry = entry._replace(numbers=entry.numbers // 2)  # registers for the addresses of logits
+        if self.starting is not None:  # whose addresses need registers
+            if table is launch_configs.ROUTED:
+                entry = entry._replace(numbers=entry.numbers // 2)
+            else:
+                entry = entry._replace(rows=min(entry.rows, 32))
         return launch_configs.tile(entry, self.B, self.I, self.D, self.K)
 
     def routed_options(self, tile: launch_configs.Tile) -> dict[str, object]:
