@@ -40,11 +40,45 @@ def launches(
         kernels.squash_backward(u, kernels.squash(u, 2), 2)
         kernels.predictions_backward(kernels.predictions(u, weight), u, weight, True, True)
         for iterations in (0, 3):
-            v, s = kernels.dynamic_routing(u_hat, bias, iterations, leaky, True)
-            kernels.dynamic_routing_backward(v, u_hat, s, iterations, leaky, detach, True)
-            v, s = kernels.capsule_routing(u, weight, bias, iterations, leaky, True)
-            kernels.capsule_routing_backward(v, u, weight, s, iterations, leaky, detach, True, True, True)
-        kernels.couplings(u, weight, bias, 3, leaky)
+            v, s = kernels.dynamic_routing(u_hat, bias, None, None, iterations, leaky, True)
+            kernels.dynamic_routing_backward(v, u_hat, None, None, s, iterations, leaky, detach, True, False)
+            v, s = kernels.capsule_routing(u, weight, bias, None, None, iterations, leaky, True)
+            kernels.capsule_routing_backward(
+                v, u, weight, None, None, s, iterations, leaky, detach, True, True, True, False
+            )
+        kernels.couplings(u, weight, bias, None, None, 3, leaky)
+    return list({id(launch.artifact): launch for launch in launched}.values())
+
+
+def option_launches(case: Case, precision: str, target: str) -> list[Compiled]:
+    """Every kernel that the routing ops launch with their options, each variant once.
+
+    That is with starting logits and a mask: logits of every sample, which may close pairs, and logits that
+    all samples share, each with its gradient; and a weight that all input capsules share.
+    """
+    dtype, tf32 = PRECISIONS[precision]
+    B, I, J, D, K = case.sizes  # noqa: E741
+    u, weight, shared, u_hat, alike, grad = (
+        torch.empty(n, dtype=dtype, device="meta")
+        for n in ((B, I, K), (I, J, D, K), (J, D, K), (B, I, J, D), (B, I, D), (B, J, D))
+    )
+    mask = torch.empty(B, I, dtype=torch.bool, device="meta")
+    kernels = SimpleNamespace(**capsops.dispatch.BACKENDS["triton"].functions)
+    with compiling(target, tf32) as launched:
+        for sizes, iterations in (((B, I, J), 3), ((1, I, J), 3), ((B, I, J), 0), (None, 3), (None, 1)):
+            logits = None if sizes is None else torch.empty(sizes, dtype=dtype, device="meta")
+            for w in (weight, shared):
+                _, s = kernels.capsule_routing(u, w, None, logits, mask, iterations, False, False)
+                kernels.capsule_routing_backward(
+                    grad, u, w, logits, mask, s, iterations, False, False, False, True, True,
+                    logits is not None,
+                )  # fmt: skip
+                kernels.couplings(u, w, None, logits, mask, iterations, False)
+            for x in (u_hat,) if logits is None else (u_hat, alike):
+                _, s = kernels.dynamic_routing(x, None, logits, mask, iterations, False, False)
+                kernels.dynamic_routing_backward(
+                    grad, x, logits, mask, s, iterations, False, False, False, logits is not None
+                )
     return list({id(launch.artifact): launch for launch in launched}.values())
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from benchmarks.check import check
 from benchmarks.passes import FORWARD, FORWARD_BACKWARD, run
 from benchmarks.precisions import PRECISIONS, matrix_precision
 from capsops import reference
+from capsops.backends import BACKENDS
+from capsops.backends.backend import LOGITS, MASK, SHARED, UNSQUASHED
 from tests.capsops.cases import Options, Shape
 from tests.tiers import slow
 
@@ -98,15 +101,71 @@ class Comparison:
         return torch.randn(value.shape).to(value)
 
 
+def _device(impl: str) -> str:
+    return "cpu" if impl == "cpu" else "cuda"
+
+
+def _numbers(*sizes: int, scale: float, dtype: torch.dtype, device: str) -> Tensor:
+    return (torch.randn(*sizes) * scale).to(dtype).to(device).requires_grad_()
+
+
+def option_comparisons(impl: str, dtype: torch.dtype, shape: Shape) -> Iterator[Comparison]:
+    """The routing ops with the options that the backend supports, by which proofs name them."""
+    B, I, J, D, K = shape  # noqa: E741
+    numbers = partial(_numbers, dtype=dtype, device=_device(impl))
+    u, alike, u_hat = numbers(B, I, K, scale=0.3), numbers(B, I, D, scale=0.1), numbers(B, I, J, D, scale=0.1)
+    weight, shared = numbers(I, J, D, K, scale=0.1), numbers(J, D, K, scale=0.1)
+    bias, of_pairs, of_samples = numbers(J, D, scale=0.1), numbers(I, J, scale=1), numbers(B, I, J, scale=1)
+    with torch.no_grad():
+        of_samples[torch.rand(of_samples.shape) < 0.2] = -torch.inf
+    mask = (torch.rand(B, I) < 0.8).to(u.device)
+    mask[:, 0] = True
+    layers = {"own weights": weight, "a shared weight": shared}
+    predictions = {"own predictions": u_hat, "predictions alike for all outputs": alike}
+    cases = [
+        ({UNSQUASHED}, None, None, {"squash_output": False}),
+        ({MASK}, None, mask, {"iterations": 2, "detach": True}),
+        ({LOGITS}, of_pairs, None, {"leaky": True}),
+        ({LOGITS, MASK, UNSQUASHED}, of_samples, mask, {"squash_output": False}),
+        ({LOGITS}, of_samples, None, {"iterations": 1}),
+    ]
+    for needed, logits, there, keywords in cases:
+        for op, name, first in (
+            *(("capsule_routing", name, (u, w)) for name, w in layers.items()),
+            *(("couplings", name, (u, w)) for name, w in layers.items()),
+            *(("dynamic_routing", name, (x,)) for name, x in predictions.items()),
+        ):
+            used = needed | ({SHARED} if shared is first[-1] or alike is first[-1] else set())
+            if not used <= BACKENDS[impl].options:
+                continue
+            options = dict(keywords)
+            if op == "couplings":
+                options = {key: x for key, x in keywords.items() if key in ("iterations", "leaky")}
+            inputs = (*first, bias) if logits is None else (*first, bias, logits)
+
+            def call(
+                function: Callable, impls: dict, *tensors: Tensor, n: int = len(first), **given: object
+            ) -> Tensor:
+                start = tensors[n + 1] if len(tensors) > n + 1 else None
+                return function(*tensors[: n + 1], logits=start, **given, **impls)
+
+            given = {"mask": there, **options}
+            yield Comparison(
+                f"{op} {name}, {', '.join(sorted(used))}",
+                partial(call, getattr(capsops, op), {"impl": impl}, **given),
+                partial(call, getattr(reference, op), {}, **given),
+                inputs,
+                FORWARD if op == "couplings" else FORWARD_BACKWARD,
+                I * K * J * D + B,
+            )
+
+
 def comparisons(
     impl: str, dtype: torch.dtype, shape: Shape, options: Sequence[Options]
 ) -> Iterator[Comparison]:
     """Every op on a shape, the routed ones with every set of options. Inputs are made on the host."""
-    (B, I, J, D, K), device = shape, "cpu" if impl == "cpu" else "cuda"  # noqa: E741
-
-    def numbers(*sizes: int, scale: float) -> Tensor:
-        return (torch.randn(*sizes) * scale).to(dtype).to(device).requires_grad_()
-
+    B, I, J, D, K = shape  # noqa: E741
+    numbers = partial(_numbers, dtype=dtype, device=_device(impl))
     u, weight, bias = numbers(B, I, K, scale=0.3), numbers(I, J, D, K, scale=0.1), numbers(J, D, scale=0.1)
     u_hat, terms = numbers(B, I, J, D, scale=0.1), I * K * J * D + B
 
@@ -167,7 +226,9 @@ def test_compared(
     dtype, tf32 = PRECISIONS[precision]
     errors, failures = [], []
     with matrix_precision(tf32):
-        for comparison in comparisons(kernels, dtype, shape, options):
+        for comparison in chain(
+            comparisons(kernels, dtype, shape, options), option_comparisons(kernels, dtype, shape)
+        ):
             try:
                 errors.append(comparison(tf32))
             except AssertionError as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from capsops.backends.backend import Backend, Proof, by_name
+from capsops.backends.backend import ALL_OPTIONS, Backend, Proof, by_name
 
 _OLDEST = (3, 6)
 
@@ -85,6 +85,7 @@ def _backend() -> Backend:
         ),
         devices=("cpu", "cuda") if INTERPRETED else ("cuda",),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        options=ALL_OPTIONS,
         unavailable=why_interpreter_fails(triton.__version__, numpy.__version__) if INTERPRETED else "",
         needs_proof=True,
         why_not_proved=why_not_proved,

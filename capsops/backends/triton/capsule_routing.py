@@ -32,6 +32,7 @@ from capsops.backends.triton.capsules import (
     agreement,
     load_if,
     load_inputs,
+    load_mask,
     load_outputs,
     load_weights,
     power,
@@ -43,7 +44,9 @@ from capsops.backends.triton.capsules import (
 )
 from capsops.backends.triton.launch import launch, on_device, unit
 from capsops.backends.triton.launch_configs import ceil_div
-from capsops.backends.triton.softmax import softmax_over_outputs
+from capsops.backends.triton.pairs import LogitsGradient, add_pairs, load_pairs, mask_bytes, pairs
+from capsops.backends.triton.shared_routing import SharedRouting
+from capsops.backends.triton.softmax import open_pairs, pair_logits, softmax_over_outputs
 
 
 @triton.jit
@@ -54,7 +57,7 @@ def _weight_offset(q, N: tl.constexpr, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "I", "row_tiles", "column_tiles", "steps"])
 def uniform_product_kernel(
-    p_u, p_w, p_s, p_out, B, I, row_tiles, column_tiles, steps, factor,
+    p_u, p_mask, p_w, p_s, p_out, B, I, row_tiles, column_tiles, steps, factor,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Q: tl.constexpr, OF: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +90,13 @@ def uniform_product_kernel(
         else:
             p_x = p_u + row[:, None] + (term * inputs)[None, :]
             p_y = p_s + (term * N)[:, None] + column[None, :]
-        b_x = tl.load(p_x, mask=m_row & (term < terms)[None, :], other=0.0)
+        m_x = m_row & (term < terms)[None, :]
+        if p_mask is not None:
+            if OF == "s":
+                m_x = m_x & load_mask(p_mask, row, row < rows, term // K, I)
+            if OF == "w":
+                m_x = m_x & tl.trans(load_mask(p_mask, term, term < terms, row // K, I))
+        b_x = tl.load(p_x, mask=m_x, other=0.0)
         b_y = tl.load(p_y, mask=(term < terms)[:, None] & m_column, other=0.0)
         b_sum += product(b_x, b_y, UNIT)
     p_out += part * rows * columns
@@ -95,18 +104,23 @@ def uniform_product_kernel(
         p_out += _weight_offset(row, N, K)[:, None] + (column * K)[None, :]
     else:
         p_out += (row * columns)[:, None] + column[None, :]
+    if OF == "u" and p_mask is not None:
+        b_sum = tl.where(load_mask(p_mask, row, row < rows, column // K, I), b_sum, 0.0)
     tl.store(p_out, (factor * b_sum).to(p_out.dtype.element_ty), mask=m_row & m_column)
 
 
 @triton.jit(do_not_specialize=["B", "I", "batch_tiles", "chunks"])
 def routed_pass_kernel(
-    p_u, p_w, p_total, p_grad_s, p_statistics, p_partials, B, I, batch_tiles, chunks,
+    p_u, p_mask, p_w, p_total, p_grad_s, starting, grad_logits, p_statistics, p_partials, B, I, batch_tiles,
+    chunks,
     J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr,
-    KB: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr, UNIT: tl.constexpr,
+    KB: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr, UNIFORM: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Σ_i c û, or with GRADIENT Σ_i ∂b û, of a tile of samples over `chunks` blocks of C input capsules.
 
-    With GRADIENT the statistics of the softmax are stored for the last pass, [3, B, I].
+    With GRADIENT the statistics of the softmax are stored for the last pass, [3, B, I], and ∂b is added to
+    ∂logits; each of these, and the sums, may be None. The first pass has no V but starting logits; UNIFORM: c
+    of every open pair is 1.
     """
     pid = tl.program_id(0)
     row = (pid % batch_tiles).to(tl.int64) * R + tl.arange(0, R)
@@ -115,51 +129,78 @@ def routed_pass_kernel(
     d = tl.arange(0, DB)
     k = tl.arange(0, KB)
     first = part * chunks
-    p_partials = p_partials + part.to(tl.int64) * B * (J * D)
+    if p_partials is not None:
+        p_partials = p_partials + part.to(tl.int64) * B * (J * D)
     for chunk in range(first, tl.minimum(first + chunks, tl.cdiv(I, C))):
         i = chunk * C + tl.arange(0, C)
-        b_u = load_inputs(p_u, row, m_row, i, k, I, K)
-        top, factor, mean = softmax_over_outputs(
-            p_u, p_w, p_total, p_grad_s, row, m_row, i, b_u, I, J, D, K, R, C, DB, KB, LEAKY, GRADIENT, UNIT
-        )
-        if GRADIENT:
+        b_u = load_inputs(p_u, p_mask, row, m_row, i, k, I, K)
+        if not UNIFORM:
+            top, factor, mean = softmax_over_outputs(
+                p_u, p_mask, p_w, p_total, p_grad_s, starting, row, m_row, i, b_u, I, J, D, K, R, C, DB, KB,
+                LEAKY, GRADIENT, UNIT,
+            )  # fmt: skip
+        if GRADIENT and p_statistics is not None:
             p_bi = p_statistics + (row * I)[:, None] + i[None, :]
             m_bi = m_row[:, None] & (i < I)[None, :]
             size = B.to(tl.int64) * I
             tl.store(p_bi, top, mask=m_bi)
             tl.store(p_bi + size, factor, mask=m_bi)
             tl.store(p_bi + 2 * size, mean, mask=m_bi)
+        if grad_logits is not None:
+            grad_all_j = tl.zeros([R, C], tl.float32)
         for j in range(J):
-            logit = agreement(p_total, p_w, p_u, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT)
-            c = power(logit - top) * factor
+            logit = pair_logits(
+                p_total, p_w, p_u, p_mask, starting, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT
+            )
+            c = open_pairs(logit) if UNIFORM else power(logit - top) * factor
             if GRADIENT:
-                a = agreement(p_grad_s, p_w, p_u, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT)
+                a = agreement(
+                    p_grad_s, p_w, p_u, p_mask, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT
+                )
                 c = c * (a - mean)
-            for d_first in range(0, D, DB):
-                b_s = tl.zeros([R, DB], tl.float32)
-                for k_first in range(0, K, KB):
-                    if K > KB:
-                        b_u = load_inputs(p_u, row, m_row, i, k_first + k, I, K)
-                    b_x = tl.reshape(c[:, None, :] * b_u, [R, KB * C])
-                    b_w = load_weights(p_w, i, j, d_first + d, k_first + k, I, J, D, K, C, DB, KB)
-                    b_s += product(b_x, tl.trans(b_w), UNIT)
-                p_bjd = p_partials + (row * (J * D) + j * D)[:, None] + (d_first + d)[None, :]
-                m_bjd = m_row[:, None] & (d_first + d < D)[None, :]
-                b_s += load_if(chunk > first, p_bjd, m_bjd)
-                tl.store(p_bjd, b_s, mask=m_bjd)
+            if grad_logits is not None:
+                grad_b = tl.where(m_row[:, None] & (i < I)[None, :], c, 0.0)
+                if grad_logits.outputs is None:
+                    grad_all_j += grad_b
+                else:
+                    add_pairs(
+                        grad_logits, pid % batch_tiles, part, grad_b, row[:, None], m_row[:, None],
+                        i[None, :], (i < I)[None, :], j, None,
+                    )  # fmt: skip
+            if p_partials is not None:
+                for d_first in range(0, D, DB):
+                    b_s = tl.zeros([R, DB], tl.float32)
+                    for k_first in range(0, K, KB):
+                        if K > KB:
+                            b_u = load_inputs(p_u, p_mask, row, m_row, i, k_first + k, I, K)
+                        b_x = tl.reshape(c[:, None, :] * b_u, [R, KB * C])
+                        b_w = load_weights(p_w, i, j, d_first + d, k_first + k, I, J, D, K, C, DB, KB)
+                        b_s += product(b_x, tl.trans(b_w), UNIT)
+                    p_bjd = p_partials + (row * (J * D) + j * D)[:, None] + (d_first + d)[None, :]
+                    m_bjd = m_row[:, None] & (d_first + d < D)[None, :]
+                    b_s += load_if(chunk > first, p_bjd, m_bjd)
+                    tl.store(p_bjd, b_s, mask=m_bjd)
+        if grad_logits is not None and grad_logits.outputs is None:
+            add_pairs(
+                grad_logits, pid % batch_tiles, part, grad_all_j, row[:, None], m_row[:, None],
+                i[None, :], (i < I)[None, :], 0, None,
+            )  # fmt: skip
         tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["B", "I", "passes", "size"])
 def routed_gradient_kernel(
-    p_u, p_w, p_total, p_grad_s, p_statistics, p_grad_u, p_grad_w, B, I, passes, size, factor,
+    p_u, p_mask, p_w, p_total, p_grad_s, starting, p_statistics, p_grad_u, p_grad_w, B, I, passes, size,
+    factor,
     J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr,
     KB: tl.constexpr, LEAKY: tl.constexpr, DETACH: tl.constexpr, NEEDS_U: tl.constexpr,
-    NEEDS_W: tl.constexpr, UNIT: tl.constexpr,
+    NEEDS_W: tl.constexpr, UNIFORM: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """∂u and ∂W of C input capsules, KB components of each, over `size` samples.
 
-    With DETACH of c ∂s in the last pass. Where K > KB each program makes the logits of all components.
+    With DETACH of c ∂s in the last pass, which is not the first. Where K > KB each program makes the logits
+    of all components. c of the first pass is `factor`; with starting logits it is their softmax or, UNIFORM,
+    1 for every open pair.
     """
     pid = tl.program_id(0)
     blocks = tl.cdiv(I, C)
@@ -176,7 +217,7 @@ def routed_gradient_kernel(
     for at in range(begin, end, R):
         row = at + tl.arange(0, R)
         m_row = row < end
-        b_u = load_inputs(p_u, row, m_row, i, k, I, K)
+        b_u = load_inputs(p_u, p_mask, row, m_row, i, k, I, K)
         grad_u = tl.zeros([R, KB, C], tl.float32)
         m_bi = m_row[:, None] & (i < I)[None, :]
         p_bi = p_statistics + (row * I)[:, None] + i[None, :]
@@ -184,10 +225,27 @@ def routed_gradient_kernel(
         if DETACH:
             first = passes - 1
             top, norm, _ = softmax_over_outputs(
-                p_u, p_w, p_total + (first - 1) * layer, p_grad_s, row, m_row, i, b_u, I, J, D, K, R, C,
-                DB, KB, LEAKY, False, UNIT,
+                p_u, p_mask, p_w, p_total + (first - 1) * layer, p_grad_s, starting, row, m_row, i, b_u, I, J,
+                D, K, R, C, DB, KB, LEAKY, False, UNIT,
+            )  # fmt: skip
+        elif starting is not None and not UNIFORM:
+            top, norm, _ = softmax_over_outputs(
+                p_u, p_mask, p_w, None, p_grad_s, starting, row, m_row, i, b_u, I, J, D, K, R, C, DB, KB,
+                LEAKY, False, UNIT,
             )  # fmt: skip
         for j in range(J):
+            first_c = factor
+            if starting is not None:
+                logits = load_pairs(
+                    starting, row[:, None], m_row[:, None], i[None, :], (i < I)[None, :], j, None
+                )
+                if not DETACH:
+                    first_c = tl.zeros([R, C], tl.float32)
+                    if UNIFORM:
+                        first_c += open_pairs(logits)
+                    else:
+                        first_c += power(logits - top) * norm
+                    first_c = first_c[:, None, :]
             for d_first in range(0, D, DB):
                 # ∂W of a block of d; ∂u, which takes all d at once, counts in the first of them.
                 once = 1.0
@@ -197,10 +255,10 @@ def routed_gradient_kernel(
                 if not DETACH:
                     if NEEDS_W:
                         b_s = load_outputs(p_grad_s, row, m_row, j, d_first + d, J, D)
-                        grad_w += product(tl.trans(tl.reshape(factor * b_u, [R, KB * C])), b_s, UNIT)
+                        grad_w += product(tl.trans(tl.reshape(first_c * b_u, [R, KB * C])), b_s, UNIT)
                     if NEEDS_U:
                         b_q = project(p_grad_s, p_w, row, m_row, i, j, k, I, J, D, K, R, C, DB, KB, UNIT)
-                        grad_u += (factor * once) * b_q
+                        grad_u += (first_c * once) * b_q
                 for t in range(first, passes):
                     p_v = p_total + (t - 1) * layer
                     p_s = p_grad_s + t * layer
@@ -212,9 +270,13 @@ def routed_gradient_kernel(
                         a = tl.sum(b_q * b_u, 1)
                     else:
                         logit = agreement(
-                            p_v, p_w, p_u, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT
+                            p_v, p_w, p_u, p_mask, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT
                         )
-                        a = agreement(p_s, p_w, p_u, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT)
+                        a = agreement(
+                            p_s, p_w, p_u, p_mask, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT
+                        )
+                    if starting is not None:
+                        logit += logits
                     if DETACH:
                         c = power(logit - top) * norm
                     else:
@@ -241,33 +303,49 @@ def routed_gradient_kernel(
                     b_w += load_if(at > begin, p_ijdk, m_ijdk)
                     tl.store(p_ijdk, b_w.to(p_grad_w.dtype.element_ty), mask=m_ijdk)
         if NEEDS_U:
-            store_inputs(p_grad_u, grad_u, row, m_row, i, k, I, K)
+            store_inputs(p_grad_u, p_mask, grad_u, row, m_row, i, k, I, K)
         tl.debug_barrier()
 
 
 class Layer:
     """The shapes of one call, and the launches of its passes."""
 
-    def __init__(self, u: Tensor, weight: Tensor, leaky: bool) -> None:
-        self.u, self.weight, self.leaky = u, weight, leaky
+    def __init__(
+        self,
+        u: Tensor,
+        weight: Tensor,
+        logits: Tensor | None,
+        mask: Tensor | None,
+        iterations: int,
+        leaky: bool,
+    ) -> None:
+        self.u, self.weight, self.iterations, self.leaky = u, weight, iterations, leaky
+        self.starting, self.mask = pairs(logits), mask_bytes(mask)
         self.B, self.I, _ = u.shape
         _, self.J, self.D, self.K = weight.shape
         self.unit = unit(u)
 
-    def first_factor(self, iterations: int) -> float:
-        """What û is multiplied by in the first pass."""
-        return 1 / (self.J + self.leaky) if iterations else 1.0
+    @property
+    def first_factor(self) -> float:
+        """What û is multiplied by in the first pass, without starting logits."""
+        return 1 / (self.J + self.leaky) if self.iterations else 1.0
 
     def sums_of_pass(self, parts: int) -> Tensor:
         return self.u.new_empty(parts, self.B, self.J, self.D, dtype=torch.float32)
 
     def routed_tile(self, table: dict[str, launch_configs.Entry]) -> launch_configs.Tile:
         entry = table[launch_configs.kind(self.unit, self.B, self.D, self.K)]
+        if self.starting is not None:  # whose addresses need registers
+            if table is launch_configs.ROUTED:
+                entry = entry._replace(numbers=entry.numbers // 2)
+            else:
+                entry = entry._replace(rows=min(entry.rows, 32))
         return launch_configs.tile(entry, self.B, self.I, self.D, self.K)
 
     def routed_options(self, tile: launch_configs.Tile) -> dict[str, object]:
         return {
-            "J": self.J, "D": self.D, "K": self.K, "LEAKY": self.leaky, "UNIT": self.unit, **tile.options(),
+            "J": self.J, "D": self.D, "K": self.K, "LEAKY": self.leaky, "UNIT": self.unit,
+            "UNIFORM": self.starting is not None and not self.iterations, **tile.options(),
         }  # fmt: skip
 
     def uniform_blocks(self, of: str) -> launch_configs.Product:
@@ -284,9 +362,9 @@ class Layer:
         self, of: str, blocks: launch_configs.Product, s: Tensor, partials: Tensor, factor: float
     ) -> None:
         launch(
-            uniform_product_kernel, blocks.programs, self.u, self.weight, s, partials, self.B, self.I,
-            blocks.row_tiles, blocks.column_tiles, blocks.steps, factor, N=self.J * self.D, K=self.K, OF=of,
-            UNIT=self.unit, **blocks.options(),
+            uniform_product_kernel, blocks.programs, self.u, self.mask, self.weight, s, partials, self.B,
+            self.I, blocks.row_tiles, blocks.column_tiles, blocks.steps, factor, N=self.J * self.D, K=self.K,
+            OF=of, UNIT=self.unit, **blocks.options(),
         )  # fmt: skip
 
     def uniform_pass(self) -> Tensor:
@@ -306,33 +384,69 @@ class Layer:
             self.uniform_product(of, blocks, grad_s, partials, factor)
         return gradient
 
-    def routed_pass(self, total: Tensor, grad_s: Tensor | None, statistics: Tensor) -> Tensor:
-        """Sums over parts of i [parts, B, J, D] of c û or, with ∂s, of ∂b û; fills `statistics`."""
+    def routed_blocks(self) -> tuple[launch_configs.Tile, int, launch_configs.Split]:
+        """The tile of routed_pass_kernel, the number of tiles of samples, and the parts of i."""
         tile = self.routed_tile(launch_configs.ROUTED)
         batch_tiles = ceil_div(self.B, tile.rows)
-        parts = launch_configs.split(ceil_div(self.I, tile.inputs), batch_tiles, self.u)
-        partials = self.sums_of_pass(parts.number)
-        launch(
-            routed_pass_kernel, batch_tiles * parts.number, self.u, self.weight, total,
-            total if grad_s is None else grad_s, statistics, partials, self.B, self.I, batch_tiles,
-            parts.size, GRADIENT=grad_s is not None, **self.routed_options(tile),
-        )  # fmt: skip
+        return tile, batch_tiles, launch_configs.split(ceil_div(self.I, tile.inputs), batch_tiles, self.u)
+
+    def logits_gradient(self, logits: Tensor) -> LogitsGradient:
+        _, batch_tiles, parts = self.routed_blocks()
+        return LogitsGradient(logits, batch_tiles, parts.number)
+
+    def routed_pass(
+        self,
+        total: Tensor | None,
+        grad_s: Tensor | None,
+        statistics: Tensor | None,
+        grad_logits: LogitsGradient | None = None,
+    ) -> Tensor:
+        """Sums over parts of i [parts, B, J, D] of c û or, with ∂s, of ∂b û; fills `statistics`.
+
+        Adds ∂b to `grad_logits`. Without V the logits are the starting ones.
+        """
+        partials = self.sums_of_pass(self.routed_blocks()[2].number)
+        self._launch_pass(total, grad_s, statistics, grad_logits, partials)
         return partials
 
-    def forward(self, bias: Tensor | None, iterations: int, passes: int) -> tuple[Tensor, Tensor, Tensor]:
-        """v, s of the first `passes` passes of `iterations`, and V; v is set by the last pass of all."""
+    def add_logits_gradient(self, total: Tensor | None, grad_s: Tensor, grad_logits: LogitsGradient) -> None:
+        """Adds ∂b of one pass to `grad_logits`."""
+        self._launch_pass(total, grad_s, None, grad_logits, None)
+
+    def _launch_pass(
+        self,
+        total: Tensor | None,
+        grad_s: Tensor | None,
+        statistics: Tensor | None,
+        grad_logits: LogitsGradient | None,
+        partials: Tensor | None,
+    ) -> None:
+        tile, batch_tiles, parts = self.routed_blocks()
+        launch(
+            routed_pass_kernel, batch_tiles * parts.number, self.u, self.mask, self.weight, total,
+            total if grad_s is None else grad_s, self.starting,
+            None if grad_logits is None else grad_logits.arguments(), statistics, partials, self.B, self.I,
+            batch_tiles, parts.size, GRADIENT=grad_s is not None, **self.routed_options(tile),
+        )  # fmt: skip
+
+    def forward(
+        self, bias: Tensor | None, passes: int, squash_output: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """v, s of the first `passes` passes, and V; v is set by the last pass of all."""
         v = self.u.new_empty(self.B, self.J, self.D)
         s = self.sums_of_pass(passes)
         total = s.new_empty(s.shape[1:])
-        last = max(iterations, 1) - 1
+        last = max(self.iterations, 1) - 1
         for t in range(passes):
-            partials = self.uniform_pass() if t == 0 else self.routed_pass(total, None, total)
-            count = self.J + self.leaky if t == 0 and iterations else 1
-            reductions.finish_pass(partials, bias, s[t], total, v, count, t == 0, t == last)
+            uniform = t == 0 and self.starting is None
+            V = None if t == 0 else total
+            partials = self.uniform_pass() if uniform else self.routed_pass(V, None, V)
+            count = self.J + self.leaky if uniform and self.iterations else 1
+            reductions.finish_pass(partials, bias, s[t], total, v, count, t == 0, t == last, squash_output)
         return v, s, total
 
     def routed_gradient(
-        self, total: Tensor, grad_s: Tensor, statistics: Tensor, factor: float, detach: bool, needs_u: bool,
+        self, total: Tensor, grad_s: Tensor, statistics: Tensor, detach: bool, needs_u: bool,
         needs_weight: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """∂u and ∂W, from Vᵗ, ∂sᵗ and, without `detach`, the softmax statistics of all passes."""
@@ -344,25 +458,35 @@ class Layer:
         added_up = parts.size > tile.rows
         with reductions.partial_results(self.weight, count, wide=added_up) as (partials, grad_weight):
             launch(
-                routed_gradient_kernel, blocks * parts.number, self.u, self.weight, total, grad_s, statistics,
-                grad_u, partials, self.B, self.I, len(grad_s), parts.size, factor, DETACH=detach,
-                NEEDS_U=needs_u, NEEDS_W=needs_weight, **self.routed_options(tile),
+                routed_gradient_kernel, blocks * parts.number, self.u, self.mask, self.weight, total, grad_s,
+                self.starting, statistics, grad_u, partials, self.B, self.I, len(grad_s), parts.size,
+                self.first_factor, DETACH=detach, NEEDS_U=needs_u, NEEDS_W=needs_weight,
+                **self.routed_options(tile),
             )  # fmt: skip
         return grad_u, grad_weight
+
+
+def _layer(
+    u: Tensor, weight: Tensor, logits: Tensor | None, mask: Tensor | None, iterations: int, leaky: bool
+) -> Layer | SharedRouting:
+    if weight.dim() == 3:
+        return SharedRouting(u, weight, len(weight), logits, mask, iterations, leaky)
+    return Layer(u, weight, logits, mask, iterations, leaky)
 
 
 def capsule_routing(
     u: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    logits: None,
-    mask: None,
+    logits: Tensor | None,
+    mask: Tensor | None,
     iterations: int,
     leaky: bool,
     squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
     with on_device(u):
-        v, s, _ = Layer(u, weight, leaky).forward(bias, iterations, max(iterations, 1))
+        layer = _layer(u, weight, logits, mask, iterations, leaky)
+        v, s, _ = layer.forward(bias, max(iterations, 1), squash_output)
     return v, s
 
 
@@ -370,8 +494,8 @@ def capsule_routing_backward(
     grad: Tensor,
     u: Tensor,
     weight: Tensor,
-    logits: None,
-    mask: None,
+    logits: Tensor | None,
+    mask: Tensor | None,
     s: Tensor,
     iterations: int,
     leaky: bool,
@@ -382,23 +506,38 @@ def capsule_routing_backward(
     needs_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with on_device(u):
-        layer = Layer(u, weight, leaky)
-        factor = layer.first_factor(iterations)
-        total, grad_s = reductions.prepare_backward(grad, s)
+        if weight.dim() == 3:
+            shared = SharedRouting(u, weight, len(weight), logits, mask, iterations, leaky)
+            return shared.backward(grad, s, detach, squash_output, needs_u, needs_weight, needs_logits)
+        layer = Layer(u, weight, logits, mask, iterations, leaky)
+        total, grad_s = reductions.prepare_backward(grad, s, squash_output)
         last = len(s) - 1
-        if last == 0:
-            grad_u = layer.uniform_gradient("u", grad_s, factor) if needs_u else u.new_empty(0)
-            grad_weight = layer.uniform_gradient("w", grad_s, factor) if needs_weight else u.new_empty(0)
-            return grad_u, grad_weight, reductions.bias_gradient(grad_s, weight), u.new_empty(0)
+        detach = detach and last > 0
         statistics = s.new_empty(0 if detach else (last, 3, layer.B, layer.I))
+        grad_logits = None
+        if needs_logits and logits is not None:
+            grad_logits = layer.logits_gradient(logits)
         if not detach:
             reductions.reduce_backward(
-                lambda v, grad, t: layer.routed_pass(v, grad, statistics[t]), total, grad_s, s
+                lambda v, grad, t: layer.routed_pass(v, grad, statistics[t], grad_logits), total, grad_s, s
             )
+        if grad_logits is not None and iterations:
+            t = last if detach else 0
+            layer.add_logits_gradient(total[t - 1] if t else None, grad_s[t], grad_logits)
         grad_u, grad_weight = u.new_empty(0), u.new_empty(0)
-        if needs_u or needs_weight:
+        if last == 0 and logits is None:
+            if needs_u:
+                grad_u = layer.uniform_gradient("u", grad_s, layer.first_factor)
+            if needs_weight:
+                grad_weight = layer.uniform_gradient("w", grad_s, layer.first_factor)
+        elif needs_u or needs_weight:
             grad_u, grad_weight = layer.routed_gradient(
-                total, grad_s, statistics, factor, detach, needs_u, needs_weight
+                total, grad_s, statistics, detach, needs_u, needs_weight
             )
         grad_bias = reductions.bias_gradient(grad_s[last if detach else 0 :], weight)
-    return grad_u, grad_weight, grad_bias, u.new_empty(0)
+    return (
+        grad_u,
+        grad_weight,
+        grad_bias,
+        u.new_empty(0) if grad_logits is None else grad_logits.result(),
+    )

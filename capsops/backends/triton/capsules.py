@@ -52,19 +52,31 @@ def load_if(condition, p, mask):
 
 
 @triton.jit
-def load_inputs(p_u, row, m_row, i, k, I, K: tl.constexpr):
+def load_mask(p_mask, row, m_row, i, I):
+    """Whether input capsules `i` of the rows are there: [R, C]."""
+    p = p_mask + (row * I)[:, None] + i[None, :]
+    return tl.load(p, mask=m_row[:, None] & (i < I)[None, :], other=0) != 0
+
+
+@triton.jit
+def load_inputs(p_u, p_mask, row, m_row, i, k, I, K: tl.constexpr):
     """Components k of u of the rows and input capsules `i`, in float32: [R, KB, C].
 
     With i the last axis, a thread has all k of one i in the result of a matrix product: sums over k need no
-    other thread.
+    other thread. u of an input capsule that is not there is read as 0.
     """
     mask = m_row[:, None, None] & (i < I)[None, :, None] & (k < K)[None, None, :]
+    if p_mask is not None:
+        mask = mask & load_mask(p_mask, row, m_row, i, I)[:, :, None]
     p = p_u + (row * I * K)[:, None, None] + (i * K)[None, :, None] + k[None, None, :]
     return tl.permute(tl.load(p, mask=mask, other=0.0), (0, 2, 1)).to(tl.float32)
 
 
 @triton.jit
-def store_inputs(p_u, b_u, row, m_row, i, k, I, K: tl.constexpr):
+def store_inputs(p_u, p_mask, b_u, row, m_row, i, k, I, K: tl.constexpr):
+    """Stores components k of the rows and input capsules `i`; 0 for one that is not there."""
+    if p_mask is not None:
+        b_u = tl.where(load_mask(p_mask, row, m_row, i, I)[:, None, :], b_u, 0.0)
     mask = m_row[:, None, None] & (i < I)[None, :, None] & (k < K)[None, None, :]
     p = p_u + (row * I * K)[:, None, None] + (i * K)[None, :, None] + k[None, None, :]
     tl.store(p, tl.permute(b_u, (0, 2, 1)).to(p_u.dtype.element_ty), mask=mask)
@@ -120,7 +132,7 @@ def project(
 
 @triton.jit
 def agreement(
-    p_x, p_w, p_u, b_u, row, m_row, i, j, I, J: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
+    p_x, p_w, p_u, p_mask, b_u, row, m_row, i, j, I, J: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr, KB: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """û · x [R, C] for x [B, J, D]: u · (W_ijᵀ x_j); b_u is all of u where K ≤ KB."""
@@ -128,7 +140,7 @@ def agreement(
     for first in range(0, K, KB):
         k = first + tl.arange(0, KB)
         if K > KB:
-            b_u = load_inputs(p_u, row, m_row, i, k, I, K)
+            b_u = load_inputs(p_u, p_mask, row, m_row, i, k, I, K)
         b_p = project(p_x, p_w, row, m_row, i, j, k, I, J, D, K, R, C, DB, KB, UNIT)
         b_logits += tl.sum(b_p * b_u, 1)
     return b_logits

@@ -14,11 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from capsops import reference
 from capsops.backends.triton import launch_configs, reductions
 from capsops.backends.triton.capsules import load_if, power
 from capsops.backends.triton.launch import launch, on_device
 from capsops.backends.triton.launch_configs import ceil_div
-from capsops.backends.triton.softmax import softmax
+from capsops.backends.triton.pairs import LogitsGradient, add_pairs, load_pairs, mask_bytes, pairs
+from capsops.backends.triton.shared_routing import SharedRouting
+from capsops.backends.triton.softmax import finite_or_0, open_pairs, softmax
 
 
 @triton.jit
@@ -39,15 +42,29 @@ def _load_one(p_x, j, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def _logits(b_u_hat, b_v, j, J: tl.constexpr):
-    """û · V [C, JB], −∞ beyond the last j."""
-    return tl.where((j < J)[None, :], tl.sum(b_u_hat * b_v, 2), -float("inf"))
+def _is_there(p_mask, b, i, m_i, I):
+    """m_i, and False for input capsules of sample b that are not there."""
+    if p_mask is not None:
+        m_i = m_i & (tl.load(p_mask + b * I + i, mask=m_i, other=0) != 0)
+    return m_i
+
+
+@triton.jit
+def _logits(b_u_hat, b_v, starting, b, i, m_i, j, J: tl.constexpr):
+    """ℓ + û · V [C, JB], −∞ beyond the last j; without V ℓ, without ℓ û · V."""
+    if b_v is None:
+        logits = tl.zeros([b_u_hat.shape[0], b_u_hat.shape[1]], tl.float32)
+    else:
+        logits = tl.sum(b_u_hat * b_v, 2)
+    if starting is not None:
+        logits += load_pairs(starting, b, None, i[:, None], m_i[:, None], j[None, :], (j < J)[None, :])
+    return tl.where((j < J)[None, :], logits, -float("inf"))
 
 
 @triton.jit
 def _statistics(
-    p_u_hat, p_v, p_grad_s, row, m_row, C: tl.constexpr, J: tl.constexpr, D: tl.constexpr, JB: tl.constexpr,
-    DP: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr,
+    p_u_hat, p_v, p_grad_s, starting, b, i, m_i, row, m_row, C: tl.constexpr, J: tl.constexpr,
+    D: tl.constexpr, JB: tl.constexpr, DP: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Of each i: the largest logit, 1 / Σ_j exp(b − largest) and, with GRADIENT, Σ_j c a; all [C]."""
     top = tl.full([C], -float("inf"), tl.float32)
@@ -59,30 +76,81 @@ def _statistics(
     for first in range(0, J, JB):
         j = first + tl.arange(0, JB)
         b_u_hat = _load(p_u_hat, row, m_row, j, J, D, DP)
-        b = _logits(b_u_hat, _load_one(p_v, j, J, D, DP), j, J)
-        higher = tl.maximum(top, tl.max(b, 1))
-        shrink = tl.exp(top - higher)
-        e = power(b - higher[:, None])
+        b_v = None if p_v is None else _load_one(p_v, j, J, D, DP)
+        logits = _logits(b_u_hat, b_v, starting, b, i, m_i, j, J)
+        higher = tl.maximum(top, tl.max(logits, 1))
+        base = higher
+        if starting is not None:
+            base = finite_or_0(higher)
+        shrink = tl.exp(top - base)
+        e = power(logits - base[:, None])
         z = z * shrink + tl.sum(e, 1)
         if GRADIENT:
             a = tl.sum(b_u_hat * _load_one(p_grad_s, j, J, D, DP), 2)
             mean = mean * shrink + tl.sum(e * a, 1)
         top = higher
+    if starting is not None:
+        top = finite_or_0(top)
+        z = tl.where(z == 0, 1.0, z)
     return top, 1.0 / z, mean / z
+
+
+@triton.jit
+def _first_couplings(
+    p_u_hat, starting, b, i, m_i, row, m_row, j, C: tl.constexpr, J: tl.constexpr, D: tl.constexpr,
+    JB: tl.constexpr, DP: tl.constexpr, LEAKY: tl.constexpr, UNIFORM: tl.constexpr,
+):  # fmt: skip
+    """c of starting logits alone [C, JB]; UNIFORM: 1 for every open pair."""
+    logits = _logits(tl.zeros([C, JB, 1], tl.float32), None, starting, b, i, m_i, j, J)
+    if UNIFORM:
+        c = open_pairs(logits)
+    elif J <= JB:
+        c = softmax(logits, LEAKY, True)
+    else:
+        top, norm, _ = _statistics(
+            p_u_hat, None, None, starting, b, i, m_i, row, m_row, C, J, D, JB, DP, LEAKY, False
+        )
+        c = power(logits - top[:, None]) * norm[:, None]
+    return c
+
+
+@triton.jit
+def _gradient_of_logits(
+    p_u_hat, p_v, p_grad_s, starting, b, i, m_i, row, m_row, j, b_u_hat, C: tl.constexpr, J: tl.constexpr,
+    D: tl.constexpr, JB: tl.constexpr, DP: tl.constexpr, LEAKY: tl.constexpr,
+):  # fmt: skip
+    """∂b = c (a − Σ_j c a) of one pass [C, JB]."""
+    b_v = None if p_v is None else _load_one(p_v, j, J, D, DP)
+    logits = _logits(b_u_hat, b_v, starting, b, i, m_i, j, J)
+    a = tl.sum(b_u_hat * _load_one(p_grad_s, j, J, D, DP), 2)
+    if J <= JB:
+        c = softmax(logits, LEAKY, True)
+        mean = tl.sum(c * a, 1)
+    else:
+        top, norm, mean = _statistics(
+            p_u_hat, p_v, p_grad_s, starting, b, i, m_i, row, m_row, C, J, D, JB, DP, LEAKY, True
+        )
+        c = power(logits - top[:, None]) * norm[:, None]
+    return c * (a - mean[:, None])
 
 
 @triton.jit(do_not_specialize=["B", "I", "parts", "size"])
 def precomputed_pass_kernel(
-    p_u_hat, p_total, p_grad_s, p_partials, B, I, parts, size,
+    p_u_hat, p_mask, p_total, p_grad_s, starting, p_partials, B, I, parts, size,
     J: tl.constexpr, D: tl.constexpr, C: tl.constexpr, JB: tl.constexpr, DP: tl.constexpr,
     UNIFORM: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Σ_i û (UNIFORM), Σ_i c û or, with GRADIENT, Σ_i ∂b û, over `size` input capsules of one sample."""
+    """Σ_i û (UNIFORM), Σ_i c û or, with GRADIENT, Σ_i ∂b û, over `size` input capsules of one sample.
+
+    Closed pairs have no part in the sum. The first pass has no V but starting logits.
+    """
     pid = tl.program_id(0).to(tl.int64)
     b = pid // parts
     part = pid % parts
-    p_total = p_total + b * (J * D)
-    p_grad_s = p_grad_s + b * (J * D)
+    if p_total is not None:
+        p_total = p_total + b * (J * D)
+    if p_grad_s is not None:
+        p_grad_s = p_grad_s + b * (J * D)
     d = tl.arange(0, DP)
     begin = part * size
     end = tl.minimum(begin + size, I)
@@ -93,17 +161,21 @@ def precomputed_pass_kernel(
             j = first + tl.arange(0, JB)
             b_sum = tl.zeros([C, JB, DP], tl.float32)
             if not UNIFORM:
-                b_v = _load_one(p_total, j, J, D, DP)
+                b_v = None if p_total is None else _load_one(p_total, j, J, D, DP)
                 if GRADIENT:
                     b_g = _load_one(p_grad_s, j, J, D, DP)
             for at in range(begin, end, C):
                 i = at + tl.arange(0, C)
-                b_u_hat = _load(p_u_hat, (b * I + i) * (J * D), i < end, j, J, D, DP)
+                m_row = _is_there(p_mask, b, i, i < end, I)
+                b_u_hat = _load(p_u_hat, (b * I + i) * (J * D), m_row, j, J, D, DP)
                 if UNIFORM:
+                    if starting is not None:
+                        c = open_pairs(_logits(b_u_hat, None, starting, b, i, i < end, j, J))
+                        b_u_hat = c[:, :, None] * b_u_hat
                     b_sum += b_u_hat
                 else:
-                    logits = _logits(b_u_hat, b_v, j, J)
-                    c = softmax(logits, LEAKY)
+                    logits = _logits(b_u_hat, b_v, starting, b, i, i < end, j, J)
+                    c = softmax(logits, LEAKY, starting is not None)
                     if GRADIENT:
                         a = tl.sum(b_u_hat * b_g, 2)
                         c = c * (a - tl.sum(c * a, 1)[:, None])
@@ -114,14 +186,16 @@ def precomputed_pass_kernel(
         for at in range(begin, end, C):
             i = at + tl.arange(0, C)
             row = (b * I + i) * (J * D)
-            m_row = i < end
+            m_row = _is_there(p_mask, b, i, i < end, I)
             top, factor, mean = _statistics(
-                p_u_hat, p_total, p_grad_s, row, m_row, C, J, D, JB, DP, LEAKY, GRADIENT
-            )
+                p_u_hat, p_total, p_grad_s, starting, b, i, i < end, row, m_row, C, J, D, JB, DP, LEAKY,
+                GRADIENT,
+            )  # fmt: skip
             for first in range(0, J, JB):
                 j = first + tl.arange(0, JB)
                 b_u_hat = _load(p_u_hat, row, m_row, j, J, D, DP)
-                logits = _logits(b_u_hat, _load_one(p_total, j, J, D, DP), j, J)
+                b_v = None if p_total is None else _load_one(p_total, j, J, D, DP)
+                logits = _logits(b_u_hat, b_v, starting, b, i, i < end, j, J)
                 c = power(logits - top[:, None]) * factor[:, None]
                 if GRADIENT:
                     a = tl.sum(b_u_hat * _load_one(p_grad_s, j, J, D, DP), 2)
@@ -135,16 +209,20 @@ def precomputed_pass_kernel(
 
 @triton.jit(do_not_specialize=["B", "I", "parts", "passes"])
 def precomputed_gradient_kernel(
-    p_u_hat, p_total, p_grad_s, p_grad, B, I, parts, passes, factor,
+    p_u_hat, p_mask, p_total, p_grad_s, starting, p_grad, B, I, parts, passes, factor,
     J: tl.constexpr, D: tl.constexpr, C: tl.constexpr, JB: tl.constexpr, DP: tl.constexpr,
-    ROUTED: tl.constexpr, LEAKY: tl.constexpr, DETACH: tl.constexpr,
+    ROUTED: tl.constexpr, LEAKY: tl.constexpr, DETACH: tl.constexpr, UNIFORM: tl.constexpr,
 ):  # fmt: skip
-    """∂û of C input capsules of one sample; with DETACH c ∂s of the last pass."""
+    """∂û of C input capsules of one sample; with DETACH c ∂s of the last pass.
+
+    c of the first pass is `factor`; with starting logits it is their softmax or, UNIFORM, 1 for every open
+    pair.
+    """
     pid = tl.program_id(0).to(tl.int64)
     b = pid // parts
     i = (pid % parts) * C + tl.arange(0, C)
     row = (b * I + i) * (J * D)
-    m_row = i < I
+    m_row = _is_there(p_mask, b, i, i < I, I)
     d = tl.arange(0, DP)
     layer = B.to(tl.int64) * (J * D)
     p_total = p_total + b * (J * D)
@@ -153,7 +231,13 @@ def precomputed_gradient_kernel(
         j = first + tl.arange(0, JB)
         b_grad = tl.zeros([C, JB, DP], tl.float32)
         if not ROUTED or not DETACH:
-            b_grad += factor * _load_one(p_grad_s, j, J, D, DP)
+            if starting is None:
+                b_grad += factor * _load_one(p_grad_s, j, J, D, DP)
+            else:
+                c = _first_couplings(
+                    p_u_hat, starting, b, i, i < I, row, m_row, j, C, J, D, JB, DP, LEAKY, UNIFORM
+                )
+                b_grad += c[:, :, None] * _load_one(p_grad_s, j, J, D, DP)
         if ROUTED:
             b_u_hat = _load(p_u_hat, row, m_row, j, J, D, DP)
             begin = 1
@@ -164,30 +248,81 @@ def precomputed_gradient_kernel(
                 p_s = p_grad_s + t * layer
                 b_v = _load_one(p_v, j, J, D, DP)
                 b_s = _load_one(p_s, j, J, D, DP)
-                logits = _logits(b_u_hat, b_v, j, J)
+                logits = _logits(b_u_hat, b_v, starting, b, i, i < I, j, J)
                 if J <= JB:
-                    c = softmax(logits, LEAKY)
+                    c = softmax(logits, LEAKY, starting is not None)
                     a = tl.sum(b_u_hat * b_s, 2)
                     mean = tl.sum(c * a, 1)
                 else:
                     top, norm, mean = _statistics(
-                        p_u_hat, p_v, p_s, row, m_row, C, J, D, JB, DP, LEAKY, not DETACH
-                    )
+                        p_u_hat, p_v, p_s, starting, b, i, i < I, row, m_row, C, J, D, JB, DP, LEAKY,
+                        not DETACH,
+                    )  # fmt: skip
                     c = power(logits - top[:, None]) * norm[:, None]
                     a = tl.sum(b_u_hat * b_s, 2)
                 b_grad += c[:, :, None] * b_s
                 if not DETACH:
                     b_grad += (c * (a - mean[:, None]))[:, :, None] * b_v
-        mask = m_row[:, None, None] & (j < J)[None, :, None] & (d < D)[None, None, :]
+        if p_mask is not None:
+            b_grad = tl.where(m_row[:, None, None], b_grad, 0.0)
+        mask = (i < I)[:, None, None] & (j < J)[None, :, None] & (d < D)[None, None, :]
         p = p_grad + row[:, None, None] + (j * D)[None, :, None] + d[None, None, :]
         tl.store(p, b_grad.to(p_grad.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["B", "I", "parts", "samples", "size", "passes"])
+def precomputed_logits_kernel(
+    p_u_hat, p_mask, p_total, p_grad_s, starting, grad_logits, B, I, parts, samples, size, passes,
+    J: tl.constexpr, D: tl.constexpr, C: tl.constexpr, JB: tl.constexpr, DP: tl.constexpr,
+    LEAKY: tl.constexpr, DETACH: tl.constexpr,
+):  # fmt: skip
+    """∂ℓ = Σ_t ∂bᵗ of `samples` samples and `size` input capsules; with DETACH ∂b of the last pass."""
+    pid = tl.program_id(0).to(tl.int64)
+    tile = pid // parts
+    part = pid % parts
+    begin = part * size
+    end = tl.minimum(begin + size, I)
+    layer = B.to(tl.int64) * (J * D)
+    for b in range(tile * samples, tl.minimum((tile + 1) * samples, B)):
+        for at in range(begin, end, C):
+            i = at + tl.arange(0, C)
+            m_i = i < end
+            m_row = _is_there(p_mask, b, i, m_i, I)
+            row = (b * I + i) * (J * D)
+            for first in range(0, J, JB):
+                j = first + tl.arange(0, JB)
+                b_u_hat = _load(p_u_hat, row, m_row, j, J, D, DP)
+                p_s = p_grad_s + b * (J * D)
+                grad = tl.zeros([C, JB], tl.float32)
+                if not DETACH:
+                    grad += _gradient_of_logits(
+                        p_u_hat, None, p_s, starting, b, i, m_i, row, m_row, j, b_u_hat, C, J, D, JB, DP,
+                        LEAKY,
+                    )  # fmt: skip
+                first_pass = 1
+                if DETACH:
+                    first_pass = passes - 1
+                for t in range(first_pass, passes):
+                    grad += _gradient_of_logits(
+                        p_u_hat, p_total + (t - 1) * layer + b * (J * D), p_s + t * layer, starting, b, i,
+                        m_i, row, m_row, j, b_u_hat, C, J, D, JB, DP, LEAKY,
+                    )  # fmt: skip
+                grad = tl.where(m_i[:, None] & (j < J)[None, :], grad, 0.0)
+                add_pairs(
+                    grad_logits, tile, part, grad, b, None, i[:, None], m_i[:, None], j[None, :],
+                    (j < J)[None, :],
+                )  # fmt: skip
+                tl.debug_barrier()
 
 
 class PrecomputedRouting:
     """The shapes of one call, and the launches of its passes."""
 
-    def __init__(self, u_hat: Tensor, leaky: bool) -> None:
-        self.u_hat, self.leaky = u_hat, leaky
+    def __init__(
+        self, u_hat: Tensor, logits: Tensor | None, mask: Tensor | None, iterations: int, leaky: bool
+    ) -> None:
+        self.u_hat, self.iterations, self.leaky = u_hat, iterations, leaky
+        self.starting, self.mask = pairs(logits), mask_bytes(mask)
         self.B, self.I, self.J, self.D = u_hat.shape
         self.tile = launch_configs.precomputed(self.I, self.J, self.D)
         self.options = {"J": self.J, "D": self.D, **self.tile.options(), "LEAKY": leaky}
@@ -196,47 +331,66 @@ class PrecomputedRouting:
         return self.u_hat.new_empty(parts, self.B, self.J, self.D, dtype=torch.float32)
 
     def one_pass(self, total: Tensor | None, grad_s: Tensor | None) -> Tensor:
-        """Sums over parts of i [parts, B, J, D]: of û; with V of c û; with V and ∂s of ∂b û."""
+        """Sums over parts of i [parts, B, J, D]: of û; with V or starting logits of c û; with ∂s of ∂b û."""
+        uniform = total is None and (self.starting is None or self.iterations == 0)
         parts = launch_configs.split(self.I, self.B, self.u_hat, self.tile.inputs)
         partials = self.sums_of_pass(parts.number)
         launch(
-            precomputed_pass_kernel, self.B * parts.number, self.u_hat, partials if total is None else total,
-            partials if grad_s is None else grad_s, partials, self.B, self.I, parts.number, parts.size,
-            UNIFORM=total is None, GRADIENT=grad_s is not None, **self.options,
+            precomputed_pass_kernel, self.B * parts.number, self.u_hat, self.mask,
+            partials if uniform else total, partials if grad_s is None else grad_s, self.starting, partials,
+            self.B, self.I, parts.number, parts.size, UNIFORM=uniform, GRADIENT=grad_s is not None,
+            **self.options,
         )  # fmt: skip
         return partials
 
-    def forward(self, bias: Tensor | None, iterations: int, passes: int) -> tuple[Tensor, Tensor, Tensor]:
-        """v, s of the first `passes` passes of `iterations`, and V; v is set by the last pass of all."""
+    def forward(self, bias: Tensor | None, squash_output: bool) -> tuple[Tensor, Tensor]:
+        """v, and s of all passes."""
+        passes = max(self.iterations, 1)
         s = self.sums_of_pass(passes)
         v, total = self.u_hat.new_empty(s.shape[1:]), s.new_empty(s.shape[1:])
-        last = max(iterations, 1) - 1
         for t in range(passes):
             partials = self.one_pass(None if t == 0 else total, None)
-            count = self.J + self.leaky if t == 0 and iterations else 1
-            reductions.finish_pass(partials, bias, s[t], total, v, count, t == 0, t == last)
-        return v, s, total
+            count = self.J + self.leaky if t == 0 and self.iterations and self.starting is None else 1
+            reductions.finish_pass(
+                partials, bias, s[t], total, v, count, t == 0, t == passes - 1, squash_output
+            )
+        return v, s
+
+    def logits_gradient(self, logits: Tensor, total: Tensor, grad_s: Tensor, detach: bool) -> Tensor:
+        """∂logits, from Vᵗ and ∂sᵗ of all passes."""
+        tiles, parts = launch_configs.pair_blocks(logits, self.B, self.I, self.tile.inputs)
+        gradient = LogitsGradient(logits, tiles.number, parts.number)
+        if self.iterations:
+            launch(
+                precomputed_logits_kernel, tiles.number * parts.number, self.u_hat, self.mask, total, grad_s,
+                self.starting, gradient.arguments(), self.B, self.I, parts.number, tiles.size, parts.size,
+                len(grad_s), DETACH=detach, **self.options, **launch_configs.all_registers(),
+            )  # fmt: skip
+        return gradient.result()
 
 
 def dynamic_routing(
     u_hat: Tensor,
     bias: Tensor | None,
-    logits: None,
-    mask: None,
+    logits: Tensor | None,
+    mask: Tensor | None,
     iterations: int,
     leaky: bool,
     squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
     with on_device(u_hat):
-        v, s, _ = PrecomputedRouting(u_hat, leaky).forward(bias, iterations, max(iterations, 1))
-    return v, s
+        if u_hat.dim() == 3:
+            J = reference.out_capsules(u_hat, bias, logits)
+            routing = SharedRouting(u_hat, None, J, logits, mask, iterations, leaky)
+            return routing.forward(bias, max(iterations, 1), squash_output)[:2]
+        return PrecomputedRouting(u_hat, logits, mask, iterations, leaky).forward(bias, squash_output)
 
 
 def dynamic_routing_backward(
     grad: Tensor,
     u_hat: Tensor,
-    logits: None,
-    mask: None,
+    logits: Tensor | None,
+    mask: Tensor | None,
     s: Tensor,
     iterations: int,
     leaky: bool,
@@ -245,17 +399,28 @@ def dynamic_routing_backward(
     needs_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with on_device(u_hat):
-        routing = PrecomputedRouting(u_hat, leaky)
-        total, grad_s = reductions.prepare_backward(grad, s)
+        if u_hat.dim() == 3:
+            shared = SharedRouting(u_hat, None, s.shape[2], logits, mask, iterations, leaky)
+            grad_u, _, grad_bias, grad_logits = shared.backward(
+                grad, s, detach, squash_output, True, False, needs_logits
+            )
+            return grad_u, grad_bias, grad_logits
+        routing = PrecomputedRouting(u_hat, logits, mask, iterations, leaky)
+        total, grad_s = reductions.prepare_backward(grad, s, squash_output)
         last = len(s) - 1
+        detach = detach and last > 0
         if not detach:
             reductions.reduce_backward(lambda v, grad, _: routing.one_pass(v, grad), total, grad_s, s)
         grad_u_hat = torch.empty_like(u_hat)
         parts = ceil_div(routing.I, routing.tile.inputs)
         factor = 1 / (routing.J + leaky) if iterations else 1.0
         launch(
-            precomputed_gradient_kernel, routing.B * parts, u_hat, total, grad_s, grad_u_hat, routing.B,
-            routing.I, parts, len(s), factor, ROUTED=last > 0, DETACH=detach, **routing.options,
+            precomputed_gradient_kernel, routing.B * parts, u_hat, routing.mask, total, grad_s,
+            routing.starting, grad_u_hat, routing.B, routing.I, parts, len(s), factor, ROUTED=last > 0,
+            DETACH=detach, UNIFORM=logits is not None and not iterations, **routing.options,
         )  # fmt: skip
         grad_bias = reductions.bias_gradient(grad_s[last if detach else 0 :], u_hat)
-    return grad_u_hat, grad_bias, u_hat.new_empty(0)
+        grad_logits = u_hat.new_empty(0)
+        if needs_logits and logits is not None:
+            grad_logits = routing.logits_gradient(logits, total, grad_s, detach)
+    return grad_u_hat, grad_bias, grad_logits

@@ -14,6 +14,14 @@ from torch import Tensor
 PROGRAMS = 4
 
 
+def all_registers() -> dict[str, int]:
+    """The option that lets ptxas, which is NVIDIA's, use all registers of a thread.
+
+    By itself it may spill some so that one more program fits.
+    """
+    return {} if torch.version.hip is not None else {"maxnreg": 255}
+
+
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
@@ -199,6 +207,36 @@ class Precomputed(NamedTuple):
 
 # Numbers of û in a block, and the most of one input capsule.
 _NUMBERS, _NUMBERS_OF_CAPSULE = 4096, 2048
+
+
+class Shared(NamedTuple):
+    """A block of routing with a shared weight: input capsules, output capsules, components of u."""
+
+    inputs: int
+    outputs: int
+    depth: int
+    warps: int
+
+    def options(self) -> dict[str, int]:
+        return {"C": self.inputs, "JB": self.outputs, "KB": self.depth, "num_warps": self.warps}
+
+
+def shared(I: int, J: int, K: int) -> Shared:
+    outputs, depth = _block(J, 64), _block(K, 64)
+    return Shared(_block(I, 64 if max(outputs, depth) <= 32 else 32), outputs, depth, 4)
+
+
+def pair_blocks(logits: Tensor, B: int, I: int, inputs: int) -> tuple[Split, Split]:
+    """Tiles of samples and parts of input capsules, in blocks of `inputs`, of a program that adds ∂logits up.
+
+    They are as short as can be along an axis that logits have, and fill the device along others.
+    """
+    tiles, parts = Split(B, 1), Split(ceil_div(I, inputs), inputs)
+    if logits.shape[0] == 1:
+        tiles = split(B, parts.number, logits)
+    if logits.shape[1] == 1:
+        parts = split(I, tiles.number, logits, inputs)
+    return tiles, parts
 
 
 def precomputed(I: int, J: int, D: int) -> Precomputed:

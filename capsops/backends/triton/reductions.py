@@ -37,9 +37,12 @@ def _add_partials(
 def finish_pass_kernel(
     p_partials, p_bias, p_s, p_total, p_v, rows, splits, count,
     J: tl.constexpr, D: tl.constexpr, HAS_BIAS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    R: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr,
+    SQUASH: tl.constexpr, R: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """s = Σ partials / count + β; v = squash(s); V += v, or, in the last pass, v is the result."""
+    """s = Σ partials / count + β; v = squash(s); V += v, or, in the last pass, v is the result.
+
+    Without SQUASH v is s itself.
+    """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     d = tl.arange(0, DP)
     at = row[:, None] * D + d[None, :]
@@ -48,7 +51,9 @@ def finish_pass_kernel(
     if HAS_BIAS:
         b_s += tl.load(p_bias + (row % J)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(p_s + at, b_s, mask=mask)
-    b_v = squash_rows(b_s)
+    b_v = b_s
+    if SQUASH:
+        b_v = squash_rows(b_s)
     if LAST:
         tl.store(p_v + at, b_v.to(p_v.dtype.element_ty), mask=mask)
     else:
@@ -60,9 +65,12 @@ def finish_pass_kernel(
 @triton.jit(do_not_specialize=["rows", "passes"])
 def prepare_backward_kernel(
     p_grad, p_s, p_total, p_grad_s, rows, passes,
-    D: tl.constexpr, R: tl.constexpr, DP: tl.constexpr,
+    D: tl.constexpr, SQUASH: tl.constexpr, R: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Vᵗ = Σ squash(s) of all passes but the last, and ∂s of the last, squash-vjp(s, ∂v)."""
+    """Vᵗ = Σ squash(s) of all passes but the last, and ∂s of the last, squash-vjp(s, ∂v).
+
+    Without SQUASH v of the last pass is s, and ∂s is ∂v.
+    """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     d = tl.arange(0, DP)
     at = row[:, None] * D + d[None, :]
@@ -74,8 +82,10 @@ def prepare_backward_kernel(
         tl.store(p_total + t * size + at, b_total, mask=mask)
     last = (passes - 1) * size
     b_grad = tl.load(p_grad + at, mask=mask, other=0.0).to(tl.float32)
-    b_s = tl.load(p_s + last + at, mask=mask, other=0.0)
-    tl.store(p_grad_s + last + at, squash_rows_vjp(b_grad, b_s), mask=mask)
+    if SQUASH:
+        b_s = tl.load(p_s + last + at, mask=mask, other=0.0)
+        b_grad = squash_rows_vjp(b_grad, b_s)
+    tl.store(p_grad_s + last + at, b_grad, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -119,27 +129,27 @@ def _row_tile(D: int) -> tuple[int, int]:
 
 def finish_pass(
     partials: Tensor, bias: Tensor | None, s: Tensor, total: Tensor, v: Tensor, count: int, first: bool,
-    last: bool,
+    last: bool, squash_output: bool,
 ) -> None:  # fmt: skip
     """partials [splits, B, J, D] → s of this pass [B, J, D]; V (`total`) or, in the last pass, v."""
     B, J, D = v.shape
     R, DP = _row_tile(D)
     launch(
         finish_pass_kernel, ceil_div(B * J, R), partials, v if bias is None else bias, s, total, v, B * J,
-        partials.shape[0], float(count), J=J, D=D, HAS_BIAS=bias is not None, FIRST=first, LAST=last, R=R,
-        DP=DP, AT_ONCE=_AT_ONCE, num_warps=4,
+        partials.shape[0], float(count), J=J, D=D, HAS_BIAS=bias is not None, FIRST=first, LAST=last,
+        SQUASH=squash_output or not last, R=R, DP=DP, AT_ONCE=_AT_ONCE, num_warps=4,
     )  # fmt: skip
 
 
-def prepare_backward(grad: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def prepare_backward(grad: Tensor, s: Tensor, squash_output: bool) -> tuple[Tensor, Tensor]:
     """Vᵗ of all passes but the last [T − 1, B, J, D], and ∂s [T, B, J, D] of which the last is filled."""
     passes, B, J, D = s.shape
     R, DP = _row_tile(D)
     total = s.new_empty(max(passes - 1, 1), B, J, D)
     grad_s = torch.empty_like(s)
     launch(
-        prepare_backward_kernel, ceil_div(B * J, R), grad, s, total, grad_s, B * J, passes, D=D, R=R, DP=DP,
-        num_warps=1,
+        prepare_backward_kernel, ceil_div(B * J, R), grad, s, total, grad_s, B * J, passes, D=D,
+        SQUASH=squash_output, R=R, DP=DP, num_warps=1,
     )  # fmt: skip
     return total, grad_s
 

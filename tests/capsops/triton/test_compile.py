@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or n
 
 from benchmarks.cases import Case  # noqa: E402
 from benchmarks.triton_compile import SHARED_LIMIT, TARGETS, compiling, resources  # noqa: E402
-from benchmarks.triton_resources import CLASSES, PRECISIONS, launches, rows  # noqa: E402
+from benchmarks.triton_resources import CLASSES, PRECISIONS, launches, option_launches, rows  # noqa: E402
 from capsops.backends import BACKENDS  # noqa: E402
 from capsops.backends.triton.launch import unit  # noqa: E402
 
@@ -51,6 +51,13 @@ OTHERS = {
     "finish_reduction",
     "add_rows",
 }
+OPTIONS_ONLY = {
+    "shared_pass",
+    "shared_gradient",
+    "shared_logits",
+    "shared_couplings",
+    "precomputed_logits",
+}
 FAST = {("MNIST", "float32, TF32 allowed", "sm_90"), ("odd", "bfloat16", "gfx942")}
 
 
@@ -73,6 +80,25 @@ def test_resources(shape: str, name: str, target: str) -> None:
         matrix_unit = title in PRODUCTS and (name != "float32" or target == "gfx942")  # AMD's takes float32
         assert (used.tensor_core > 0) == matrix_unit, f"{title}: {used.tensor_core}"
     assert kernels == PRODUCTS | OTHERS
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "target"),
+    [
+        pytest.param(*case, marks=() if case == ("odd", "bfloat16", "sm_80") else pytest.mark.slow)
+        for case in product(CLASSES, PRECISIONS, TARGETS)
+    ],
+)
+def test_resources_of_the_options(shape: str, name: str, target: str) -> None:
+    """Logits, masks, shared weights and s itself: as test_resources."""
+    kernels = set()
+    for compiled in option_launches(CLASSES[shape], name, target):
+        used = resources(compiled)
+        kernels.add(compiled.kernel.removesuffix("_kernel"))
+        assert used.shared <= SHARED_LIMIT[target], compiled.title
+        if target == "sm_90":
+            assert (used.spills, used.stack) == (0, 0), compiled.title
+    assert kernels >= OPTIONS_ONLY | {"routed_pass", "routed_gradient", "precomputed_pass", "couplings"}
 
 
 @pytest.mark.parametrize(
@@ -186,3 +212,30 @@ def test_predictions_are_not_stored(
     with SizeRecorder() as recorder:
         KERNELS.dynamic_routing_backward(grad, u_hat, None, None, s, 3, False, detach, True, False)
     assert u_hat.numel() in recorder.sizes
+
+
+@pytest.mark.parametrize("axes", ["IJ", "J"])
+@pytest.mark.parametrize("op", ["layer", "shared", "stored"])
+def test_the_gradient_of_logits_that_samples_share_is_not_stored_by_pair(
+    op: str, axes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *args, **options: None)
+    B, I, J, D, K = 1024, 1152, 32, 16, 8  # noqa: E741
+    logits = torch.empty(1, I if "I" in axes else 1, J, device="meta")
+    u, grad, u_hat = (torch.empty(n, device="meta") for n in ((B, I, K), (B, J, D), (B, I, J, D)))
+    weight = torch.empty((J, D, K) if op == "shared" else (I, J, D, K), device="meta")
+    mask = torch.empty(B, I, dtype=torch.bool, device="meta")
+    with SizeRecorder() as recorder:
+        if op == "stored":
+            _, s = KERNELS.dynamic_routing(u_hat, None, logits, mask, 3, False, True)
+            *_, grad_logits = KERNELS.dynamic_routing_backward(
+                grad, u_hat, logits, mask, s, 3, False, False, True, True
+            )
+        else:
+            _, s = KERNELS.capsule_routing(u, weight, None, logits, mask, 3, False, True)
+            *_, grad_logits = KERNELS.capsule_routing_backward(
+                grad, u, weight, logits, mask, s, 3, False, False, True, True, True, True
+            )
+    assert grad_logits.shape == logits.shape
+    largest = max(size for size in recorder.sizes if size not in (u.numel(), u_hat.numel(), weight.numel()))
+    assert largest < B * I * J / 4

@@ -8,7 +8,7 @@ test_interpreter.py or by hand:
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -466,6 +466,178 @@ def test_float64_is_not_supported() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+class Extras(NamedTuple):
+    """What a routing call has beside Options."""
+
+    logits: str = ""  # the axes of the starting logits, of B, I and J
+    closed: bool = False  # some pairs are closed, and all of the first input capsule's
+    mask: bool = False  # some input capsules are not there
+    squash_output: bool = True
+
+    def __str__(self) -> str:
+        flags = [name for name in ("closed", "mask") if getattr(self, name)]
+        return "-".join([f"logits{self.logits}", *flags, *([] if self.squash_output else ["unsquashed"])])
+
+
+KINDS = ["layer", "shared", "stored", "alike"]
+EXTRAS = [
+    (Shape(3, 7, 3, 9, 5), Options(3, bias=True), Extras("BIJ", closed=True, mask=True, squash_output=False)),
+    (Shape(17, 33, 2, 3, 5), Options(2, leaky=True, bias=True), Extras("IJ", closed=True)),
+    (Shape(3, 7, 1, 5, 3), Options(2, bias=True), Extras("BIJ", closed=True, mask=True)),
+    (Shape(3, 5, 3, 4, 4), Options(0, bias=True), Extras("IJ", closed=True, mask=True)),
+    (Shape(3, 7, 2, 5, 3), Options(3, bias=True), Extras(mask=True, squash_output=False)),
+    (Shape(17, 33, 11, 5, 7), Options(3, bias=True), Extras("IJ", mask=True)),
+    (Shape(3, 7, 3, 9, 5), Options(1, bias=True), Extras("BIJ", closed=True, squash_output=False)),
+    (Shape(1, 7, 2, 5, 3), Options(2, detach=True, bias=True), Extras("BJ", mask=True)),
+    (Shape(3, 1, 40, 3, 3), Options(3, leaky=True, detach=True, bias=True), Extras("J")),
+    (Shape(5, 7, 3, 5, 3), Options(2, leaky=True, bias=True), Extras("BI", mask=True)),
+    (Shape(3, 7, 2, 5, 3), Options(2, leaky=True, bias=True), Extras("I", squash_output=False)),
+    (Shape(3, 7, 1, 5, 3), Options(1, leaky=True, bias=True), Extras("B", mask=True)),
+    (Shape(3, 7, 2, 5, 3), Options(0, bias=True), Extras("BIJ", closed=True, squash_output=False)),
+    (Shape(3, 7, 2, 5, 3), Options(0, bias=True), Extras(mask=True)),
+    (Shape(3, 7, 2, 5, 3), Options(1, leaky=True, bias=True), Extras(mask=True)),
+    (Shape(1, 3, 66, 5, 70), Options(2, bias=True), Extras("IJ", closed=True)),
+    (Shape(3, 3, 66, 70, 5), Options(2, detach=True, bias=True), Extras("BIJ", closed=True, mask=True)),
+]
+FAST_EXTRAS = 5  # of them, in float32; of all but the first, in one kind
+
+
+def extra_inputs(kind: str, shape: Shape, extras: Extras, dtype: torch.dtype) -> list[Tensor | None]:
+    """u and W, or û; bias, logits and mask. What is not there is NaN."""
+    B, I, J, D, _ = shape  # noqa: E741
+    u, weight, bias = layer_inputs(shape, True, torch.float64)
+    if kind in ("stored", "alike"):
+        u = torch.randn(*((B, I, J, D) if kind == "stored" else (B, I, D)), dtype=torch.float64)
+    logits = mask = None
+    if extras.logits:
+        sizes = [n if axis in extras.logits else 1 for n, axis in zip((B, I, J), "BIJ", strict=True)]
+        logits = torch.randn(sizes, dtype=torch.float64)
+        if extras.closed:
+            logits[torch.rand(sizes) < 0.3] = -INF
+            logits[:, 0] = -INF
+    if extras.mask:
+        mask = torch.rand(B, I) < 0.7
+        mask[0, -1] = False
+        u[~mask] = NAN
+    weights = {"layer": [weight], "shared": [weight[0]]}.get(kind, [])
+    inputs = [None if x is None else x.to(dtype) for x in (u, *weights, bias, logits)]
+    return [*inputs, mask]
+
+
+def with_extras(
+    module: Any, kind: str, options: Options, extras: Extras, **impl: str
+) -> Callable[..., Tensor]:
+    op = module.capsule_routing if kind in ("layer", "shared") else module.dynamic_routing
+
+    def call(*inputs: Tensor | None) -> Tensor:
+        *first, logits, mask = inputs
+        keywords = {"logits": logits, "mask": mask, "squash_output": extras.squash_output}
+        return op(*first, **keywords, **options.keywords(), **impl)
+
+    return call
+
+
+def doubled(inputs: list[Tensor | None]) -> list[Tensor | None]:
+    return [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "extras", "kind", "dtype"),
+    [
+        (*case, kind, dtype)
+        if dtype == torch.float32 and (n == 0 or (n < FAST_EXTRAS and kind == KINDS[n % 4]))
+        else slow(*case, kind, dtype)
+        for (n, case), kind, dtype in product(enumerate(EXTRAS), KINDS, LOW_PRECISION)
+    ],
+    ids=str,
+)
+def test_logits_mask_and_shared_weights(
+    shape: Shape, options: Options, extras: Extras, kind: str, dtype: torch.dtype
+) -> None:
+    inputs, upstream = extra_inputs(kind, shape, extras, dtype), upstream_of(shape, dtype)
+    *_, logits, mask = inputs
+    ours = with_extras(capsops, kind, options, extras, impl="triton")
+    plain = with_extras(reference, kind, options, extras)
+    # Without routing the value does not depend on finite logits.
+    needs = [x is not None and x.is_floating_point() for x in inputs]
+    needs[-2] &= options.iterations > 0
+    axes: list[int | None] = [None] * len(inputs)
+    axes[0], axes[-1] = 1, 1
+    if kind == "layer":
+        axes[1] = 0
+    if logits is not None and logits.shape[1] > 1:
+        axes[-2] = 1
+    got = value_and_gradients(ours, inputs, upstream, needs)
+    lows = runs_in_other_orders(plain, inputs, axes, upstream, needs)
+    assert_all_low_precision(got, lows, value_and_gradients(plain, doubled(inputs), upstream.double(), needs))
+    of_logits = got.get(f"gradient {len(inputs) - 2}")
+    if mask is not None:
+        assert not got["gradient 0"][~mask].any()
+    if of_logits is not None:
+        assert not of_logits[logits == -INF].any()
+        if mask is not None and extras.logits == "BIJ":
+            assert not of_logits[~mask].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *(slow(x) for x in LOW_PRECISION[1:])])
+@pytest.mark.parametrize("kind", ["layer", "shared"])
+@pytest.mark.parametrize(
+    ("options", "extras"),
+    [
+        (Options(2, leaky=True), Extras("IJ", closed=True, mask=True)),
+        slow(Options(0), Extras("BIJ", closed=True, mask=True)),
+        slow(Options(1), Extras("BIJ", closed=True)),
+        slow(Options(1), Extras(mask=True)),
+        slow(Options(3), Extras()),
+    ],
+    ids=str,
+)
+def test_couplings_of_logits_masks_and_shared_weights(
+    options: Options, extras: Extras, kind: str, dtype: torch.dtype
+) -> None:
+    inputs = extra_inputs(kind, Shape(3, 7, 3, 9, 5), extras, dtype)
+
+    def of(module: Any, inputs: list[Tensor | None], **impl: str) -> Tensor:
+        *first, logits, mask = inputs
+        keywords = {"iterations": options.iterations, "leaky": options.leaky, **impl}
+        return module.couplings(*first, logits=logits, mask=mask, **keywords)
+
+    got = of(capsops, inputs, impl="triton")
+    assert_low_precision(got, [of(reference, inputs)], of(reference, doubled(inputs)), factor=2)
+    *_, logits, mask = inputs
+    if mask is not None:
+        assert not got[~mask].any()
+    if logits is not None:
+        assert not got[(logits == -INF).expand(got.shape)].any()
+
+
+@pytest.mark.parametrize("kind", [*KINDS[:2], *map(slow, KINDS[2:])])
+def test_logits_of_any_strides(kind: str) -> None:
+    """Sliced, transposed and expanded logits give the bits of contiguous ones."""
+    shape, extras = Shape(3, 5, 3, 4, 4), Extras("BIJ", mask=True)
+    *first, logits, mask = extra_inputs(kind, shape, extras, torch.float32)
+    function = with_extras(capsops, kind, Options(2, leaky=True), extras, impl="triton")
+    for layout in ("sliced", "transposed", "expanded"):
+        x = LAYOUTS[layout](logits)
+        got, want = (
+            value_and_gradients(function, [*first, y, mask], None, [True] * (len(first) + 1) + [False])
+            for y in (x, x.contiguous())
+        )
+        for name, tensor in want.items():
+            assert torch.equal(got[name], tensor), (layout, name)
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], *map(slow, KINDS[1:])])
+def test_the_gradient_of_logits_has_the_same_bits_every_time(kind: str) -> None:
+    shape, extras = Shape(66, 3, 2, 4, 4), Extras("J", mask=True)
+    inputs = extra_inputs(kind, shape, extras, torch.float32)
+    function = with_extras(capsops, kind, Options(2), extras, impl="triton")
+    needs = [True] * (len(inputs) - 1) + [False]
+    first, second = (value_and_gradients(function, inputs, None, needs) for _ in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
 
 
 def op_calls() -> dict[str, tuple[Any, ...]]:
