@@ -211,19 +211,31 @@ class PredictionsSimdEngine {
 
     // dots [J, N] = û · x for û [count, row]; 0 in lanes without an input capsule
     CAPSOPS_NOINLINE void products(const T* u_hat, int64_t count, const T* x, T* dots) const {
+        if (count == N && padded_ == N) return products_of_rows<1>(u_hat, x, dots);
+        if (count == N && padded_ == 2 * N) return products_of_rows<2>(u_hat, x, dots);
         for (int64_t j = 0; j < J_; ++j) {
             const T *rows = u_hat + j * padded_, *x_j = x + j * padded_;
             Vec<T, N> total[N];
-            if (count == N && padded_ == N) {
-                const Vec<T, N> x_0 = load<T, N>(x_j);
+            for (int64_t n = 0; n < N; ++n) {
+                total[n] = Vec<T, N>{};
+                for (int64_t p = 0; n < count && p < padded_; p += N)
+                    total[n] += load<T, N>(rows + n * row_ + p) * load<T, N>(x_j + p);
+            }
+            store<T, N>(dots + j * N, sum_lanes<N>(total));
+        }
+    }
+
+    // The same for N rows of as many registers.
+    template <int Registers>
+    CAPSOPS_INLINE void products_of_rows(const T* u_hat, const T* x, T* dots) const {
+        for (int64_t j = 0; j < J_; ++j) {
+            const T* rows = u_hat + j * padded_;
+            Vec<T, N> x_j[Registers], total[N];
+            for (int p = 0; p < Registers; ++p) x_j[p] = load<T, N>(x + j * padded_ + p * N);
 #pragma GCC unroll 16
-                for (int n = 0; n < N; ++n) total[n] = load<T, N>(rows + n * row_) * x_0;
-            } else {
-                for (int64_t n = 0; n < N; ++n) {
-                    total[n] = Vec<T, N>{};
-                    for (int64_t p = 0; n < count && p < padded_; p += N)
-                        total[n] += load<T, N>(rows + n * row_ + p) * load<T, N>(x_j + p);
-                }
+            for (int n = 0; n < N; ++n) {
+                total[n] = load<T, N>(rows + n * row_) * x_j[0];
+                for (int p = 1; p < Registers; ++p) total[n] += load<T, N>(rows + n * row_ + p * N) * x_j[p];
             }
             store<T, N>(dots + j * N, sum_lanes<N>(total));
         }
@@ -245,15 +257,27 @@ class PredictionsSimdEngine {
         }
     }
 
-    // One register of ∂û_ij for every input capsule of a block.
+    // One register of ∂û_ij for every input capsule of a block: Σ c ∂s and, with `agreement`, Σ ∂b V.
     CAPSOPS_INLINE void gradient_of_u_hat(const Scratch& s, int64_t b, int64_t j, int64_t p, int64_t count,
                                           int64_t terms, bool uniform, bool agreement, T* grad_u_hat) const {
         const Vec<T, N> first = uniform ? load<T, N>(state(2 * terms, b) + p) : Vec<T, N>{};
+        const T* c = s.dots + j * N;
+        if (terms == 2 && agreement) {  // three iterations
+            const Vec<T, N> v_0 = load<T, N>(state(0, b) + p), v_1 = load<T, N>(state(1, b) + p);
+            const Vec<T, N> grad_s_0 = load<T, N>(state(2, b) + p), grad_s_1 = load<T, N>(state(3, b) + p);
+            const int64_t stride = J_ * N;
+            for (int64_t n = 0; n < count; ++n) {
+                const Vec<T, N> one = first + c[n] * grad_s_0 + c[stride + n] * grad_s_1;
+                const Vec<T, N> other = c[2 * stride + n] * v_0 + c[3 * stride + n] * v_1;
+                store<T, N>(grad_u_hat + n * row_ + p, one + other);
+            }
+            return;
+        }
         for (int64_t n = 0; n < count; ++n) {
             Vec<T, N> total = first;
             for (int64_t t = 0; t < terms; ++t) {
-                total += s.dots[(t * J_ + j) * N + n] * load<T, N>(state(terms + t, b) + p);
-                if (agreement) total += s.dots[((terms + t) * J_ + j) * N + n] * load<T, N>(state(t, b) + p);
+                total += c[t * J_ * N + n] * load<T, N>(state(terms + t, b) + p);
+                if (agreement) total += c[(terms + t) * J_ * N + n] * load<T, N>(state(t, b) + p);
             }
             store<T, N>(grad_u_hat + n * row_ + p, total);
         }
