@@ -335,11 +335,8 @@ class Layer:
 
     def routed_tile(self, table: dict[str, launch_configs.Entry]) -> launch_configs.Tile:
         entry = table[launch_configs.kind(self.unit, self.B, self.D, self.K)]
-        if self.starting is not None:  # whose addresses need registers
-            if table is launch_configs.ROUTED:
-                entry = entry._replace(numbers=entry.numbers // 2)
-            else:
-                entry = entry._replace(rows=min(entry.rows, 32))
+        if self.starting is not None:
+            entry = launch_configs.with_logits(entry, gradient=table is launch_configs.GRADIENT)
         return launch_configs.tile(entry, self.B, self.I, self.D, self.K)
 
     def routed_options(self, tile: launch_configs.Tile) -> dict[str, object]:
@@ -365,6 +362,7 @@ class Layer:
             uniform_product_kernel, blocks.programs, self.u, self.mask, self.weight, s, partials, self.B,
             self.I, blocks.row_tiles, blocks.column_tiles, blocks.steps, factor, N=self.J * self.D, K=self.K,
             OF=of, UNIT=self.unit, **blocks.options(),
+            **({} if self.mask is None else launch_configs.all_registers()),
         )  # fmt: skip
 
     def uniform_pass(self) -> Tensor:

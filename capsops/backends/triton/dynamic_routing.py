@@ -166,15 +166,17 @@ def precomputed_pass_kernel(
                     b_g = _load_one(p_grad_s, j, J, D, DP)
             for at in range(begin, end, C):
                 i = at + tl.arange(0, C)
-                m_row = _is_there(p_mask, b, i, i < end, I)
-                b_u_hat = _load(p_u_hat, (b * I + i) * (J * D), m_row, j, J, D, DP)
+                row = (b * I + i) * (J * D)
+                m_i = i < end
+                m_row = _is_there(p_mask, b, i, m_i, I)
+                b_u_hat = _load(p_u_hat, row, m_row, j, J, D, DP)
                 if UNIFORM:
                     if starting is not None:
-                        c = open_pairs(_logits(b_u_hat, None, starting, b, i, i < end, j, J))
+                        c = open_pairs(_logits(b_u_hat, None, starting, b, i, m_i, j, J))
                         b_u_hat = c[:, :, None] * b_u_hat
                     b_sum += b_u_hat
                 else:
-                    logits = _logits(b_u_hat, b_v, starting, b, i, i < end, j, J)
+                    logits = _logits(b_u_hat, b_v, starting, b, i, m_i, j, J)
                     c = softmax(logits, LEAKY, starting is not None)
                     if GRADIENT:
                         a = tl.sum(b_u_hat * b_g, 2)
@@ -186,16 +188,17 @@ def precomputed_pass_kernel(
         for at in range(begin, end, C):
             i = at + tl.arange(0, C)
             row = (b * I + i) * (J * D)
-            m_row = _is_there(p_mask, b, i, i < end, I)
+            m_i = i < end
+            m_row = _is_there(p_mask, b, i, m_i, I)
             top, factor, mean = _statistics(
-                p_u_hat, p_total, p_grad_s, starting, b, i, i < end, row, m_row, C, J, D, JB, DP, LEAKY,
+                p_u_hat, p_total, p_grad_s, starting, b, i, m_i, row, m_row, C, J, D, JB, DP, LEAKY,
                 GRADIENT,
             )  # fmt: skip
             for first in range(0, J, JB):
                 j = first + tl.arange(0, JB)
                 b_u_hat = _load(p_u_hat, row, m_row, j, J, D, DP)
                 b_v = None if p_total is None else _load_one(p_total, j, J, D, DP)
-                logits = _logits(b_u_hat, b_v, starting, b, i, i < end, j, J)
+                logits = _logits(b_u_hat, b_v, starting, b, i, m_i, j, J)
                 c = power(logits - top[:, None]) * factor[:, None]
                 if GRADIENT:
                     a = tl.sum(b_u_hat * _load_one(p_grad_s, j, J, D, DP), 2)
@@ -222,7 +225,8 @@ def precomputed_gradient_kernel(
     b = pid // parts
     i = (pid % parts) * C + tl.arange(0, C)
     row = (b * I + i) * (J * D)
-    m_row = _is_there(p_mask, b, i, i < I, I)
+    m_i = i < I
+    m_row = _is_there(p_mask, b, i, m_i, I)
     d = tl.arange(0, DP)
     layer = B.to(tl.int64) * (J * D)
     p_total = p_total + b * (J * D)
@@ -235,7 +239,7 @@ def precomputed_gradient_kernel(
                 b_grad += factor * _load_one(p_grad_s, j, J, D, DP)
             else:
                 c = _first_couplings(
-                    p_u_hat, starting, b, i, i < I, row, m_row, j, C, J, D, JB, DP, LEAKY, UNIFORM
+                    p_u_hat, starting, b, i, m_i, row, m_row, j, C, J, D, JB, DP, LEAKY, UNIFORM
                 )
                 b_grad += c[:, :, None] * _load_one(p_grad_s, j, J, D, DP)
         if ROUTED:
@@ -248,14 +252,14 @@ def precomputed_gradient_kernel(
                 p_s = p_grad_s + t * layer
                 b_v = _load_one(p_v, j, J, D, DP)
                 b_s = _load_one(p_s, j, J, D, DP)
-                logits = _logits(b_u_hat, b_v, starting, b, i, i < I, j, J)
+                logits = _logits(b_u_hat, b_v, starting, b, i, m_i, j, J)
                 if J <= JB:
                     c = softmax(logits, LEAKY, starting is not None)
                     a = tl.sum(b_u_hat * b_s, 2)
                     mean = tl.sum(c * a, 1)
                 else:
                     top, norm, mean = _statistics(
-                        p_u_hat, p_v, p_s, starting, b, i, i < I, row, m_row, C, J, D, JB, DP, LEAKY,
+                        p_u_hat, p_v, p_s, starting, b, i, m_i, row, m_row, C, J, D, JB, DP, LEAKY,
                         not DETACH,
                     )  # fmt: skip
                     c = power(logits - top[:, None]) * norm[:, None]
@@ -265,7 +269,7 @@ def precomputed_gradient_kernel(
                     b_grad += (c * (a - mean[:, None]))[:, :, None] * b_v
         if p_mask is not None:
             b_grad = tl.where(m_row[:, None, None], b_grad, 0.0)
-        mask = (i < I)[:, None, None] & (j < J)[None, :, None] & (d < D)[None, None, :]
+        mask = m_i[:, None, None] & (j < J)[None, :, None] & (d < D)[None, None, :]
         p = p_grad + row[:, None, None] + (j * D)[None, :, None] + d[None, None, :]
         tl.store(p, b_grad.to(p_grad.dtype.element_ty), mask=mask)
 

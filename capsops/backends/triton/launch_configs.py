@@ -154,6 +154,13 @@ GRADIENT = {
 }
 
 
+def with_logits(entry: Entry, gradient: bool) -> Entry:
+    """The block of ROUTED or, with `gradient`, of GRADIENT where starting logits need registers too."""
+    if gradient and entry.rows > 16:
+        return entry._replace(rows=min(entry.rows, 32), stages=1, registers=255)
+    return entry._replace(numbers=entry.numbers // 2, stages=1 if gradient else entry.stages)
+
+
 def kind(unit: str, B: int, D: int, K: int) -> str:
     """The key of ROUTED and GRADIENT."""
     unit = "bf16" if unit in ("bf16", "fp16") else unit

@@ -84,8 +84,9 @@ def prepare_backward_kernel(
     b_grad = tl.load(p_grad + at, mask=mask, other=0.0).to(tl.float32)
     if SQUASH:
         b_s = tl.load(p_s + last + at, mask=mask, other=0.0)
-        b_grad = squash_rows_vjp(b_grad, b_s)
-    tl.store(p_grad_s + last + at, b_grad, mask=mask)
+        tl.store(p_grad_s + last + at, squash_rows_vjp(b_grad, b_s), mask=mask)
+    else:
+        tl.store(p_grad_s + last + at, b_grad, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])

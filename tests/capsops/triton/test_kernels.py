@@ -483,7 +483,7 @@ class Extras(NamedTuple):
 
 KINDS = ["layer", "shared", "stored", "alike"]
 EXTRAS = [
-    (Shape(3, 7, 3, 9, 5), Options(3, bias=True), Extras("BIJ", closed=True, mask=True, squash_output=False)),
+    (Shape(5, 9, 3, 9, 5), Options(3, bias=True), Extras("BIJ", closed=True, mask=True, squash_output=False)),
     (Shape(17, 33, 2, 3, 5), Options(2, leaky=True, bias=True), Extras("IJ", closed=True)),
     (Shape(3, 7, 1, 5, 3), Options(2, bias=True), Extras("BIJ", closed=True, mask=True)),
     (Shape(3, 5, 3, 4, 4), Options(0, bias=True), Extras("IJ", closed=True, mask=True)),
