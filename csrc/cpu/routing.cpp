@@ -1,8 +1,15 @@
 // Routing by agreement and its full gradient, without storing û. The formulas are in capsops/reference.py.
 //
-// An engine (one of the files routing_*_simd.h) computes the passes over
-// û. This file computes the steps between them, on tensors of B·J·D numbers. All threads wait for one another
-// between passes.
+// An engine, in one of the files routing_*_simd.h, computes the passes over û. This file computes the steps
+// between them, on tensors of B·J·D numbers, and chooses the engine:
+//
+//   routing_batch_simd.h        u and weight, many samples
+//   routing_capsule_simd.h      u and weight, a few samples of a large layer
+//   routing_predictions_simd.h  precomputed predictions, and a few samples of a layer that fits the cache
+//   routing_small_simd.h        precomputed predictions of a few input capsules, many samples
+//   routing_shared_simd.h       a weight that all input capsules share
+//
+// All threads wait for one another between passes.
 #include "routing_batch_simd.h"
 #include "routing_capsule_simd.h"
 #include "routing_predictions_simd.h"
@@ -26,7 +33,7 @@ T uniform_coupling(const RoutingCall& call) {
 
 int64_t passes(const RoutingCall& call) { return larger(call.iterations, 1); }
 
-// How many passes have couplings of their own: not the first, unless it starts from given logits.
+// How many passes have couplings of their own: not the first, unless it has starting logits.
 int64_t routed_passes(const RoutingCall& call) { return passes(call) - (call.logits.data ? 0 : 1); }
 
 // How many of these take part in the gradient.
