@@ -1,7 +1,7 @@
 """Handwritten digits by two convolutional layers of capsules.
 
 A convolution makes maps of capsules, ConvRoutingCapsules routes those under a kernel of 3 × 3, and a second
-layer, whose kernel is as large as the map, routes what the first found to one capsule for each digit; the
+layer, whose kernel is as large as the map, routes the output of the first to one capsule for each digit; the
 longest one is the answer (Sabour, Frosst, Hinton 2017, for the loss; Hinton, Sabour, Frosst 2018, for the
 layers). The images are the 1,797 of 8 × 8 pixels that come with scikit-learn, a fifth of them for the test.
 

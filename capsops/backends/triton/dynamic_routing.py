@@ -100,7 +100,7 @@ def _first_couplings(
     p_u_hat, starting, b, i, m_i, row, m_row, j, C: tl.constexpr, J: tl.constexpr, D: tl.constexpr,
     JB: tl.constexpr, DP: tl.constexpr, LEAKY: tl.constexpr, UNIFORM: tl.constexpr,
 ):  # fmt: skip
-    """c of starting logits alone [C, JB]; UNIFORM: 1 for every open pair."""
+    """c of starting logits without û · V [C, JB]; UNIFORM: 1 for every open pair."""
     logits = _logits(tl.zeros([C, JB, 1], tl.float32), None, starting, b, i, m_i, j, J)
     if UNIFORM:
         c = open_pairs(logits)

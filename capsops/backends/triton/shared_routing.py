@@ -209,7 +209,7 @@ def _add_terms(
     C: tl.constexpr, JB: tl.constexpr, KB: tl.constexpr, LEAKY: tl.constexpr, GRADIENT: tl.constexpr,
     UNIFORM: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """b_grad + Σ_j (c Q + ∂b P) of one pass; without GRADIENT of c Q alone."""
+    """b_grad + Σ_j (c Q + ∂b P) of one pass; without GRADIENT of c Q only."""
     top, norm, mean = _statistics(
         p_u, p_p, p_q, starting, b, i, m_i, row, m_row, J, K, C, JB, KB, LEAKY, GRADIENT, UNIT
     )
