@@ -156,9 +156,10 @@ GRADIENT = {
 
 def with_logits(entry: Entry, gradient: bool) -> Entry:
     """The block of ROUTED or, with `gradient`, of GRADIENT where starting logits need registers too."""
+    entry = entry._replace(registers=255, stages=1 if gradient else entry.stages)
     if gradient and entry.rows > 16:
-        return entry._replace(rows=min(entry.rows, 32), stages=1, registers=255)
-    return entry._replace(numbers=entry.numbers // 2, stages=1 if gradient else entry.stages)
+        return entry._replace(rows=min(entry.rows, 32))
+    return entry._replace(numbers=entry.numbers // 2)
 
 
 def kind(unit: str, B: int, D: int, K: int) -> str:
