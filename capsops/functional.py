@@ -190,17 +190,16 @@ def dynamic_routing(
 
     Args:
         u_hat: predictions [B, I, J, D], or [B, I, D] where an input capsule predicts the same for every
-            output capsule. J is then that of `logits`, else that of `bias`.
+            output capsule. J is then that of `logits`, or else of `bias`.
         bias: β [J, D], added to s.
-        logits: ℓ, where the routing logits start (the paper's log prior probabilities), broadcast to
+        logits: ℓ, the routing logits of the first pass (the paper's log prior probabilities), broadcast to
             [B, I, J]. −inf closes a pair of capsules: its coupling and every gradient through it are 0. An
-            input capsule whose pairs are all closed goes nowhere.
-        mask: bool [B, I]; False for an input capsule that is not there, such as the padding of a sequence.
-            Its value has no effect, and its gradient is 0.
+            input capsule whose pairs are all closed contributes nothing.
+        mask: bool [B, I]; False marks an input capsule as absent, such as the padding of a sequence. Its
+            value is ignored, and its gradient is 0.
         iterations: T, the number of softmax passes, 0 to 1000; 0 means no routing, every coupling is 1.
         leaky: one more logit, fixed at 0, takes part in the softmax and is dropped: an orphan class.
-        detach: the couplings carry no gradient but that of `logits` in the last pass; û has the gradient of
-            the last weighted sum.
+        detach: û gets a gradient only through the last weighted sum, `logits` only through the last softmax.
         squash_output: whether the result is squash(s); else it is s itself, for another non-linearity.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -210,8 +209,8 @@ def dynamic_routing(
     Raises:
         TypeError: an argument is not a tensor, dtypes differ, `mask` is not of bool, or an option is of
             another type.
-        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not take tensors of
-            this device or dtype, or an option, or names a kernel in forward mode or under torch.func.
+        ValueError: shapes, dtypes, devices or `iterations` do not fit; `impl` does not support this device,
+            dtype or option, or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
     if has_torch_function((u_hat, bias, logits, mask)):
@@ -273,31 +272,30 @@ def capsule_routing(
     """A whole capsule layer: dynamic_routing(predictions(u, weight), bias), without storing û.
 
     The predictions û_ij = W_ij u_i are recomputed in every pass, forward and backward. Only the reference
-    stores them, or the couplings. On a CPU, a few samples, fewer than K, are routed with their predictions in
-    scratch memory that fits the cache, at most 2 MiB for each thread (twice that with gradients).
+    stores them, and the couplings. On a CPU, batches smaller than K may keep them in scratch memory that fits
+    the cache: at most 2 MiB per thread, 4 MiB with gradients.
 
-    A weight that all input capsules share, û_ij = W_j u_i, is routed among the u_i themselves: the logits
-    are u_i · (W_jᵀ V_j), and Σ_i c_ij û_ij is W_j (Σ_i c_ij u_i).
+    With a weight that all input capsules share, û_ij = W_j u_i is never formed, even in part: the logits are
+    u_i · (W_jᵀ V_j), and Σ_i c_ij û_ij is W_j (Σ_i c_ij u_i).
 
-    Beside the results, a GPU needs memory for partial sums over I, [P, B, J, D], where P is large enough to
-    fill the device (in small batches that can be more than B × I × J numbers), for three numbers per input
-    capsule and pass, and for partial gradients of u and `weight` where no single block computes the whole
-    sum.
+    Beside the results, a GPU needs memory for partial sums over I, [P, B, J, D] or, with a shared weight,
+    [P, B, J, K], where P is large enough to fill the device (in small batches that can be more than
+    B × I × J numbers); for three numbers per input capsule and pass; and for partial gradients of u, `weight`
+    and `logits` where no single block computes the whole sum.
 
     Args:
         u: input capsules [B, I, K].
         weight: one D × K matrix per pair of capsules [I, J, D, K], or one per output capsule, shared by all
             input capsules, [J, D, K] or [1, J, D, K].
         bias: β [J, D], added to s.
-        logits: where the routing logits start (the paper's log prior probabilities), broadcast to [B, I, J].
-            −inf closes a pair of capsules: its coupling and every gradient through it are 0, and an input
-            capsule whose pairs are all closed goes nowhere.
-        mask: bool [B, I]; False for an input capsule that is not there, such as the padding of a sequence.
-            Its value has no effect, and its gradient is 0.
+        logits: ℓ, the routing logits of the first pass (the paper's log prior probabilities), broadcast to
+            [B, I, J]. −inf closes a pair of capsules: its coupling and every gradient through it are 0. An
+            input capsule whose pairs are all closed contributes nothing.
+        mask: bool [B, I]; False marks an input capsule as absent, such as the padding of a sequence. Its
+            value is ignored, and its gradient is 0.
         iterations: T, the number of softmax passes, 0 to 1000; 0 means no routing, every coupling is 1.
         leaky: one more logit, fixed at 0, takes part in the softmax and is dropped: an orphan class.
-        detach: the couplings carry no gradient but that of `logits` in the last pass; û has the gradient of
-            the last weighted sum.
+        detach: û gets a gradient only through the last weighted sum, `logits` only through the last softmax.
         squash_output: whether the result is squash(s); else it is s itself, for another non-linearity.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -307,8 +305,8 @@ def capsule_routing(
     Raises:
         TypeError: an argument is not a tensor, dtypes differ, `mask` is not of bool, or an option is of
             another type.
-        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not take tensors of
-            this device or dtype, or an option, or names a kernel in forward mode or under torch.func.
+        ValueError: shapes, dtypes, devices or `iterations` do not fit; `impl` does not support this device,
+            dtype or option, or names a kernel in forward mode or under torch.func.
         RuntimeError: `impl` is not available here.
     """
     if has_torch_function((u, weight, bias, logits, mask)):
@@ -372,15 +370,15 @@ def couplings(
 
     c_ij = softmax_j(ℓ_ij + û_ij · Vᵀ⁻¹_j); they sum to 1 over j (below 1 with `leaky`). No gradient. Without
     `logits`, those of the first pass are all equal, and those of a single output capsule without `leaky` are
-    1, even where û is NaN. Closed pairs, and input capsules that are not there, have 0.
+    1, even where û is NaN. Those of closed pairs and of absent input capsules are 0.
 
     Args:
         u: input capsules [B, I, K].
         weight: one D × K matrix per pair of capsules [I, J, D, K], or one per output capsule, shared by all
             input capsules, [J, D, K] or [1, J, D, K].
         bias: β [J, D], added to s.
-        logits: ℓ, where the routing logits start, broadcast to [B, I, J]; −inf closes a pair.
-        mask: bool [B, I]; False for an input capsule that is not there.
+        logits: ℓ, the routing logits of the first pass, broadcast to [B, I, J]; −inf closes a pair.
+        mask: bool [B, I]; False marks an input capsule as absent.
         iterations: T, the number of softmax passes, 0 to 1000; 0 gives 1 for every open pair.
         leaky: one more logit, fixed at 0, takes part in the softmax and is dropped.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
@@ -391,8 +389,8 @@ def couplings(
     Raises:
         TypeError: an argument is not a tensor, dtypes differ, `mask` is not of bool, or an option is of
             another type.
-        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not take tensors of
-            this device or dtype or one of the options.
+        ValueError: shapes, dtypes, devices or `iterations` do not fit, or `impl` does not support this
+            device, dtype or option.
         RuntimeError: `impl` is not available here.
     """
     if has_torch_function((u, weight, bias, logits, mask)):

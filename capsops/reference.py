@@ -62,7 +62,7 @@ def open_pairs(logits: Tensor) -> Tensor:
 
 
 def out_capsules(u_hat: Tensor, bias: Tensor | None, logits: Tensor | None) -> int:
-    """J: for û [B, I, D], which is alike for all output capsules, that of `logits`, else of `bias`."""
+    """J: for û [B, I, D], the same for all output capsules, that of `logits`, or else of `bias`."""
     if u_hat.dim() == 4:
         return u_hat.shape[2]
     of_logits = 1 if logits is None or logits.dim() == 0 else logits.shape[-1]
@@ -82,11 +82,11 @@ def dynamic_routing(
 ) -> Tensor:
     """Routing by agreement (procedure 1): û [B, I, J, D], bias [J, D] → v [B, J, D].
 
-    û [B, I, D] is alike for all output capsules. `logits`, broadcast to [B, I, J], are where routing starts;
-    −inf closes a pair, whose coupling is then 0. Input capsules whose `mask` [B, I] is False are not there.
-    `iterations` counts softmax passes; 0 means that the coupling of every open pair is 1. With `detach` the
-    couplings carry no gradient but that of `logits` in the last pass. With `squash_output=False` the last s
-    itself is the result. One output capsule without `leaky` and without `logits` is no routing: the softmax
+    û [B, I, D] is the same for all output capsules. `logits`, broadcast to [B, I, J], are those of the first
+    pass; −inf closes a pair, whose coupling is then 0. Input capsules whose `mask` [B, I] is False are absent.
+    `iterations` counts softmax passes; 0 means that the coupling of every open pair is 1. With `detach`, û
+    gets a gradient only through the last weighted sum, `logits` only through the last softmax. With
+    `squash_output=False` the last s itself is the result. One output capsule without `leaky` and without `logits` is no routing: the softmax
     of one logit is always 1.
     """
     J = out_capsules(u_hat, bias, logits)

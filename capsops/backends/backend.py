@@ -10,7 +10,7 @@ import torch
 UNSQUASHED = "squash_output=False"
 LOGITS = "logits"
 MASK = "mask"
-SHARED = "a shared weight"  # or û [B, I, D], which is alike for all output capsules
+SHARED = "shared weights or predictions"  # weight [J, D, K], û [B, I, D]
 
 NO_OPTIONS: frozenset[str] = frozenset()
 ALL_OPTIONS = frozenset((UNSQUASHED, LOGITS, MASK, SHARED))
@@ -26,7 +26,7 @@ class Proof(NamedTuple):
     longest: tuple[int, int]  # the largest D and K that the proof covers
     multiple: int = 1  # D and K have to be multiples of this
     triton: str = ""  # the release of Triton that compiled them, for its kernels
-    options: frozenset[str] = NO_OPTIONS  # of routing that were compared, beside those of every backend
+    options: frozenset[str] = NO_OPTIONS  # routing options that the comparison covered
 
     def covers(self, lengths: tuple[int, ...], options: frozenset[str] = NO_OPTIONS) -> bool:
         """Whether capsules of these lengths, D and K, and these options are within what was compared."""
@@ -49,8 +49,8 @@ class Backend:
     last pass. A gradient that is not needed is an empty tensor.
 
     weight is [I, J, D, K], or [J, D, K] where all input capsules share it. û is [B, I, J, D], or [B, I, D]
-    where it is alike for all output capsules. logits has three axes, each of B, I and J as long as that or 1,
-    and any strides; ∂logits has its shape. mask is [B, I], True where an input capsule is there.
+    where it is the same for all output capsules. logits has three axes, of sizes B or 1, I or 1, J or 1, and
+    any strides; ∂logits has its shape. mask is [B, I], True where an input capsule is present.
 
         squash(s, dim) -> v
         squash_backward(grad, s, dim) -> ∂s

@@ -115,7 +115,7 @@ class _SharedPredictions:
 
 
 def _present(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x [B, I, …], 0 where an input capsule is not there."""
+    """x [B, I, …], 0 where an input capsule is absent."""
     return x if mask is None else torch.where(mask[(...,) + (None,) * (x.dim() - 2)], x, 0)
 
 

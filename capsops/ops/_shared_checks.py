@@ -81,11 +81,11 @@ def _check_logits(logits: Tensor, name: str, like: Tensor, pairs: tuple[int, int
     check_like("logits", logits, name, like)
     fits = logits.dim() <= 3
     for size, wanted in zip(reversed(logits.shape), reversed(pairs), strict=False):
-        fits = fits and (size == 1 or size == wanted)
+        fits = fits and (size == wanted or size == 1)
     if not fits:
         sizes = ", ".join(f"{axis} = {n}" for axis, n in zip("BIJ", pairs, strict=True))
         raise ValueError(
-            f"logits: got shape {list(logits.shape)}, takes one that is broadcast to [B, I, J] with {sizes}"
+            f"logits: got shape {list(logits.shape)}, takes one that broadcasts to [B, I, J] with {sizes}"
         )
 
 
@@ -97,7 +97,7 @@ def _check_mask(mask: Tensor, name: str, like: Tensor, pairs: tuple[int, int, in
         raise ValueError("mask: got a nested or sparse tensor, takes a dense one")
     if mask.dtype is not torch.bool:
         raise TypeError(
-            f"mask: got dtype {mask.dtype}, takes torch.bool: True where an input capsule is there"
+            f"mask: got dtype {mask.dtype}, takes torch.bool: True where an input capsule is present"
         )
     if mask.device != like.device:
         raise ValueError(f"mask: got device {mask.device}, takes that of {name}, which is {like.device}")

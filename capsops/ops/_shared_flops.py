@@ -27,13 +27,13 @@ def forward(u_hat: Shape, later: int) -> int:
     return 2 * prod(u_hat) * (1 + 2 * later)
 
 
-def backward(u_hat: Shape, later: int, detach: bool) -> int:
+def backward(u_hat: Shape, later: int, detach: bool, needs_logits: bool) -> int:
     """Operations of the gradients of the sums, and of the logits where the couplings carry a gradient.
 
-    The first pass, and the last with `detach`, has one product: ∂û of its sum. Every other pass has four: ∂c
-    and ∂û of its sum, ∂û and ∂V of its logits.
+    The first pass, and the last with `detach`, has one product: ∂û of its sum. It has ∂c too where the starting
+    logits need a gradient. Every other pass has four: ∂c and ∂û of its sum, ∂û and ∂V of its logits.
     """
-    return 2 * prod(u_hat) * (1 if detach else 1 + 4 * later)
+    return 2 * prod(u_hat) * (1 + needs_logits + (0 if detach else 4 * later))
 
 
 def shared_forward(u: Shape, weight: Shape, later: int) -> int:
@@ -48,12 +48,13 @@ def shared_forward(u: Shape, weight: Shape, later: int) -> int:
 
 
 def shared_backward(
-    u: Shape, weight: Shape, later: int, detach: bool, needs_u: bool, needs_weight: bool
+    u: Shape, weight: Shape, later: int, detach: bool, needs_u: bool, needs_weight: bool, needs_logits: bool
 ) -> int:
-    """Two gradients of each product of shared_forward(), but none of the first couplings."""
+    """Two gradients of each product of shared_forward(); of the first couplings only if logits need it."""
     batch, in_capsules, in_dim = u
     out_capsules, out_dim, _ = weight
     products = 1 if detach else 1 + 2 * later
     of_inputs = 2 * batch * in_capsules * out_capsules * in_dim
     of_weight = 2 * batch * out_capsules * out_dim * in_dim
-    return of_inputs * (products - 1 + products * needs_u) + of_weight * products * (1 + needs_weight)
+    of_couplings = products - 1 + needs_logits
+    return of_inputs * (of_couplings + products * needs_u) + of_weight * products * (1 + needs_weight)

@@ -73,6 +73,10 @@ def check(
         if weight.shape[-1] != u.shape[2]:  # shared by all input capsules
             axes = "1JDK"[-weight.dim() :]
             refuse_shape("weight", weight, axes, *[None] * (weight.dim() - 1), u.shape[2])
+    elif weight.dim() not in (3, 4):
+        raise ValueError(
+            f"weight: got shape {list(weight.shape)}, takes [I, J, D, K], or [J, D, K] for all input capsules"
+        )
     else:
         predictions.check(u, weight)
     sizes = (u.shape[0], u.shape[1], *weight.shape[-3:-1])
@@ -299,14 +303,18 @@ def flops_backward(
     squash_output: bool,
     needs_u: bool,
     needs_weight: bool,
+    needs_logits: bool,
     *_: Any,
     **__: Any,
 ) -> int:
     later = _shared_flops.later_passes(iterations, weight[-3], leaky, logits)
+    needs_logits = needs_logits and iterations > 0
     if is_shared(u, weight):
-        return _shared_flops.shared_backward(u, weight[-3:], later, detach, needs_u, needs_weight)
+        return _shared_flops.shared_backward(
+            u, weight[-3:], later, detach, needs_u, needs_weight, needs_logits
+        )
     products = _shared_flops.product(u, weight) * (needs_u + needs_weight)
-    return products + _shared_flops.backward((u[0], *weight[:3]), later, detach)
+    return products + _shared_flops.backward((u[0], *weight[:3]), later, detach, needs_logits)
 
 
 def shards(u: Any, weight: Any, bias: Any, logits: Any, *_: Any) -> list[Shards]:

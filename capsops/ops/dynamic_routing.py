@@ -67,8 +67,8 @@ def _check_out_capsules(u_hat: Tensor, bias: Tensor | None, logits: Tensor | Non
         refuse_shape("bias", bias, "JD", None, u_hat.shape[2])
     if bias is None and (logits is None or logits.dim() == 0):
         raise ValueError(
-            f"u_hat: got shape {list(u_hat.shape)}, alike for all output capsules, takes `logits` or `bias`"
-            " with it, whose J is their number"
+            f"u_hat: got shape {list(u_hat.shape)} without `logits` or `bias`, takes [B, I, J, D], or"
+            " [B, I, D] with `logits` or `bias`, which tell J"
         )
 
 
@@ -255,11 +255,14 @@ def flops_backward(
     iterations: int,
     leaky: bool,
     detach: bool,
+    squash_output: bool,
+    needs_logits: bool,
     *_: Any,
     **__: Any,
 ) -> int:
     later = _shared_flops.later_passes(iterations, grad[1], leaky, logits)
-    return _shared_flops.backward((*u_hat[:2], *grad[1:]), later, detach)
+    needs_logits = needs_logits and iterations > 0
+    return _shared_flops.backward((*u_hat[:2], *grad[1:]), later, detach, needs_logits)
 
 
 def shards(u_hat: Any, bias: Any, logits: Any, *_: Any) -> list[Shards]:

@@ -65,7 +65,7 @@ class InputLanes {
         for (int64_t n = 0; n < count; ++n) gradient.add(rank, b, i + n, pairs_ + n * J_);
     }
 
-    // Writes couplings to call.couplings, 0 for input capsules that are not there.
+    // Writes couplings to call.couplings, 0 for absent input capsules.
     void write(int64_t b, int64_t i, int64_t count, const T* c) const {
         transpose_block(c, width_, J_, count, pairs_, J_);
         for (int64_t n = 0; n < count; ++n) {

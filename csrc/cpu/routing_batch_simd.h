@@ -277,7 +277,7 @@ class BatchSimdEngine {
         transpose_block(scratch.u_rows, numbers, L, numbers, reinterpret_cast<T*>(scratch.u), L);
     }
 
-    // Sets the rows [count, K] of input capsules that are not there to 0.
+    // Sets the rows [count, K] of absent input capsules to 0.
     void clear_absent(int64_t b, int64_t i0, int64_t count, T* rows) const {
         for (int64_t n = 0; call_.mask && n < count; ++n) {
             if (!is_present(call_, b, i0 + n)) std::memset(rows + n * K_, 0, K_ * sizeof(T));

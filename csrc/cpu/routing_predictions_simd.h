@@ -157,7 +157,7 @@ class PredictionsSimdEngine {
   private:
     const T* state(int64_t slot, int64_t b) const { return states_ + (slot * B_ + b) * row_; }
 
-    // û of a block [count, row], padded to whole registers, 0 for input capsules that are not there.
+    // û of a block [count, row], padded to whole registers, 0 for absent input capsules.
     const T* read_block(const Scratch& s, int64_t b, int64_t i, int64_t count) const {
         const int64_t at = (b * I_ + i) * J_ * D_;
         if (direct_ && !call_.mask) return static_cast<const T*>(call_.u) + at;

@@ -1,4 +1,4 @@
-// Passes where all input capsules share a weight, or where predictions are alike for all output capsules:
+// Passes where all input capsules share a weight, or where predictions are the same for all output capsules:
 // with the input capsules of one sample in the lanes of SIMD registers.
 //
 // û_ij = W_j u_i, so û_ij · x_j = u_i · (W_jᵀ x_j), and Σ_i c_ij û_ij = W_j (Σ_i c_ij u_i). A pass therefore
@@ -101,7 +101,7 @@ class SharedSimdEngine {
         for (int64_t n = team.begin(B_ * J_); n < team.end(B_ * J_); ++n) {
             const T* x = state + n * D_;
             T* to = projected_ + (slot * B_ * J_ + n) * K_;
-            if (states_) std::memcpy(states_ + (slot * B_ * J_ + n) * D_, x, D_ * sizeof(T));
+            if (call_.grad_weight) std::memcpy(states_ + (slot * B_ * J_ + n) * D_, x, D_ * sizeof(T));
             if (!weight) {
                 std::memcpy(to, x, K_ * sizeof(T));
                 continue;

@@ -135,7 +135,7 @@ class SmallSimdEngine {
   private:
     const Lanes<T>* state(int64_t slot) const { return states_ + slot * R_; }
 
-    // û of one i; 0 in lanes without a sample, and where an input capsule is not there.
+    // û of one i; 0 in lanes without a sample, and where an input capsule is absent.
     void read_u_hat(const Scratch& s, int64_t i) const {
         T* lanes = reinterpret_cast<T*>(s.u_hat);
         if (is_native<T>(call_.u_hat_dtype) && !call_.mask && B_ == L)

@@ -127,7 +127,7 @@ def layer_tensors(shape: Shape, routing: Routing, dtype: torch.dtype) -> Inputs:
 
 
 def predicted_tensors(shape: Shape, routing: Routing, dtype: torch.dtype) -> Inputs:
-    """û alike for all output capsules takes J from the logits, else from the bias."""
+    """û the same for all output capsules takes J from the logits, else from the bias."""
     needs_bias = routing.shared and (routing.logits is None or not routing.logits.endswith("J"))
     routing = routing._replace(options=routing.options._replace(bias=routing.options.bias or needs_bias))
     _, _, *others = layer_tensors(shape, routing, dtype)

@@ -122,7 +122,7 @@ def wrong_routing_options(op: str) -> list[InvalidCall]:
     if "logits" not in VALID[op]:
         return []
     logits, mask = torch.zeros(I, J), torch.ones(B, I) > 0
-    sizes = f"takes one that is broadcast to [B, I, J] with B = {B}, I = {I}, J = {J}"
+    sizes = f"takes one that broadcasts to [B, I, J] with B = {B}, I = {I}, J = {J}"
     rows: list[InvalidCall] = [
         (op, {"logits": logits.double()}, TypeError, "logits: got dtype torch.float64, takes that of u"),
         (op, {"logits": logits.long()}, ValueError, "logits: got dtype torch.int64, takes float32"),
@@ -145,8 +145,8 @@ def wrong_routing_options(op: str) -> list[InvalidCall]:
             for shape, message, got, takes in (
                 ((J, D, K + 1), "weight: got shape", (J, D, K + 1), f"[J, D, K] with K = {K}"),
                 ((1, J, D, K - 1), "weight: got shape", (1, J, D, K - 1), f"[1, J, D, K] with K = {K}"),
-                ((D, K), "weight: got shape", (D, K), "[I, J, D, K]"),
-                ((1, 1, J, D, K), "weight: got shape", (1, 1, J, D, K), "[I, J, D, K]"),
+                ((D, K), "weight: got shape", (D, K), "[I, J, D, K], or [J, D, K] for all input capsules"),
+                ((1, 1, J, D, K), "weight: got shape", (1, 1, J, D, K), "[I, J, D, K], or [J, D, K] for all"),
                 ((I - 1, J, D, K), "u: got shape", (B, I, K), f"[B, I, K] with I = {I - 1}, K = {K}"),
                 ((J - 1, D, K), "bias: got shape", (J, D), f"[J, D] with J = {J - 1}, D = {D}"),
                 ((J, D + 1, K), "bias: got shape", (J, D), f"[J, D] with J = {J}, D = {D + 1}"),
@@ -156,7 +156,9 @@ def wrong_routing_options(op: str) -> list[InvalidCall]:
         rows.append((op, {"weight": torch.zeros(J, D, K).double()}, TypeError, "weight: got dtype"))
     else:
         alike = torch.zeros(B, I, D)
-        unknown = f"u_hat: got shape [{B}, {I}, {D}], alike for all output capsules, takes `logits` or `bias`"
+        unknown = (
+            f"u_hat: got shape [{B}, {I}, {D}] without `logits` or `bias`, takes [B, I, J, D], or [B, I, D]"
+        )
         rows += [
             (op, {"u_hat": alike, "bias": None}, ValueError, unknown),
             (op, {"u_hat": alike, "bias": None, "logits": torch.zeros(())}, ValueError, unknown),

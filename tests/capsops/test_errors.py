@@ -122,8 +122,8 @@ CASES: list[tuple[Callable, tuple, dict[str, Any], type[Exception], str]] = [
     ),
     (
         dynamic_routing, (U_HAT[0],), {}, ValueError,
-        "u_hat: got shape [3, 4, 5], alike for all output capsules, takes `logits` or `bias` with it, whose J"
-        " is their number",
+        "u_hat: got shape [3, 4, 5] without `logits` or `bias`, takes [B, I, J, D], or [B, I, D] with `logits` or"
+        " `bias`, which tell J",
     ),
     (
         dynamic_routing, (U_HAT[0, 0],), {}, ValueError,
@@ -160,7 +160,7 @@ CASES: list[tuple[Callable, tuple, dict[str, Any], type[Exception], str]] = [
     (capsule_routing, (U, W), {"mask": [[True]]}, TypeError, "mask: got list, takes a torch.Tensor"),
     (
         dynamic_routing, (U_HAT,), {"logits": torch.zeros(3)}, ValueError,
-        "logits: got shape [3], takes one that is broadcast to [B, I, J] with B = 2, I = 3, J = 4",
+        "logits: got shape [3], takes one that broadcasts to [B, I, J] with B = 2, I = 3, J = 4",
     ),
     (
         capsule_routing, (U, W), {"logits": torch.zeros(4).half()}, TypeError,
@@ -172,7 +172,7 @@ CASES: list[tuple[Callable, tuple, dict[str, Any], type[Exception], str]] = [
     ),
     (
         capsule_routing, (U, W), {"mask": torch.ones(2, 3)}, TypeError,
-        "mask: got dtype torch.float32, takes torch.bool: True where an input capsule is there",
+        "mask: got dtype torch.float32, takes torch.bool: True where an input capsule is present",
     ),
     (
         dynamic_routing, (U_HAT,), {"mask": torch.ones(3) > 0}, ValueError,

@@ -121,7 +121,7 @@ def option_comparisons(impl: str, dtype: torch.dtype, shape: Shape) -> Iterator[
     mask = (torch.rand(B, I) < 0.8).to(u.device)
     mask[:, 0] = True
     layers = {"own weights": weight, "a shared weight": shared}
-    predictions = {"own predictions": u_hat, "predictions alike for all outputs": alike}
+    predictions = {"own predictions": u_hat, "predictions the same for all outputs": alike}
     cases = [
         ({UNSQUASHED}, None, None, {"squash_output": False}),
         ({MASK}, None, mask, {"iterations": 2, "detach": True}),

@@ -1,4 +1,4 @@
-"""torch.utils.flop_counter counts as many operations for the ops as for the plain formula."""
+"""torch.utils.flop_counter counts as many operations for the ops as for the formula, plain or factored."""
 
 import pytest
 import torch
@@ -52,6 +52,17 @@ def test_logits_and_masks_count_nothing(iterations: int, detach: bool) -> None:
         assert count_flops(capsops.capsule_routing, *layer(), **start, **options) == want
 
 
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+def test_gradients_of_logits_count_like_the_formula(iterations: int, detach: bool) -> None:
+    options = {"iterations": iterations, "detach": detach}
+    for logits in (torch.zeros(I, J, requires_grad=True), torch.zeros(B, I, J)):
+        u_hat = torch.randn(B, I, J, D, requires_grad=True)
+        for name, inputs in (("capsule_routing", layer()), ("dynamic_routing", (u_hat,))):
+            ours = count_flops(getattr(capsops, name), *inputs, logits=logits, **options)
+            assert ours == count_flops(getattr(reference, name), *inputs, logits=logits, **options), name
+
+
 def count_by_hand(passes: int, of_sums: int, of_weight: int) -> int:
     """Operations of a forward pass with a shared weight: in each pass a sum, in all but the first logits."""
     return (2 * passes - 1) * 2 * (of_sums + of_weight)
@@ -84,6 +95,9 @@ def test_gradients_of_a_shared_weight() -> None:
     assert count_flops(capsops.capsule_routing, u, weight, iterations=1)[1] == of_sum + 2 * of_weight
     assert count_flops(capsops.capsule_routing, u.detach(), weight, iterations=1)[1] == 2 * of_weight
     assert count_flops(capsops.capsule_routing, u, weight, iterations=3)[1] == 9 * of_sum + 10 * of_weight
+    logits = torch.zeros(I, J, requires_grad=True)  # and those of the first couplings
+    backward = count_flops(capsops.capsule_routing, u, weight, iterations=3, logits=logits)[1]
+    assert backward == 10 * of_sum + 10 * of_weight
 
 
 @pytest.mark.parametrize(("needs_u", "needs_weight"), [(True, False), (False, True), (False, False)])

@@ -133,12 +133,12 @@ def calls_with_options() -> dict[str, tuple[Any, ...]]:
     logits = leaf(I, J)
     calls |= {
         "dynamic_routing with a mask": (OPS.dynamic_routing, u_hat, bias, None, mask, *options),
-        "dynamic_routing, alike for all outputs": (OPS.dynamic_routing, alike, bias, None, mask, *options),
+        "dynamic_routing, the same for all outputs": (OPS.dynamic_routing, alike, bias, None, mask, *options),
         "dynamic_routing, alike, with logits": (OPS.dynamic_routing, alike, None, logits, mask, *options),
         "dynamic_routing_backward with a mask": (
             OPS.dynamic_routing_backward, grad, u_hat, bias, None, mask, sums(2), *options, False,
         ),
-        "dynamic_routing_backward, alike for all outputs": (
+        "dynamic_routing_backward, the same for all outputs": (
             OPS.dynamic_routing_backward, grad, alike, None, logits, mask, sums(2), *options, True,
         ),
         "dynamic_routing_backward, no routing, with logits": (
@@ -188,7 +188,7 @@ def check_traced(impl: str, name: str) -> None:
 TRACED = [name for name in CALLS if name.isidentifier()]
 ALSO_TRACED = [
     "dynamic_routing, alike, with logits",
-    "dynamic_routing_backward, alike for all outputs",
+    "dynamic_routing_backward, the same for all outputs",
     "capsule_routing with all options, detached",
     "capsule_routing_backward with all options",
     "couplings with all options",

@@ -1,4 +1,4 @@
-"""Masks of routing: input capsules that are not there, such as the padding of a sequence."""
+"""Masks of routing: absent input capsules, such as the padding of a sequence."""
 
 from collections.abc import Callable
 from itertools import cycle, product

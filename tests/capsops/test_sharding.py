@@ -44,7 +44,7 @@ cases = {
         (u, weight[0], bias, torch.randn(4, 1, 3)),
         (S, R, R, S),
     ),
-    "alike for all outputs": (
+    "the same for all outputs": (
         lambda x, l, m: capsops.dynamic_routing(x, logits=l, mask=m),
         (u, torch.randn(1, 6, 3), torch.randn(4, 6) > 0),
         (S, R, S),

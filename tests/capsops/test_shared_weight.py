@@ -1,4 +1,4 @@
-"""Weights [J, D, K] that all input capsules share, and û [B, I, D] alike for all output capsules."""
+"""Weights [J, D, K] that all input capsules share, and û [B, I, D] the same for all output capsules."""
 
 from itertools import cycle, product
 

@@ -59,11 +59,19 @@ def load_mask(p_mask, row, m_row, i, I):
 
 
 @triton.jit
+def present(p_mask, b, i, m_i, I):
+    """m_i, but False for absent input capsules of sample b."""
+    if p_mask is not None:
+        m_i = m_i & (tl.load(p_mask + b * I + i, mask=m_i, other=0) != 0)
+    return m_i
+
+
+@triton.jit
 def load_inputs(p_u, p_mask, row, m_row, i, k, I, K: tl.constexpr):
     """Components k of u of the rows and input capsules `i`, in float32: [R, KB, C].
 
     With i the last axis, a thread has all k of one i in the result of a matrix product: sums over k need no
-    other thread. u of an input capsule that is not there is read as 0.
+    other thread. u of an absent input capsule is read as 0.
     """
     mask = m_row[:, None, None] & (i < I)[None, :, None] & (k < K)[None, None, :]
     if p_mask is not None:
@@ -74,7 +82,7 @@ def load_inputs(p_u, p_mask, row, m_row, i, k, I, K: tl.constexpr):
 
 @triton.jit
 def store_inputs(p_u, p_mask, b_u, row, m_row, i, k, I, K: tl.constexpr):
-    """Stores components k of the rows and input capsules `i`; 0 for one that is not there."""
+    """Stores components k of the rows and input capsules `i`; 0 for an absent one."""
     if p_mask is not None:
         b_u = tl.where(load_mask(p_mask, row, m_row, i, I)[:, None, :], b_u, 0.0)
     mask = m_row[:, None, None] & (i < I)[None, :, None] & (k < K)[None, None, :]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from capsops import reference
 from capsops.backends.triton import launch_configs, reductions
-from capsops.backends.triton.capsules import load_if, power
+from capsops.backends.triton.capsules import load_if, power, present
 from capsops.backends.triton.launch import launch, on_device
 from capsops.backends.triton.launch_configs import ceil_div
 from capsops.backends.triton.pairs import LogitsGradient, add_pairs, load_pairs, mask_bytes, pairs
@@ -39,14 +39,6 @@ def _load_one(p_x, j, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     d = tl.arange(0, DP)
     mask = (j < J)[:, None] & (d < D)[None, :]
     return tl.load(p_x + (j * D)[:, None] + d[None, :], mask=mask, other=0.0)[None, :, :]
-
-
-@triton.jit
-def _is_there(p_mask, b, i, m_i, I):
-    """m_i, and False for input capsules of sample b that are not there."""
-    if p_mask is not None:
-        m_i = m_i & (tl.load(p_mask + b * I + i, mask=m_i, other=0) != 0)
-    return m_i
 
 
 @triton.jit
@@ -168,7 +160,7 @@ def precomputed_pass_kernel(
                 i = at + tl.arange(0, C)
                 row = (b * I + i) * (J * D)
                 m_i = i < end
-                m_row = _is_there(p_mask, b, i, m_i, I)
+                m_row = present(p_mask, b, i, m_i, I)
                 b_u_hat = _load(p_u_hat, row, m_row, j, J, D, DP)
                 if UNIFORM:
                     if starting is not None:
@@ -189,7 +181,7 @@ def precomputed_pass_kernel(
             i = at + tl.arange(0, C)
             row = (b * I + i) * (J * D)
             m_i = i < end
-            m_row = _is_there(p_mask, b, i, m_i, I)
+            m_row = present(p_mask, b, i, m_i, I)
             top, factor, mean = _statistics(
                 p_u_hat, p_total, p_grad_s, starting, b, i, m_i, row, m_row, C, J, D, JB, DP, LEAKY,
                 GRADIENT,
@@ -226,7 +218,7 @@ def precomputed_gradient_kernel(
     i = (pid % parts) * C + tl.arange(0, C)
     row = (b * I + i) * (J * D)
     m_i = i < I
-    m_row = _is_there(p_mask, b, i, m_i, I)
+    m_row = present(p_mask, b, i, m_i, I)
     d = tl.arange(0, DP)
     layer = B.to(tl.int64) * (J * D)
     p_total = p_total + b * (J * D)
@@ -291,7 +283,7 @@ def precomputed_logits_kernel(
         for at in range(begin, end, C):
             i = at + tl.arange(0, C)
             m_i = i < end
-            m_row = _is_there(p_mask, b, i, m_i, I)
+            m_row = present(p_mask, b, i, m_i, I)
             row = (b * I + i) * (J * D)
             for first in range(0, J, JB):
                 j = first + tl.arange(0, JB)

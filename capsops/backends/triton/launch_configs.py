@@ -155,7 +155,7 @@ GRADIENT = {
 
 
 def with_logits(entry: Entry, gradient: bool) -> Entry:
-    """The block of ROUTED or, with `gradient`, of GRADIENT where starting logits need registers too."""
+    """`entry` for a kernel that also keeps starting logits in registers; `gradient`: it is of GRADIENT."""
     entry = entry._replace(registers=255, stages=1 if gradient else entry.stages)
     if gradient and entry.rows > 16:
         return entry._replace(rows=min(entry.rows, 32))
@@ -237,11 +237,12 @@ def shared(I: int, J: int, K: int) -> Shared:
 def pair_blocks(logits: Tensor, B: int, I: int, inputs: int) -> tuple[Split, Split]:
     """Tiles of samples and parts of input capsules, in blocks of `inputs`, of a program that adds ∂logits up.
 
-    They are as short as can be along an axis that logits have, and fill the device along others.
+    One sample, or one block, where logits have that axis. Along other axes there are as many as fill the device,
+    but a tile has 16 samples or more: each has a sum as large as the logits.
     """
     tiles, parts = Split(B, 1), Split(ceil_div(I, inputs), inputs)
     if logits.shape[0] == 1:
-        tiles = split(B, parts.number, logits)
+        tiles = split(B, parts.number, logits, 16)
     if logits.shape[1] == 1:
         parts = split(I, tiles.number, logits, inputs)
     return tiles, parts

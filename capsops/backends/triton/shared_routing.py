@@ -8,7 +8,7 @@ Forward, for t = 1…T: cᵗ = softmax_j(ℓ + u · Pᵗ⁻¹), zᵗ = Σ_i cᵗ
 Backward, with Q = Wᵀ ∂s: for t = T…2, a = u · Q, ∂b = c (a − Σ_j c a), y = Σ_i ∂b u, ∂Vᵗ⁻¹ = ∂Vᵗ + W y; then
 ∂u = Σ_t Σ_j (cᵗ Qᵗ + ∂bᵗ Pᵗ⁻¹) and ∂W = Σ_t Σ_b (∂sᵗ zᵗᵀ + Vᵗ⁻¹ yᵗᵀ).
 
-û [B, I, D] that is alike for all output capsules is the same thing with W_j = 1 and K = D.
+û [B, I, D] that is the same for all output capsules is the same thing with W_j = 1 and K = D.
 
 The products of a block are those of attention: u and P make logits [C, JB], the couplings and u make z
 [JB, KB], which stays in registers where one block has all j and k.
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from capsops.backends.triton import launch_configs, reductions
-from capsops.backends.triton.capsules import load_if, power, product
+from capsops.backends.triton.capsules import load_if, power, present, product
 from capsops.backends.triton.launch import launch, unit
 from capsops.backends.triton.launch_configs import ceil_div
 from capsops.backends.triton.pairs import LogitsGradient, add_pairs, load_pairs, mask_bytes, pairs
@@ -117,14 +117,6 @@ def _couplings(
     return c, grad_b
 
 
-@triton.jit
-def _is_there(p_mask, b, i, m_i, I):
-    """m_i, and False for input capsules of sample b that are not there."""
-    if p_mask is not None:
-        m_i = m_i & (tl.load(p_mask + b * I + i, mask=m_i, other=0) != 0)
-    return m_i
-
-
 @triton.jit(do_not_specialize=["B", "I", "parts", "size"])
 def shared_pass_kernel(
     p_u, p_mask, p_p, p_q, starting, p_z, p_y, B, I, parts, size,
@@ -158,7 +150,7 @@ def shared_pass_kernel(
         b_y = tl.zeros([JB, KB], tl.float32)
         for at in range(begin, end, C):
             i = at + tl.arange(0, C)
-            m_row = _is_there(p_mask, b, i, i < end, I)
+            m_row = present(p_mask, b, i, i < end, I)
             row = (b * I + i) * K
             c, grad_b = _couplings(
                 p_u, p_p, p_q, starting, b, i, i < end, row, m_row, j, None, None, None, J, K, C, JB, KB,
@@ -178,7 +170,7 @@ def shared_pass_kernel(
     else:
         for at in range(begin, end, C):
             i = at + tl.arange(0, C)
-            m_row = _is_there(p_mask, b, i, i < end, I)
+            m_row = present(p_mask, b, i, i < end, I)
             row = (b * I + i) * K
             top, norm, mean = _statistics(
                 p_u, p_p, p_q, starting, b, i, i < end, row, m_row, J, K, C, JB, KB, LEAKY, GRADIENT, UNIT
@@ -241,7 +233,7 @@ def shared_gradient_kernel(
     k = (pid % depths).to(tl.int32) * KB + tl.arange(0, KB)
     b = pid // depths // blocks
     i = (pid // depths % blocks) * C + tl.arange(0, C)
-    m_row = _is_there(p_mask, b, i, i < I, I)
+    m_row = present(p_mask, b, i, i < I, I)
     row = (b * I + i) * K
     layer = B.to(tl.int64) * (J * K)
     p_p += b * (J * K)
@@ -289,13 +281,13 @@ def shared_logits_kernel(
         for at in range(begin, end, C):
             i = at + tl.arange(0, C)
             m_i = i < end
-            m_row = _is_there(p_mask, b, i, m_i, I)
+            m_row = present(p_mask, b, i, m_i, I)
             row = (b * I + i) * K
             first_pass = 0
             if DETACH:
                 first_pass = passes - 1
             for t in range(first_pass, passes):
-                # P of the first pass is 0, as if it were there.
+                # P of the first pass is 0.
                 p_p_t = p_p + t * layer + b * (J * K)
                 p_q_t = p_q + t * layer + b * (J * K)
                 top, norm, mean = _statistics(
@@ -325,7 +317,7 @@ def shared_couplings_kernel(
     pid = tl.program_id(0).to(tl.int64)
     b = pid // blocks
     i = (pid % blocks) * C + tl.arange(0, C)
-    m_row = _is_there(p_mask, b, i, i < I, I)
+    m_row = present(p_mask, b, i, i < I, I)
     row = (b * I + i) * K
     if p_p is not None:
         p_p += b * (J * K)
@@ -395,11 +387,12 @@ class SharedRouting:
 
     def weighted_sums(self, p: Tensor | None) -> Tensor:
         """Partial sums of z [parts, B, J, K] of a pass. Without P and ℓ couplings are 1, and z is Σ_i u."""
-        alike = p is None and self.starting is None
-        z = self.sums_of_pass(1 if alike else self.J)
+        uniform = p is None and self.starting is None
+        z = self.sums_of_pass(1 if uniform else self.J)
         self.one_pass(p, None, z, None, z.shape[2])
-        return z.expand(-1, -1, self.J, -1).contiguous() if alike else z
+        return z.expand(-1, -1, self.J, -1).contiguous() if uniform else z
 
+    @property
     def first_factor(self) -> float:
         """What z of the first pass is multiplied by, without starting logits."""
         return 1 / (self.J + self.leaky) if self.iterations else 1.0
@@ -429,7 +422,9 @@ class SharedRouting:
         passes, last = len(s), len(s) - 1
         detach = detach and last > 0
         shape = (passes, self.B, self.J, self.K)
-        p = self.projected(total[: max(last, 1)].flatten(0, 1)).view(max(last, 1), *shape[1:])
+        p = self.numbers(last, *shape[1:])
+        if last:
+            p = self.projected(total[:last].flatten(0, 1)).view(p.shape)
         sums: list[tuple[Tensor, Tensor]] = []  # x and z of the terms x zᵀ of ∂W
 
         def reduced(v: Tensor, grad: Tensor, t: int) -> Tensor:
@@ -450,14 +445,14 @@ class SharedRouting:
             blocks = ceil_div(self.I, self.tile.inputs)
             launch(
                 shared_gradient_kernel, self.B * blocks * ceil_div(self.K, self.tile.depth), self.u,
-                self.mask, p, q, self.starting, grad_u, self.B, self.I, blocks, passes, self.first_factor(),
+                self.mask, p, q, self.starting, grad_u, self.B, self.I, blocks, passes, self.first_factor,
                 DETACH=detach, UNIFORM=self.starting is not None and not self.iterations, **self.options,
             )  # fmt: skip
         if needs_weight and self.W is not None:
             t = last if detach else 0
             z = _added(self.weighted_sums(p[t - 1] if t else None))
             if t == 0 and self.starting is None:
-                z = z * self.first_factor()
+                z = z * self.first_factor
             sums.append((grad_s[t], z))
             grad_weight = predictions_backward(
                 torch.cat([x for x, _ in sums]).unsqueeze(2),
@@ -478,7 +473,7 @@ class SharedRouting:
         if self.iterations:
             launch(
                 shared_logits_kernel, tiles.number * parts.number, self.u, self.mask,
-                torch.cat([torch.zeros_like(q[:1]), p[: len(q) - 1]]), q, self.starting, gradient.arguments(),
+                torch.cat([torch.zeros_like(q[:1]), p]), q, self.starting, gradient.arguments(),
                 self.B, self.I, parts.number, tiles.size, parts.size, len(q), DETACH=detach, **self.options,
             )  # fmt: skip
         return gradient.result()

@@ -473,7 +473,7 @@ class Extras(NamedTuple):
 
     logits: str = ""  # the axes of the starting logits, of B, I and J
     closed: bool = False  # some pairs are closed, and all of the first input capsule's
-    mask: bool = False  # some input capsules are not there
+    mask: bool = False  # some input capsules are absent
     squash_output: bool = True
 
     def __str__(self) -> str:
