@@ -82,12 +82,12 @@ def dynamic_routing(
 ) -> Tensor:
     """Routing by agreement (procedure 1): û [B, I, J, D], bias [J, D] → v [B, J, D].
 
-    û [B, I, D] is the same for all output capsules. `logits`, broadcast to [B, I, J], are those of the first
-    pass; −inf closes a pair, whose coupling is then 0. Input capsules whose `mask` [B, I] is False are absent.
-    `iterations` counts softmax passes; 0 means that the coupling of every open pair is 1. With `detach`, û
-    gets a gradient only through the last weighted sum, `logits` only through the last softmax. With
-    `squash_output=False` the last s itself is the result. One output capsule without `leaky` and without `logits` is no routing: the softmax
-    of one logit is always 1.
+    û [B, I, D] is the same for all output capsules. `logits`, broadcast to [B, I, J], are those of the
+    first pass; −inf closes a pair, whose coupling is then 0. Input capsules whose `mask` [B, I] is False are
+    absent. `iterations` counts softmax passes; 0 means that the coupling of every open pair is 1. With
+    `detach`, û gets a gradient only through the last weighted sum, `logits` only through the last softmax.
+    With `squash_output=False` the last s itself is the result. One output capsule without `leaky` and
+    without `logits` is no routing: the softmax of one logit is always 1.
     """
     J = out_capsules(u_hat, bias, logits)
     if u_hat.dim() == 3:

@@ -30,8 +30,8 @@ def forward(u_hat: Shape, later: int) -> int:
 def backward(u_hat: Shape, later: int, detach: bool, needs_logits: bool) -> int:
     """Operations of the gradients of the sums, and of the logits where the couplings carry a gradient.
 
-    The first pass, and the last with `detach`, has one product: ∂û of its sum. It has ∂c too where the starting
-    logits need a gradient. Every other pass has four: ∂c and ∂û of its sum, ∂û and ∂V of its logits.
+    The first pass, and the last with `detach`, has one product: ∂û of its sum. It has ∂c too where the
+    starting logits need a gradient. Every other pass has four: ∂c and ∂û of its sum, ∂û and ∂V of its logits.
     """
     return 2 * prod(u_hat) * (1 + needs_logits + (0 if detach else 4 * later))
 

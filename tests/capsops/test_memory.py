@@ -49,7 +49,7 @@ print(status("VmHWM") - before - sum(x.nbytes for x in results))
 def peak(impl: str, shape: Shape, detach: bool, weight: str = "(I, J, D, K)", logits: str = "None") -> int:
     """Peak memory of a forward and a backward pass, in bytes beyond inputs, result and gradients.
 
-    `weight` and `logits` are their shapes, or "None"; without a weight u is û, the same for all output capsules.
+    `weight` and `logits` are their shapes, or "None"; without a weight u is û, the same for all outputs.
     """
     code = PEAK.format(
         shape=tuple(shape),

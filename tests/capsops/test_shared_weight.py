@@ -152,6 +152,18 @@ def test_gradients_of_some_inputs_only(impl: str, iterations: int, needs: tuple[
     )
 
 
+@pytest.mark.parametrize("needs", [(True, False, True), (False, False, True), (False, True, False)])
+def test_gradients_of_some_inputs_with_long_output_capsules(impl: str, needs: tuple[bool, ...]) -> None:
+    """Output capsules larger than all else: what the kernel has no memory for must not be written."""
+    routing = Routing(Options(3, bias=True), shared=True)
+    inputs = tensors("capsule_routing", Shape(4, 8, 2, 256, 2), routing)
+    wanted = (*needs, False, False)
+    assert_same_results(
+        value_and_gradients(ours("capsule_routing", impl, routing), inputs, needs=wanted),
+        value_and_gradients(plain("capsule_routing", routing), inputs, needs=wanted),
+    )
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("shape", [Shape(17, 5, 3, 16, 8), Shape(3, 4, 5, 3, 2)], ids=str)

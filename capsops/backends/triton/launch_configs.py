@@ -237,8 +237,8 @@ def shared(I: int, J: int, K: int) -> Shared:
 def pair_blocks(logits: Tensor, B: int, I: int, inputs: int) -> tuple[Split, Split]:
     """Tiles of samples and parts of input capsules, in blocks of `inputs`, of a program that adds ∂logits up.
 
-    One sample, or one block, where logits have that axis. Along other axes there are as many as fill the device,
-    but a tile has 16 samples or more: each has a sum as large as the logits.
+    One sample, or one block, where logits have that axis. Along other axes there are as many as fill the
+    device, but a tile has 16 samples or more: each has a sum as large as the logits.
     """
     tiles, parts = Split(B, 1), Split(ceil_div(I, inputs), inputs)
     if logits.shape[0] == 1:
