@@ -80,7 +80,7 @@ def predictions_backward(
 
 
 def _options(
-    u: Tensor, logits: Tensor | None, mask: Tensor | None, shared: bool, grad_logits: Tensor | None = None
+    logits: Tensor | None, mask: Tensor | None, shared: bool, grad_logits: Tensor | None = None
 ) -> tuple | None:
     """The options that most calls do without, as the extension takes them; None where there are none."""
     if logits is None:
@@ -111,7 +111,7 @@ def _route(
         s = u.new_empty(passes, batch, capsules, dim)
     else:
         s = u.new_empty(passes, batch, capsules, dim, dtype=torch.float32)
-    _cpu.routing(  # without memory() where it can be: for a tiny layer every call of a function counts
+    _cpu.routing(  # memory() is written out where it can be: tiny layers notice each call
         (u.data_ptr(), u.nbytes),
         memory(weight),
         memory(bias),
@@ -158,7 +158,7 @@ def _route_backward(
         memory(grad_u),
         memory(grad_weight),
         memory(grad_bias),
-        _options(u, logits, mask, shared, grad_logits),
+        _options(logits, mask, shared, grad_logits),
         *shape,
         iterations,
         leaky,
@@ -181,7 +181,7 @@ def dynamic_routing(
 ) -> tuple[Tensor, Tensor]:
     batch, in_capsules, *_, dim = u_hat.shape
     capsules = reference.out_capsules(u_hat, bias, logits)
-    options = _options(u_hat, logits, mask, u_hat.dim() == 3)
+    options = _options(logits, mask, u_hat.dim() == 3)
     shape = batch, in_capsules, capsules, dim, 1
     return _route(u_hat, None, bias, options, shape, iterations, leaky, squash_output)
 
@@ -199,9 +199,9 @@ def dynamic_routing_backward(
     needs_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = *u_hat.shape[:2], *grad.shape[1:], 1
-    options = iterations, leaky, detach, squash_output
+    settings = iterations, leaky, detach, squash_output
     grad_u_hat, _, grad_bias, grad_logits = _route_backward(
-        grad, u_hat, None, logits, mask, s, shape, *options, True, False, needs_logits
+        grad, u_hat, None, logits, mask, s, shape, *settings, True, False, needs_logits
     )
     return grad_u_hat, grad_bias, grad_logits
 
@@ -220,7 +220,7 @@ def capsule_routing(
     leaky: bool,
     squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
-    options = _options(u, logits, mask, weight.dim() == 3)
+    options = _options(logits, mask, weight.dim() == 3)
     return _route(u, weight, bias, options, _shape(u, weight), iterations, leaky, squash_output)
 
 
@@ -239,9 +239,9 @@ def capsule_routing_backward(
     needs_weight: bool,
     needs_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = iterations, leaky, detach, squash_output
+    settings = iterations, leaky, detach, squash_output
     return _route_backward(
-        grad, u, weight, logits, mask, s, _shape(u, weight), *options, needs_u, needs_weight, needs_logits
+        grad, u, weight, logits, mask, s, _shape(u, weight), *settings, needs_u, needs_weight, needs_logits
     )
 
 
@@ -264,7 +264,7 @@ def couplings(
         memory(weight),
         memory(bias),
         memory(c),
-        _options(u, logits, mask, weight.dim() == 3),
+        _options(logits, mask, weight.dim() == 3),
         *shape,
         iterations,
         leaky,

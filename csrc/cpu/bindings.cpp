@@ -101,6 +101,8 @@ void run_routing(RoutingOp op, RoutingCall call, const RoutingTensors& tensors,
     }
     set_tensors(call, tensors);
     require_tensors(op, call);
+    require(op != RoutingOp::couplings || call.iterations > 1 || call.logits.data, "iterations",
+            call.iterations, "2 or more without starting logits: the couplings of one pass are uniform");
     check(chosen->routing(op, call, checked_threads(threads)));
 }
 

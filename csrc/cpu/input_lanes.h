@@ -26,8 +26,8 @@ class InputLanes {
           start_(arena.take<T>(call.logits.data ? J_ * width : 0)),
           pairs_(arena.take<T>(J_ * width)) {}
 
-    // Turns logits û · V of `terms` passes [terms, J, width] into couplings. The first `count` lanes have
-    // input capsules, the first of which is i of sample b.
+    // Turns logits û · V of `terms` passes [terms, J, width] into couplings; without routing they are 1, and
+    // 0 for closed pairs. The first `count` lanes have input capsules, the first of which is i of sample b.
     CAPSOPS_NOINLINE void couple(int64_t b, int64_t i, int64_t count, int64_t terms, T* dots) const {
         const bool closable = call_.logits.data != nullptr;
         if (closable) read_start(b, i, count);
@@ -43,7 +43,7 @@ class InputLanes {
     }
 
     // Replaces a by ∂b = c (a − Σ_j c a).
-    CAPSOPS_NOINLINE void agree(const T* c, T* a) const {
+    CAPSOPS_NOINLINE void softmax_vjp(const T* c, T* a) const {
         for (int64_t lane = 0; lane < width_; lane += N) {
             Vec<T, N> mean = Vec<T, N>{};
             for (int64_t p = lane; p < J_ * width_; p += width_)
@@ -68,9 +68,7 @@ class InputLanes {
     // Writes couplings to call.couplings, 0 for absent input capsules.
     void write(int64_t b, int64_t i, int64_t count, const T* c) const {
         transpose_block(c, width_, J_, count, pairs_, J_);
-        for (int64_t n = 0; n < count; ++n) {
-            if (!is_present(call_, b, i + n)) std::memset(pairs_ + n * J_, 0, J_ * sizeof(T));
-        }
+        clear_absent(call_, b, i, count, J_, pairs_);
         write_row(call_.couplings, call_.dtype, (b * call_.I + i) * J_, count * J_, pairs_);
     }
 

@@ -15,11 +15,18 @@ namespace capsops {
 namespace CAPSOPS_ISA {
 namespace {
 
-// Input capsules that are computed together: their numbers of one sample are neighbours in memory, so longer
-// runs of it are read and written. Their W fits in the second-level cache.
-constexpr int64_t capsules_at_a_time = 8;
+// At most so many input capsules are computed together: their numbers of one sample are neighbours in memory,
+// so each read and write covers a longer range.
+constexpr int64_t most_capsules = 8;
 // Up to so many samples W_i is used as it is in memory.
 constexpr int64_t few_samples = 2;
+
+// How many input capsules are computed together: their W fits in the second-level cache.
+template <typename T>
+int64_t capsules_at_a_time(const PredictionsCall& call) {
+    const int64_t bytes = call.J * call.D * call.K * int64_t(sizeof(T));
+    return larger(1, smaller(smaller(most_capsules, call.I), (int64_t(1) << 18) / bytes));
+}
 
 // K rounded up to numbers that fill a register evenly: a power of two, or whole registers.
 template <typename T>
@@ -35,8 +42,8 @@ int64_t padded_depth(int64_t K) {
 template <typename T>
 struct ForwardScratch {
     int64_t padded;  // J·D rounded up to whole registers
-    T* transposed;   // W_i as [capsules_at_a_time, K, padded]
-    T* weight;       // W_i as [J·D, K]
+    T* transposed;   // W of some input capsules [capsules_at_a_time, K, padded]
+    T* weight;       // W_i as [padded, K]
     T* rows;         // û_i of two samples
     T* capsules;     // u_i of two samples, K each
 
@@ -44,7 +51,7 @@ struct ForwardScratch {
         const int64_t R = call.J * call.D;
         ForwardScratch scratch;
         scratch.padded = round_up(R, vec_width<T>);
-        scratch.transposed = arena.take<T>(capsules_at_a_time * call.K * scratch.padded);
+        scratch.transposed = arena.take<T>(capsules_at_a_time<T>(call) * call.K * scratch.padded);
         scratch.weight = arena.take<T>(scratch.padded * call.K);
         scratch.rows = arena.take<T>(2 * scratch.padded);
         scratch.capsules = arena.take<T>(2 * larger(call.K, vec_width<T>));
@@ -138,7 +145,7 @@ void predict(const PredictionsCall& call, int64_t b, int64_t i, const T* transpo
 template <typename T>
 void predict_transposed(const PredictionsCall& call, const Team& team, const ForwardScratch<T>& scratch) {
     constexpr int64_t samples = 8;  // one item of work: so many samples of a few input capsules
-    const int64_t together = larger(1, smaller(capsules_at_a_time, call.I / team.size));
+    const int64_t together = larger(1, smaller(capsules_at_a_time<T>(call), call.I / team.size));
     const int64_t chunks = divide_up(call.B, samples), blocks = divide_up(call.I, together);
     const int64_t size = call.K * scratch.padded;
     int64_t current = -1;  // the block whose W is in scratch
@@ -192,8 +199,8 @@ template <typename T>
 struct BackwardScratch {
     int64_t padded;  // J·D rounded up to whole registers
     int64_t depth;   // padded_depth of K
-    T* weight;       // W_i as [padded, depth]
-    T* grad_weight;  // ∂W_i as [padded, depth]
+    T* weight;       // W of some input capsules [capsules_at_a_time, padded, depth]
+    T* grad_weight;  // likewise ∂W
     T* rows;         // ∂û_i of a few samples [samples_at_a_time, padded]
     T* capsules;     // u_i of a few samples, each repeated or padded to whole registers
     T* grad_u;       // ∂u_i of one sample, as in `capsules`
@@ -202,8 +209,8 @@ struct BackwardScratch {
         BackwardScratch scratch;
         scratch.padded = round_up(call.J * call.D, vec_width<T>);
         scratch.depth = padded_depth<T>(call.K);
-        scratch.weight = arena.take<T>(capsules_at_a_time * scratch.padded * scratch.depth);
-        scratch.grad_weight = arena.take<T>(capsules_at_a_time * scratch.padded * scratch.depth);
+        scratch.weight = arena.take<T>(capsules_at_a_time<T>(call) * scratch.padded * scratch.depth);
+        scratch.grad_weight = arena.take<T>(capsules_at_a_time<T>(call) * scratch.padded * scratch.depth);
         scratch.rows = arena.take<T>(samples_at_a_time * scratch.padded);
         scratch.capsules = arena.take<T>(samples_at_a_time * larger(scratch.depth, vec_width<T>));
         scratch.grad_u = arena.take<T>(samples_at_a_time * larger(scratch.depth, vec_width<T>));
@@ -233,14 +240,14 @@ struct Tile {
 template <typename T, int n, int Samples, bool OfU, bool OfWeight>
 CAPSOPS_NOINLINE void gradients(const Tile<T>& tile) {
     constexpr int N = vec_width<T>;
-    // Sums of ∂u are made for so many rows at a time: sums of sums are more exact than one long sum.
+    // ∂u is summed over so many rows at a time; partial sums have smaller rounding errors.
     constexpr int64_t rows = 64;
     // Sums of one sample by turns, so that their latencies overlap.
     constexpr int turns = Samples == 1 && n > 1 ? 2 : 1;
     const int64_t step = n == N ? tile.depth : N;
     Vec<T> u[Samples], total[Samples];
     for (int m = 0; m < Samples; ++m) {
-        u[m] = load<T>(tile.u + m * tile.lanes);
+        if (OfWeight) u[m] = load<T>(tile.u + m * tile.lanes);
         total[m] = Vec<T>{};
     }
     for (int64_t begin = tile.begin; begin < tile.end; begin += rows) {
@@ -311,8 +318,8 @@ class GradientBlock {
     const BackwardScratch<T>& scratch_;
     const int64_t first_, count_, R_;
     const bool of_u_, of_weight_, native_, in_place_;
-    const T* weight_[capsules_at_a_time];
-    T* grad_weight_[capsules_at_a_time];
+    const T* weight_[most_capsules];
+    T* grad_weight_[most_capsules];
 
   public:
     GradientBlock(const PredictionsCall& call, const BackwardScratch<T>& scratch, int64_t first,
@@ -408,8 +415,9 @@ void gradients_of(const PredictionsCall& call, const Team& team, const BackwardS
     const int64_t padded = scratch.padded;
     if (team.size == 1 || call.I >= 4 * team.size) {
         const int64_t end = team.end(call.I);
-        for (int64_t i = team.begin(call.I); i < end; i += capsules_at_a_time) {
-            GradientBlock<T> block(call, scratch, i, smaller(capsules_at_a_time, end - i), call.grad_u,
+        const int64_t together = capsules_at_a_time<T>(call);
+        for (int64_t i = team.begin(call.I); i < end; i += together) {
+            GradientBlock<T> block(call, scratch, i, smaller(together, end - i), call.grad_u,
                                    call.grad_weight);
             block.add(0, call.B, 0, padded);
             if (call.grad_weight) block.finish(0, padded);
@@ -456,9 +464,7 @@ bool forward(const PredictionsCall& call, int threads) {
 
 template <typename T>
 bool backward(const PredictionsCall& call, int threads) {
-    if (call.B == 0 && call.grad_weight) {
-        std::memset(call.grad_weight, 0, call.I * call.J * call.D * call.K * dtype_size(call.dtype));
-    }
+    if (!call.grad_u && !call.grad_weight) return true;
     typedef BackwardScratch<T> Scratch;
     return with_scratch<Scratch>(
         call, threads, [&](const Team& team, const Scratch& scratch) { gradients_of(call, team, scratch); });

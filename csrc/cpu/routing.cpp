@@ -52,7 +52,7 @@ struct Routing {
     T* total_v;  // forward: V [B, R]; backward: V of every pass but the first [passes − 1, B, R]
     T* grad_s;   // backward: ∂s of every pass [passes, B, R]
     T* grad_v;   // backward: ∂V [B, R]
-    T* row;      // scratch of each thread [threads, R]
+    T* row;      // scratch of each thread, one output capsule [threads, R in whole cache lines]
     T* bias;     // [R]
     T* zeros;    // V of the first pass, where it has logits [B, R]
 
@@ -227,7 +227,7 @@ struct Sums {
         weight = arena.take<T>(converts ? weights : 0);
         grad_weight = arena.take<T>(shared && call.grad_weight ? weights * threads : 0);
         grad_bias = arena.take<T>(backward ? bias_stride() * threads : 0);
-        if (backward) grad_logits.plan(arena, threads);
+        if (backward) grad_logits.plan(arena, threads, Engine::threads_own_inputs);
     }
 
     // Before the threads start.
@@ -236,7 +236,7 @@ struct Sums {
         if (!backward) return;
         std::memset(grad_bias, 0, bias_stride() * threads * sizeof(T));
         if (shared && call.grad_weight) std::memset(grad_weight, 0, weights * threads * sizeof(T));
-        for (int rank = 0; rank < threads; ++rank) grad_logits.clear(rank);
+        grad_logits.clear();
         if (call.grad_logits && call.iterations == 0) {  // starting logits have no effect then
             std::memset(call.grad_logits, 0, grad_logits.numbers() * dtype_size(call.dtype));
         }
@@ -255,7 +255,7 @@ struct Sums {
         if (!backward) return;
         add_up(grad_bias, bias_stride(), R, call.grad_bias);
         if (shared && call.grad_weight) add_up(grad_weight, weights, weights, call.grad_weight);
-        if (call.iterations > 0) grad_logits.finish(threads);
+        if (call.iterations > 0) grad_logits.finish();
     }
 
   private:
@@ -286,7 +286,7 @@ void run(RoutingOp op, Routing<T, Engine>& routing, const Team& team, T* s, T* g
 
 // All threads share the work of every sample.
 template <typename T, typename Engine>
-bool route_shared(RoutingOp op, const RoutingCall& call, int threads) {
+bool route_by_all_threads(RoutingOp op, const RoutingCall& call, int threads) {
     const int64_t size = call.B * call.J * call.D;
     // Keeps s of every pass, except for couplings, which only need that of the last.
     Routing<T, Engine> routing(call, slots_of(op, call), threads, op == RoutingOp::couplings ? 0 : size);
@@ -379,9 +379,9 @@ bool route_by_sample(RoutingOp op, const RoutingCall& call, int threads, int64_t
 
 template <typename T, int N>
 bool route_capsule_simd(RoutingOp op, const RoutingCall& call, int threads) {
-    if (call.weight) return route_shared<T, CapsuleSimdEngine<T, N>>(op, call, threads);
+    if (call.weight) return route_by_all_threads<T, CapsuleSimdEngine<T, N>>(op, call, threads);
     if (call.B >= threads) return route_by_sample<T, PredictionsSimdEngine<T, N>>(op, call, threads);
-    return route_shared<T, PredictionsSimdEngine<T, N>>(op, call, threads);
+    return route_by_all_threads<T, PredictionsSimdEngine<T, N>>(op, call, threads);
 }
 
 // The engine of u and weight, or of predictions, for samples whose lanes would be mostly empty.
@@ -410,10 +410,12 @@ bool route_stored(RoutingOp op, const RoutingCall& call, int threads) {
     const bool backward = op == RoutingOp::backward;
     const int64_t inputs = call.B * call.I * call.K, numbers = call.B * call.I * call.J * call.D;
     const int64_t element_size = dtype_size(call.dtype);
+    // NaN in an absent u_i would otherwise reach ∂W.
+    const bool copies = call.mask && call.grad_weight;
     char* u = nullptr;
     T *u_hat = nullptr, *grad_u_hat = nullptr;
     auto plan = [&](Arena& arena) {
-        u = arena.take<char>(call.mask ? inputs * element_size : 0);
+        u = arena.take<char>(copies ? inputs * element_size : 0);
         u_hat = arena.take<T>(numbers);
         grad_u_hat = arena.take<T>(backward ? numbers : 0);
     };
@@ -423,7 +425,7 @@ bool route_stored(RoutingOp op, const RoutingCall& call, int threads) {
     if (!buffer.base) return false;
     Arena arena(buffer.base);
     plan(arena);
-    for (int64_t n = 0; call.mask && n < call.B * call.I; ++n) {  // what is not there must not reach ∂W
+    for (int64_t n = 0; copies && n < call.B * call.I; ++n) {
         char* row = u + n * call.K * element_size;
         if (call.mask[n]) {
             std::memcpy(row, element(call.u, call.dtype, n * call.K), call.K * element_size);
@@ -434,11 +436,12 @@ bool route_stored(RoutingOp op, const RoutingCall& call, int threads) {
     PredictionsCall layer{};
     layer.B = call.B, layer.I = call.I, layer.J = call.J, layer.D = call.D, layer.K = call.K;
     layer.dtype = call.dtype, layer.u_hat_dtype = sizeof(T) == 8 ? Dtype::float64 : Dtype::float32;
-    layer.u = call.mask ? u : call.u, layer.weight = call.weight, layer.u_hat = u_hat;
+    layer.u = copies ? u : call.u, layer.weight = call.weight, layer.u_hat = u_hat;
     if (!predictions(layer, threads)) return false;
     RoutingCall routed = call;
     routed.u = u_hat, routed.u_hat_dtype = layer.u_hat_dtype, routed.weight = nullptr, routed.K = 1;
-    routed.grad_u = backward ? grad_u_hat : nullptr, routed.grad_weight = nullptr;
+    const bool needs_u_hat = call.grad_u || call.grad_weight || call.grad_logits;
+    routed.grad_u = needs_u_hat ? grad_u_hat : nullptr, routed.grad_weight = nullptr;
     if (!route_few<T>(op, routed, threads)) return false;
     if (!call.grad_u && !call.grad_weight) return true;
     layer.grad = grad_u_hat, layer.grad_u = call.grad_u;
@@ -455,16 +458,18 @@ bool route_stored(RoutingOp op, const RoutingCall& call, int threads) {
 
 template <typename T>
 bool route(RoutingOp op, const RoutingCall& call, int max_threads) {
-    const int64_t depth = call.shared ? 1 : call.weight ? call.K : 1;
-    const int64_t work = call.B * call.I * call.J * call.D * depth * passes(call);
+    // Multiply-adds for each pair (i, j): of W_ij u_i, or of u_i and Wᵀ V, or of û.
+    const int64_t numbers = !call.weight ? call.D : call.shared ? call.K : call.D * call.K;
+    const int64_t work = call.B * call.I * call.J * numbers * passes(call);
     const int threads = work < 131072 ? 1 : max_threads;
     if (call.shared && call.B >= threads) return route_by_sample<T, SharedSimdEngine<T>>(op, call, threads);
-    if (call.shared) return route_shared<T, SharedSimdEngine<T>>(op, call, threads);
-    if (SmallSimdEngine<T>::supports(call)) {
+    if (call.shared) return route_by_all_threads<T, SharedSimdEngine<T>>(op, call, threads);
+    if (SmallSimdEngine<T>::supports(op, call, threads)) {
         return route_by_sample<T, SmallSimdEngine<T>>(op, call, threads, SmallSimdEngine<T>::samples);
     }
     if (stores_predictions<T>(call, threads)) return route_stored<T>(op, call, threads);
-    if (BatchSimdEngine<T>::supports(call)) return route_shared<T, BatchSimdEngine<T>>(op, call, threads);
+    if (BatchSimdEngine<T>::supports(call))
+        return route_by_all_threads<T, BatchSimdEngine<T>>(op, call, threads);
     return route_few<T>(op, call, threads);
 }
 

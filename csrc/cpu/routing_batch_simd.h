@@ -81,7 +81,8 @@ class BatchSimdEngine {
   public:
     // The sum over i is split into so many parts, so that every thread has work.
     int64_t splits = 1;
-    const LogitsGradient<T>* grad_logits = nullptr;  // null where it is not needed
+    static constexpr bool threads_own_inputs = true;  // in the gradient pass
+    const LogitsGradient<T>* grad_logits = nullptr;   // null where it is not needed
 
     // With fewer samples too many lanes are empty (measured, see benchmarks/results/NOTES.md).
     static bool supports(const RoutingCall& call) {
@@ -269,19 +270,12 @@ class BatchSimdEngine {
             const int64_t b = g * L + lane;
             if (b < B_) {
                 read_row(call_.u, call_.dtype, (b * I_ + i0) * K_, numbers, row);
-                clear_absent(b, i0, count, row);
+                clear_absent(call_, b, i0, count, K_, row);
             } else {
                 std::memset(row, 0, numbers * sizeof(T));
             }
         }
         transpose_block(scratch.u_rows, numbers, L, numbers, reinterpret_cast<T*>(scratch.u), L);
-    }
-
-    // Sets the rows [count, K] of absent input capsules to 0.
-    void clear_absent(int64_t b, int64_t i0, int64_t count, T* rows) const {
-        for (int64_t n = 0; call_.mask && n < count; ++n) {
-            if (!is_present(call_, b, i0 + n)) std::memset(rows + n * K_, 0, K_ * sizeof(T));
-        }
     }
 
     // Calls work(scratch, W of a chunk, its first input capsule, their number, lane group, sum [R]) for this
@@ -578,7 +572,7 @@ class BatchSimdEngine {
         const int64_t numbers = count * K_;
         transpose_block(reinterpret_cast<const T*>(s.grad_u), L, numbers, L, s.u_rows, numbers);
         for (int64_t lane = 0; lane < samples; ++lane) {
-            clear_absent(g * L + lane, i0, count, s.u_rows + lane * numbers);
+            clear_absent(call_, g * L + lane, i0, count, K_, s.u_rows + lane * numbers);
             write_row(call_.grad_u, call_.dtype, ((g * L + lane) * I_ + i0) * K_, numbers,
                       s.u_rows + lane * numbers);
         }

@@ -70,7 +70,8 @@ class CapsuleSimdEngine {
   public:
     // The sum over i is split into so many parts, so that every thread has work.
     int64_t splits = 1;
-    const LogitsGradient<T>* grad_logits = nullptr;  // null where it is not needed
+    static constexpr bool threads_own_inputs = true;  // in the gradient pass
+    const LogitsGradient<T>* grad_logits = nullptr;   // null where it is not needed
 
     CapsuleSimdEngine(const RoutingCall& call, int64_t slots, int threads)
         : call_(call),
@@ -151,7 +152,7 @@ class CapsuleSimdEngine {
         });
     }
 
-    // Computes ∂u and ∂W, or ∂û. The slots are V of `terms` passes, then their ∂s, then, with `uniform`, the
+    // Computes ∂u and ∂W. The slots are V of `terms` passes, then their ∂s, then, with `uniform`, the
     // scaled ∂s of the first pass. `agreement`: whether the gradient flows through the logits too.
     CAPSOPS_NOINLINE void gradient(const Team& team, int64_t terms, bool uniform, bool agreement) {
         const Scratch s = scratch_of(team);
@@ -189,20 +190,20 @@ class CapsuleSimdEngine {
     }
 
   private:
-    // Rows of `numbers_` numbers of a tensor, beginning at `at`, each padded to whole registers.
-    const T* read_rows(const void* tensor, int64_t at, int64_t rows, T* scratch) const {
-        if (is_native<T>(call_.dtype) && padded_ == numbers_) return static_cast<const T*>(tensor) + at;
+    // Rows of `numbers_` numbers of W, beginning at `at`, each padded to whole registers.
+    const T* read_weight(int64_t at, int64_t rows, T* scratch) const {
+        if (is_native<T>(call_.dtype) && padded_ == numbers_) return static_cast<const T*>(call_.weight) + at;
         for (int64_t j = 0; j < rows; ++j) {
-            read_row(tensor, call_.dtype, at + j * numbers_, numbers_, scratch + j * padded_);
+            read_row(call_.weight, call_.dtype, at + j * numbers_, numbers_, scratch + j * padded_);
             for (int64_t p = numbers_; p < padded_; ++p) scratch[j * padded_ + p] = 0;
         }
         return scratch;
     }
 
-    void write_rows(void* tensor, int64_t at, const T* row, T* scratch) const {
+    void write_grad_weight(int64_t at, const T* row, T* scratch) const {
         for (int64_t j = 0; j < J_; ++j)
             std::memmove(scratch + j * numbers_, row + j * padded_, numbers_ * sizeof(T));
-        write_row(tensor, call_.dtype, at, J_ * numbers_, scratch);
+        write_row(call_.grad_weight, call_.dtype, at, J_ * numbers_, scratch);
     }
 
     // Reads u_i of sample b, repeated to fill one register if aligned, else repeated for every d.
@@ -219,7 +220,7 @@ class CapsuleSimdEngine {
     template <typename Work>
     void for_items(const Team& team, const Scratch& s, const Work& work) const {
         for (int64_t i = team.begin(I_); i < team.end(I_); ++i) {
-            const T* w = read_rows(call_.weight, i * J_ * numbers_, J_, s.weight);
+            const T* w = read_weight(i * J_ * numbers_, J_, s.weight);
             for (int64_t b = 0; b < B_; ++b) {
                 read_u(i, b, s.u);
                 work(i, b, w, b == 0, b == B_ - 1);
@@ -241,7 +242,7 @@ class CapsuleSimdEngine {
             for (int64_t n = 0; n < blocks; ++n) {
                 const int64_t i0 = begin + (backwards ? blocks - 1 - n : n) * block;
                 const int64_t count = smaller(block, end - i0);
-                const T* w = read_rows(call_.weight, i0 * J_ * numbers_, count * J_, s.weight);
+                const T* w = read_weight(i0 * J_ * numbers_, count * J_, s.weight);
                 for (int64_t b = 0; b < B_; ++b) {
                     for (int64_t m = 0; m < count; ++m) read_u(i0 + m, b, s.u + m * padded_);
                     work(s, b, w, i0, count, s.sum + b * row_);
@@ -444,7 +445,7 @@ class CapsuleSimdEngine {
                 store<T, N>(total + at + p, first ? product : load<T, N>(total + at + p) + product);
             }
         }
-        if (last && !direct) write_rows(call_.grad_weight, i * J_ * numbers_, total, s.sum);
+        if (last && !direct) write_grad_weight(i * J_ * numbers_, total, s.sum);
     }
 
     void gradient_of_u(const Scratch& s, int64_t i, int64_t b, const T* w) const {

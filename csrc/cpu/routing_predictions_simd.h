@@ -49,9 +49,10 @@ class PredictionsSimdEngine {
   public:
     // The sum over i is split into so many parts, so that every thread has work.
     int64_t splits = 1;
-    const LogitsGradient<T>* grad_logits = nullptr;  // null where it is not needed
-    int64_t first_sample = 0;                        // of the call, where this engine has one sample of it
-    int first_rank = 0;                              // likewise of its thread
+    static constexpr bool threads_own_inputs = false;  // in the gradient pass
+    const LogitsGradient<T>* grad_logits = nullptr;    // null where it is not needed
+    int64_t first_sample = 0;                          // number of the first sample in the whole call
+    int first_rank = 0;                                // likewise of the thread
 
     PredictionsSimdEngine(const RoutingCall& call, int64_t slots, int threads)
         : call_(call),
@@ -114,7 +115,7 @@ class PredictionsSimdEngine {
                        products(u_hat, count, state(v, b), s.dots);
                        products(u_hat, count, state(ds, b), grad_b);
                        s.lanes.couple(b, i, count, 1, s.dots);
-                       s.lanes.agree(s.dots, grad_b);
+                       s.lanes.softmax_vjp(s.dots, grad_b);
                        add_scaled(grad_b, u_hat, count, s.sum);
                    });
     }
@@ -130,7 +131,7 @@ class PredictionsSimdEngine {
                 products(u_hat, count, state(t, b), s.dots + t * J_ * N);
             s.lanes.couple(b, i, count, terms, s.dots);
             for (int64_t t = 0; needs_b && t < terms; ++t)
-                s.lanes.agree(s.dots + t * J_ * N, grad_b + t * J_ * N);
+                s.lanes.softmax_vjp(s.dots + t * J_ * N, grad_b + t * J_ * N);
             if (grad_logits) {
                 s.lanes.add_gradient(*grad_logits, first_rank + team.rank, first_sample + b, i, count, terms,
                                      grad_b);
@@ -169,14 +170,8 @@ class PredictionsSimdEngine {
                 for (int64_t p = D_; p < padded_; ++p) s.u_hat[r * padded_ + p] = 0;
             }
         }
-        clear_absent(b, i, count, s.u_hat);
+        clear_absent(call_, b, i, count, row_, s.u_hat);
         return s.u_hat;
-    }
-
-    void clear_absent(int64_t b, int64_t i, int64_t count, T* rows) const {
-        for (int64_t n = 0; call_.mask && n < count; ++n) {
-            if (!is_present(call_, b, i + n)) std::memset(rows + n * row_, 0, row_ * sizeof(T));
-        }
     }
 
     // Calls work(sample, first input capsule, their number, û) for this thread's share of all blocks.
@@ -262,7 +257,7 @@ class PredictionsSimdEngine {
                                           int64_t terms, bool uniform, bool agreement, T* grad_u_hat) const {
         const Vec<T, N> first = uniform ? load<T, N>(state(2 * terms, b) + p) : Vec<T, N>{};
         const T* c = s.dots + j * N;
-        if (terms == 2 && agreement) {  // three iterations
+        if (terms == 2 && agreement) {  // three iterations without starting logits
             const Vec<T, N> v_0 = load<T, N>(state(0, b) + p), v_1 = load<T, N>(state(1, b) + p);
             const Vec<T, N> grad_s_0 = load<T, N>(state(2, b) + p), grad_s_1 = load<T, N>(state(3, b) + p);
             const int64_t stride = J_ * N;
@@ -284,7 +279,7 @@ class PredictionsSimdEngine {
     }
 
     void write_gradient(int64_t b, int64_t i, int64_t count, T* grad_u_hat) const {
-        clear_absent(b, i, count, grad_u_hat);
+        clear_absent(call_, b, i, count, row_, grad_u_hat);
         if (direct_) return;
         if (padded_ != D_) {
             for (int64_t r = 1; r < count * J_; ++r)

@@ -64,10 +64,11 @@ class SharedSimdEngine {
   public:
     // The sum over i is split into so many parts, so that every thread has work.
     int64_t splits = 1;
-    const LogitsGradient<T>* grad_logits = nullptr;  // null where it is not needed
-    int64_t first_sample = 0;                        // of the call, where this engine has one sample of it
-    int first_rank = 0;                              // likewise of its thread
-    const T* weight = nullptr;                       // [J, D, K]; null where W_j is 1
+    static constexpr bool threads_own_inputs = false;  // in the gradient pass
+    const LogitsGradient<T>* grad_logits = nullptr;    // null where it is not needed
+    int64_t first_sample = 0;                          // number of the first sample in the whole call
+    int first_rank = 0;                                // likewise of the thread
+    const T* weight = nullptr;                         // [J, D, K]; null where W_j is 1
     T* grad_weight = nullptr;  // sums of each thread [threads, J, D, K]; null if not needed
 
     SharedSimdEngine(const RoutingCall& call, int64_t slots, int threads)
@@ -140,7 +141,7 @@ class SharedSimdEngine {
             products(projected(v, b), s.u, s.dots);
             products(projected(ds, b), s.u, grad_b);
             s.lanes.couple(b, i0, count, 1, s.dots);
-            s.lanes.agree(s.dots, grad_b);
+            s.lanes.softmax_vjp(s.dots, grad_b);
             return grad_b;
         });
     }
@@ -158,13 +159,13 @@ class SharedSimdEngine {
                     products(projected(t, b), s.u, s.dots + t * block);
                 s.lanes.couple(b, i0, count, terms, s.dots);
                 for (int64_t t = 0; needs_b && t < terms; ++t)
-                    s.lanes.agree(s.dots + t * block, s.dots + (terms + t) * block);
+                    s.lanes.softmax_vjp(s.dots + t * block, s.dots + (terms + t) * block);
                 if (grad_logits) {
                     s.lanes.add_gradient(*grad_logits, first_rank + team.rank, first_sample + b, i0, count,
                                          terms, s.dots + terms * block);
                 }
-                // The factor of ∂s is c, that of V is ∂b: slot t has the factors of slot (t + terms) mod 2
-                // terms.
+                // dots of slot t < terms are c, the factors of ∂s in slot terms + t; those of slot terms + t
+                // are ∂b, the factors of V in slot t.
                 if (grad_weight) {
                     for (int64_t t = 0; t < factors; ++t)
                         add_sums(s.dots + t * block, s.u, s.sum + t * J_ * K_);
@@ -218,8 +219,7 @@ class SharedSimdEngine {
     }
 
     // Calls work(first input capsule, number of input capsules) for each chunk of some of them. u of the
-    // chunk is in scratch.u; lanes without an input capsule are 0, and so are those of capsules that are not
-    // there.
+    // chunk is in scratch.u; lanes without an input capsule are 0, and so are those of absent ones.
     template <typename Work>
     void for_chunks(const Scratch& s, int64_t b, int64_t begin, int64_t end, const Work& work) const {
         for (int64_t i0 = begin; i0 < end; i0 += width_) {
@@ -231,19 +231,13 @@ class SharedSimdEngine {
         }
     }
 
-    // u of some input capsules [count, K], 0 for those that are not there.
+    // u of some input capsules [count, K], 0 for absent ones.
     const T* rows_of(const Scratch& s, int64_t b, int64_t i0, int64_t count) const {
         const int64_t at = (b * I_ + i0) * K_;
         if (is_native<T>(call_.dtype) && !call_.mask) return static_cast<const T*>(call_.u) + at;
         read_row(call_.u, call_.dtype, at, count * K_, s.rows);
-        clear_absent(b, i0, count, s.rows);
+        clear_absent(call_, b, i0, count, K_, s.rows);
         return s.rows;
-    }
-
-    void clear_absent(int64_t b, int64_t i0, int64_t count, T* rows) const {
-        for (int64_t n = 0; call_.mask && n < count; ++n) {
-            if (!is_present(call_, b, i0 + n)) std::memset(rows + n * K_, 0, K_ * sizeof(T));
-        }
     }
 
     // scratch.total_u = Σ_i u
@@ -322,7 +316,7 @@ class SharedSimdEngine {
 
     void write_grad_u(const Scratch& s, int64_t b, int64_t i0, int64_t count) const {
         transpose_block(s.grad_u, width_, K_, count, s.rows, K_);
-        clear_absent(b, i0, count, s.rows);
+        clear_absent(call_, b, i0, count, K_, s.rows);
         write_row(call_.grad_u, call_.dtype, (b * I_ + i0) * K_, count * K_, s.rows);
     }
 

@@ -1,5 +1,5 @@
 // Passes over precomputed predictions of a few input capsules, for many samples, which lie in the lanes of
-// SIMD registers: what SegCaps routes at every place of a feature map.
+// SIMD registers: what SegCaps routes at every position of a feature map.
 //
 // The call is one lane group of the batch, whose predictions stay in the cache from pass to pass.
 #pragma once
@@ -43,13 +43,16 @@ class SmallSimdEngine {
 
   public:
     static constexpr int64_t splits = 1;
-    static constexpr int samples = L;                // of a call
-    const LogitsGradient<T>* grad_logits = nullptr;  // null where it is not needed
-    int64_t first_sample = 0;                        // of this call in the whole one
-    int first_rank = 0;                              // of this thread
+    static constexpr int samples = L;                  // of a call
+    static constexpr bool threads_own_inputs = false;  // in the gradient pass
+    const LogitsGradient<T>* grad_logits = nullptr;    // null where it is not needed
+    int64_t first_sample = 0;                          // number of the first sample in the whole call
+    int first_rank = 0;                                // likewise of the thread
 
-    static bool supports(const RoutingCall& call) {
-        return !call.weight && !call.shared && call.B >= L && call.I < 2 * L &&
+    // Not of couplings, nor where many of the threads would have no lane group.
+    static bool supports(RoutingOp op, const RoutingCall& call, int threads) {
+        return op != RoutingOp::couplings && !call.weight && !call.shared && call.B >= L &&
+               2 * divide_up(call.B, L) >= threads && call.I < 2 * L &&
                call.I * call.J * call.D * int64_t(sizeof(Lanes<T>)) <= (int64_t(1) << 18);
     }
 
@@ -130,7 +133,7 @@ class SmallSimdEngine {
         }
     }
 
-    void couplings(const Team&, int64_t) {}  // of precomputed predictions there are none
+    void couplings(const Team&, int64_t) {}  // never called, see supports()
 
   private:
     const Lanes<T>* state(int64_t slot) const { return states_ + slot * R_; }

@@ -8,7 +8,7 @@
 namespace capsops {
 namespace CAPSOPS_ISA {
 
-// Which lane comes to lane `at`: the rows in order, from the order (g, q) that exchanges of lanes leave.
+// The source of lane `at` when rows are put in order: the exchanges leave row q·N/n + g in lane g·n + q.
 template <int N, int n>
 struct InOrder {
     static constexpr int lane(int at) { return at % (N / n) * n + at / (N / n); }

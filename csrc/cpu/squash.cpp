@@ -13,7 +13,7 @@ namespace {
 constexpr int block = 16;
 
 // squash of the N rows of n numbers at s; with Backward its vector-Jacobian product with g. The sums over a
-// row and what follows from them are one register for all rows. `overall` has space for n of these registers.
+// row and what follows from them are one register for all rows.
 //
 // Rows whose sum of squares is not safe are computed a second time, by themselves: so the result of a row
 // does not depend on the rows beside it.
@@ -98,7 +98,7 @@ struct Rows {
         return square;
     }
 
-    // n is the number of a row if that is known when this is compiled, else 0.
+    // Known: the length of a row if it is fixed at compile time, else 0.
     template <int Known>
     CAPSOPS_INLINE static void group(const T* s, const T* g, int64_t n, T* out) {
         Vec<T> square;
@@ -136,7 +136,7 @@ constexpr int64_t longest_in_groups = 256;
 // converted by vector instructions.
 template <typename T>
 int64_t rows_at_a_time(int64_t n) {
-    return n > longest_in_groups ? 1 : round_up(larger(1, 1024 / larger(1, n)), vec_width<T>);
+    return n > longest_in_groups ? 1 : round_up(larger(1, 1024 / n), vec_width<T>);
 }
 
 // Rows [begin, end) of n contiguous numbers. s_copy, g_copy and out_copy are workspace.
@@ -208,7 +208,6 @@ void columns(const SquashCall& call, int64_t at, int64_t width, T* s, T* g, T* o
 
 template <typename T, bool Backward>
 bool squash_of(const SquashCall& call, int max_threads) {
-    if (call.n == 0) return true;
     const int threads = call.outer * call.n * call.inner < 32768 ? 1 : max_threads;
     const int64_t scratch = call.n * (call.inner > 1 ? block : rows_at_a_time<T>(call.n));
     Buffer buffer(scratch * 3 * threads * sizeof(T));

@@ -119,6 +119,15 @@ def test_iterations_out_of_range_are_rejected(name: str) -> None:
                     getattr(_cpu, name)(*args[:n], iterations, *args[n + 1 :])
 
 
+def test_couplings_of_one_pass_need_starting_logits() -> None:
+    for kernel, args in CALLS:
+        if kernel == "couplings":
+            n = next(n for n, x in enumerate(args) if isinstance(x, bool)) - 1
+            for iterations in (0, 1):
+                with pytest.raises(ValueError, match=rf"^iterations: got {iterations}, takes 2 or more without"):
+                    _cpu.couplings(*args[:n], iterations, *args[n + 1 :])
+
+
 def test_couplings_take_a_weight() -> None:
     """Unlike routing, which takes predictions without a weight."""
     u_hat, couplings = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4)
