@@ -12,6 +12,7 @@ import ctypes
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -39,6 +40,13 @@ class HighWater:
     def _mark(self) -> int:
         with open("/proc/self/status") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def peak_of(call: Callable[[], tuple[torch.Tensor, ...]]) -> int:
+    """Bytes that a call takes at its peak beyond the gradients that it returns; it has run before."""
+    mark = HighWater()
+    _, *gradients = call()
+    return max(mark.bytes() - sum(x.nbytes for x in gradients), 1)
 
 
 def available() -> bool:

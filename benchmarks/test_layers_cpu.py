@@ -1,8 +1,7 @@
 """Layers that users build, on the CPU, against plain PyTorch that stores û: CPU time and memory.
 
 ConvRoutingCapsules against the ways in which public code has it, and weights that all input capsules share.
-Targets of the former: 4 times as fast as the fastest (2.5 with AVX2); with the backward pass in a tenth of
-the memory of any (forward, a loop has û of one position at a time).
+Targets of the former: 4 times as fast as the fastest (2.5 with AVX2), in a tenth of the memory of any.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from benchmarks import memory, peers
 from benchmarks.ceiling import measured_ceiling
 from benchmarks.check import relative_error
 from benchmarks.measure import StartRace
-from benchmarks.passes import BOTH, FORWARD_BACKWARD, run
+from benchmarks.passes import BOTH, run
 from benchmarks.rows import Row, Target
 from benchmarks.timing import cpu_clock
 from capsops import dispatch, reference
@@ -26,13 +25,6 @@ from capsops import dispatch, reference
 Form = Callable[..., Tensor]
 B, C, J, D, K, SIZE, KERNEL = 8, 32, 32, 16, 16, 14, 3
 INPUTS, BATCH = 512, 256  # of the shared weight
-
-
-def peak_memory(call: Callable[[], tuple[Tensor, ...]]) -> int:
-    """Bytes that a call takes at its peak, beyond its gradients; it has run before."""
-    mark = memory.HighWater()
-    _, *gradients = call()
-    return max(mark.bytes() - sum(x.nbytes for x in gradients), 1)
 
 
 def measure(
@@ -43,7 +35,7 @@ def measure(
     race: StartRace,
     more: dict[str, Form] | None = None,
 ) -> None:
-    """Checks and times forms of u and weights , `forms` compiled too, and measures their memory."""
+    """Checks and times forms of u and weights, `forms` compiled too, and measures their memory."""
     torch.manual_seed(0)
     u, *weights = ((0.3 if i == 0 else 0.05) * torch.randn(shape) for i, shape in enumerate(shapes))
     inputs = [x.requires_grad_() for x in (u, *weights)]
@@ -64,12 +56,12 @@ def measure(
         row.error = max(errors) if name == "ours" else row.error
     row.take_times(race(calls, clock=cpu_clock))
     if memory.available():
-        row.memory = peak_memory(calls["ours"])
-        row.peers_memory = {name: peak_memory(calls[name]) for name in eager if name != "ours"}
+        row.memory = memory.peak_of(calls["ours"])
+        row.peers_memory = {name: memory.peak_of(calls[name]) for name in eager if name != "ours"}
 
 
 def columns(u: Tensor) -> Tensor:
-    """u [B, C, K, H, W] → the capsules under the kernel at each place [B, C · k · k, K, H · W]."""
+    """u [B, C, K, H, W] → the capsules under the kernel at each position [B, C · k · k, K, H · W]."""
     x = unfold(u.flatten(1, 2), KERNEL, padding=KERNEL // 2).unflatten(1, (C, K, KERNEL**2))
     return x.transpose(2, 3).flatten(1, 2)
 
@@ -111,7 +103,7 @@ def test_convolutional_capsules(passes: str, race: StartRace, report: Callable[[
     shapes = [(B, C, K, SIZE, SIZE), (C * KERNEL**2, J, D, K)]
     measure(row, forms, exact, shapes, race, {"loop": loop_over_positions})  # a compiler would unroll it
     row.targets = [Target("ratio", 4 if measured_ceiling().isa == "avx512" else 2.5, row.ratio)]
-    if passes == FORWARD_BACKWARD and row.memory is not None:
+    if row.memory is not None:
         row.targets.append(Target("memory ratio", 10, min(row.peers_memory.values()) / row.memory))
     report(row)
 

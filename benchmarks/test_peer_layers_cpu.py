@@ -37,13 +37,6 @@ def leaves(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(x.detach().contiguous().requires_grad_() for x in tensors)
 
 
-def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes that a call takes at once, its results included; it has run before."""
-    mark = memory.HighWater()
-    call()
-    return mark.bytes()
-
-
 def target(peer: Peer, passes: str) -> float | None:
     if peer in WITHOUT_TARGET:
         return None
@@ -67,7 +60,7 @@ def test_layer(peer: Peer, passes: str, race: StartRace, report: Callable[[Row],
     assert row.error < max(1e-5, 3 * peer.difference)
     row.take_times(race({"ours": ours, "theirs": theirs}, clock=cpu_clock))
     if memory.available():
-        row.memory, row.peers_memory = peak_memory(ours), {"theirs": peak_memory(theirs)}
+        row.memory, row.peers_memory = memory.peak_of(ours), {"theirs": memory.peak_of(theirs)}
     if (ratio := target(peer, passes)) is not None:
         row.targets.append(Target("ratio", ratio, row.ratio))
     report(row)

@@ -124,7 +124,9 @@ def test_couplings_of_one_pass_need_starting_logits() -> None:
         if kernel == "couplings":
             n = next(n for n, x in enumerate(args) if isinstance(x, bool)) - 1
             for iterations in (0, 1):
-                with pytest.raises(ValueError, match=rf"^iterations: got {iterations}, takes 2 or more without"):
+                with pytest.raises(
+                    ValueError, match=rf"^iterations: got {iterations}, takes 2 or more without"
+                ):
                     _cpu.couplings(*args[:n], iterations, *args[n + 1 :])
 
 
