@@ -24,7 +24,7 @@ from tests.peers.table import PEERS
 
 RATIOS = (17, 12)  # to be reached: forward, forward and backward
 FEW_CAPSULES = 2  # the same for routing among four capsules
-AMONG_FOUR = (segcaps.ROUTING_ONLY, minglin_chen.ONE_PLACE)
+AMONG_FOUR = (segcaps.ROUTING_ONLY, minglin_chen.ONE_POSITION)
 WITHOUT_TARGET = (  # no routing, or a convolution that takes the same time in both
     infocapsgan.REAL_OR_FAKE,
     infocapsgan.GEN_CAPSULES,

@@ -1,6 +1,6 @@
 """Minglin-Chen/Capsule-Network-in-PyTorch: a kernel for each pair of types, and trained starting logits.
 
-Routing is among the types of capsules at each place of an image: the places go into the batch.
+Routing is among the types of capsules at each position of an image: the positions go into the batch.
 """
 
 from collections.abc import Callable
@@ -46,22 +46,22 @@ def caps_conv_2d(u: Tensor, kernel: Tensor, logits: Tensor, eps: float, iteratio
 def replacement(u: Tensor, kernel: Tensor, logits: Tensor) -> Tensor:
     u_hat = votes(u, kernel)
     B, _, _, _, H, W = u_hat.shape
-    places = u_hat.permute(0, 4, 5, 1, 2, 3).flatten(0, 2)  # [B · H · W, I, J, D]
-    v = capsops.dynamic_routing(places, logits=logits[0, ..., 0, 0, 0], iterations=3 + 1)
+    positions = u_hat.permute(0, 4, 5, 1, 2, 3).flatten(0, 2)  # [B · H · W, I, J, D]
+    v = capsops.dynamic_routing(positions, logits=logits[0, ..., 0, 0, 0], iterations=3 + 1)
     return v.unflatten(0, (B, H, W)).permute(0, 3, 4, 1, 2)
 
 
-def one_place_replacement(u: Tensor, kernel: Tensor, logits: Tensor) -> Tensor:
-    """Where the kernel sees one place, it is the weight of capsule_routing, and û is not stored."""
+def one_position_replacement(u: Tensor, kernel: Tensor, logits: Tensor) -> Tensor:
+    """Where the kernel sees one position, it is the weight of capsule_routing, and û is not stored."""
     B, _, _, H, W = u.shape
-    places = u.permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B · H · W, I, K]
+    positions = u.permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B · H · W, I, K]
     weight = kernel[..., 0, 0]
-    v = capsops.capsule_routing(places, weight, logits=logits[0, ..., 0, 0, 0], iterations=3 + 1)
+    v = capsops.capsule_routing(positions, weight, logits=logits[0, ..., 0, 0, 0], iterations=3 + 1)
     return v.unflatten(0, (B, H, W)).permute(0, 3, 4, 1, 2)
 
 
 def inputs(shape: Shape, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """u, a kernel of k × k and the logits; `shape.B` places of two square images."""
+    """u, a kernel of k × k and the logits; `shape.B` positions of two square images."""
     side = isqrt(shape.B // 2)
     u = torch.randn(2, shape.I, shape.K, side, side, dtype=torch.float64)
     kernel = torch.randn(shape.I, shape.J, shape.D, shape.K, k, k, dtype=torch.float64)
@@ -85,4 +85,4 @@ def _peer(name: str, replacement: Callable[..., Tensor], k: int) -> Peer:
 
 
 CAPS_CONV_2D = _peer("CapsConv2D", replacement, k=3)
-ONE_PLACE = _peer("CapsConv2D of one place", one_place_replacement, k=1)
+ONE_POSITION = _peer("CapsConv2D of one position", one_position_replacement, k=1)

@@ -1,7 +1,7 @@
-"""erfan-seifi/SegCaps_pytorch: routing among the types of capsules at each place of an image.
+"""erfan-seifi/SegCaps_pytorch: routing among the types of capsules at each position of an image.
 
 û comes from a convolution with one kernel for all types of input capsules. Routing is among the few capsules
-at one place: the places go into the batch.
+at one position: the positions go into the batch.
 """
 
 from math import isqrt
@@ -14,7 +14,7 @@ import capsops
 from tests.capsops.cases import Shape
 from tests.peers.peer import Peer
 
-SIZES = Shape(2048, 4, 4, 32, 16)  # of cap_3; two images with 32 × 32 places each
+SIZES = Shape(2048, 4, 4, 32, 16)  # of cap_3; two images with 32 × 32 positions each
 SMALL = Shape(18, 4, 4, 32, 16)
 
 
@@ -33,7 +33,7 @@ def votes(u: Tensor, kernel: Tensor) -> Tensor:
 def route(u_hat: Tensor, eps: float, iterations: int = 3) -> Tensor:
     """Routing of ConvCapsuleLayer in convcapsulelayer_unet.py: û [B, I, J, D, H, W] → v [B, J, D, H, W].
 
-    c = softmax_j(b), s_j = Σ_i c_ij û_ij, b_ij ← b_ij + û_ij · v_j at each place (also after the
+    c = softmax_j(b), s_j = Σ_i c_ij û_ij, b_ij ← b_ij + û_ij · v_j at each position (also after the
     last pass, where it is not used). Adding ε to every b before the softmax changes nothing.
     """
     b = u_hat.new_zeros(*u_hat.shape[:3], 1, *u_hat.shape[4:])
@@ -59,7 +59,7 @@ def replacement(u: Tensor, kernel: Tensor) -> Tensor:
 
 
 def inputs(shape: Shape) -> tuple[Tensor, Tensor]:
-    """u and the kernel; `shape.B` places of two square images."""
+    """u and the kernel; `shape.B` positions of two square images."""
     side = isqrt(shape.B // 2)
     u = torch.randn(2, shape.I, shape.K, 2 * side, 2 * side, dtype=torch.float64)
     kernel = torch.randn(shape.J, shape.D, shape.K, 5, 5, dtype=torch.float64)

@@ -28,5 +28,5 @@ PEERS = [
     segcaps.CONV_CAPSULE_LAYER,
     segcaps.ROUTING_ONLY,
     minglin_chen.CAPS_CONV_2D,
-    minglin_chen.ONE_PLACE,
+    minglin_chen.ONE_POSITION,
 ]

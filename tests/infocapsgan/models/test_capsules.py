@@ -19,7 +19,7 @@ def test_the_generator_is_the_encoder_turned_round(size, grid):
     assert images.abs().max() <= 1
 
 
-def test_a_primary_capsule_of_the_generator_is_eight_channels_at_one_place():
+def test_a_primary_capsule_of_the_generator_is_eight_channels_at_one_position():
     generator = CapsuleGenerator(12, 1, 28, 5, width=16).eval()
     seen = []
     generator.enlarge.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
