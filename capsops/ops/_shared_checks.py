@@ -33,12 +33,12 @@ def saved_passes(iterations: int, out_capsules: int, leaky: bool, logits: object
     return max(effective_iterations(iterations, out_capsules, leaky, logits), 1)
 
 
-def check_dense(name: str, x: Tensor) -> None:
-    """x is an ordinary dense tensor of floating-point numbers.
+def check_layout(name: str, x: Tensor) -> None:
+    """x is an ordinary dense tensor, of any dtype.
 
     Raises:
         TypeError: it is no tensor.
-        ValueError: it is nested, sparse or of another dtype.
+        ValueError: it is nested or sparse.
     """
     if not isinstance(x, Tensor):  # torch.ops accepts None in place of a tensor
         raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
@@ -46,6 +46,16 @@ def check_dense(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: got a nested tensor, takes a dense one")
     if x.layout is not _STRIDED:
         raise ValueError(f"{name}: got layout {x.layout}, takes {_STRIDED}: a dense tensor")
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """x is an ordinary dense tensor of floating-point numbers.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it is nested, sparse or of another dtype.
+    """
+    check_layout(name, x)
     if x.dtype not in _DTYPES:
         raise ValueError(f"{name}: got dtype {x.dtype}, takes float32, bfloat16, float16 or float64")
 
@@ -91,10 +101,7 @@ def _check_logits(logits: Tensor, name: str, like: Tensor, pairs: tuple[int, int
 
 def _check_mask(mask: Tensor, name: str, like: Tensor, pairs: tuple[int, int, int]) -> None:
     """mask is a dense tensor of bool [B, I]."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: got {type(mask).__name__}, takes a torch.Tensor")
-    if mask.is_nested or mask.layout is not _STRIDED:
-        raise ValueError("mask: got a nested or sparse tensor, takes a dense one")
+    check_layout("mask", mask)
     if mask.dtype is not torch.bool:
         raise TypeError(
             f"mask: got dtype {mask.dtype}, takes torch.bool: True where an input capsule is present"
