@@ -86,16 +86,16 @@ def check_iterations(iterations: int) -> None:
         raise ValueError(f"iterations: got {iterations}, takes 0 (no routing) to {MAX_ITERATIONS}")
 
 
-def _check_logits(logits: Tensor, name: str, like: Tensor, pairs: tuple[int, int, int]) -> None:
-    """logits can be broadcast to [B, I, J]."""
-    check_like("logits", logits, name, like)
-    fits = logits.dim() <= 3
-    for size, wanted in zip(reversed(logits.shape), reversed(pairs), strict=False):
+def check_logits_shape(logits: Tensor, axes: Sequence[str], sizes: Sequence[int]) -> None:
+    """logits can be broadcast to these sizes."""
+    fits = logits.dim() <= len(sizes)
+    for size, wanted in zip(reversed(logits.shape), reversed(sizes), strict=False):
         fits = fits and (size == wanted or size == 1)
     if not fits:
-        sizes = ", ".join(f"{axis} = {n}" for axis, n in zip("BIJ", pairs, strict=True))
+        known = ", ".join(f"{axis} = {n}" for axis, n in zip(axes, sizes, strict=True))
         raise ValueError(
-            f"logits: got shape {list(logits.shape)}, takes one that broadcasts to [B, I, J] with {sizes}"
+            f"logits: got shape {list(logits.shape)}, takes a shape that broadcasts to"
+            f" [{', '.join(axes)}] with {known}"
         )
 
 
@@ -128,7 +128,8 @@ def check_routing(
             refuse_shape("bias", bias, "JD", *sizes[2:])
     check_iterations(iterations)
     if logits is not None:
-        _check_logits(logits, name, like, sizes[:3])
+        check_like("logits", logits, name, like)
+        check_logits_shape(logits, "BIJ", sizes[:3])
     if mask is not None:
         _check_mask(mask, name, like, sizes[:3])
 

@@ -122,7 +122,7 @@ def wrong_routing_options(op: str) -> list[InvalidCall]:
     if "logits" not in VALID[op]:
         return []
     logits, mask = torch.zeros(I, J), torch.ones(B, I) > 0
-    sizes = f"takes one that broadcasts to [B, I, J] with B = {B}, I = {I}, J = {J}"
+    sizes = f"takes a shape that broadcasts to [B, I, J] with B = {B}, I = {I}, J = {J}"
     rows: list[InvalidCall] = [
         (op, {"logits": logits.double()}, TypeError, "logits: got dtype torch.float64, takes that of u"),
         (op, {"logits": logits.long()}, ValueError, "logits: got dtype torch.int64, takes float32"),
