@@ -1,5 +1,8 @@
 """capsops and the layers of public repositories: the same values and gradients."""
 
+import re
+from pathlib import Path
+
 import pytest
 from torch import Tensor
 from torch.func import functional_call
@@ -59,5 +62,10 @@ def test_a_layer_with_the_weights_of_the_repository(peer: Peer) -> None:
     assert_all_close(got, {name: want[name] for name in got}, 1e-10)
 
 
-def test_every_repository_that_docs_name_is_here() -> None:
-    assert len({peer.repository for peer in PEERS}) >= 9
+def test_the_repositories_are_those_of_the_page() -> None:
+    """Of its first table, whose rows say which call replaces which layer."""
+    page = Path(__file__).parents[2] / "docs" / "replace_your_routing_layer.md"
+    heading = "## Which call replaces which layer\n"
+    section = page.read_text(encoding="utf-8").split(heading)[1].split("\n## ")[0]
+    named = re.findall(r"^\| ([\w.-]+/[\w.-]+): ", section, re.MULTILINE)
+    assert set(named) == {peer.repository for peer in PEERS}
