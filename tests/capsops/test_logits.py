@@ -148,7 +148,7 @@ def test_closed_pairs_have_no_gradient(
 @pytest.mark.parametrize("iterations", range(4))
 @pytest.mark.parametrize("leaky", [False, True])
 def test_fewer_output_capsules_for_some_samples(impl: str, leaky: bool, iterations: int) -> None:
-    """Sample b has b + 1 of 5 output capsules: it is routed among those alone, and the others are 0."""
+    """Sample b has b + 1 of 5 output capsules: it is routed among only those, and the others are 0."""
     B, I, J = 5, 9, 5  # noqa: E741
     u, weight, _ = layer_inputs(Shape(B, I, J, 4, 3))
     start = torch.randn(I, J, dtype=torch.float64)
@@ -262,11 +262,12 @@ def test_derivatives_with_closed_pairs(impl: str, op: str, axes: str, options: O
     if bias is not None:
         bias[0] = 0
     inputs = [x.requires_grad_() for x in (first, weight, bias, logits) if x is not None]
-    present = [x is not None for x in (first, weight, bias)]
+    presence = [x is not None for x in (first, weight, bias)]
 
-    def function(*given: Tensor) -> Tensor:
-        remaining = iter(given)
-        return ours(op, impl, routing)(*(next(remaining) if there else None for there in present), *remaining)
+    def function(*arguments: Tensor) -> Tensor:
+        remaining = iter(arguments)
+        of_call = [next(remaining) if present else None for present in presence]
+        return ours(op, impl, routing)(*of_call, *remaining)
 
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
