@@ -1,15 +1,14 @@
 """A recommender with several interests for each user, by routing by agreement.
 
 Li et al. 2019, "Multi-Interest Network with Dynamic Routing for Recommendation at Tmall" (MIND). The items a
-user has looked at are input capsules, and one matrix S, shared by all, makes their predictions, alike for all
-interests. What tells the interests apart is where routing starts: random logits. Sequences have different
-lengths, so a mask says which items are there, and a user with few items has fewer interests:
-K = max(1, min(4, log₂ n)); logits of −inf close the others. As in the authors' code, the couplings carry no
-gradient.
+user has looked at are input capsules. A shared matrix S turns each item into one prediction, used for all
+interests. Only the random starting logits tell the interests apart. Sequences have different lengths, so a
+mask says which items are present, and a user with few items has fewer interests: K = max(1, min(4, log₂ n));
+logits of −inf close the others. As in the authors' code, the couplings carry no gradient.
 
 The data are made here: users with several tastes, each a cluster of items. The example trains MIND and, with
-the same parameters, mean pooling, which has one vector for each user, and prints how often an item that the
-user did look at next is among the 20 best.
+the same parameters, mean pooling, which has one vector for each user, and prints how often the user's next
+item is among the 20 top-scoring items.
 
     python examples/recommender.py
 """
@@ -23,12 +22,12 @@ from torch import Tensor, nn
 
 import capsops
 
-ITEMS, CLUSTERS, TASTES, LONGEST, BEST = 1000, 100, 4, 50, 20
+ITEMS, CLUSTERS, TASTES, LONGEST, TOP = 1000, 100, 4, 50, 20
 LENGTH, INTERESTS = 16, 4  # of an embedding; of a user at most
 
 
 def users(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Items [n, LONGEST], a mask of those that are there, and the next item of each user [n]."""
+    """Items [n, LONGEST], a mask of those that are present, and the next item of each user [n]."""
     tastes = torch.randint(CLUSTERS, (n, TASTES), generator=rng)
     chosen = torch.randint(TASTES, (n, LONGEST + 1), generator=rng)
     size = ITEMS // CLUSTERS
@@ -103,10 +102,10 @@ def loss(model: Recommender, items: Tensor, mask: Tensor, following: Tensor, rng
 
 @torch.no_grad()
 def hit_rate(model: Recommender, items: Tensor, mask: Tensor, following: Tensor) -> float:
-    """How often the next item is among the best of all items, each scored by the interest that fits it."""
+    """How often the next item is among the top-scoring ones; the best-fitting interest scores an item."""
     interests, has = model(items, mask)
     scores = (interests @ model.items.weight.T).masked_fill(~has[..., None], -torch.inf).amax(1)
-    return (scores.topk(BEST, 1).indices == following[:, None]).any(1).float().mean().item()
+    return (scores.topk(TOP, 1).indices == following[:, None]).any(1).float().mean().item()
 
 
 def train(kind: type[Recommender], steps: int, batch: int = 256) -> float:
@@ -141,7 +140,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     steps = parser.parse_args().steps
     for name, kind in (("mean pooling", MeanPooling), ("interests by routing", Recommender)):
-        print(f"{name}: {train(kind, steps):.1%} of the next items are among the best {BEST}")
+        print(f"{name}, hit rate@{TOP}: {train(kind, steps):.1%}")
     print(f"routing, forward and backward: {compare()}")
 
 

@@ -7,21 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def peak_memory(call: Callable[[], object]) -> int | None:
-    """Bytes that a call takes at its peak, by the high-water mark of Linux; elsewhere None."""
-
-    def mark() -> int:
+def high_water_mark(reset: bool = False) -> int | None:
+    """The most bytes this process has had in memory, on Linux; else None. `reset`: counted from now on."""
+    try:
+        if reset:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = mark()
-        call()
-        return mark() - before
-    except (OSError, AttributeError, StopIteration):
+    except (OSError, AttributeError, TypeError, StopIteration):
         return None
+
+
+def peak_memory(call: Callable[[], object]) -> int | None:
+    """Bytes that a call takes at its peak, or None where the system does not tell."""
+    before = high_water_mark(reset=True)
+    call()
+    after = high_water_mark()
+    return None if before is None or after is None else after - before
 
 
 def side_by_side(ours: Callable[[], object], plain: Callable[[], object], rounds: int = 9) -> str:
@@ -42,6 +45,6 @@ def side_by_side(ours: Callable[[], object], plain: Callable[[], object], rounds
     if None in memory:
         return text
     kib = [max(size / 1024, 256) for size in memory]  # what the mark resolves
-    return (
-        f"{text}; {kib[0] / 1024:.1f} MiB beside {kib[1] / 1024:.1f} MiB: {kib[1] / kib[0]:.0f} × less memory"
-    )
+    ratio = kib[1] / kib[0]
+    share = f"1/{ratio:.0f} of" if ratio >= 1.5 else f"{1 / ratio:.1f} times"
+    return f"{text}; {kib[0] / 1024:.1f} MiB beside {kib[1] / 1024:.1f} MiB: {share} the memory"

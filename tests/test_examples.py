@@ -1,5 +1,6 @@
 """The examples run, and the plain routing in them computes what it is compared with."""
 
+import re
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -37,10 +38,11 @@ def test_the_recommender_runs(
 ) -> None:
     out = run_main(modules["recommender"], ["--steps", "2"], monkeypatch, capsys).splitlines()
     assert [line.split(":")[0] for line in out] == [
-        "mean pooling",
-        "interests by routing",
+        "mean pooling, hit rate@20",
+        "interests by routing, hit rate@20",
         "routing, forward and backward",
     ]
+    assert all(re.search(r": \d+\.\d%$", line) for line in out[:2])
     assert "× as fast" in out[2]
 
 
@@ -77,7 +79,7 @@ def test_the_convolutional_network_runs(
     modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     out = run_main(modules["conv_capsules"], ["--epochs", "0.1"], monkeypatch, capsys).splitlines()
-    assert out[0].endswith("of the test images are recognised")
+    assert re.fullmatch(r"test accuracy: \d+\.\d%", out[0])
     assert "× as fast" in out[1]
 
 
@@ -103,6 +105,33 @@ def test_without_a_mark_of_memory_times_are_printed(
     assert "MiB" in text or side_by_side.peak_memory(lambda: None) is None
     monkeypatch.setattr(side_by_side, "peak_memory", lambda call: None)
     assert "MiB" not in side_by_side.side_by_side(lambda: None, lambda: None, rounds=2)
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "text"),
+    [
+        (10, 70, "10.0 MiB beside 70.0 MiB: 1/7 of the memory"),
+        (10, 9, "10.0 MiB beside 9.0 MiB: 1.1 times the memory"),
+        (0, 0, "0.2 MiB beside 0.2 MiB: 1.0 times the memory"),
+    ],
+)
+def test_how_memory_is_compared(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, ours: int, plain: int, text: str
+) -> None:
+    sizes = iter([ours << 20, plain << 20])
+    monkeypatch.setattr(modules["side_by_side"], "peak_memory", lambda call: next(sizes))
+    assert modules["side_by_side"].side_by_side(lambda: None, lambda: None, rounds=2).endswith(f"; {text}")
+
+
+@pytest.mark.parametrize("error", [OSError, AttributeError, TypeError, StopIteration])
+def test_errors_of_what_is_measured_are_raised(
+    modules: dict[str, ModuleType], error: type[Exception]
+) -> None:
+    def call() -> None:
+        raise error("of the routing")
+
+    with pytest.raises(error, match="of the routing"):
+        modules["side_by_side"].peak_memory(call)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -11,10 +11,10 @@ def check_size(name: str, value: int, least: int = 1) -> int:
     return size
 
 
-def check_sizes(name: str, value: int | tuple[int, int], least: int = 1) -> int | tuple[int, int]:
-    """A size, or one for the height and one for the width."""
-    if isinstance(value, (tuple, list)):
-        if len(value) != 2:
-            raise ValueError(f"{name}: got {value!r}, takes an int, or two: height and width")
-        return check_size(name, value[0], least), check_size(name, value[1], least)
-    return check_size(name, value, least)
+def check_sizes(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[int, int]:
+    """A size for the height and one for the width; an int is both."""
+    if not isinstance(value, (tuple, list)):
+        value = value, value
+    if len(value) != 2:
+        raise ValueError(f"{name}: got {value!r}, takes an int, or two: height and width")
+    return check_size(name, value[0], least), check_size(name, value[1], least)

@@ -1,35 +1,72 @@
 """ConvRoutingCapsules: a convolutional layer of capsules with routing by agreement."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from capsops import functional
 from capsops.nn._initial import initialise
 from capsops.nn._sizes import check_size, check_sizes
+from capsops.ops._shared_checks import check_layout, check_logits_shape, refuse_shape
+
+Pair = tuple[int, int]
 
 
-def _pair(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[int, int]:
-    """A size for the height and one for the width."""
-    sizes = check_sizes(name, value, least)
-    return sizes if isinstance(sizes, tuple) else (sizes, sizes)
+def _windows(u: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, fill: float = 0) -> Tensor:
+    """The capsules under the kernel at each position [B, H′, W′, C, kh, kw, K], contiguous."""
+    tall, wide = padding
+    # K last, before the capsules are repeated: what is copied then is whole capsules.
+    maps = F.pad(u.permute(0, 3, 4, 1, 2), (0, 0, 0, 0, wide, wide, tall, tall), value=fill).contiguous()
+    for axis, (size, step) in enumerate(zip(kernel_size, stride, strict=True), start=1):
+        maps = maps.unfold(axis, size, step)
+    return maps.permute(0, 1, 2, 3, 5, 6, 4).contiguous()
+
+
+@fx.wrap  # one call for torch.fx, whose proxies are never None
+def _windows_of_mask(
+    mask: Tensor | None, u: Tensor, kernel_size: Pair, stride: Pair, padding: Pair
+) -> Tensor | None:
+    """The mask of the capsules under the kernel [B · H′ · W′, I]; capsules of the padding are present."""
+    if mask is None:
+        return None
+    check_layout("mask", mask)
+    batch, in_capsules, _, height, width = u.shape
+    if mask.shape != (batch, in_capsules, height, width):
+        refuse_shape("mask", mask, "BCHW", batch, in_capsules, height, width)
+    return _windows(mask.unsqueeze(2), kernel_size, stride, padding, fill=1).flatten(0, 2).flatten(1)
+
+
+@fx.wrap
+def _logits_of_windows(logits: Tensor | None, windows: Tensor, out_capsules: int) -> Tensor | None:
+    """Logits that broadcast to [B, H′, W′, I, J] as ones that broadcast to [B · H′ · W′, I, J]."""
+    if logits is None:
+        return None
+    check_layout("logits", logits)
+    positions = windows.shape[:3]
+    in_capsules = windows.flatten(3, 5).shape[3]
+    check_logits_shape(logits, ("B", "H′", "W′", "I", "J"), (*positions, in_capsules, out_capsules))
+    if all(size == 1 for size in logits.shape[:-2]):  # the same at all positions: not repeated
+        return logits.flatten(0, -3) if logits.dim() > 3 else logits
+    return logits.expand(*positions, -1, -1).flatten(0, 2)
 
 
 class ConvRoutingCapsules(nn.Module):
     """Routing by agreement under a kernel that slides over maps: u [B, C, K, H, W] → v [B, J, D, H′, W′].
 
-    Every place of the kernel has matrices of its own, which all positions share, and at each position the
-    C · kh · kw capsules under the kernel are routed to J (Hinton, Sabour, Frosst 2018, section 4). Neither
-    their predictions nor matrices for each position are stored, only the input as the kernel meets it,
-    kh · kw times the size of u at stride 1. H′ and W′ are those of a convolution. See capsops.capsule_routing
-    for the formula. The weights start normal, so that at first ‖s‖ is about 0.3 when the input capsules are
-    squashed normal vectors.
+    Each kernel offset has its own matrices, shared by all positions of the map. At each position the
+    C · kh · kw capsules under the kernel are routed to J (Hinton, Sabour, Frosst 2018, section 4). H′ and W′
+    are those of a convolution. Only the unfolded input is stored, kh · kw times the size of u at stride 1.
+    See capsops.capsule_routing for the formula. The weights start normal, so that at first ‖s‖ is about 0.3
+    when the input capsules are squashed normal vectors.
 
-    A capsule of the padding is zero, as public code has it: its predictions are 0, so it adds nothing to s,
-    and its couplings, which stay uniform, change nothing else.
+    Padding capsules are zero, as in public code: they add nothing to s, and their couplings stay uniform, or
+    as `logits` set them.
 
     Args:
-        in_capsules: C, types of input capsules: there is one of each type at each place of the map.
+        in_capsules: C, types of input capsules: there is one of each type at each position of the map.
         out_capsules: J, types of output capsules.
         in_dim: K.
         out_dim: D.
@@ -74,8 +111,8 @@ class ConvRoutingCapsules(nn.Module):
             check_size("out_capsules", out_capsules),
         )
         in_dim, out_dim = check_size("in_dim", in_dim), check_size("out_dim", out_dim)
-        self.kernel_size = _pair("kernel_size", kernel_size)
-        self.stride, self.padding = _pair("stride", stride), _pair("padding", padding, least=0)
+        self.kernel_size, self.stride = check_sizes("kernel_size", kernel_size), check_sizes("stride", stride)
+        self.padding = check_sizes("padding", padding, least=0)
         self.weight = nn.Parameter(torch.empty(in_capsules, *self.kernel_size, out_capsules, out_dim, in_dim))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_capsules, out_dim))
@@ -88,41 +125,55 @@ class ConvRoutingCapsules(nn.Module):
         capsules = self.weight.shape[:3].numel()
         initialise(self.weight, self.bias, capsules, self.iterations, self.leaky)
 
-    def forward(self, u: Tensor) -> Tensor:
-        """v [B, J, D, H′, W′] of u [B, C, K, H, W]; the D numbers of a capsule lie together in memory."""
-        windows = self._windows(u)
-        v = functional.capsule_routing(
-            windows.flatten(0, 2).flatten(1, 3),
-            self.weight.flatten(0, 2),
-            self.bias,
-            iterations=self.iterations,
-            leaky=self.leaky,
-            detach=self.detach,
-        )
-        return v.unflatten(0, windows.shape[:3]).permute(0, 3, 4, 1, 2)
+    def forward(self, u: Tensor, *, logits: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """v [B, J, D, H′, W′] of u [B, C, K, H, W]; the D numbers of a capsule lie together in memory.
 
-    def couplings(self, u: Tensor) -> Tensor:
-        """Coupling coefficients of the last pass [B, H′, W′, C · kh · kw, J]."""
-        windows = self._windows(u)
-        c = functional.couplings(
-            windows.flatten(0, 2).flatten(1, 3),
-            self.weight.flatten(0, 2),
-            self.bias,
-            iterations=self.iterations,
-            leaky=self.leaky,
-        )
-        return c.unflatten(0, windows.shape[:3])
+        Args:
+            u: maps of input capsules.
+            logits: ℓ, the routing logits of the first pass, broadcast to [B, H′, W′, C · kh · kw, J], the
+                shape of `couplings`. −inf closes a pair of capsules. Logits that are the same at all
+                positions, such as [C · kh · kw, J], are not repeated in memory.
+            mask: bool [B, C, H, W]; False marks an input capsule as absent: its value is ignored, and its
+                gradient is 0. Capsules of the padding are present.
 
-    def _windows(self, u: Tensor) -> Tensor:
-        """The capsules under the kernel at each position [B, H′, W′, C, kh, kw, K], contiguous."""
+        Raises:
+            TypeError: `logits` or `mask` is not a tensor, or of another dtype.
+            ValueError: shapes or devices do not fit.
+        """
+        v = self._at_each_position(functional.capsule_routing, u, logits, mask, detach=self.detach)
+        return v.permute(0, 3, 4, 1, 2)
+
+    def couplings(self, u: Tensor, *, logits: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Coupling coefficients of the last pass [B, H′, W′, C · kh · kw, J]; those of absent capsules are 0.
+
+        The C · kh · kw capsules are ordered type by type and, within a type, row by row.
+        """
+        return self._at_each_position(functional.couplings, u, logits, mask)
+
+    def _at_each_position(
+        self,
+        function: Callable[..., Tensor],
+        u: Tensor,
+        logits: Tensor | None,
+        mask: Tensor | None,
+        **options: Any,
+    ) -> Tensor:
+        """The function's result for the capsules under the kernel, with axes [B, H′, W′, …]."""
         if isinstance(u, Tensor):  # no proxy of torch.fx
             self._check(u)
-        tall, wide = self.padding
-        # K last, before the capsules are repeated: what is copied then is whole capsules.
-        maps = F.pad(u.permute(0, 3, 4, 1, 2), (0, 0, 0, 0, wide, wide, tall, tall)).contiguous()
-        for axis, (size, step) in enumerate(zip(self.kernel_size, self.stride, strict=True), start=1):
-            maps = maps.unfold(axis, size, step)
-        return maps.permute(0, 1, 2, 3, 5, 6, 4).contiguous()
+        slide = self.kernel_size, self.stride, self.padding
+        windows = _windows(u, *slide)
+        result = function(
+            windows.flatten(0, 2).flatten(1, 3),
+            self.weight.flatten(0, 2),
+            self.bias,
+            logits=_logits_of_windows(logits, windows, self.weight.shape[3]),
+            mask=_windows_of_mask(mask, u, *slide),
+            iterations=self.iterations,
+            leaky=self.leaky,
+            **options,
+        )
+        return result.unflatten(0, windows.shape[:3])
 
     def _check(self, u: Tensor) -> None:
         in_capsules, in_dim = self.weight.shape[0], self.weight.shape[-1]

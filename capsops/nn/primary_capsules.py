@@ -9,8 +9,8 @@ from capsops.nn._sizes import check_size, check_sizes
 class PrimaryCapsules(nn.Module):
     """A convolution whose channels are grouped into capsules: images [B, C, H, W] → u [B, I, K], squashed.
 
-    A capsule is `dim` channels at one place, not `dim` places of one channel. I = capsules × H′ × W′, ordered
-    type by type and, within a type, row by row (Sabour, Frosst, Hinton 2017, section 4).
+    A capsule is `dim` channels at one position, not `dim` positions of one channel. I = capsules × H′ × W′,
+    ordered type by type and, within a type, row by row (Sabour, Frosst, Hinton 2017, section 4).
 
     Args:
         in_channels: C, channels of the input.

@@ -33,12 +33,12 @@ def saved_passes(iterations: int, out_capsules: int, leaky: bool, logits: object
     return max(effective_iterations(iterations, out_capsules, leaky, logits), 1)
 
 
-def check_dense(name: str, x: Tensor) -> None:
-    """x is an ordinary dense tensor of floating-point numbers.
+def check_layout(name: str, x: Tensor) -> None:
+    """x is an ordinary dense tensor, of any dtype.
 
     Raises:
         TypeError: it is no tensor.
-        ValueError: it is nested, sparse or of another dtype.
+        ValueError: it is nested or sparse.
     """
     if not isinstance(x, Tensor):  # torch.ops accepts None in place of a tensor
         raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
@@ -46,6 +46,16 @@ def check_dense(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: got a nested tensor, takes a dense one")
     if x.layout is not _STRIDED:
         raise ValueError(f"{name}: got layout {x.layout}, takes {_STRIDED}: a dense tensor")
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """x is an ordinary dense tensor of floating-point numbers.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it is nested, sparse or of another dtype.
+    """
+    check_layout(name, x)
     if x.dtype not in _DTYPES:
         raise ValueError(f"{name}: got dtype {x.dtype}, takes float32, bfloat16, float16 or float64")
 
@@ -76,25 +86,22 @@ def check_iterations(iterations: int) -> None:
         raise ValueError(f"iterations: got {iterations}, takes 0 (no routing) to {MAX_ITERATIONS}")
 
 
-def _check_logits(logits: Tensor, name: str, like: Tensor, pairs: tuple[int, int, int]) -> None:
-    """logits can be broadcast to [B, I, J]."""
-    check_like("logits", logits, name, like)
-    fits = logits.dim() <= 3
-    for size, wanted in zip(reversed(logits.shape), reversed(pairs), strict=False):
+def check_logits_shape(logits: Tensor, axes: Sequence[str], sizes: Sequence[int]) -> None:
+    """logits can be broadcast to these sizes."""
+    fits = logits.dim() <= len(sizes)
+    for size, wanted in zip(reversed(logits.shape), reversed(sizes), strict=False):
         fits = fits and (size == wanted or size == 1)
     if not fits:
-        sizes = ", ".join(f"{axis} = {n}" for axis, n in zip("BIJ", pairs, strict=True))
+        known = ", ".join(f"{axis} = {n}" for axis, n in zip(axes, sizes, strict=True))
         raise ValueError(
-            f"logits: got shape {list(logits.shape)}, takes one that broadcasts to [B, I, J] with {sizes}"
+            f"logits: got shape {list(logits.shape)}, takes a shape that broadcasts to"
+            f" [{', '.join(axes)}] with {known}"
         )
 
 
 def _check_mask(mask: Tensor, name: str, like: Tensor, pairs: tuple[int, int, int]) -> None:
     """mask is a dense tensor of bool [B, I]."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: got {type(mask).__name__}, takes a torch.Tensor")
-    if mask.is_nested or mask.layout is not _STRIDED:
-        raise ValueError("mask: got a nested or sparse tensor, takes a dense one")
+    check_layout("mask", mask)
     if mask.dtype is not torch.bool:
         raise TypeError(
             f"mask: got dtype {mask.dtype}, takes torch.bool: True where an input capsule is present"
@@ -121,7 +128,8 @@ def check_routing(
             refuse_shape("bias", bias, "JD", *sizes[2:])
     check_iterations(iterations)
     if logits is not None:
-        _check_logits(logits, name, like, sizes[:3])
+        check_like("logits", logits, name, like)
+        check_logits_shape(logits, "BIJ", sizes[:3])
     if mask is not None:
         _check_mask(mask, name, like, sizes[:3])
 

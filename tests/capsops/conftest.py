@@ -1,10 +1,11 @@
-"""Runs a test with an argument `impl` once for every backend that supports CPU tensors."""
+"""Runs a test with an argument `impl` once for every backend that supports CPU tensors; shared fixtures."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from capsops import dispatch
 
@@ -23,6 +24,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for row in rows
         ],
     )
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """torch.empty returns NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def _clear_caches() -> None:

@@ -122,14 +122,14 @@ def wrong_routing_options(op: str) -> list[InvalidCall]:
     if "logits" not in VALID[op]:
         return []
     logits, mask = torch.zeros(I, J), torch.ones(B, I) > 0
-    sizes = f"takes one that broadcasts to [B, I, J] with B = {B}, I = {I}, J = {J}"
+    sizes = f"takes a shape that broadcasts to [B, I, J] with B = {B}, I = {I}, J = {J}"
     rows: list[InvalidCall] = [
         (op, {"logits": logits.double()}, TypeError, "logits: got dtype torch.float64, takes that of u"),
         (op, {"logits": logits.long()}, ValueError, "logits: got dtype torch.int64, takes float32"),
         (op, {"logits": logits.to_sparse()}, ValueError, "logits: got layout torch.sparse_coo, takes"),
         (op, {"mask": mask.float()}, TypeError, "mask: got dtype torch.float32, takes torch.bool"),
         (op, {"mask": mask.to(torch.uint8)}, TypeError, "mask: got dtype torch.uint8, takes torch.bool"),
-        (op, {"mask": mask.to_sparse()}, ValueError, "mask: got a nested or sparse tensor, takes a dense"),
+        (op, {"mask": mask.to_sparse()}, ValueError, "mask: got layout torch.sparse_coo, takes"),
     ]
     for shape in ((J + 1,), (I,), (0,), (J, I), (0, J), (B, J), (B, I), (I, I, J), (B, J, I), (1, B, I, J)):
         wrong = {"logits": torch.zeros(shape)}
@@ -235,8 +235,13 @@ def test_nested_tensors_are_rejected() -> None:
         ):
             with pytest.raises(ValueError, match="got a nested tensor, takes a dense one"):
                 function(nested)
-    with pytest.raises(ValueError, match="s: got a nested tensor, takes a dense one"):
-        OPS.squash(torch.nested.nested_tensor(rows), 1, "reference")
+    nested = torch.nested.nested_tensor(rows)
+    with pytest.raises(ValueError, match="^s: got a nested tensor, takes a dense one"):
+        OPS.squash(nested, 1, "reference")
+    for op in ("dynamic_routing", "capsule_routing", "couplings"):
+        for name in ("logits", "mask"):
+            with pytest.raises(ValueError, match=f"^{name}: got a nested tensor, takes a dense one"):
+                call(op, "reference", {name: nested})
 
 
 @pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,41 +24,72 @@ def every_backend(impl: str) -> Iterator[None]:
 
 
 def by_loop(
-    layer: ConvRoutingCapsules, u: Tensor, weight: Tensor, bias: Tensor | None, **options: Any
+    layer: ConvRoutingCapsules,
+    u: Tensor,
+    *parameters: Tensor | None,
+    logits: Tensor | None = None,
+    mask: Tensor | None = None,
+    function: Callable[..., Tensor] = reference.capsule_routing,
+    **options: Any,
 ) -> Tensor:
-    """The layer's formula: at each position a layer of its own, of the capsules under the kernel."""
+    """The layer's formula [B, H′, W′, …]: a call at each position, of the capsules under the kernel.
+
+    `parameters` are the weight and the bias.
+    """
+    weight, bias = parameters
     (kh, kw), (sh, sw), (ph, pw) = layer.kernel_size, layer.stride, layer.padding
     B, C, K, H, W = u.shape
     padded = u.new_zeros(B, C, K, H + 2 * ph, W + 2 * pw)
-    padded[..., ph : ph + H, pw : pw + W] = u
-    matrices = torch.stack(
-        [weight[c, y, x] for c in range(C) for y in range(kh) for x in range(kw)]
-    )  # [C·kh·kw, J, D, K]
+    present = torch.ones(B, C, H + 2 * ph, W + 2 * pw, dtype=torch.bool)
+    inside = (..., slice(ph, ph + H), slice(pw, pw + W))
+    padded[inside] = u
+    if mask is not None:
+        present[inside] = mask
+    offsets = [(c, y, x) for c in range(C) for y in range(kh) for x in range(kw)]
+    matrices = torch.stack([weight[offset] for offset in offsets])  # [C·kh·kw, J, D, K]
+    tops, lefts = range(0, H + 2 * ph - kh + 1, sh), range(0, W + 2 * pw - kw + 1, sw)
+    if logits is not None:
+        logits = logits.expand(B, len(tops), len(lefts), *matrices.shape[:2])
     rows = []
-    for top in range(0, H + 2 * ph - kh + 1, sh):
-        row = []
-        for left in range(0, W + 2 * pw - kw + 1, sw):
-            capsules = [
-                padded[:, c, :, top + y, left + x] for c in range(C) for y in range(kh) for x in range(kw)
-            ]
-            row.append(reference.capsule_routing(torch.stack(capsules, 1), matrices, bias, **options))
-        rows.append(torch.stack(row, -1))
-    return torch.stack(rows, -2)
+    for row, top in enumerate(tops):
+        columns = []
+        for column, left in enumerate(lefts):
+            capsules = torch.stack([padded[:, c, :, top + y, left + x] for c, y, x in offsets], 1)
+            of_position = {
+                "logits": None if logits is None else logits[:, row, column],
+                "mask": torch.stack([present[:, c, top + y, left + x] for c, y, x in offsets], 1),
+            }
+            columns.append(function(capsules, matrices, bias, **of_position, **options))
+        rows.append(torch.stack(columns, 1))
+    return torch.stack(rows, 1)
 
 
 def options(layer: ConvRoutingCapsules) -> dict[str, Any]:
     return {"iterations": layer.iterations, "leaky": layer.leaky, "detach": layer.detach}
 
 
-def results(layer: ConvRoutingCapsules, u: Tensor, dtype: torch.dtype, plain: bool) -> dict[str, Tensor]:
+def results(
+    layer: ConvRoutingCapsules,
+    u: Tensor,
+    dtype: torch.dtype,
+    plain: bool,
+    logits: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> dict[str, Tensor]:
     """The value and all gradients, of the layer or of the loop, for the same upstream gradient."""
     layer = copy.deepcopy(layer).to(dtype)
     u = u.detach().to(dtype).requires_grad_()
-    v = by_loop(layer, u, layer.weight, layer.bias, **options(layer)) if plain else layer(u)
+    inputs = {"u": u, **dict(layer.named_parameters())}
+    if logits is not None:
+        inputs["logits"] = logits = logits.detach().to(dtype).requires_grad_()
+    if plain:
+        v = by_loop(layer, u, layer.weight, layer.bias, logits=logits, mask=mask, **options(layer))
+        v = v.permute(0, 3, 4, 1, 2)
+    else:
+        v = layer(u, logits=logits, mask=mask)
     grad = torch.randn(v.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    parameters = dict(layer.named_parameters())
-    gradients = torch.autograd.grad(v, (u, *parameters.values()), grad.to(dtype))
-    return {"value": v.detach(), **dict(zip(("u", *parameters), gradients, strict=True))}
+    gradients = torch.autograd.grad(v, list(inputs.values()), grad.to(dtype), materialize_grads=True)
+    return {"value": v.detach(), **dict(zip(inputs, gradients, strict=True))}
 
 
 def with_bias(*arguments: Any, **keywords: Any) -> ConvRoutingCapsules:
@@ -168,6 +199,144 @@ def test_capsules_of_the_padding_have_uniform_couplings_and_change_nothing_else(
     assert_close(layer(u)[..., 0, 0], capsops.capsule_routing(windows, weight, layer.bias), tolerance=1e-6)
 
 
+# u [B, C, K, H, W] of logits_of() and mask_of(); with SLIDE the map has 3 × 3 positions.
+MAPS = (2, 2, 4, 5, 6)
+SLIDE = {"kernel_size": (3, 2), "stride": 2, "padding": (1, 0)}
+SIZES = {"B": 2, "H": 3, "W": 3, "I": 2 * 3 * 2, "J": 3, "1": 1}
+AXES = ["", "J", "IJ", "I1", "WIJ", "H1I1", "111IJ", "B11IJ", "1HWIJ", "BHWIJ"]
+
+
+def logits_of(axes: str, closed: bool = False, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Starting logits with these axes. `closed`: about a third of them is −inf."""
+    logits = torch.randn([SIZES[axis] for axis in axes], dtype=dtype)
+    if closed:
+        logits = torch.where(torch.rand(logits.shape) < 0.35, -torch.inf, logits)
+        if logits.dim() > 1:  # all pairs of one input capsule
+            logits.flatten(0, -2)[0] = -torch.inf
+    return logits
+
+
+def mask_of() -> Tensor:
+    """A mask [B, C, H, W] of which about a third is False, and all that the first kernel covers."""
+    mask = torch.rand(MAPS[:2] + MAPS[3:]) > 0.35
+    mask[0, :, :2, :2] = False
+    return mask
+
+
+def without_absent(u: Tensor, mask: Tensor, value: float = torch.nan) -> Tensor:
+    """u with a value that must have no effect where a capsule is absent."""
+    return torch.where(mask[:, :, None], u, value)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("axes", AXES)
+def test_starting_logits_and_masks_equal_a_loop(axes: str, closed: bool, masked: bool) -> None:
+    """With NaN in absent capsules; the gradients of the logits have the shape of the logits."""
+    layer = with_bias(2, 3, 4, 5, **SLIDE, leaky=closed)
+    u, logits, mask = torch.randn(MAPS, dtype=torch.float64), logits_of(axes, closed), None
+    if masked:
+        mask = mask_of()
+        u = without_absent(u, mask)
+    got, want = (results(layer, u, torch.float64, plain, logits, mask) for plain in (False, True))
+    assert got["value"].shape == (2, 3, 5, 3, 3)
+    assert_all_close(got, want, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "options", [{"iterations": 0}, {"iterations": 1, "leaky": True}, {"detach": True}, {"bias": False}]
+)
+def test_starting_logits_and_masks_with_options(options: dict[str, Any]) -> None:
+    layer, mask = with_bias(2, 3, 4, 5, **SLIDE, **options), mask_of()
+    u, logits = without_absent(torch.randn(MAPS), mask), logits_of("BHWIJ", closed=True)
+    got, want = (results(layer, u, torch.float64, plain, logits, mask) for plain in (False, True))
+    assert_all_close(got, want, 1e-10)
+
+
+@pytest.mark.parametrize("axes", [None, "IJ", "BHWIJ"])
+def test_couplings_with_logits_and_a_mask(axes: str | None) -> None:
+    """Those of absent capsules and of closed pairs are 0, those of the padding are not."""
+    layer, mask = with_bias(2, 3, 4, 5, **SLIDE).double(), mask_of()
+    u = without_absent(torch.randn(MAPS, dtype=torch.float64), mask)
+    logits = None if axes is None else logits_of(axes, closed=True)
+    got = layer.couplings(u, logits=logits, mask=mask)
+    want = by_loop(
+        layer,
+        u,
+        layer.weight,
+        layer.bias,
+        logits=logits,
+        mask=mask,
+        function=reference.couplings,
+        iterations=3,
+    )
+    assert_close(got, want, tolerance=1e-10)
+    above = got[:, 0].unflatten(2, (2, 3, 2))[:, :, :, 0]  # the row of padding above the map
+    assert axes is not None or (above == 1 / 3).all()
+    assert above.sum() > 0
+    assert got[0, 0, 0].unflatten(0, (2, 3, 2))[:, 1:].sum() == 0  # absent
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_the_values_of_absent_capsules_have_no_effect(bad: float) -> None:
+    layer, u, mask = with_bias(2, 3, 4, 5, **SLIDE), torch.randn(MAPS), mask_of()
+    logits = logits_of("BHWIJ", closed=True)
+    want = results(layer, u, torch.float32, False, logits, mask)
+    got = results(layer, without_absent(u, mask, bad), torch.float32, False, logits, mask)
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+    assert (got["u"].movedim(2, -1)[~mask] == 0).all()
+
+
+def test_a_mask_of_true_changes_nothing() -> None:
+    layer, u = with_bias(2, 3, 4, 5, **SLIDE), torch.randn(MAPS)
+    mask = torch.ones(MAPS[:2] + MAPS[3:], dtype=torch.bool)
+    want = results(layer, u, torch.float32, False)
+    for name, tensor in results(layer, u, torch.float32, False, mask=mask).items():
+        assert torch.equal(tensor, want[name]), name
+    assert torch.equal(layer.couplings(u, mask=mask), layer.couplings(u))
+
+
+@pytest.mark.parametrize("axes", AXES)
+def test_logits_of_all_positions_are_not_repeated(axes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, u, logits = ConvRoutingCapsules(2, 3, 4, 5, **SLIDE), torch.randn(MAPS), logits_of(axes).float()
+    calls = []
+
+    def record(*tensors: Tensor, logits: Tensor, **options: Any) -> Tensor:
+        calls.append(logits)
+        return capsops.capsule_routing(*tensors, logits=logits, **options)
+
+    monkeypatch.setattr("capsops.functional.capsule_routing", record)
+    layer(u, logits=logits)
+    if len(axes) <= 2:
+        assert calls[0] is logits
+    elif axes == "111IJ":
+        assert calls[0].shape == (1, 12, 3)
+        assert calls[0].data_ptr() == logits.data_ptr()
+    else:
+        assert calls[0].shape == (18, *logits.shape[-2:])
+
+
+def test_logits_and_masks_of_another_memory_layout() -> None:
+    layer, u = with_bias(2, 3, 4, 5, **SLIDE), torch.randn(MAPS)
+    logits, mask = logits_of("BHWIJ").float(), mask_of()
+    want = results(layer, u, torch.float32, False, logits, mask)
+    turned = logits.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+    masks = mask.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), mask.repeat_interleave(2, 3)[..., ::2]
+    for other in masks:
+        for name, tensor in results(layer, u, torch.float32, False, turned, other).items():
+            assert torch.equal(tensor, want[name]), name
+
+
+def test_autocast_takes_logits_of_float32() -> None:
+    layer, u, mask = with_bias(2, 3, 4, 5, **SLIDE), torch.randn(MAPS), mask_of()
+    logits = logits_of("IJ").float()
+    with torch.autocast("cpu", torch.bfloat16):
+        v = layer(u.bfloat16(), logits=logits, mask=mask)
+    assert v.dtype == torch.bfloat16
+    assert_close(v.float(), layer(u, logits=logits, mask=mask), tolerance=0.05)
+
+
 def layouts(u: Tensor) -> dict[str, Tensor]:
     wide = torch.full((*u.shape[:4], 2 * u.shape[4]), torch.nan, dtype=u.dtype)
     wide[..., ::2] = u
@@ -197,19 +366,22 @@ def test_layers_follow_one_another() -> None:
     assert_close(second(first(u)), second(first(u).contiguous()), tolerance=1e-6)
 
 
+@pytest.mark.parametrize("axes", [None, "IJ", "BHWIJ"])
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("backend", fast_only(["aot_eager"], ["aot_eager", "inductor"]))
-def test_compiles_without_a_break(backend: str, dynamic: bool) -> None:
-    layer, u = with_bias(2, 3, 4, 5, 3, 2, 1), torch.randn(3, 2, 4, 6, 5)
+def test_compiles_without_a_break(backend: str, dynamic: bool, axes: str | None) -> None:
+    """Without options, and with logits and a mask."""
+    layer, u = with_bias(2, 3, 4, 5, **SLIDE), torch.randn(MAPS)
     compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=dynamic)
     grad = torch.randn_like(layer(u))
+    start = [] if axes is None else [logits_of(axes).float()]
+    mask = None if axes is None else mask_of()
+    both = []
     for call in (compiled, layer):
-        x = u.clone().requires_grad_()
-        v = call(x)
-        gradients = torch.autograd.grad(v, (x, *layer.parameters()), grad)
-        if call is compiled:
-            got = (v, *gradients)
-    for a, b in zip(got, (v, *gradients), strict=True):
+        leaves = [x.clone().requires_grad_() for x in (u, *start)]
+        v = call(leaves[0], logits=leaves[1] if start else None, mask=mask)
+        both.append((v, *torch.autograd.grad(v, (*leaves, *layer.parameters()), grad)))
+    for a, b in zip(*both, strict=True):
         assert_close(a, b, tolerance=1e-6)
     torch.compiler.reset()
 
@@ -224,8 +396,37 @@ def test_exports_and_is_traced() -> None:
         assert torch.equal(traced(x), layer(x))
 
 
+@pytest.mark.parametrize("axes", ["J", "IJ", "WIJ", "B11IJ", "BHWIJ"])
+def test_exports_and_is_traced_with_logits_and_a_mask(axes: str) -> None:
+    layer, other = with_bias(2, 3, 4, 5, **SLIDE), {**SIZES, "B": 5, "H": 4, "W": 4}
+    batch, size = torch.export.Dim("batch", min=1, max=64), torch.export.Dim.AUTO
+    exported = torch.export.export(
+        layer,
+        (torch.randn(MAPS),),
+        {"logits": logits_of(axes).float(), "mask": mask_of()},
+        dynamic_shapes={
+            "u": {0: batch, 3: size, 4: size},
+            "logits": {n: batch if axis == "B" else size for n, axis in enumerate(axes) if axis in "BHW"},
+            "mask": {0: batch, 2: size, 3: size},
+        },
+    ).module()
+    traced = torch.fx.symbolic_trace(layer)
+    for (height, width), sizes in (((5, 6), SIZES), ((8, 9), other)):
+        u = torch.randn(sizes["B"], 2, 4, height, width)
+        keywords = {
+            "logits": torch.randn([sizes[axis] for axis in axes]),
+            "mask": torch.rand(sizes["B"], 2, height, width) > 0.35,
+        }
+        assert torch.equal(exported(u, **keywords), layer(u, **keywords))
+        assert torch.equal(traced(u, **keywords), layer(u, **keywords))
+        assert torch.equal(traced(u), layer(u))
+
+
 def test_an_empty_batch() -> None:
-    assert ConvRoutingCapsules(2, 3, 4, 5, 3, padding=1)(torch.randn(0, 2, 4, 6, 5)).shape == (0, 3, 5, 6, 5)
+    layer, u = ConvRoutingCapsules(2, 3, 4, 5, 3, padding=1), torch.randn(0, 2, 4, 6, 5)
+    assert layer(u).shape == (0, 3, 5, 6, 5)
+    mask, logits = torch.ones(0, 2, 6, 5, dtype=torch.bool), torch.randn(0, 6, 5, 18, 3)
+    assert layer(u, logits=logits, mask=mask).shape == (0, 3, 5, 6, 5)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -281,6 +482,49 @@ def test_the_error_for_a_map_smaller_than_the_kernel() -> None:
     with pytest.raises(ValueError, match=message):
         layer(torch.zeros(2, 2, 4, 1, 4))
     assert layer(torch.zeros(2, 2, 4, 2, 4)).shape == (2, 3, 5, 1, 1)
+
+
+WANTED = "takes a shape that broadcasts to [B, H′, W′, I, J] with B = 2, H′ = 3, W′ = 3, I = 12, J = 3"
+
+
+@pytest.mark.parametrize("shape", [(4,), (12,), (3, 12), (12, 12, 3), (4, 3, 12, 3), (2, 9, 12, 3), (1,) * 6])
+def test_the_error_for_logits_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
+    layer, u = ConvRoutingCapsules(2, 3, 4, 5, **SLIDE), torch.randn(MAPS)
+    for call in (layer, layer.couplings):
+        with pytest.raises(ValueError, match=re.escape(f"logits: got shape {list(shape)}, {WANTED}") + "$"):
+            call(u, logits=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 6, 5), (2, 5, 6), (1, 2, 5, 6), (2, 2, 1, 5, 6), (18, 12), ()])
+def test_the_error_for_a_mask_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
+    layer, u = ConvRoutingCapsules(2, 3, 4, 5, **SLIDE), torch.randn(MAPS)
+    message = f"mask: got shape {list(shape)}, takes [B, C, H, W] with B = 2, C = 2, H = 5, W = 6"
+    for call in (layer, layer.couplings):
+        with pytest.raises(ValueError, match=re.escape(message) + "$"):
+            call(u, mask=torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("logits", [0.0], TypeError, "got list, takes a torch.Tensor"),
+        ("logits", torch.zeros(12, 3).double(), TypeError, "got dtype torch.float64, takes that of u, which"),
+        ("logits", torch.zeros(12, 3).long(), ValueError, "got dtype torch.int64, takes float32"),
+        ("logits", torch.zeros(12, 3).to_sparse(), ValueError, "got layout torch.sparse_coo, takes"),
+        ("logits", torch.zeros(12, 3, device="meta"), ValueError, "got device meta, takes that of u, which"),
+        ("mask", True, TypeError, "got bool, takes a torch.Tensor"),
+        ("mask", torch.ones(2, 2, 5, 6), TypeError, "got dtype torch.float32, takes torch.bool: True where"),
+        ("mask", (torch.ones(2, 2, 5, 6) > 0).to_sparse(), ValueError, "got layout torch.sparse_coo, takes"),
+        ("mask", torch.ones(2, 2, 5, 6).bool().to("meta"), ValueError, "got device meta, takes that of u"),
+    ],
+)
+def test_logits_and_masks_of_another_type(
+    name: str, value: Any, error: type[Exception], message: str
+) -> None:
+    layer, u = ConvRoutingCapsules(2, 3, 4, 5, **SLIDE), torch.randn(MAPS)
+    for call in (layer, layer.couplings, torch.fx.symbolic_trace(layer)):
+        with pytest.raises(error, match=f"^{name}: {message}"):
+            call(u, **{name: value})
 
 
 @pytest.mark.parametrize(

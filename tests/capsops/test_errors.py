@@ -160,7 +160,7 @@ CASES: list[tuple[Callable, tuple, dict[str, Any], type[Exception], str]] = [
     (capsule_routing, (U, W), {"mask": [[True]]}, TypeError, "mask: got list, takes a torch.Tensor"),
     (
         dynamic_routing, (U_HAT,), {"logits": torch.zeros(3)}, ValueError,
-        "logits: got shape [3], takes one that broadcasts to [B, I, J] with B = 2, I = 3, J = 4",
+        "logits: got shape [3], takes a shape that broadcasts to [B, I, J] with B = 2, I = 3, J = 4",
     ),
     (
         capsule_routing, (U, W), {"logits": torch.zeros(4).half()}, TypeError,

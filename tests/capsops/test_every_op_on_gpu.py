@@ -129,7 +129,7 @@ def option_comparisons(impl: str, dtype: torch.dtype, shape: Shape) -> Iterator[
         ({LOGITS, MASK, UNSQUASHED}, of_samples, mask, {"squash_output": False}),
         ({LOGITS}, of_samples, None, {"iterations": 1}),
     ]
-    for needed, logits, there, keywords in cases:
+    for needed, logits, present, keywords in cases:
         for op, name, first in (
             *(("capsule_routing", name, (u, w)) for name, w in layers.items()),
             *(("couplings", name, (u, w)) for name, w in layers.items()),
@@ -144,16 +144,16 @@ def option_comparisons(impl: str, dtype: torch.dtype, shape: Shape) -> Iterator[
             inputs = (*first, bias) if logits is None else (*first, bias, logits)
 
             def call(
-                function: Callable, impls: dict, *tensors: Tensor, n: int = len(first), **given: object
+                function: Callable, impls: dict, *tensors: Tensor, n: int = len(first), **arguments: object
             ) -> Tensor:
                 start = tensors[n + 1] if len(tensors) > n + 1 else None
-                return function(*tensors[: n + 1], logits=start, **given, **impls)
+                return function(*tensors[: n + 1], logits=start, **arguments, **impls)
 
-            given = {"mask": there, **options}
+            arguments = {"mask": present, **options}
             yield Comparison(
                 f"{op} {name}, {', '.join(sorted(used))}",
-                partial(call, getattr(capsops, op), {"impl": impl}, **given),
-                partial(call, getattr(reference, op), {}, **given),
+                partial(call, getattr(capsops, op), {"impl": impl}, **arguments),
+                partial(call, getattr(reference, op), {}, **arguments),
                 inputs,
                 FORWARD if op == "couplings" else FORWARD_BACKWARD,
                 I * K * J * D + B,

@@ -148,7 +148,7 @@ def test_closed_pairs_have_no_gradient(
 @pytest.mark.parametrize("iterations", range(4))
 @pytest.mark.parametrize("leaky", [False, True])
 def test_fewer_output_capsules_for_some_samples(impl: str, leaky: bool, iterations: int) -> None:
-    """Sample b has b + 1 of 5 output capsules: it is routed among those alone, and the others are 0."""
+    """Sample b has b + 1 of 5 output capsules: it is routed among only those, and the others are 0."""
     B, I, J = 5, 9, 5  # noqa: E741
     u, weight, _ = layer_inputs(Shape(B, I, J, 4, 3))
     start = torch.randn(I, J, dtype=torch.float64)
@@ -262,20 +262,51 @@ def test_derivatives_with_closed_pairs(impl: str, op: str, axes: str, options: O
     if bias is not None:
         bias[0] = 0
     inputs = [x.requires_grad_() for x in (first, weight, bias, logits) if x is not None]
-    present = [x is not None for x in (first, weight, bias)]
+    presence = [x is not None for x in (first, weight, bias)]
 
-    def function(*given: Tensor) -> Tensor:
-        remaining = iter(given)
-        return ours(op, impl, routing)(*(next(remaining) if there else None for there in present), *remaining)
+    def function(*arguments: Tensor) -> Tensor:
+        remaining = iter(arguments)
+        of_call = [next(remaining) if present else None for present in presence]
+        return ours(op, impl, routing)(*of_call, *remaining)
 
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("options", [Options(T, detach=True, bias=True) for T in (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("axes", ["J", "IJ", "BIJ"])
+@pytest.mark.parametrize("op", OPS)
+def test_second_gradients_with_detach(impl: str, op: str, axes: str, closed: bool, options: Options) -> None:
+    """Of a gradient penalty of all inputs. Finite differences would see the passes that are detached."""
+    routing = Routing(options, axes, closed)
+    inputs = tensors(op, Shape(5, 9, 3, 4, 2), routing)
+
+    def penalty(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [x if x is None else x.clone().requires_grad_() for x in inputs]
+        present = [x for x in leaves if x is not None]
+        gradients = torch.autograd.grad(function(*leaves).sin().sum(), present, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in gradients), present, materialize_grads=True)
+
+    got, want = penalty(ours(op, impl, routing)), penalty(plain(op, routing))
+    for n, (x, y) in enumerate(zip(got, want, strict=True)):
+        assert_close(x, y, f"gradient {n}", tolerance=1e-11)
+    attached = penalty(plain(op, Routing(options._replace(detach=False), axes, closed)))
+    assert options.iterations == 1 or (attached[-1] - want[-1]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("iterations", [0, 3])
 @pytest.mark.parametrize("axes", ["", "IJ", "BIJ"])
 @pytest.mark.parametrize(
-    "shape", [Shape(0, 3, 2, 4, 5), Shape(2, 0, 2, 4, 5), Shape(2, 3, 0, 4, 5), Shape(2, 3, 2, 0, 5)], ids=str
+    "shape",
+    [
+        Shape(0, 3, 2, 4, 5),
+        Shape(2, 0, 2, 4, 5),
+        Shape(2, 3, 0, 4, 5),
+        Shape(2, 3, 2, 0, 5),
+        Shape(2, 3, 2, 4, 0),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("op", OPS)
 def test_empty_inputs(impl: str, op: str, shape: Shape, axes: str, iterations: int) -> None:

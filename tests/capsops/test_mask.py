@@ -39,7 +39,7 @@ def float64(*numbers: float) -> Tensor:
 
 
 def test_by_hand(impl: str) -> None:
-    """The first input capsule has û = 1 for both outputs, c = 1/2, v = 1/5; the second is not there."""
+    """The first input capsule has û = 1 for both outputs, c = 1/2, v = 1/5; the second is absent."""
     u_hat = float64(1, 1, torch.nan, torch.inf).view(1, 2, 2, 1)
     mask = torch.tensor([[True, False]])
     for iterations, want in ((0, 1 / 2), (1, 1 / 5), (3, 1 / 5)):
@@ -79,7 +79,7 @@ def test_couplings_equal_the_formula(impl: str, shape: Shape, routing: Routing) 
 
 
 def among_the_present(routing: Routing) -> Callable[..., Tensor]:
-    """The formula, sample by sample, of the input capsules that are there."""
+    """The formula, sample by sample, of the input capsules that are present."""
 
     def function(
         first: Tensor, weight: Tensor | None, bias: Tensor | None, logits: Tensor | None, mask: Tensor
@@ -87,12 +87,12 @@ def among_the_present(routing: Routing) -> Callable[..., Tensor]:
         if logits is not None:
             logits = logits.expand(*mask.shape, -1)
         rows = []
-        for b, there in enumerate(mask):
+        for b, present in enumerate(mask):
             of_sample: Inputs = [
-                first[b : b + 1, there],
-                None if weight is None else weight[there],
+                first[b : b + 1, present],
+                None if weight is None else weight[present],
                 bias,
-                None if logits is None else logits[b : b + 1, there],
+                None if logits is None else logits[b : b + 1, present],
                 None,
             ]
             rows.append(
@@ -115,7 +115,7 @@ PRESENT_SHAPES = [Shape(5, 9, 3, 4, 2), Shape(17, 7, 1, 8, 3), Shape(4, 1, 5, 3,
 )
 @pytest.mark.parametrize("shape", PRESENT_SHAPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_only_the_capsules_that_are_there_are_routed(
+def test_only_the_capsules_that_are_present_are_routed(
     impl: str, op: str, shape: Shape, options: Options, axes: str | None
 ) -> None:
     routing = Routing(options, axes, mask=True)
@@ -224,11 +224,11 @@ def test_derivatives(impl: str, op: str, options: Options) -> None:
     routing = Routing(options, mask=True)
     first, weight, bias, _, _ = tensors(op, Shape(2, 3, 2, 2, 2), routing)
     mask = torch.tensor([[False, False, False], [True, False, True]])
-    present = [x is not None for x in (first, weight, bias)]
+    presence = [x is not None for x in (first, weight, bias)]
 
-    def function(*given: Tensor) -> Tensor:
-        remaining = iter(given)
-        of_call = [next(remaining) if there else None for there in present]
+    def function(*arguments: Tensor) -> Tensor:
+        remaining = iter(arguments)
+        of_call = [next(remaining) if present else None for present in presence]
         return ours(op, impl, routing)(*of_call, None, mask)
 
     inputs = [x.requires_grad_() for x in (first, weight, bias) if x is not None]

@@ -1,7 +1,6 @@
 """Peak memory of the fused layer, and results that do not depend on uninitialised memory."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -103,17 +102,6 @@ def test_peak_with_routing_options(impl: str, weight: str, logits: str, detach: 
 
 
 SHAPES = [Shape(5, 9, 3, 5, 3), Shape(17, 33, 10, 16, 8), Shape(2, 7, 60, 32, 4)]
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """torch.empty returns NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -1,6 +1,5 @@
 """All options of routing together; those of a single option are in the test file of its name."""
 
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -134,14 +133,6 @@ def test_couplings_in_low_precision(impl: str, routing: Routing, dtype: torch.dt
     )
 
 
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """torch.empty returns NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -169,9 +160,9 @@ def test_one_input_or_output_capsule(impl: str, op: str, shape: Shape, iteration
 
 
 def test_interests_of_a_recommender(impl: str) -> None:
-    """Li et al. 2019 (MIND): one matrix, sequences of different length, fixed random logits, and a number of
+    """Li et al. 2019 (MIND): each user is routed as if it were the only one.
 
-    interests that grows with the length of the sequence: each user is routed as if alone.
+    There is one matrix, the random logits are fixed, and the longer a user's sequence, the more interests.
     """
     options = frozenset((LOGITS, MASK, SHARED))
     skip_unless_supported(impl, options, torch.float64)

@@ -223,11 +223,11 @@ def test_derivatives(impl: str, op: str, options: Options) -> None:
     routing = Routing(options, shared=True)
     first, weight, bias, *_ = tensors(op, Shape(2, 3, 2, 2, 2), routing)
     first[0] = 0
-    present = [x is not None for x in (first, weight, bias)]
+    presence = [x is not None for x in (first, weight, bias)]
 
-    def function(*given: Tensor) -> Tensor:
-        remaining = iter(given)
-        return ours(op, impl, routing)(*(next(remaining) if there else None for there in present))
+    def function(*arguments: Tensor) -> Tensor:
+        remaining = iter(arguments)
+        return ours(op, impl, routing)(*(next(remaining) if present else None for present in presence))
 
     inputs = [x.requires_grad_() for x in (first, weight, bias) if x is not None]
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)

@@ -130,6 +130,50 @@ def test_gradients_of_each_sample() -> None:
         assert_close(got, leaf.grad, tolerance=1e-11)
 
 
+@pytest.mark.parametrize("mapped", [("logits",), ("mask",), ("logits", "mask")], ids="-".join)
+@pytest.mark.parametrize("name", ["dynamic_routing", "capsule_routing", "couplings"])
+def test_vmap_over_starting_logits_and_masks(impl: str, name: str, mapped: tuple[str, ...]) -> None:
+    """Four of each, for the same capsules; what is not mapped is the first of the four."""
+    inputs = arguments("dynamic_routing" if name == "dynamic_routing" else "capsule_routing")
+    options = {
+        "logits": torch.where(torch.rand(4, 5, 3) < 0.2, -torch.inf, torch.randn(4, 5, 3)).double(),
+        "mask": torch.rand(4, 2, 5) < 0.7,
+    }
+    fixed = {option: x[0] for option, x in options.items() if option not in mapped}
+
+    def function(*x: Tensor) -> Tensor:
+        keywords = {**fixed, **dict(zip(mapped, x, strict=True))}
+        return getattr(capsops, name)(*inputs, **keywords, impl=impl)
+
+    each = [options[option] for option in mapped]
+    got = torch.func.vmap(function)(*each)
+    assert got.shape[0] == 4
+    assert not torch.equal(got[0], got[1])
+    assert_close(got, torch.stack([function(*x) for x in zip(*each, strict=True)]))
+    last = torch.func.vmap(function, in_dims=-1, out_dims=1)(*[x.movedim(0, -1) for x in each])
+    assert_close(last, got.movedim(0, 1))
+
+
+@pytest.mark.parametrize("name", ["dynamic_routing", "capsule_routing"])
+def test_gradients_of_each_sample_with_its_logits_and_mask(name: str) -> None:
+    """Of the shared parameters and of the sample's own logits."""
+    first, *shared = arguments(name)
+    logits, mask = torch.randn(2, 5, 3, dtype=torch.float64), torch.arange(5) < torch.tensor([[3], [5]])
+    logits[1, 2] = -torch.inf
+
+    def loss(shared: list[Tensor], logits: Tensor, sample: Tensor, mask: Tensor) -> Tensor:
+        v = getattr(capsops, name)(sample[None], *shared, logits=logits, mask=mask[None])
+        return v.square().sum()
+
+    gradient = torch.func.grad(loss, argnums=(0, 1))
+    of_shared, of_logits = torch.func.vmap(gradient, in_dims=(None, 0, 0, 0))(shared, logits, first, mask)
+    for b in range(2):
+        leaves = [x.clone().requires_grad_() for x in (*shared, logits[b])]
+        loss(leaves[:-1], leaves[-1], first[b], mask[b]).backward()
+        for got, leaf in zip((*of_shared, of_logits), leaves, strict=True):
+            assert_close(got[b], leaf.grad, tolerance=1e-11)
+
+
 def test_a_module_under_functional_call() -> None:
     layer = capsops.nn.RoutingCapsules(5, 3, 4, 6)
     u = torch.randn(2, 5, 4)

@@ -1,6 +1,10 @@
 """capsops and the layers of public repositories: the same values and gradients."""
 
+import re
+from pathlib import Path
+
 import pytest
+import torch
 from torch import Tensor
 from torch.func import functional_call
 
@@ -59,5 +63,29 @@ def test_a_layer_with_the_weights_of_the_repository(peer: Peer) -> None:
     assert_all_close(got, {name: want[name] for name in got}, 1e-10)
 
 
-def test_every_repository_that_docs_name_is_here() -> None:
-    assert len({peer.repository for peer in PEERS}) >= 9
+# As docs/replace_your_routing_layer.md says.
+NAN_VALUES = {
+    "arogozhnikov/readable_capsnet",
+    "adambielski/CapsNet-pytorch",
+    "yongheng1991/3D-point-capsule-networks",
+}
+NAN_GRADIENTS = NAN_VALUES | {"danielhavir/capsule-network", "aymenx17/InfoCapsGAN"}
+
+
+@every_peer
+def test_values_and_gradients_at_s_of_0(peer: Peer) -> None:
+    """With the repository's epsilon; those of capsops are always finite."""
+    inputs = [x if n == 1 else torch.zeros_like(x) for n, x in enumerate(peer.inputs(peer.small))]
+    for name, x in by_repository(peer, inputs, peer.eps).items():
+        is_nan = peer.repository in (NAN_VALUES if name == "value" else NAN_GRADIENTS)
+        assert (x.isnan() if is_nan else x.isfinite()).all(), name
+    assert all(x.isfinite().all() for x in by_capsops(peer, inputs).values())
+
+
+def test_the_repositories_are_those_of_the_page() -> None:
+    """Of its first table, whose rows say which call replaces which layer."""
+    page = Path(__file__).parents[2] / "docs" / "replace_your_routing_layer.md"
+    heading = "## Which call replaces which layer\n"
+    section = page.read_text(encoding="utf-8").split(heading)[1].split("\n## ")[0]
+    named = re.findall(r"^\| ([\w.-]+/[\w.-]+): ", section, re.MULTILINE)
+    assert set(named) == {peer.repository for peer in PEERS}
