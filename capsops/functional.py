@@ -272,8 +272,8 @@ def capsule_routing(
     """A whole capsule layer: dynamic_routing(predictions(u, weight), bias), without storing û.
 
     The predictions û_ij = W_ij u_i are recomputed in every pass, forward and backward. Only the reference
-    stores them, and the couplings. On a CPU, batches smaller than K may keep them in scratch memory that fits
-    the cache: at most 2 MiB per thread, 4 MiB with gradients.
+    stores them, and the couplings. On a CPU, batches smaller than K may keep them in scratch memory of the
+    size of a cache: at most 4 MiB per thread.
 
     With a weight that all input capsules share, û_ij = W_j u_i is never formed, even in part: the logits are
     u_i · (W_jᵀ V_j), and Σ_i c_ij û_ij is W_j (Σ_i c_ij u_i).

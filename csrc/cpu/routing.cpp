@@ -377,47 +377,39 @@ bool route_by_sample(RoutingOp op, const RoutingCall& call, int threads, int64_t
     return true;
 }
 
-template <typename T, int N>
-bool route_capsule_simd(RoutingOp op, const RoutingCall& call, int threads) {
-    if (call.weight) return route_by_all_threads<T, CapsuleSimdEngine<T, N>>(op, call, threads);
-    if (call.B >= threads) return route_by_sample<T, PredictionsSimdEngine<T, N>>(op, call, threads);
-    return route_by_all_threads<T, PredictionsSimdEngine<T, N>>(op, call, threads);
-}
-
-// The engine of u and weight, or of predictions, for samples whose lanes would be mostly empty.
-template <typename T>
-bool route_few(RoutingOp op, const RoutingCall& call, int threads) {
+// Calls work(N) for engines that have the numbers of a pair (i, j) in the N lanes of a register: half a
+// register where the numbers fill that but no whole one.
+template <typename T, typename Work>
+bool with_lanes(const RoutingCall& call, const Work& work) {
     constexpr int width = vec_width<T>;
-    // Use half registers where the numbers of a pair (i, j) fill those but not whole ones.
     const int64_t numbers = call.D * (call.weight ? call.K : 1);
     if constexpr (sizeof(T) == 4) {
         if (numbers % width != 0 && numbers % (width / 2) == 0)
-            return route_capsule_simd<T, width / 2>(op, call, threads);
+            return work(std::integral_constant<int, width / 2>{});
     }
-    return route_capsule_simd<T, width>(op, call, threads);
+    return work(std::integral_constant<int, width>{});
 }
 
-// Whether a few samples are routed with û in scratch memory: W is then read once, not in every pass, and what
-// a thread has of û, and of ∂û, stays in its second-level cache.
+// Whether a few samples are routed with û in scratch memory: W is then read once, not in every pass, and û
+// stays in the second-level caches of the threads, or nearly.
 template <typename T>
 bool stores_predictions(const RoutingCall& call, int threads) {
     const int64_t bytes = call.B * call.I * call.J * call.D * int64_t(sizeof(T));
-    return call.weight && !call.shared && call.B < call.K && bytes <= threads * (int64_t(2) << 20);
+    return call.weight && !call.shared && call.B < call.K && bytes <= threads * (int64_t(4) << 20);
 }
 
+// ∂û takes the place of û.
 template <typename T>
 bool route_stored(RoutingOp op, const RoutingCall& call, int threads) {
-    const bool backward = op == RoutingOp::backward;
     const int64_t inputs = call.B * call.I * call.K, numbers = call.B * call.I * call.J * call.D;
     const int64_t element_size = dtype_size(call.dtype);
     // NaN in an absent u_i would otherwise reach ∂W.
     const bool copies = call.mask && call.grad_weight;
     char* u = nullptr;
-    T *u_hat = nullptr, *grad_u_hat = nullptr;
+    T* u_hat = nullptr;
     auto plan = [&](Arena& arena) {
         u = arena.take<char>(copies ? inputs * element_size : 0);
         u_hat = arena.take<T>(numbers);
-        grad_u_hat = arena.take<T>(backward ? numbers : 0);
     };
     Arena measure;
     plan(measure);
@@ -441,10 +433,13 @@ bool route_stored(RoutingOp op, const RoutingCall& call, int threads) {
     RoutingCall routed = call;
     routed.u = u_hat, routed.u_hat_dtype = layer.u_hat_dtype, routed.weight = nullptr, routed.K = 1;
     const bool needs_u_hat = call.grad_u || call.grad_weight || call.grad_logits;
-    routed.grad_u = needs_u_hat ? grad_u_hat : nullptr, routed.grad_weight = nullptr;
-    if (!route_few<T>(op, routed, threads)) return false;
+    routed.grad_u = needs_u_hat ? u_hat : nullptr, routed.grad_weight = nullptr;
+    const bool done = with_lanes<T>(routed, [&](auto N) {
+        return route_by_all_threads<T, PredictionsSimdEngine<T, N>>(op, routed, threads);
+    });
+    if (!done) return false;
     if (!call.grad_u && !call.grad_weight) return true;
-    layer.grad = grad_u_hat, layer.grad_u = call.grad_u;
+    layer.grad = u_hat, layer.grad_u = call.grad_u;
     if (call.grad_u && !predictions_backward(layer, threads)) return false;
     // ∂W by itself: to read W and write ∂W at the same time takes longer (benchmarks/results/NOTES.md).
     layer.grad_u = nullptr, layer.grad_weight = call.grad_weight;
@@ -470,7 +465,11 @@ bool route(RoutingOp op, const RoutingCall& call, int max_threads) {
     if (stores_predictions<T>(call, threads)) return route_stored<T>(op, call, threads);
     if (BatchSimdEngine<T>::supports(call))
         return route_by_all_threads<T, BatchSimdEngine<T>>(op, call, threads);
-    return route_few<T>(op, call, threads);
+    return with_lanes<T>(call, [&](auto N) {
+        if (call.weight) return route_by_all_threads<T, CapsuleSimdEngine<T, N>>(op, call, threads);
+        if (call.B >= threads) return route_by_sample<T, PredictionsSimdEngine<T, N>>(op, call, threads);
+        return route_by_all_threads<T, PredictionsSimdEngine<T, N>>(op, call, threads);
+    });
 }
 
 }  // namespace

@@ -174,12 +174,13 @@ class PredictionsSimdEngine {
         return s.u_hat;
     }
 
-    // Calls work(sample, first input capsule, their number, û) for this thread's share of all blocks.
+    // Calls work(sample, first input capsule, their number, û) for this thread's share of all blocks, which
+    // are of the same input capsules as its shares in other passes.
     template <typename Work>
     void for_blocks(const Team& team, const Scratch& s, const Work& work) const {
         const int64_t blocks = divide_up(I_, N);
         for (int64_t item = team.begin(B_ * blocks); item < team.end(B_ * blocks); ++item) {
-            const int64_t b = item / blocks, i = item % blocks * N, count = smaller(N, I_ - i);
+            const int64_t b = item % B_, i = item / B_ * N, count = smaller(N, I_ - i);
             work(b, i, count, read_block(s, b, i, count));
         }
     }
@@ -191,7 +192,7 @@ class PredictionsSimdEngine {
         const Scratch s = scratch_of(team);
         const bool backwards = pass & 1;
         for (int64_t task = team.begin(splits * B_); task < team.end(splits * B_); ++task) {
-            const int64_t split = task % splits, b = task / splits;
+            const int64_t split = task / B_, b = task % B_;
             const int64_t begin = I_ * split / splits, end = I_ * (split + 1) / splits;
             const int64_t blocks = divide_up(end - begin, N);
             std::memset(s.sum, 0, row_ * sizeof(T));
