@@ -43,6 +43,15 @@ SHAPES = [
     )
 ]
 
+# Each axis empty in turn.
+EMPTY_SHAPES = [
+    Shape(0, 3, 2, 4, 5),
+    Shape(2, 0, 2, 4, 5),
+    Shape(2, 3, 0, 4, 5),
+    Shape(2, 3, 2, 0, 5),
+    Shape(2, 3, 2, 4, 0),
+]
+
 # The axes of logits; every other axis is broadcast.
 LOGITS_AXES = ["", "J", "IJ", "1IJ", "B1J", "BI1", "BIJ"]
 
@@ -183,3 +192,20 @@ def assert_equals_the_formula(op: str, impl: str, shape: Shape, routing: Routing
         value_and_gradients(ours(op, impl, routing), inputs),
         value_and_gradients(plain(op, routing), inputs),
     )
+
+
+def assert_derivatives(function: Callable[..., Tensor], inputs: Inputs) -> None:
+    """First and second derivatives of all inputs but a mask, against finite differences."""
+    is_leaf = [x is not None and x.is_floating_point() for x in inputs]
+
+    def of_leaves(*leaves: Tensor) -> Tensor:
+        remaining = iter(leaves)
+        return function(*(next(remaining) if leaf else x for leaf, x in zip(is_leaf, inputs, strict=True)))
+
+    leaves = [x.requires_grad_() for leaf, x in zip(is_leaf, inputs, strict=True) if leaf]
+    assert torch.autograd.gradcheck(of_leaves, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(of_leaves, leaves, fast_mode=True)
+
+
+def float64(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)

@@ -15,11 +15,14 @@ from tests.capsops.cases import ALL_OPTIONS, FEW_OPTIONS, Options, Shape, layer_
 from tests.capsops.compare import assert_close
 from tests.capsops.routing_options import (
     CLOSED,
+    EMPTY_SHAPES,
     LOGITS_AXES,
     SHAPES,
     Routing,
+    assert_derivatives,
     assert_equals_the_formula,
     assert_same_results,
+    float64,
     ours,
     plain,
     skip_unless_supported,
@@ -33,10 +36,6 @@ OPS = ["capsule_routing", "dynamic_routing"]
 @pytest.fixture(autouse=True)
 def supported(impl: str) -> None:
     skip_unless_supported(impl, frozenset((LOGITS,)))
-
-
-def float64(*numbers: float) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def test_by_hand(impl: str) -> None:
@@ -253,7 +252,7 @@ DERIVATIVES = [
 @pytest.mark.parametrize("axes", ["J", "BIJ"])
 @pytest.mark.parametrize("op", OPS)
 def test_derivatives_with_closed_pairs(impl: str, op: str, axes: str, options: Options) -> None:
-    """By finite differences, where s is 0 in the first sample and pairs are closed."""
+    """Where s is 0 in the first sample and pairs are closed."""
     routing = Routing(options, axes, closed=True)
     first, weight, bias, logits, _ = tensors(op, Shape(2, 3, 2, 2, 2), routing)
     first[0] = 0
@@ -261,16 +260,7 @@ def test_derivatives_with_closed_pairs(impl: str, op: str, axes: str, options: O
         logits = float64(0.3, CLOSED)
     if bias is not None:
         bias[0] = 0
-    inputs = [x.requires_grad_() for x in (first, weight, bias, logits) if x is not None]
-    presence = [x is not None for x in (first, weight, bias)]
-
-    def function(*arguments: Tensor) -> Tensor:
-        remaining = iter(arguments)
-        of_call = [next(remaining) if present else None for present in presence]
-        return ours(op, impl, routing)(*of_call, *remaining)
-
-    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+    assert_derivatives(ours(op, impl, routing), [first, weight, bias, logits])
 
 
 @pytest.mark.parametrize("options", [Options(T, detach=True, bias=True) for T in (1, 2, 3)], ids=str)
@@ -297,17 +287,7 @@ def test_second_gradients_with_detach(impl: str, op: str, axes: str, closed: boo
 
 @pytest.mark.parametrize("iterations", [0, 3])
 @pytest.mark.parametrize("axes", ["", "IJ", "BIJ"])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        Shape(0, 3, 2, 4, 5),
-        Shape(2, 0, 2, 4, 5),
-        Shape(2, 3, 0, 4, 5),
-        Shape(2, 3, 2, 0, 5),
-        Shape(2, 3, 2, 4, 0),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", EMPTY_SHAPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_empty_inputs(impl: str, op: str, shape: Shape, axes: str, iterations: int) -> None:
     routing = Routing(Options(iterations, bias=True), axes)

@@ -14,11 +14,14 @@ from tests.capsops.cases import ALL_OPTIONS, FEW_OPTIONS, LAYOUTS, Options, Shap
 from tests.capsops.compare import assert_close
 from tests.capsops.routing_options import (
     CLOSED,
+    EMPTY_SHAPES,
     SHAPES,
     Inputs,
     Routing,
+    assert_derivatives,
     assert_equals_the_formula,
     assert_same_results,
+    float64,
     ours,
     plain,
     skip_unless_supported,
@@ -32,10 +35,6 @@ OPS = ["capsule_routing", "dynamic_routing"]
 @pytest.fixture(autouse=True)
 def supported(impl: str) -> None:
     skip_unless_supported(impl, frozenset((MASK,)))
-
-
-def float64(*numbers: float) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def test_by_hand(impl: str) -> None:
@@ -220,34 +219,15 @@ def test_memory_layout_changes_nothing(impl: str, layout: str) -> None:
 @pytest.mark.parametrize("options", [Options(0), Options(1, leaky=True), Options(2, bias=True)], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_derivatives(impl: str, op: str, options: Options) -> None:
-    """By finite differences: the first sample has no input capsules, so that s is 0 or the bias."""
+    """The first sample has no input capsules, so that s is 0 or the bias."""
     routing = Routing(options, mask=True)
     first, weight, bias, _, _ = tensors(op, Shape(2, 3, 2, 2, 2), routing)
     mask = torch.tensor([[False, False, False], [True, False, True]])
-    presence = [x is not None for x in (first, weight, bias)]
-
-    def function(*arguments: Tensor) -> Tensor:
-        remaining = iter(arguments)
-        of_call = [next(remaining) if present else None for present in presence]
-        return ours(op, impl, routing)(*of_call, None, mask)
-
-    inputs = [x.requires_grad_() for x in (first, weight, bias) if x is not None]
-    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+    assert_derivatives(ours(op, impl, routing), [first, weight, bias, None, mask])
 
 
 @pytest.mark.parametrize("iterations", [0, 3])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        Shape(0, 3, 2, 4, 5),
-        Shape(2, 0, 2, 4, 5),
-        Shape(2, 3, 0, 4, 5),
-        Shape(2, 3, 2, 0, 5),
-        Shape(2, 3, 2, 4, 0),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", EMPTY_SHAPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_empty_inputs(impl: str, op: str, shape: Shape, iterations: int) -> None:
     routing = Routing(Options(iterations, bias=True), mask=True)

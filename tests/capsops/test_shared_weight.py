@@ -4,7 +4,6 @@ from itertools import cycle, product
 
 import pytest
 import torch
-from torch import Tensor
 
 import capsops
 from capsops import reference
@@ -20,10 +19,13 @@ from tests.capsops.cases import (
 )
 from tests.capsops.compare import assert_close
 from tests.capsops.routing_options import (
+    EMPTY_SHAPES,
     SHAPES,
     Routing,
+    assert_derivatives,
     assert_equals_the_formula,
     assert_same_results,
+    float64,
     ours,
     plain,
     skip_unless_supported,
@@ -37,10 +39,6 @@ OPS = ["capsule_routing", "dynamic_routing"]
 @pytest.fixture(autouse=True)
 def supported(impl: str) -> None:
     skip_unless_supported(impl, frozenset((SHARED,)))
-
-
-def float64(*numbers: float) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def test_by_hand(impl: str) -> None:
@@ -219,33 +217,15 @@ def test_large_logits(impl: str, dtype: torch.dtype, leaky: bool) -> None:
 @pytest.mark.parametrize("options", [Options(0), Options(1, leaky=True), Options(2, bias=True)], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_derivatives(impl: str, op: str, options: Options) -> None:
-    """By finite differences; s of the first sample is 0, or the bias."""
+    """s of the first sample is 0, or the bias."""
     routing = Routing(options, shared=True)
-    first, weight, bias, *_ = tensors(op, Shape(2, 3, 2, 2, 2), routing)
-    first[0] = 0
-    presence = [x is not None for x in (first, weight, bias)]
-
-    def function(*arguments: Tensor) -> Tensor:
-        remaining = iter(arguments)
-        return ours(op, impl, routing)(*(next(remaining) if present else None for present in presence))
-
-    inputs = [x.requires_grad_() for x in (first, weight, bias) if x is not None]
-    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+    inputs = tensors(op, Shape(2, 3, 2, 2, 2), routing)
+    inputs[0][0] = 0
+    assert_derivatives(ours(op, impl, routing), inputs)
 
 
 @pytest.mark.parametrize("iterations", [0, 3])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        Shape(0, 3, 2, 4, 5),
-        Shape(2, 0, 2, 4, 5),
-        Shape(2, 3, 0, 4, 5),
-        Shape(2, 3, 2, 0, 5),
-        Shape(2, 3, 2, 4, 0),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", EMPTY_SHAPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_empty_inputs(impl: str, op: str, shape: Shape, iterations: int) -> None:
     routing = Routing(Options(iterations, bias=True), shared=True)
