@@ -3,7 +3,8 @@
 // A lane group is 16 (or 8) samples. û of one pair (i, j) is then D registers, its product with V needs no
 // sums over lanes, and the softmax over j is element-wise. û of one i, J·D registers, stays in the
 // first-level cache between the logits and the sum. Several lane groups process a chunk of input capsules in
-// turn, so that its W is read from memory once for all of them.
+// turn, so that its W is read from memory once for all of them. Every other pass goes through the input
+// capsules backwards, so that it begins with what the previous pass left in the cache.
 //
 // In the gradient pass each thread has a range of i and computes all of ∂W_i and ∂u_i for it, so no sums
 // between threads are needed.
@@ -102,7 +103,9 @@ class BatchSimdEngine {
           padded_(round_up(R_, vec_width<T>)),
           slots_(slots),
           states_(nullptr) {
-        // Few splits, since each costs B·J·D numbers, but enough that no thread is idle for long.
+        // A split costs B·J·D numbers, but a thread whose share is a split reads only its part of W. More
+        // splits where threads would be idle for long.
+        splits = larger(1, smaller(smaller(threads, I_), I_ * K_ / (16 * B_)));
         while (splits < smaller(threads, I_) && !balanced(splits * groups_, threads)) ++splits;
         chunk_ = larger(1, smaller(16, 98304 / (R_ * K_ * int64_t(sizeof(T)))));
         choose_kernels();
@@ -128,10 +131,10 @@ class BatchSimdEngine {
         }
     }
 
-    // partial [splits, B, J, D] = Σ_i û
-    CAPSOPS_NOINLINE void sum_uniform(const Team& team, int64_t, T* partial) {
+    // partial [splits, B, J, D] = Σ_i û; every other pass goes through i backwards
+    CAPSOPS_NOINLINE void sum_uniform(const Team& team, int64_t pass, T* partial) {
         const int64_t few = larger(1, longest_uniform_sum / K_);
-        sum_over_i(team, partial,
+        sum_over_i(team, pass, partial,
                    [&](const Scratch& s, const T* w, int64_t, int64_t count, int64_t, Lanes<T>* sum) {
                        for (int64_t n = 0; n < count; n += few) {
                            (this->*add_uniform_)(w + n * R_ * K_, smaller(few, count - n), s.u + n * K_, sum);
@@ -140,8 +143,8 @@ class BatchSimdEngine {
     }
 
     // partial = Σ_i c û with the couplings of the state in slot `v`
-    CAPSOPS_NOINLINE void sum_routed(const Team& team, int64_t, int64_t v, T* partial) {
-        sum_over_i(team, partial,
+    CAPSOPS_NOINLINE void sum_routed(const Team& team, int64_t pass, int64_t v, T* partial) {
+        sum_over_i(team, pass, partial,
                    [&](const Scratch& s, const T* w, int64_t i0, int64_t count, int64_t g, Lanes<T>* sum) {
                        sum_scaled(s, w, count, state(v, g), 0, 1, sum, [&](Lanes<T>* dots, int64_t n) {
                            s.lanes.couple(g * L, i0 + n, dots, 1, 1);
@@ -151,9 +154,9 @@ class BatchSimdEngine {
     }
 
     // partial = Σ_i ∂b û with V in slot `v` and ∂s in slot `ds`
-    CAPSOPS_NOINLINE void sum_agreement(const Team& team, int64_t, int64_t v, int64_t ds, T* partial) {
+    CAPSOPS_NOINLINE void sum_agreement(const Team& team, int64_t pass, int64_t v, int64_t ds, T* partial) {
         const int64_t stride = (ds - v) * groups_ * R_;
-        sum_over_i(team, partial,
+        sum_over_i(team, pass, partial,
                    [&](const Scratch& s, const T* w, int64_t i0, int64_t count, int64_t g, Lanes<T>* sum) {
                        sum_scaled(s, w, count, state(v, g), stride, 2, sum, [&](Lanes<T>* dots, int64_t n) {
                            s.lanes.couple(g * L, i0 + n, dots, 1, 2);
@@ -281,15 +284,18 @@ class BatchSimdEngine {
     // Calls work(scratch, W of a chunk, its first input capsule, their number, lane group, sum [R]) for this
     // thread's share of all pairs (split, lane group). Writes the sums to partial [splits, B, R].
     template <typename Work>
-    void sum_over_i(const Team& team, T* partial, const Work& work) {
+    void sum_over_i(const Team& team, int64_t pass, T* partial, const Work& work) {
         const Scratch scratch = scratch_of(team, false);
+        const bool backwards = pass & 1;
         const int64_t tasks = splits * groups_;
         for (int64_t task = team.begin(tasks); task < team.end(tasks);) {
             const int64_t split = task / groups_, g0 = task % groups_;
             const int64_t g1 = smaller(smaller(groups_, g0 + block_), g0 + team.end(tasks) - task);
             std::memset(scratch.sum, 0, (g1 - g0) * R_ * sizeof(Lanes<T>));
-            const int64_t end = I_ * (split + 1) / splits;
-            for (int64_t i0 = I_ * split / splits; i0 < end; i0 += chunk_) {
+            const int64_t begin = I_ * split / splits, end = I_ * (split + 1) / splits;
+            const int64_t chunks = divide_up(end - begin, chunk_);
+            for (int64_t n = 0; n < chunks; ++n) {
+                const int64_t i0 = begin + (backwards ? chunks - 1 - n : n) * chunk_;
                 const int64_t count = smaller(chunk_, end - i0);
                 const T* w = weight_of(scratch, i0, count);
                 for (int64_t g = g0; g < g1; ++g) {
