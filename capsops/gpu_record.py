@@ -14,7 +14,7 @@ PROOFS: tuple[Proof, ...] = (
     Proof("NVIDIA H200", "cuda", "1bb87f0680c3843c", "67d8fe9", longest=(32, 64)),
     # Above 16, and for lengths that are not multiples of 4, Triton's blocks have not run on a GPU, nor have
     # its kernels for the options of routing.
-    Proof("NVIDIA H200", "triton", "5037115150dfb879", "67d8fe9", longest=(16, 16), multiple=4, triton="3.6"),
+    Proof("NVIDIA H200", "triton", "6c7ea577b124eb82", "67d8fe9", longest=(16, 16), multiple=4, triton="3.6"),
 )
 
 
