@@ -1,8 +1,7 @@
 // Calls the kernels of csrc/cpu without Python, for tests on an emulated processor: driver INPUTS RESULTS.
 //
-// INPUTS is a sequence of calls. Each is 12 numbers of 64 bits (op, dtype, threads, B, I, J, D, K,
-// iterations, leaky, detach, bias) and then its tensors; RESULTS has the results of all calls one after the
-// other.
+// INPUTS is a sequence of calls. Each is a Header and then its tensors; RESULTS has the results of all calls
+// one after the other.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -24,8 +23,12 @@ namespace {
 
 using namespace capsops;
 
+// What a call is, in numbers of 64 bits. An op does not read those that it has no use for.
 struct Header {
-    int64_t op, dtype, threads, B, I, J, D, K, iterations, leaky, detach, bias;
+    int64_t op, dtype, threads, B, I, J, D, K;
+    int64_t iterations, leaky, detach, squash_output, shared;
+    int64_t bias, mask, logits[3];  // whether there is one; the sizes of the logits, 0 if there are none
+    int64_t needs_u, needs_weight, needs_logits;  // which gradients are computed beside that of the bias
 };
 
 FILE *inputs, *results;
@@ -46,14 +49,16 @@ class Tensor {
 
     static Tensor read(int64_t bytes) {
         Tensor tensor(bytes);
-        require(std::fread(tensor.data(), 1, tensor.bytes_.size(), inputs) == tensor.bytes_.size(),
+        require(bytes == 0 || std::fread(tensor.data(), size_t(bytes), 1, inputs) == 1,
                 "the inputs end early");
         return tensor;
     }
     void write() {
-        require(std::fwrite(data(), 1, bytes_.size(), results) == bytes_.size(), "cannot write the results");
+        require(bytes_.empty() || std::fwrite(data(), bytes_.size(), 1, results) == 1,
+                "cannot write the results");
     }
-    void* data() { return bytes_.data(); }
+    // Null if it has no bytes: the tensor is then not there.
+    void* data() { return bytes_.empty() ? nullptr : bytes_.data(); }
 };
 
 // s and grad [B, I, J] along the axis of I → v, ∂s
@@ -84,7 +89,8 @@ void predictions(const Header& h) {
     call.u = u.data();
     call.weight = weight.data();
     call.u_hat = u_hat.data();
-    call.B = h.B, call.I = h.I, call.J = h.J, call.D = h.D, call.K = h.K, call.dtype = dtype;
+    call.B = h.B, call.I = h.I, call.J = h.J, call.D = h.D, call.K = h.K;
+    call.dtype = call.u_hat_dtype = dtype;
     require(baseline::predictions(call, int(h.threads)), "no memory");
     call.u_hat = nullptr;
     call.grad = grad.data();
@@ -96,45 +102,62 @@ void predictions(const Header& h) {
     grad_weight.write();
 }
 
-// u, W, β if there is one, ∂v → v, ∂u, ∂W, ∂β and, from the second pass on, c. K = 0: u is û, there is no W,
-// and there are no couplings.
+// u, W, β, logits, mask and ∂v, those that there are → v, the gradients that are needed (∂u, ∂W, ∂β, ∂logits)
+// and, unless they are constant, c. K = 0: u is û, there is no W, and there are no couplings.
 void routing(const Header& h) {
     const Dtype dtype = Dtype(h.dtype);
-    const int64_t element = dtype_size(dtype), threads = h.threads;
+    const int64_t element = dtype_size(dtype);
+    const int threads = int(h.threads);
     const bool has_weight = h.K > 0;
-    const int64_t u_bytes = h.B * h.I * (has_weight ? h.K : h.J * h.D) * element;
-    const int64_t weight_bytes = h.I * h.J * h.D * h.K * element, bias_bytes = h.J * h.D * element;
-    const int64_t v_bytes = h.B * bias_bytes;
+    const int64_t u_bytes = h.B * h.I * (has_weight ? h.K : h.shared ? h.D : h.J * h.D) * element;
+    const int64_t weight_bytes = (h.shared ? 1 : h.I) * h.J * h.D * h.K * element;
+    const int64_t bias_bytes = h.J * h.D * element, v_bytes = h.B * bias_bytes;
+    const int64_t logits_bytes = h.logits[0] * h.logits[1] * h.logits[2] * element;
     Tensor u = Tensor::read(u_bytes), weight = Tensor::read(weight_bytes);
-    Tensor bias = Tensor::read(h.bias ? bias_bytes : 0), grad = Tensor::read(v_bytes);
+    Tensor bias = Tensor::read(h.bias ? bias_bytes : 0), logits = Tensor::read(logits_bytes);
+    Tensor mask = Tensor::read(h.mask ? h.B * h.I : 0), grad = Tensor::read(v_bytes);
     Tensor s(larger(h.iterations, 1) * h.B * h.J * h.D * sum_size(dtype)), v(v_bytes);
-    Tensor grad_u(u_bytes), grad_weight(weight_bytes), grad_bias(bias_bytes);
+    Tensor grad_u(h.needs_u ? u_bytes : 0), grad_weight(h.needs_weight ? weight_bytes : 0);
+    Tensor grad_bias(bias_bytes), grad_logits(h.needs_logits ? logits_bytes : 0);
     Tensor couplings(h.B * h.I * h.J * element);
 
     RoutingCall call{};
     call.u = u.data();
-    call.weight = has_weight ? weight.data() : nullptr;
-    call.bias = h.bias ? bias.data() : nullptr;
-    call.s = s.data();
-    call.v = v.data();
+    call.weight = weight.data();
+    call.logits.data = logits.data();
+    int64_t stride = 1;
+    for (int axis = 2; axis >= 0; --axis) {
+        call.logits.sizes[axis] = h.logits[axis];
+        call.logits.strides[axis] = h.logits[axis] == 1 ? 0 : stride;
+        stride *= h.logits[axis];
+    }
+    call.mask = static_cast<const uint8_t*>(mask.data());
     call.B = h.B, call.I = h.I, call.J = h.J, call.D = h.D, call.K = has_weight ? h.K : 1;
     call.iterations = h.iterations, call.leaky = h.leaky, call.detach = h.detach;
-    call.squash_output = true;
-    call.dtype = dtype;
-    require(baseline::routing(RoutingOp::forward, call, int(threads)), "no memory");
-    call.grad = grad.data();
-    call.grad_u = grad_u.data();
-    call.grad_weight = has_weight ? grad_weight.data() : nullptr;
-    call.grad_bias = grad_bias.data();
-    require(baseline::routing(RoutingOp::backward, call, int(threads)), "no memory");
+    call.squash_output = h.squash_output, call.shared = h.shared;
+    call.dtype = call.u_hat_dtype = dtype;
+
+    // Each op gets its own tensors and no others, as from Python.
+    RoutingCall forward = call, backward = call, of_couplings = call;
+    forward.bias = of_couplings.bias = bias.data();
+    forward.s = s.data();
+    forward.v = v.data();
+    require(baseline::routing(RoutingOp::forward, forward, threads), "no memory");
+    backward.s = s.data();
+    backward.grad = grad.data();
+    backward.grad_u = grad_u.data();
+    backward.grad_weight = grad_weight.data();
+    backward.grad_bias = grad_bias.data();
+    backward.grad_logits = grad_logits.data();
+    require(baseline::routing(RoutingOp::backward, backward, threads), "no memory");
     v.write();
     grad_u.write();
     grad_weight.write();
-    grad_bias.write();
-    if (!has_weight || h.iterations < 2) return;
-    call.s = nullptr;
-    call.couplings = couplings.data();
-    require(baseline::routing(RoutingOp::couplings, call, int(threads)), "no memory");
+    if (h.bias) grad_bias.write();
+    grad_logits.write();
+    if (!has_weight || (h.iterations < 2 && !call.logits.data)) return;
+    of_couplings.couplings = couplings.data();
+    require(baseline::routing(RoutingOp::couplings, of_couplings, threads), "no memory");
     couplings.write();
 }
 

@@ -146,10 +146,12 @@ def runs_in_other_orders(
     axes: Sequence[int | None],
     upstream: Tensor | None,
     needs: Sequence[bool] | None = None,
+    value_axis: int | None = None,
 ) -> list[dict[str, Tensor]]:
     """value_and_gradients for four orders of the input capsules; `axes` is their axis in each input, or None.
 
-    Gradients are returned in the order of the inputs, so that the runs differ only by rounding.
+    `value_axis` is their axis in the value. The results are in the order of the inputs, so that the runs
+    differ only by rounding.
     """
     count = inputs[0].shape[axes[0]]
     runs = []
@@ -159,6 +161,8 @@ def runs_in_other_orders(
             for x, axis in zip(inputs, axes, strict=True)
         ]
         run = value_and_gradients(function, ordered, upstream, needs)
+        if value_axis is not None:
+            run["value"] = run["value"].index_select(value_axis, order.argsort())
         for n, axis in enumerate(axes):
             if axis is not None and f"gradient {n}" in run:
                 run[f"gradient {n}"] = run[f"gradient {n}"].index_select(axis, order.argsort())

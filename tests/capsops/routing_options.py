@@ -149,6 +149,13 @@ def tensors(op: str, shape: Shape, routing: Routing, dtype: torch.dtype = torch.
     return (layer_tensors if op == "capsule_routing" else predicted_tensors)(shape, routing, dtype)
 
 
+def axes_of_inputs(op: str, routing: Routing) -> list[int | None]:
+    """The axis of the input capsules in each of the Inputs."""
+    weight = None if routing.shared or op == "dynamic_routing" else 0
+    logits = routing.logits.index("I") if routing.logits and "I" in routing.logits else None
+    return [1, weight, None, logits, 1 if routing.mask else None]
+
+
 def _of_tensors(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(
         first: Tensor,

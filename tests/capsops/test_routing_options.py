@@ -19,6 +19,7 @@ from tests.capsops.routing_options import (
     Routing,
     assert_equals_the_formula,
     assert_same_results,
+    axes_of_inputs,
     ours,
     plain,
     skip_unless_supported,
@@ -90,13 +91,6 @@ LOW_PRECISION_ROUTINGS = [
     Routing(Options(2, True, True, True), "J", False, True, True, False),
     Routing(Options(3, bias=True), "BI1", True, True, True),
 ]
-
-
-def axes_of_inputs(op: str, routing: Routing) -> list[int | None]:
-    """The axis of the input capsules in each of the Inputs."""
-    weight = None if routing.shared or op == "dynamic_routing" else 0
-    logits = routing.logits.index("I") if routing.logits and "I" in routing.logits else None
-    return [1, weight, None, logits, 1 if routing.mask else None]
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
