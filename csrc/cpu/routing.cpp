@@ -438,7 +438,7 @@ bool route_stored(RoutingOp op, const RoutingCall& call, int threads) {
         return route_by_all_threads<T, PredictionsSimdEngine<T, N>>(op, routed, threads);
     });
     if (!done) return false;
-    if (!call.grad_u && !call.grad_weight) return true;
+    if (op != RoutingOp::backward || (!call.grad_u && !call.grad_weight)) return true;
     layer.grad = u_hat, layer.grad_u = call.grad_u;
     if (call.grad_u && !predictions_backward(layer, threads)) return false;
     // ∂W by itself: to read W and write ∂W at the same time takes longer (benchmarks/results/NOTES.md).
