@@ -193,10 +193,12 @@ def dynamic_routing(
             output capsule. J is then that of `logits`, or else of `bias`.
         bias: β [J, D], added to s.
         logits: ℓ, the routing logits of the first pass (the paper's log prior probabilities), broadcast to
-            [B, I, J]. −inf closes a pair of capsules: its coupling and every gradient through it are 0. An
-            input capsule whose pairs are all closed contributes nothing.
-        mask: bool [B, I]; False marks an input capsule as absent, such as the padding of a sequence. Its
-            value is ignored, and its gradient is 0.
+            [B, I, J]; those of a sample by itself are [B, 1, J]. −inf closes a pair of capsules: its coupling
+            and every gradient through it are 0, for finite û. An input capsule whose pairs are all closed
+            contributes nothing; an output capsule whose pairs are all closed is squash(β). +inf and NaN give
+            NaN.
+        mask: bool [B, I], not broadcast; False marks an input capsule as absent, such as the padding of a
+            sequence. Its u (or û) is ignored, even NaN, and has gradient 0; its `logits` must not be NaN.
         iterations: T, the number of softmax passes, 0 to 1000; 0 means no routing, every coupling is 1.
         leaky: one more logit, fixed at 0, takes part in the softmax and is dropped: an orphan class.
         detach: û gets a gradient only through the last weighted sum, `logits` only through the last softmax.
@@ -276,7 +278,8 @@ def capsule_routing(
     size of a cache: at most 4 MiB per thread.
 
     With a weight that all input capsules share, û_ij = W_j u_i is never formed, even in part: the logits are
-    u_i · (W_jᵀ V_j), and Σ_i c_ij û_ij is W_j (Σ_i c_ij u_i).
+    u_i · (W_jᵀ V_j), and Σ_i c_ij û_ij is W_j (Σ_i c_ij u_i). (`predictions` takes such a weight expanded, as
+    in weight.expand(I, -1, -1, -1).)
 
     Beside the results, a GPU needs memory for partial sums over I, [P, B, J, D] or, with a shared weight,
     [P, B, J, K], where P is large enough to fill the device (in small batches that can be more than
@@ -289,10 +292,12 @@ def capsule_routing(
             input capsules, [J, D, K] or [1, J, D, K].
         bias: β [J, D], added to s.
         logits: ℓ, the routing logits of the first pass (the paper's log prior probabilities), broadcast to
-            [B, I, J]. −inf closes a pair of capsules: its coupling and every gradient through it are 0. An
-            input capsule whose pairs are all closed contributes nothing.
-        mask: bool [B, I]; False marks an input capsule as absent, such as the padding of a sequence. Its
-            value is ignored, and its gradient is 0.
+            [B, I, J]; those of a sample by itself are [B, 1, J]. −inf closes a pair of capsules: its coupling
+            and every gradient through it are 0, for finite û. An input capsule whose pairs are all closed
+            contributes nothing; an output capsule whose pairs are all closed is squash(β). +inf and NaN give
+            NaN.
+        mask: bool [B, I], not broadcast; False marks an input capsule as absent, such as the padding of a
+            sequence. Its u (or û) is ignored, even NaN, and has gradient 0; its `logits` must not be NaN.
         iterations: T, the number of softmax passes, 0 to 1000; 0 means no routing, every coupling is 1.
         leaky: one more logit, fixed at 0, takes part in the softmax and is dropped: an orphan class.
         detach: û gets a gradient only through the last weighted sum, `logits` only through the last softmax.

@@ -131,8 +131,9 @@ class ConvRoutingCapsules(nn.Module):
         Args:
             u: maps of input capsules.
             logits: ℓ, the routing logits of the first pass, broadcast to [B, H′, W′, C · kh · kw, J], the
-                shape of `couplings`. −inf closes a pair of capsules. Logits that are the same at all
-                positions, such as [C · kh · kw, J], are not repeated in memory.
+                shape of `couplings`, with the capsules in the order of `weight`. −inf closes a pair of
+                capsules. Logits that are the same at all positions, such as [C · kh · kw, J], are not
+                repeated in memory.
             mask: bool [B, C, H, W]; False marks an input capsule as absent: its value is ignored, and its
                 gradient is 0. Capsules of the padding are present.
 

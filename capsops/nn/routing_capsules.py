@@ -36,8 +36,9 @@ def _split(weight: Tensor, layout: str, out_capsules: int | None) -> tuple[Tenso
 class RoutingCapsules(nn.Module):
     """A layer of capsules with routing by agreement: u [B, I, K] → v [B, J, D].
 
-    Public code calls it DigitCaps or ClassCapsules. See capsops.capsule_routing for the formula. The weights
-    start normal, so that at first ‖s‖ is about 0.3 when the input capsules are squashed normal vectors.
+    Public code calls it DigitCaps or ClassCapsules. See capsops.capsule_routing for the formula; for s in
+    place of v, call that with `weight`, `bias` and squash_output=False. The weights start normal, so that at
+    first ‖s‖ is about 0.3 when the input capsules are squashed normal vectors.
 
     Args:
         in_capsules: I.
@@ -179,6 +180,7 @@ class RoutingCapsules(nn.Module):
 
     def forward(self, u: Tensor, *, logits: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """v [B, J, D] of u [B, I, K]; `logits` and `mask` as for capsops.capsule_routing."""
+        self._check(u)
         return functional.capsule_routing(
             u,
             self.weight,
@@ -192,6 +194,7 @@ class RoutingCapsules(nn.Module):
 
     def couplings(self, u: Tensor, *, logits: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Coupling coefficients of the last pass [B, I, J]."""
+        self._check(u)
         return functional.couplings(
             u,
             self.weight,
@@ -201,6 +204,14 @@ class RoutingCapsules(nn.Module):
             iterations=self.iterations,
             leaky=self.leaky,
         )
+
+    def _check(self, u: Tensor) -> None:
+        """A weight [1, J, D, K] is of one input capsule here; the function lets all capsules share it."""
+        of_one = not self.shared and self.weight.shape[0] == 1
+        if of_one and isinstance(u, Tensor) and u.dim() == 3 and u.shape[1] != 1:  # no proxy of torch.fx
+            raise ValueError(
+                f"u: got shape {list(u.shape)}, takes [B, I, K] with I = 1 (shared=True takes any I)"
+            )
 
     def extra_repr(self) -> str:
         out_capsules, out_dim, in_dim = self.weight.shape[-3:]

@@ -67,8 +67,8 @@ def _check_out_capsules(u_hat: Tensor, bias: Tensor | None, logits: Tensor | Non
         refuse_shape("bias", bias, "JD", None, u_hat.shape[2])
     if bias is None and (logits is None or logits.dim() == 0):
         raise ValueError(
-            f"u_hat: got shape {list(u_hat.shape)} without `logits` or `bias`, takes [B, I, J, D], or"
-            " [B, I, D] with `logits` or `bias`, which tell J"
+            f"u_hat: got shape {list(u_hat.shape)} without `bias` or `logits` […, J], takes [B, I, J, D], or"
+            " [B, I, D] with one of them, which tells J"
         )
 
 

@@ -157,7 +157,7 @@ def wrong_routing_options(op: str) -> list[InvalidCall]:
     else:
         alike = torch.zeros(B, I, D)
         unknown = (
-            f"u_hat: got shape [{B}, {I}, {D}] without `logits` or `bias`, takes [B, I, J, D], or [B, I, D]"
+            f"u_hat: got shape [{B}, {I}, {D}] without `bias` or `logits` […, J], takes [B, I, J, D], or"
         )
         rows += [
             (op, {"u_hat": alike, "bias": None}, ValueError, unknown),

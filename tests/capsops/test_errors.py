@@ -122,8 +122,8 @@ CASES: list[tuple[Callable, tuple, dict[str, Any], type[Exception], str]] = [
     ),
     (
         dynamic_routing, (U_HAT[0],), {}, ValueError,
-        "u_hat: got shape [3, 4, 5] without `logits` or `bias`, takes [B, I, J, D], or [B, I, D] with"
-        " `logits` or `bias`, which tell J",
+        "u_hat: got shape [3, 4, 5] without `bias` or `logits` […, J], takes [B, I, J, D], or [B, I, D] with"
+        " one of them, which tells J",
     ),
     (
         dynamic_routing, (U_HAT[0, 0],), {}, ValueError,

@@ -435,3 +435,12 @@ def test_from_weight_rejects_what_is_not_a_tensor() -> None:
         RoutingCapsules.from_weight(np.zeros((7, 3, 5, 4)), "IJDK")
     with pytest.raises(TypeError, match=r"^bias: got list, takes a torch\.Tensor$"):
         RoutingCapsules.from_weight(torch.zeros(7, 3, 5, 4), "IJDK", bias=[0.0] * 15)
+
+
+def test_a_layer_of_one_input_capsule_is_not_shared() -> None:
+    """Its weight is [1, J, D, K], which the function takes for one that all input capsules share."""
+    layer = RoutingCapsules(1, 3, 4, 5)
+    assert layer(torch.randn(2, 1, 4)).shape == (2, 3, 5)
+    for call in (layer, layer.couplings):
+        with pytest.raises(ValueError, match=r"^u: got shape \[2, 6, 4\], takes \[B, I, K\] with I = 1 \("):
+            call(torch.randn(2, 6, 4))

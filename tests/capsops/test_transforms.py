@@ -232,7 +232,7 @@ def test_of_the_named_backends_only_the_reference_supports_torch_func(impl: str)
     [
         (capsops.squash, [()], "s: got a scalar"),
         (capsops.predictions, [(2, 3, 4), (3, 5, 6, 7)], r"u: got shape \[2, 3, 4\], takes"),
-        (capsops.dynamic_routing, [(3, 4, 5)], r"u_hat: got shape \[3, 4, 5\] without `logits`"),
+        (capsops.dynamic_routing, [(3, 4, 5)], r"u_hat: got shape \[3, 4, 5\] without `bias`"),
         (capsops.dynamic_routing, [(4, 5)], r"u_hat: got shape \[4, 5\], takes"),
         (
             capsops.capsule_routing,
