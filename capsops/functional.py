@@ -273,9 +273,9 @@ def capsule_routing(
 ) -> Tensor:
     """A whole capsule layer: dynamic_routing(predictions(u, weight), bias), without storing û.
 
-    The predictions û_ij = W_ij u_i are recomputed in every pass, forward and backward. Only the reference
-    stores them, and the couplings. On a CPU, batches smaller than K may keep them in scratch memory of the
-    size of a cache: at most 4 MiB per thread.
+    The kernels recompute the predictions û_ij = W_ij u_i in every pass, forward and backward. There is one
+    exception: on a CPU, batches smaller than K may keep û in scratch memory of the size of a cache, at most
+    4 MiB per thread. The reference stores û and the couplings.
 
     With a weight that all input capsules share, û_ij = W_j u_i is never formed, even in part: the logits are
     u_i · (W_jᵀ V_j), and Σ_i c_ij û_ij is W_j (Σ_i c_ij u_i). (`predictions` takes such a weight expanded, as

@@ -417,14 +417,10 @@ bool route_stored(RoutingOp op, const RoutingCall& call, int threads) {
     if (!buffer.base) return false;
     Arena arena(buffer.base);
     plan(arena);
-    for (int64_t n = 0; copies && n < call.B * call.I; ++n) {
-        char* row = u + n * call.K * element_size;
-        if (call.mask[n]) {
-            std::memcpy(row, element(call.u, call.dtype, n * call.K), call.K * element_size);
-        } else {
-            std::memset(row, 0, call.K * element_size);
-        }
-    }
+    const int64_t row = call.K * element_size;
+    if (copies) std::memcpy(u, call.u, inputs * element_size);
+    for (int64_t b = 0; copies && b < call.B; ++b)
+        clear_absent(call, b, 0, call.I, row, u + b * call.I * row);
     PredictionsCall layer{};
     layer.B = call.B, layer.I = call.I, layer.J = call.J, layer.D = call.D, layer.K = call.K;
     layer.dtype = call.dtype, layer.u_hat_dtype = sizeof(T) == 8 ? Dtype::float64 : Dtype::float32;
@@ -438,16 +434,14 @@ bool route_stored(RoutingOp op, const RoutingCall& call, int threads) {
         return route_by_all_threads<T, PredictionsSimdEngine<T, N>>(op, routed, threads);
     });
     if (!done) return false;
-    if (op != RoutingOp::backward || (!call.grad_u && !call.grad_weight)) return true;
+    if (op != RoutingOp::backward) return true;
     layer.grad = u_hat, layer.grad_u = call.grad_u;
     if (call.grad_u && !predictions_backward(layer, threads)) return false;
     // ∂W by itself: to read W and write ∂W at the same time takes longer (benchmarks/results/NOTES.md).
     layer.grad_u = nullptr, layer.grad_weight = call.grad_weight;
     if (call.grad_weight && !predictions_backward(layer, threads)) return false;
-    for (int64_t n = 0; call.mask && call.grad_u && n < call.B * call.I; ++n) {  // 0 even where W is infinite
-        if (!call.mask[n])
-            std::memset(element(call.grad_u, call.dtype, n * call.K), 0, call.K * element_size);
-    }
+    for (int64_t b = 0; call.grad_u && b < call.B; ++b)  // 0 even where W is infinite
+        clear_absent(call, b, 0, call.I, row, static_cast<char*>(call.grad_u) + b * call.I * row);
     return true;
 }
 

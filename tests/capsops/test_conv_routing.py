@@ -321,10 +321,10 @@ def test_logits_and_masks_of_another_memory_layout() -> None:
     layer, u = with_bias(2, 3, 4, 5, **SLIDE), torch.randn(MAPS)
     logits, mask = logits_of("BHWIJ").float(), mask_of()
     want = results(layer, u, torch.float32, False, logits, mask)
-    turned = logits.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+    strided = logits.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
     masks = mask.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), mask.repeat_interleave(2, 3)[..., ::2]
     for other in masks:
-        for name, tensor in results(layer, u, torch.float32, False, turned, other).items():
+        for name, tensor in results(layer, u, torch.float32, False, strided, other).items():
             assert torch.equal(tensor, want[name]), name
 
 
