@@ -207,8 +207,9 @@ class RoutingCapsules(nn.Module):
 
     def _check(self, u: Tensor) -> None:
         """A weight [1, J, D, K] is of one input capsule here; the function lets all capsules share it."""
-        of_one = not self.shared and self.weight.shape[0] == 1
-        if of_one and isinstance(u, Tensor) and u.dim() == 3 and u.shape[1] != 1:  # no proxy of torch.fx
+        if not isinstance(u, Tensor):  # torch.fx traces with proxies, of the weight too: nothing to compare
+            return
+        if not self.shared and self.weight.shape[0] == 1 and u.dim() == 3 and u.shape[1] != 1:
             raise ValueError(
                 f"u: got shape {list(u.shape)}, takes [B, I, K] with I = 1 (shared=True takes any I)"
             )
