@@ -63,6 +63,19 @@ def test_fx_traces_the_layers() -> None:
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
+@pytest.mark.parametrize(
+    ("layer", "u"),
+    [
+        (capsops.nn.RoutingCapsules(1, 3, 4, 5), torch.randn(2, 1, 4)),
+        (capsops.nn.RoutingCapsules(1, 3, 4, 5, shared=True), torch.randn(2, 7, 4)),
+        (capsops.nn.ConvRoutingCapsules(3, 2, 4, 5, kernel_size=3), torch.randn(2, 3, 4, 6, 6)),
+    ],
+    ids=["one input capsule", "shared weight", "convolution"],
+)
+def test_fx_traces_a_layer(layer: nn.Module, u: Tensor) -> None:
+    assert torch.equal(torch.fx.symbolic_trace(layer)(u), layer(u))
+
+
 def test_fx_prepares_a_network_for_quantisation() -> None:
     quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
     mapping = torch.ao.quantization.get_default_qconfig_mapping()
