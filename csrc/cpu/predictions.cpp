@@ -20,6 +20,8 @@ namespace {
 constexpr int64_t most_capsules = 8;
 // Up to so many samples W_i is used as it is in memory.
 constexpr int64_t few_samples = 2;
+// ∂W is fetched into the cache so many bytes before it is written.
+constexpr int64_t fetched_ahead = 5120;
 
 // How many input capsules are computed together: their W fits in the second-level cache.
 template <typename T>
@@ -260,6 +262,8 @@ CAPSOPS_NOINLINE void gradients(const Tile<T>& tile) {
             for_registers<n>([&](auto q) {
                 const int64_t at = r * tile.depth + q * step;
                 Vec<T> sum{};
+                if (OfWeight && tile.first)
+                    fetch_to_write(tile.grad_weight + at + fetched_ahead / int64_t(sizeof(T)));
                 if (OfWeight && !tile.first) sum = load<T>(tile.grad_weight + at);
                 for (int m = 0; m < Samples; ++m) {
                     const T* grad = tile.grad[m] + r;
@@ -290,14 +294,16 @@ CAPSOPS_INLINE void gradients(const Tile<T>& tile, bool of_u, bool of_weight) {
 
 template <typename T, int n>
 CAPSOPS_INLINE void gradients(const Tile<T>& tile, int64_t samples, bool of_u, bool of_weight) {
-    if (samples == samples_at_a_time) return gradients<T, n, samples_at_a_time>(tile, of_u, of_weight);
-    for (int64_t m = 0; m < samples; ++m) {
-        Tile<T> one = tile;
-        one.grad[0] = tile.grad[m];
-        one.u += m * tile.lanes;
-        one.grad_u += m * tile.lanes;
-        one.first = tile.first && m == 0;
-        gradients<T, n, 1>(one, of_u, of_weight);
+    switch (samples) {
+        case 1:
+            return gradients<T, n, 1>(tile, of_u, of_weight);
+        case 2:
+            return gradients<T, n, 2>(tile, of_u, of_weight);
+        case 3:
+            return gradients<T, n, 3>(tile, of_u, of_weight);
+        default:
+            static_assert(samples_at_a_time == 4, "one case for each number of samples");
+            return gradients<T, n, 4>(tile, of_u, of_weight);
     }
 }
 

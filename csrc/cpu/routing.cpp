@@ -435,11 +435,8 @@ bool route_stored(RoutingOp op, const RoutingCall& call, int threads) {
     });
     if (!done) return false;
     if (op != RoutingOp::backward) return true;
-    layer.grad = u_hat, layer.grad_u = call.grad_u;
-    if (call.grad_u && !predictions_backward(layer, threads)) return false;
-    // ∂W by itself: to read W and write ∂W at the same time takes longer (benchmarks/results/NOTES.md).
-    layer.grad_u = nullptr, layer.grad_weight = call.grad_weight;
-    if (call.grad_weight && !predictions_backward(layer, threads)) return false;
+    layer.grad = u_hat, layer.grad_u = call.grad_u, layer.grad_weight = call.grad_weight;
+    if (!predictions_backward(layer, threads)) return false;
     for (int64_t b = 0; call.grad_u && b < call.B; ++b)  // 0 even where W is infinite
         clear_absent(call, b, 0, call.I, row, static_cast<char*>(call.grad_u) + b * call.I * row);
     return true;

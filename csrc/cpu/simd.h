@@ -68,6 +68,9 @@ CAPSOPS_INLINE void store(T* p, Vec<T, N> x) {
     *reinterpret_cast<typename VecOf<T, N>::Unaligned*>(p) = x;
 }
 
+// Has no effect but on time, whatever the address.
+CAPSOPS_INLINE void fetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
+
 template <typename V, int... At>
 CAPSOPS_INLINE V shuffle(V a, V b, std::integer_sequence<int, At...>) {
 #if defined(__clang__)
