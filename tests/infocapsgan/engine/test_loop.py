@@ -31,6 +31,17 @@ SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 SMALL = ["--width", "8", "--batch-size", "8", "--evaluate-every", "100", "--checkpoint-every", "5"]
 
 
+@pytest.fixture(autouse=True)
+def heeded_signals():
+    """A signal that pytest was started to ignore, as under nohup, ends or interrupts processes here."""
+    ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def start(*words, fresh=False):
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return start_python("-m", "infocapsgan.train", *words, fresh=fresh, **environment)
