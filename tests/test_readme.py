@@ -33,10 +33,10 @@ def test_the_page_on_other_layers_names_all_that_are_tested() -> None:
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
-    assert "pip install -e '.[test]' && pytest" in README.read_text()
+    assert "pip install -e '.[test]' && pytest -n 2" in README.read_text()
     ci = (README.parent / ".ci" / "run").read_text()
     assert "-e '.[test]'\n" in ci
-    assert ci.endswith("\npytest\n")
+    assert ci.endswith("\npytest -n 2\n")
 
 
 def test_files_named_in_the_readme_exist() -> None:
