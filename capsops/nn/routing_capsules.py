@@ -207,9 +207,9 @@ class RoutingCapsules(nn.Module):
 
     def _check(self, u: Tensor) -> None:
         """A weight [1, J, D, K] is of one input capsule here; the function lets all capsules share it."""
-        if not isinstance(u, Tensor):  # torch.fx traces with proxies, of the weight too: nothing to compare
-            return
-        if not self.shared and self.weight.shape[0] == 1 and u.dim() == 3 and u.shape[1] != 1:
+        # With a proxy of torch.fx the weight is one too, and there is nothing to compare.
+        of_one = isinstance(u, Tensor) and not self.shared and self.weight.shape[0] == 1
+        if of_one and u.dim() == 3 and u.shape[1] != 1:
             raise ValueError(
                 f"u: got shape {list(u.shape)}, takes [B, I, K] with I = 1 (shared=True takes any I)"
             )

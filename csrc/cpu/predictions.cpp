@@ -294,6 +294,7 @@ CAPSOPS_INLINE void gradients(const Tile<T>& tile, bool of_u, bool of_weight) {
 
 template <typename T, int n>
 CAPSOPS_INLINE void gradients(const Tile<T>& tile, int64_t samples, bool of_u, bool of_weight) {
+    static_assert(samples_at_a_time == 4, "a case for each number of samples");
     switch (samples) {
         case 1:
             return gradients<T, n, 1>(tile, of_u, of_weight);
@@ -302,7 +303,6 @@ CAPSOPS_INLINE void gradients(const Tile<T>& tile, int64_t samples, bool of_u, b
         case 3:
             return gradients<T, n, 3>(tile, of_u, of_weight);
         default:
-            static_assert(samples_at_a_time == 4, "one case for each number of samples");
             return gradients<T, n, 4>(tile, of_u, of_weight);
     }
 }
