@@ -177,6 +177,7 @@ class ConvRoutingCapsules(nn.Module):
         return result.unflatten(0, windows.shape[:3])
 
     def _check(self, u: Tensor) -> None:
+        check_layout("u", u)
         in_capsules, in_dim = self.weight.shape[0], self.weight.shape[-1]
         if u.dim() != 5 or u.shape[1] != in_capsules or u.shape[2] != in_dim:
             raise ValueError(

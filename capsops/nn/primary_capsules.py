@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from capsops import functional
 from capsops.nn._sizes import check_size, check_sizes
+from capsops.ops._shared_checks import check_layout
 
 
 class PrimaryCapsules(nn.Module):
@@ -46,8 +47,10 @@ class PrimaryCapsules(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = self.conv.in_channels
-        if isinstance(x, Tensor) and (x.dim() != 4 or x.shape[1] != channels):  # no proxy of torch.fx
-            raise ValueError(f"x: got shape {list(x.shape)}, takes [B, C, H, W] with C = {channels}")
+        if isinstance(x, Tensor):  # no proxy of torch.fx
+            check_layout("x", x)
+            if x.dim() != 4 or x.shape[1] != channels:
+                raise ValueError(f"x: got shape {list(x.shape)}, takes [B, C, H, W] with C = {channels}")
         x = self.conv(x)
         x = x.unflatten(1, (self.capsules, self.dim)).flatten(3).transpose(2, 3)
         return functional.squash(x.flatten(1, 2))

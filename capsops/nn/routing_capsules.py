@@ -209,7 +209,10 @@ class RoutingCapsules(nn.Module):
         """A weight [1, J, D, K] is of one input capsule here; the function lets all capsules share it."""
         # With a proxy of torch.fx the weight is one too, and there is nothing to compare.
         of_one = isinstance(u, Tensor) and not self.shared and self.weight.shape[0] == 1
-        if of_one and u.dim() == 3 and u.shape[1] != 1:
+        if not of_one:
+            return
+        check_dense("u", u)
+        if u.dim() == 3 and u.shape[1] != 1:
             raise ValueError(
                 f"u: got shape {list(u.shape)}, takes [B, I, K] with I = 1 (shared=True takes any I)"
             )

@@ -229,12 +229,20 @@ def test_nested_tensors_are_rejected() -> None:
         for function in (
             lambda x: capsops.squash(x),
             lambda x: capsops.capsule_routing(x, VALID["predictions"]["weight"]),
+            capsops.nn.RoutingCapsules(1, 2, 3, 4),
+            capsops.nn.RoutingCapsules(1, 2, 3, 4).couplings,
+            capsops.nn.RoutingCapsules(5, 2, 3, 4),
             lambda x: capsops.dynamic_routing(VALID["dynamic_routing"]["u_hat"], x),
             lambda x: capsops.dynamic_routing(VALID["dynamic_routing"]["u_hat"], logits=x),
             lambda x: capsops.dynamic_routing(VALID["dynamic_routing"]["u_hat"], mask=x),
         ):
             with pytest.raises(ValueError, match="got a nested tensor, takes a dense one"):
                 function(nested)
+    maps = torch.nested.nested_tensor([torch.zeros(1, 8, 8), torch.zeros(1, 9, 8)])
+    with pytest.raises(ValueError, match="^x: got a nested tensor, takes a dense one"):
+        capsops.nn.PrimaryCapsules(1, 2, 3, 3)(maps)
+    with pytest.raises(ValueError, match="^u: got a nested tensor, takes a dense one"):
+        capsops.nn.ConvRoutingCapsules(1, 2, 3, 4, kernel_size=3)(maps)
     nested = torch.nested.nested_tensor(rows)
     with pytest.raises(ValueError, match="^s: got a nested tensor, takes a dense one"):
         OPS.squash(nested, 1, "reference")
