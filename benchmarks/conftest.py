@@ -9,7 +9,7 @@ import torch
 from benchmarks import machine
 from benchmarks.report import describe, table
 from benchmarks.rows import RESULTS, Row, save
-from benchmarks.timing import Race, clock
+from capsops.measuring.timing import Race, clock
 
 _rows = pytest.StashKey[list[Row]]()
 

@@ -13,7 +13,7 @@ import numpy
 import torch
 
 import capsops
-from benchmarks.ceiling import measured_ceiling
+from capsops.measuring.ceiling import measured_ceiling
 
 ROOT = Path(__file__).resolve().parents[1]
 LOAD_BEFORE = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")

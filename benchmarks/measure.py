@@ -4,15 +4,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import capsops
-from benchmarks import peers
-from benchmarks.cases import Case, Form, exact, plain
-from benchmarks.ceiling import measured_ceiling
-from benchmarks.check import check
-from benchmarks.operations import operations
-from benchmarks.passes import run
 from benchmarks.rows import Row
-from benchmarks.timing import Race
 from capsops import dispatch
+from capsops.measuring import peers
+from capsops.measuring.cases import Case, Form, exact, plain
+from capsops.measuring.ceiling import measured_ceiling
+from capsops.measuring.comparison import check
+from capsops.measuring.operations import operations
+from capsops.measuring.passes import run
+from capsops.measuring.timing import Race
 
 StartRace = Callable[..., Race]  # runs a race between candidates, of which one is "ours"
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 import capsops
-from benchmarks import peers
-from benchmarks.cases import Case
-from benchmarks.passes import FORWARD, run
+from capsops.measuring import peers
+from capsops.measuring.cases import Case
+from capsops.measuring.passes import FORWARD, run
 
 ROOT = Path(__file__).resolve().parents[1]
 

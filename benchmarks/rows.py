@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks.timing import Race, spread
+from capsops.measuring.timing import Race, spread
 from infocapsgan.engine.atomic import atomic_file
 
 RESULTS = Path(__file__).resolve().parent / "results"

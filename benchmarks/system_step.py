@@ -8,9 +8,9 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks import peers
-from benchmarks.check import relative_error
-from benchmarks.timing import clock
+from capsops.measuring import peers
+from capsops.measuring.comparison import relative_error
+from capsops.measuring.timing import clock
 from capsops.nn import RoutingCapsules
 from infocapsgan.data import Dataset
 from infocapsgan.data.batches import Batches

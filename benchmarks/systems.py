@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 import capsops
-from benchmarks import machine, peers
-from benchmarks.passes import FORWARD_BACKWARD, run
+from benchmarks import machine
 from benchmarks.report import describe, steps_list
 from benchmarks.rows import RESULTS, Row, save
 from benchmarks.system_step import EinsumCapsules, SystemStep, check_equal, parts, profiled
-from benchmarks.timing import CPU, Race
 from capsops import dispatch
+from capsops.measuring import peers
+from capsops.measuring.passes import FORWARD_BACKWARD, run
+from capsops.measuring.timing import CPU, Race
 from infocapsgan.systems import SYSTEMS, CapsNet
 from infocapsgan.systems.class_code import ClassCodeGAN
 from infocapsgan.systems.system import System

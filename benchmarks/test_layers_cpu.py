@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.nn.functional import conv1d, unfold
 
 import capsops
-from benchmarks import memory, peers
-from benchmarks.ceiling import measured_ceiling
-from benchmarks.check import relative_error
+from benchmarks import memory
 from benchmarks.measure import StartRace
-from benchmarks.passes import BOTH, run
 from benchmarks.rows import Row, Target
-from benchmarks.timing import cpu_clock
 from capsops import dispatch, reference
+from capsops.measuring import peers
+from capsops.measuring.ceiling import measured_ceiling
+from capsops.measuring.comparison import relative_error
+from capsops.measuring.passes import BOTH, run
+from capsops.measuring.timing import cpu_clock
 
 Form = Callable[..., Tensor]
 B, C, J, D, K, SIZE, KERNEL = 8, 32, 32, 16, 16, 14, 3

@@ -7,12 +7,13 @@ from functools import partial
 import pytest
 
 import capsops
-from benchmarks import memory, peers
-from benchmarks.cases import Case
+from benchmarks import memory
 from benchmarks.measure import StartRace, forms, measure
-from benchmarks.passes import BOTH, FORWARD, FORWARD_BACKWARD, run
 from benchmarks.rows import Row, Target
-from benchmarks.timing import Race
+from capsops.measuring import peers
+from capsops.measuring.cases import Case
+from capsops.measuring.passes import BOTH, FORWARD, FORWARD_BACKWARD, run
+from capsops.measuring.timing import Race
 
 # To be reached, by batch: forward, forward and backward.
 RATIOS = {128: (10, 6), 16: (2, 2), 4: (1.6, 2), 3: (1.6, 2), 2: (1.6, 2), 1: (1.6, 2)}

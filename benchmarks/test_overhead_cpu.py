@@ -12,12 +12,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import capsops
-from benchmarks.cases import Case, exact, plain
-from benchmarks.check import check
 from benchmarks.measure import StartRace
-from benchmarks.passes import FORWARD, FORWARD_BACKWARD, RECORDED, run
 from benchmarks.rows import Row, Target
 from capsops import dispatch
+from capsops.measuring.cases import Case, exact, plain
+from capsops.measuring.comparison import check
+from capsops.measuring.passes import FORWARD, FORWARD_BACKWARD, RECORDED, run
 
 TARGETS = {FORWARD: 3.5, RECORDED: 4, FORWARD_BACKWARD: 2}  # times as long as attention, at most
 CASE = Case(batch=1, in_capsules=8, out_capsules=2, out_dim=4, in_dim=4)

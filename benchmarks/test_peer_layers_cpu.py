@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory
-from benchmarks.check import relative_error
 from benchmarks.measure import StartRace
-from benchmarks.passes import BOTH, run
 from benchmarks.rows import Row, Target
-from benchmarks.timing import cpu_clock
 from capsops import dispatch
+from capsops.measuring.comparison import relative_error
+from capsops.measuring.passes import BOTH, run
+from capsops.measuring.timing import cpu_clock
 from tests.peers import infocapsgan, minglin_chen, segcaps
 from tests.peers.peer import Peer
 from tests.peers.table import PEERS

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from benchmarks.precisions import matrix_precision
+from capsops.measuring.precisions import matrix_precision
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

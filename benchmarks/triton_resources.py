@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import torch
 
 import capsops
-from benchmarks.cases import Case
-from benchmarks.precisions import PRECISIONS
 from benchmarks.triton_compile import TARGETS, Compiled, Resources, compiling, resources
+from capsops.measuring.cases import Case
+from capsops.measuring.precisions import PRECISIONS
 
 # Layers of the published systems, a small batch, one whose sizes divide nothing, and one of large vectors.
 CLASSES = {

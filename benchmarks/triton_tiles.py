@@ -19,11 +19,11 @@ from unittest import mock
 from triton.errors import TritonError
 
 import capsops
-from benchmarks.cases import Case
-from benchmarks.precisions import PRECISIONS, matrix_precision
-from benchmarks.timing import replay_seconds
 from capsops.backends.triton import launch_configs
 from capsops.backends.triton.launch import unit
+from capsops.measuring.cases import Case
+from capsops.measuring.precisions import PRECISIONS, matrix_precision
+from capsops.measuring.timing import replay_seconds
 
 
 def sensible(entry: launch_configs.Entry) -> bool:

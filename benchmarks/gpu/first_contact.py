@@ -24,14 +24,14 @@ from xml.etree import ElementTree
 import torch
 
 from benchmarks import machine
-from benchmarks.cases import Case
 from benchmarks.gpu import fingerprint, op_times
-from benchmarks.gpu.floor import measured_ceilings
 from benchmarks.gpu.record import failure_recorded, failures, record, recorded
 from benchmarks.gpu.train import EINSUM, epoch
-from benchmarks.passes import BOTH, FORWARD
 from benchmarks.system_step import SystemStep
 from capsops.backends.extension import build_record
+from capsops.measuring.cases import Case
+from capsops.measuring.floor import measured_ceilings
+from capsops.measuring.passes import BOTH, FORWARD
 from infocapsgan import data
 from infocapsgan.systems import SYSTEMS
 

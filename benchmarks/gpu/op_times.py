@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 import capsops
-from benchmarks import peers
-from benchmarks.cases import Case, Form
-from benchmarks.check import relative_error
-from benchmarks.gpu.floor import floor_seconds, measured_ceilings
 from benchmarks.gpu.record import failure_recorded, record, recorded
-from benchmarks.passes import BOTH, FORWARD, FORWARD_BACKWARD, run
-from benchmarks.precisions import matrix_precision
-from benchmarks.timing import Race, clock, replay_seconds
+from capsops.measuring import peers
+from capsops.measuring.cases import Case, Form
+from capsops.measuring.comparison import relative_error
+from capsops.measuring.floor import floor_seconds, measured_ceilings
+from capsops.measuring.passes import BOTH, FORWARD, FORWARD_BACKWARD, run
+from capsops.measuring.precisions import matrix_precision
+from capsops.measuring.timing import Race, clock, replay_seconds
 
 SAMPLE_SECONDS, RACE_SECONDS = 2e-3, 0.2
 HOPELESS = 6  # what takes so many times as long as the fastest is timed once by calls
@@ -68,7 +68,7 @@ def title(case: Case, passes: str) -> str:
 
 
 def forms(case: Case, impls: Sequence[str]) -> dict[str, Form]:
-    """By name: ours, the reference, and plain PyTorch as in benchmarks/peers.py."""
+    """By name: ours, the reference, and plain PyTorch as in capsops/measuring/peers.py."""
     op, plain = getattr(capsops, case.op), peers.FORMS[case.op]
     candidates = {impl: partial(op, impl=impl) for impl in (*impls, "reference")} | plain
     return candidates | (

@@ -12,7 +12,7 @@ from torch import Tensor
 import capsops
 from benchmarks.gpu.record import folder
 from benchmarks.system_step import EinsumCapsules, SystemStep, check_equal, parts, profiled
-from benchmarks.timing import clock
+from capsops.measuring.timing import clock
 from infocapsgan.data import Dataset
 from infocapsgan.systems import CapsNet
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases import Case
 from benchmarks.gpu import first_contact, op_times
 from benchmarks.gpu.record import failure_recorded, record, recorded
-from benchmarks.passes import FORWARD, FORWARD_BACKWARD
+from capsops.measuring.cases import Case
+from capsops.measuring.passes import FORWARD, FORWARD_BACKWARD
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.cases import Case
-from benchmarks.gpu.floor import floor_seconds
 from benchmarks.gpu.op_times import call_each, input_sets
-from benchmarks.passes import FORWARD, FORWARD_BACKWARD
+from capsops.measuring.cases import Case
+from capsops.measuring.floor import floor_seconds
+from capsops.measuring.passes import FORWARD, FORWARD_BACKWARD
 
 CPU = torch.device("cpu")
 TF32 = "float32, TF32 allowed"

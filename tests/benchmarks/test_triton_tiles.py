@@ -11,7 +11,7 @@ pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is n
 SCRIPT = """
 import json
 from benchmarks import triton_tiles
-from benchmarks.cases import Case
+from capsops.measuring.cases import Case
 
 def time(call):
     call()

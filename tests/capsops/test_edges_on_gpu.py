@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import capsops
-from benchmarks.check import relative_error
-from benchmarks.precisions import matrix_precision
 from capsops import reference
+from capsops.measuring.comparison import relative_error
+from capsops.measuring.precisions import matrix_precision
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 import capsops
-from benchmarks.check import check
-from benchmarks.passes import FORWARD, FORWARD_BACKWARD, run
-from benchmarks.precisions import PRECISIONS, matrix_precision
 from capsops import reference
 from capsops.backends import BACKENDS
 from capsops.backends.backend import LOGITS, MASK, SHARED, UNSQUASHED
+from capsops.measuring.comparison import check
+from capsops.measuring.passes import FORWARD, FORWARD_BACKWARD, run
+from capsops.measuring.precisions import PRECISIONS, matrix_precision
 from tests.capsops.cases import Options, Shape
 from tests.tiers import slow
 

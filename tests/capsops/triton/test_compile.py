@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is not installed")
 
-from benchmarks.cases import Case  # noqa: E402
 from benchmarks.triton_compile import SHARED_LIMIT, TARGETS, compiling, resources  # noqa: E402
 from benchmarks.triton_resources import CLASSES, PRECISIONS, launches, option_launches, rows  # noqa: E402
 from capsops.backends import BACKENDS  # noqa: E402
 from capsops.backends.triton.launch import unit  # noqa: E402
+from capsops.measuring.cases import Case  # noqa: E402
 
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton's interpreter is on", allow_module_level=True)

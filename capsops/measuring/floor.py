@@ -5,12 +5,12 @@ from functools import partial
 
 import torch
 
-from benchmarks.cases import Case
-from benchmarks.ceiling import product_flops
-from benchmarks.operations import operations
-from benchmarks.passes import FORWARD
-from benchmarks.precisions import PRECISIONS, matrix_precision
-from benchmarks.timing import fastest
+from capsops.measuring.cases import Case
+from capsops.measuring.ceiling import product_flops
+from capsops.measuring.operations import operations
+from capsops.measuring.passes import FORWARD
+from capsops.measuring.precisions import PRECISIONS, matrix_precision
+from capsops.measuring.timing import fastest
 
 # Of a multiprocessor, on NVIDIA chips from sm_70 to sm_100 (CUDA C++ Programming Guide).
 EXPONENTIALS_A_CLOCK = 16

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from benchmarks import cases, peers
-from benchmarks.cases import Case, exact, plain
-from benchmarks.check import check
 from benchmarks.measure import measure
-from benchmarks.passes import BOTH, FORWARD_BACKWARD, run
-from benchmarks.timing import Race
+from capsops.measuring import cases, peers
+from capsops.measuring.cases import Case, exact, plain
+from capsops.measuring.comparison import check
+from capsops.measuring.passes import BOTH, FORWARD_BACKWARD, run
+from capsops.measuring.timing import Race
 
 SMALL = Case(5, 7, 3, 4, 6)
 

@@ -1,11 +1,12 @@
 """The machine's float32 ceiling, measured: operations per second on the threads that torch uses."""
 
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.timing import CPU, fastest
+from capsops.backends import extension
+from capsops.measuring.timing import CPU, fastest
 
 
 class Ceiling(NamedTuple):
@@ -29,9 +30,9 @@ def measured_ceiling() -> Ceiling:
     Multiply-adds on registers, in the instruction set of the kernels; without the extension a matrix product,
     which stays below the ceiling.
     """
-    try:
-        from capsops import _cpu
-    except ImportError:
+    _cpu: Any
+    _cpu, _ = extension.load("cpu")
+    if _cpu is None:
         return Ceiling(max(product_flops(1024) for _ in range(5)), "torch.mm, 1024 × 1024")
     flops = max(_cpu.fma_flops(0.05, torch.get_num_threads()) for _ in range(20))
     return Ceiling(flops, f"FMA loop on registers, {_cpu.isa()}", _cpu.isa())

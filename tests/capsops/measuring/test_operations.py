@@ -1,8 +1,8 @@
 """Operation counts by hand."""
 
-from benchmarks.cases import Case
-from benchmarks.operations import operations
-from benchmarks.passes import FORWARD, FORWARD_BACKWARD
+from capsops.measuring.cases import Case
+from capsops.measuring.operations import operations
+from capsops.measuring.passes import FORWARD, FORWARD_BACKWARD
 
 
 def test_one_number_of_everything() -> None:

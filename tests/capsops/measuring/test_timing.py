@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.timing import Race, spread
+from capsops.measuring.timing import Race, spread
 
 
 class FakeClock:

@@ -13,7 +13,7 @@ case's peer.
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Form
+from capsops.measuring.cases import Form
 
 
 def squash(s: Tensor) -> Tensor:

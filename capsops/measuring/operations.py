@@ -6,8 +6,8 @@ One product û = W u is 2·B·I·J·D·K operations; a dot product with, or a su
 
 from typing import NamedTuple
 
-from benchmarks.cases import Case
-from benchmarks.passes import FORWARD
+from capsops.measuring.cases import Case
+from capsops.measuring.passes import FORWARD
 
 
 class Operations(NamedTuple):

@@ -7,9 +7,9 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.passes import run
-from benchmarks.precisions import PRECISIONS
 from capsops import reference
+from capsops.measuring.passes import run
+from capsops.measuring.precisions import PRECISIONS
 
 Form = Callable[..., Tensor]  # an op of capsops, its reference, or a peer
 
@@ -67,6 +67,7 @@ class Case:
         def numbers(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*shape, generator=rng, device=device) * scale).to(self.dtype)
 
+        inputs: tuple[Tensor, ...]
         if self.op == "dynamic_routing":
             inputs = (numbers(B, I, J, D, scale=0.1),)
         elif self.op == "squash":
