@@ -14,6 +14,7 @@ reason goes into capsops/_build.json, from where `python -m capsops` reports it.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import os
 import platform
@@ -205,6 +206,14 @@ def has_cuda_driver() -> bool:
     return True
 
 
+def kernels_fingerprint() -> str:
+    """Of the sources that are compiled here; loaded by its path, since importing capsops imports torch."""
+    spec = importlib.util.spec_from_file_location("fingerprint", ROOT / "capsops/backends/fingerprint.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.cuda(ROOT)
+
+
 def build_cuda(folder: Path) -> tuple[Path, dict[str, object]]:
     choice, archs = cuda_choice(os.environ), os.environ.get("CAPSOPS_CUDA_ARCHS") or DEFAULT_CUDA_ARCHS
     if choice == "0":
@@ -225,6 +234,7 @@ def build_cuda(folder: Path) -> tuple[Path, dict[str, object]]:
         "compiler": f"nvcc {version([nvcc], 'release .*')}",
         "flags": " ".join(CUDA_FLAGS),
         "archs": archs,
+        "fingerprint": kernels_fingerprint(),
     }
 
 

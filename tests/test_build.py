@@ -14,6 +14,8 @@ from types import ModuleType
 
 import pytest
 
+from capsops.backends import fingerprint
+
 ROOT = Path(__file__).resolve().parents[1]
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no c++ on the path")
@@ -292,6 +294,16 @@ def test_cuda_is_built_only_with_nvcc_and_a_driver(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(setup_py.ctypes, "CDLL", loaded.append)
     with pytest.raises(AssertionError, match="nothing is compiled"):
         setup_py.build_cuda(tmp_path)
+
+
+def test_the_record_knows_the_sources_of_the_cuda_extension(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(setup_py, "make", lambda *_: tmp_path / "library.so")
+    monkeypatch.setattr(setup_py.shutil, "which", lambda name, path=None: "/bin/false")
+    monkeypatch.setenv("CAPSOPS_BUILD_CUDA", "1")
+    _, facts = setup_py.build_cuda(tmp_path)
+    assert facts["fingerprint"] == fingerprint.cuda(ROOT)
 
 
 @needs_compiler
