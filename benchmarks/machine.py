@@ -14,16 +14,10 @@ import torch
 
 import capsops
 from capsops.measuring.ceiling import measured_ceiling
+from capsops.measuring.machine import cpu_model
 
 ROOT = Path(__file__).resolve().parents[1]
 LOAD_BEFORE = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-
-
-def cpu_model() -> str:
-    """The processor's name as the system reports it."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def slug(name: str) -> str:

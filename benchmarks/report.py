@@ -8,33 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.rows import RESULTS, Row, Target, load
+from capsops.measuring.formats import MIB, duration, markdown, mebibytes, times
 
-MIB = 1 << 20
 _COLUMNS = ("case", "ours", "peer", "which", "ratio", "share", "beyond inputs, MiB", "peer's", "target")
 _COMPARED_WITH = {"share": " of ceiling", "memory ratio": " leaner", "overhead": " as long"}
-
-
-def _time(seconds: float) -> str:
-    if seconds < 1e-4:
-        return f"{seconds * 1e6:.3g} µs"
-    return f"{seconds * 1e3:.3g} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.0f} ×" if ratio >= 99.5 else f"{ratio:.3g} ×" if ratio >= 1 else f"{ratio:.2f} ×"
-
-
-def _mib(size: int | None) -> str:
-    if size is None:
-        return "–"
-    return f"{size / MIB:.1f}" if size < 100 * MIB else f"{size / MIB:.0f}"
 
 
 def _target(target: Target) -> str:
     def number(value: float) -> str:
         if target.what == "share":
             return f"{value:.0%}"
-        return f"{value / MIB:.0f} MiB" if target.what == "memory" else _times(value)
+        return f"{value / MIB:.0f} MiB" if target.what == "memory" else times(value)
 
     verdict = "met" if target.met else f"MISSED, {number(target.got)}"
     what = _COMPARED_WITH.get(target.what, "")
@@ -44,13 +28,13 @@ def _target(target: Target) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         f"{row.op}, {row.case}, {row.passes}",
-        _time(row.seconds),
-        _time(row.peers[row.peer]),
+        duration(row.seconds),
+        duration(row.peers[row.peer]),
         row.peer,
-        _times(row.ratio),
+        times(row.ratio),
         "–" if row.share is None else f"{row.share:.0%}",
-        _mib(row.memory),
-        _mib(row.peers_memory.get("einsum", row.peers_memory.get(row.peer))),
+        mebibytes(row.memory),
+        mebibytes(row.peers_memory.get("einsum", row.peers_memory.get(row.peer))),
         "; ".join(map(_target, row.targets)) or "–",
     )
 
@@ -60,24 +44,21 @@ def table(rows: Sequence[Row]) -> list[str]:
 
     The peer's memory is that of the einsum form where that one was measured.
     """
-    cells = [_COLUMNS, *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, tuple("-" * width for width in widths))
-    padded = ([x.ljust(width) for x, width in zip(line, widths, strict=True)] for line in cells)
-    return [f"| {' | '.join(line)} |" for line in padded]
+    return markdown(_COLUMNS, map(_cells, rows))
 
 
 def steps_list(rows: Sequence[Row]) -> list[str]:
     """An item for each training step: its time, and each part of it with its share of the step."""
     lines = []
     for row in rows:
-        steps = f"step {_time(row.seconds)}" + "".join(
-            f", {peer} {_time(seconds)} ({_times(seconds / row.seconds)})"
+        steps = f"step {duration(row.seconds)}" + "".join(
+            f", {peer} {duration(seconds)} ({times(seconds / row.seconds)})"
             for peer, seconds in row.peers.items()
         )
         whole = row.seconds if row.peers else sum(row.details.values())  # those of the profiler add up
         parts = [
-            f"{part} {_time(seconds)} ({seconds / (row.peers['einsum'] if 'einsum' in part else whole):.1%})"
+            f"{part} {duration(seconds)}"
+            f" ({seconds / (row.peers['einsum'] if 'einsum' in part else whole):.1%})"
             for part, seconds in row.details.items()
         ]
         lines.append(f"- {row.op}, {row.case}, {row.dtype}: {steps}: {', '.join(parts)}")

@@ -6,12 +6,11 @@ use the device, the same command continues with the next case.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 
 import torch
-from torch import Tensor
 
 import capsops
 from benchmarks.gpu.record import failure_recorded, record, recorded
@@ -19,6 +18,8 @@ from capsops.measuring import peers
 from capsops.measuring.cases import Case, Form
 from capsops.measuring.comparison import relative_error
 from capsops.measuring.floor import floor_seconds, measured_ceilings
+from capsops.measuring.gpu_memory import memory_of
+from capsops.measuring.input_sets import call_each, input_sets
 from capsops.measuring.passes import BOTH, FORWARD, FORWARD_BACKWARD, run
 from capsops.measuring.precisions import matrix_precision
 from capsops.measuring.timing import Race, clock, replay_seconds
@@ -74,29 +75,6 @@ def forms(case: Case, impls: Sequence[str]) -> dict[str, Form]:
     return candidates | (
         peers.with_compiled({x: plain[x] for x in COMPILED}) if case in WITH_COMPILED else {}
     )
-
-
-def input_sets(case: Case, device: torch.device) -> list[tuple[tuple[Tensor, ...], Tensor]]:
-    """Copies of a case's inputs, so many that one round of them is twice the device's last-level cache."""
-    inputs, grad = case.inputs(device)
-    size = sum(x.nbytes for x in (*inputs, grad))
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    copies = min(max(-(-2 * cache // size), 2), 16)
-    return [(tuple(x.detach().clone().requires_grad_() for x in inputs), grad.clone()) for _ in range(copies)]
-
-
-def call_each(call: Callable[..., object], sets: Sequence[tuple]) -> None:
-    """One call for each set of inputs."""
-    for inputs, grad in sets:
-        call(inputs, grad)
-
-
-def memory_of(call: Callable[[], Sequence[Tensor]], device: torch.device) -> int:
-    """Bytes at the peak of a call beyond those before it, less the gradients that it returns."""
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    results = call()
-    return torch.cuda.max_memory_allocated(device) - before - sum(x.nbytes for x in results[1:])
 
 
 def summary(seconds: Mapping[str, Sequence[float]], sets: int) -> dict[str, list[float]]:

@@ -1,16 +1,11 @@
-"""The floor of a kernel, and the inputs that a GPU is timed on."""
-
-from functools import partial
+"""The floor of a kernel."""
 
 import pytest
-import torch
 
-from benchmarks.gpu.op_times import call_each, input_sets
 from capsops.measuring.cases import Case
 from capsops.measuring.floor import floor_seconds
 from capsops.measuring.passes import FORWARD, FORWARD_BACKWARD
 
-CPU = torch.device("cpu")
 TF32 = "float32, TF32 allowed"
 CEILINGS = {"bandwidth": 4e12, "bfloat16": 8e14, TF32: 4e14, "float32": 5e13, "exponentials": 4e12}
 
@@ -30,15 +25,3 @@ def test_floor_counts_every_unit() -> None:
     assert unit == "bytes"
     assert seconds == pytest.approx(4 * (128 * 1152 * 8 + 1152 * 10 * 16 * 8 + 128 * 10 * 16) / 1e9)
     assert floor_seconds(case, FORWARD, CEILINGS | {"exponentials": 1e9})[1] == "exponentials"
-
-
-def test_inputs_take_turns() -> None:
-    sets = input_sets(Case(2, 5, 3, 4, 8), CPU)
-    assert len(sets) >= 2
-    assert all(torch.equal(x[0][0], sets[0][0][0]) for x in sets)
-    seen: list[int] = []
-    call = partial(call_each, lambda inputs, grad: seen.append(inputs[0].data_ptr()), sets)
-    call()
-    call()
-    assert seen == [x[0][0].data_ptr() for x in sets] * 2
-    assert len(set(seen)) == len(sets)
