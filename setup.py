@@ -7,7 +7,10 @@ reason goes into capsops/_build.json, from where `python -m capsops` reports it.
     MAX_JOBS                      how many compilers run at a time
     CAPSOPS_BUILD_CUDA=0|1|auto   never; must, or an error, as for an image that is to run elsewhere; where
                                   there are nvcc and an NVIDIA driver, libcuda.so.1 (the default)
-    CAPSOPS_CUDA_ARCHS            such as "80;90+PTX" (the default)
+    CAPSOPS_CUDA_ARCHS            such as "80;90+PTX"; by default machine code for 80, 86, 89, 90, 100 and
+                                  120, those that nvcc knows, and PTX of the newest for GPUs to come
+    TORCH_CUDA_ARCH_LIST          where that is not set: "8.0;9.0+PTX", "Ampere Hopper" or "native", as
+                                  torch's extensions take it; what is older than 8.0 is left out
     CUDA_HOME                     the toolkit to use, else the nvcc on the path; nvcc's own NVCC_CCBIN works
 """
 
@@ -48,15 +51,35 @@ X86_ISAS = {
     ),
 }
 CUDA_FLAGS = ("-O3", "-std=c++17", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
-DEFAULT_CUDA_ARCHS = "80;90+PTX"
+# With tensor cores for bfloat16 and TF32, and asynchronous copies: what the kernels are written with.
+OLDEST_CUDA_ARCH = 80
+DEFAULT_CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+# As torch.utils.cpp_extension reads them in TORCH_CUDA_ARCH_LIST.
+TORCH_ARCH_NAMES = {
+    "Kepler+Tesla": "3.7",
+    "Kepler": "3.5+PTX",
+    "Maxwell+Tegra": "5.3",
+    "Maxwell": "5.0;5.2+PTX",
+    "Pascal": "6.0;6.1+PTX",
+    "Volta+Tegra": "7.2",
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
 
 FIX_COMPILER = (
     "install g++ 9 or clang++ 10 or newer, OpenMP and Python's headers (Debian: apt install g++ python3-dev,"
     " for clang also libomp-dev), or name a compiler in CXX"
 )
 FIX_NVCC = (
-    "name architectures that this CUDA toolkit knows in CAPSOPS_CUDA_ARCHS, or a host compiler that it"
-    " supports in NVCC_CCBIN, or install another toolkit, or do without (CAPSOPS_BUILD_CUDA=0)"
+    "name architectures that this CUDA toolkit knows in CAPSOPS_CUDA_ARCHS, such as 80;90+PTX, or a host"
+    " compiler that it supports in NVCC_CCBIN, or install another toolkit, or do without"
+    " (CAPSOPS_BUILD_CUDA=0)"
 )
 
 STARS = "*" * 100
@@ -81,13 +104,75 @@ def cpu_isas(machine: str) -> dict[str, tuple[str, ...]]:
 
 
 def cuda_arch_flags(archs: str) -> list[str]:
-    """nvcc's flags for a list such as "80;90+PTX"; nvcc itself refuses what is no architecture."""
+    """nvcc's flags for a list such as "80;90+PTX"; nvcc itself refuses what is no architecture.
+
+    86, 87 and 89 are compiled from the PTX of 80: that is the same machine code, instruction for instruction,
+    and nvcc makes PTX, which takes two thirds of its time, once.
+    """
     flags = []
     for arch in re.split("[;,]", re.sub(r"\s", "", archs)):
         number = arch.removesuffix("+PTX")
+        if arch in ("86", "87", "89"):
+            flags.append(f"-gencode=arch=compute_80,code=sm_{arch}")
+            continue
         codes = ("sm", "compute") if arch.endswith("+PTX") else ("sm",)
         flags += [f"-gencode=arch=compute_{number},code={code}_{number}" for code in codes]
-    return flags
+    return list(dict.fromkeys(flags))
+
+
+def native_archs() -> str:
+    """Those of the GPUs in this machine, as TORCH_CUDA_ARCH_LIST writes them."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"TORCH_CUDA_ARCH_LIST: 'native' needs nvidia-smi to work here: {error}") from error
+    return ";".join(sorted(set(printed.split()), key=float)) + "+PTX"
+
+
+def torch_archs(listed: str) -> str:
+    """The architectures in a TORCH_CUDA_ARCH_LIST, as CAPSOPS_CUDA_ARCHS writes them.
+
+    It is often set for other packages, to all that a toolkit knows, so what is too old is left out.
+    """
+    archs = []
+    for word in filter(None, re.split(r"[;,\s]+", listed)):
+        for arch in (native_archs() if word == "native" else TORCH_ARCH_NAMES.get(word, word)).split(";"):
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+                raise ValueError(
+                    f"TORCH_CUDA_ARCH_LIST: got {word!r} in {listed!r}, takes numbers such as 8.0, 9.0a or"
+                    f" 9.0+PTX, native, {', '.join(TORCH_ARCH_NAMES)}"
+                )
+            archs.append(arch.replace(".", ""))
+    new = [arch for arch in dict.fromkeys(archs) if int(re.match(r"\d+", arch)[0]) >= OLDEST_CUDA_ARCH]
+    if not new:
+        raise NotBuiltError(
+            f"TORCH_CUDA_ARCH_LIST is {listed!r}, and the kernels need 8.0 or newer",
+            "add a newer one to it, or name one in CAPSOPS_CUDA_ARCHS",
+        )
+    return ";".join(new)
+
+
+def default_archs(nvcc: str) -> str:
+    """Those of DEFAULT_CUDA_ARCHS that nvcc knows, with PTX of the newest."""
+    printed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+    known = [arch for arch in DEFAULT_CUDA_ARCHS if f"sm_{arch}" in printed.stdout.split()]
+    if not known:
+        raise NotBuiltError(
+            f"{nvcc} --list-gpu-code names none of {', '.join(DEFAULT_CUDA_ARCHS)}:"
+            f" {(printed.stderr or printed.stdout).strip()}",
+            FIX_NVCC,
+            failed=True,
+        )
+    return f"{';'.join(known)}+PTX"
+
+
+def cuda_archs(environ: Mapping[str, str], nvcc: str) -> str:
+    """The architectures to compile for."""
+    if archs := environ.get("CAPSOPS_CUDA_ARCHS"):
+        return archs
+    listed = environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    return torch_archs(listed) if listed else default_archs(nvcc)
 
 
 def cuda_choice(environ: Mapping[str, str]) -> str:
@@ -215,7 +300,7 @@ def kernels_fingerprint() -> str:
 
 
 def build_cuda(folder: Path) -> tuple[Path, dict[str, object]]:
-    choice, archs = cuda_choice(os.environ), os.environ.get("CAPSOPS_CUDA_ARCHS") or DEFAULT_CUDA_ARCHS
+    choice = cuda_choice(os.environ)
     if choice == "0":
         raise NotBuiltError("CAPSOPS_BUILD_CUDA was 0", "unset CAPSOPS_BUILD_CUDA")
     home = os.environ.get("CUDA_HOME")
@@ -229,9 +314,12 @@ def build_cuda(folder: Path) -> tuple[Path, dict[str, object]]:
             "there is no NVIDIA driver here (libcuda.so.1)",
             "install the driver, or set CAPSOPS_BUILD_CUDA=1 to build for another machine",
         )
+    archs = cuda_archs(os.environ, nvcc)
     library = make(folder, [nvcc], cuda_objects(archs), ["-cudart", "static"], FIX_NVCC)
+    release = version([nvcc], "release .*")
     return library, {
-        "compiler": f"nvcc {version([nvcc], 'release .*')}",
+        "compiler": f"nvcc {release}",
+        "toolkit": release.removeprefix("release ").partition(",")[0],
         "flags": " ".join(CUDA_FLAGS),
         "archs": archs,
         "fingerprint": kernels_fingerprint(),

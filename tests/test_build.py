@@ -18,6 +18,8 @@ from capsops.backends import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 
+ARCHS_VARIABLES = ("CAPSOPS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST")
+
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no c++ on the path")
 
 
@@ -50,6 +52,9 @@ def test_instruction_sets_by_machine(machine: str, isas: list[str]) -> None:
     [
         ("80", ["-gencode=arch=compute_80,code=sm_80"]),
         ("90a", ["-gencode=arch=compute_90a,code=sm_90a"]),
+        ("80;80", ["-gencode=arch=compute_80,code=sm_80"]),
+        ("86,89", ["-gencode=arch=compute_80,code=sm_86", "-gencode=arch=compute_80,code=sm_89"]),
+        ("89+PTX", [f"-gencode=arch=compute_89,code={code}_89" for code in ("sm", "compute")]),
         (
             "80; 90+PTX",
             [
@@ -62,6 +67,83 @@ def test_instruction_sets_by_machine(machine: str, isas: list[str]) -> None:
 )
 def test_cuda_architectures(archs: str, flags: list[str]) -> None:
     assert setup_py.cuda_arch_flags(archs) == flags
+
+
+def _script(path: Path, lines: str) -> str:
+    """A program that runs these lines of shell."""
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("listed", "archs"),
+    [
+        ("8.0;8.6 9.0+PTX", "80;86;90+PTX"),
+        ("9.0a", "90a"),
+        ("Ampere Hopper", "80;86+PTX;90+PTX"),
+        ("Ampere+Tegra, Ada", "87;89+PTX"),
+        ("Blackwell", "100;103;120;121+PTX"),
+        (" 5.2 6.0 7.5+PTX 8.0 8.6  12.0+PTX ", "80;86;120+PTX"),  # as container images set it
+        ("Turing;8.0;8.0;", "80"),
+    ],
+)
+def test_torch_cuda_arch_list(listed: str, archs: str) -> None:
+    assert setup_py.cuda_archs({"TORCH_CUDA_ARCH_LIST": listed}, "no nvcc is asked") == archs
+
+
+@pytest.mark.parametrize("listed", ["Hopper2", "90", "8.0 hopper", "Ampere+PTX", "8.0+ptx", "all"])
+def test_torch_cuda_arch_list_with_what_torch_does_not_know(listed: str) -> None:
+    word = listed.split()[-1]
+    with pytest.raises(ValueError, match=re.escape(f"TORCH_CUDA_ARCH_LIST: got '{word}' in ")) as error:
+        setup_py.cuda_archs({"TORCH_CUDA_ARCH_LIST": listed}, "no nvcc is asked")
+    assert "takes numbers such as 8.0, 9.0a or 9.0+PTX, native, Kepler+Tesla" in str(error.value)
+
+
+def test_torch_cuda_arch_list_of_gpus_that_are_too_old() -> None:
+    with pytest.raises(
+        setup_py.NotBuiltError, match="TORCH_CUDA_ARCH_LIST is '7.0 Turing', and the"
+    ) as error:
+        setup_py.cuda_archs({"TORCH_CUDA_ARCH_LIST": "7.0 Turing"}, "no nvcc is asked")
+    assert not error.value.failed
+
+
+def test_torch_cuda_arch_list_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    environ = {"TORCH_CUDA_ARCH_LIST": "native"}
+    with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST: 'native' needs nvidia-smi"):
+        setup_py.cuda_archs(environ, "no nvcc is asked")
+    _script(tmp_path / "nvidia-smi", "echo 12.0; echo 8.9; echo 12.0")
+    assert setup_py.cuda_archs(environ, "no nvcc is asked") == "89;120+PTX"
+
+
+def test_our_own_variable_comes_first() -> None:
+    environ = {"TORCH_CUDA_ARCH_LIST": "8.0", "CAPSOPS_CUDA_ARCHS": "90"}
+    assert setup_py.cuda_archs(environ, "no nvcc is asked") == "90"
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "known", "archs"),
+    [
+        ("11.8", "50 60 70 75 80 86 87 89 90", "80;86;89;90+PTX"),
+        ("12.4", "70 75 80 86 87 89 90 90a", "80;86;89;90+PTX"),
+        ("12.8", "75 80 86 87 89 90 100 101 120", "80;86;89;90;100;120+PTX"),
+        ("13.0", "75 80 86 87 88 89 90 100 110 103 120 121", "80;86;89;90;100;120+PTX"),
+    ],
+)
+def test_default_architectures_are_those_that_nvcc_knows(
+    toolkit: str, known: str, archs: str, tmp_path: Path
+) -> None:
+    lines = "\n".join(f"echo sm_{arch}" for arch in known.split())
+    nvcc = _script(tmp_path / "nvcc", f'[ "$1" = --list-gpu-code ] || exit 1\n{lines}')
+    assert setup_py.cuda_archs({"TORCH_CUDA_ARCH_LIST": ""}, nvcc) == archs
+
+
+def test_an_nvcc_that_is_too_old(tmp_path: Path) -> None:
+    nvcc = _script(tmp_path / "nvcc", "echo \"nvcc fatal : Unknown option '--list-gpu-code'\" >&2; exit 1")
+    with pytest.raises(setup_py.NotBuiltError, match="names none of 80, 86, .*Unknown option") as error:
+        setup_py.default_archs(nvcc)
+    assert "CAPSOPS_CUDA_ARCHS" in error.value.remedy
 
 
 def test_cuda_choice() -> None:
@@ -197,7 +279,7 @@ def test_missing_python_headers_are_reported(tmp_path: Path, monkeypatch: pytest
 
 def _environment(**variables: str) -> dict[str, str]:
     unset = ("CXX", "CAPSOPS_IMPL", "CAPSOPS_CPU_ISA", "CAPSOPS_BUILD_CUDA", "PYTHONPATH")
-    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    kept = {name: value for name, value in os.environ.items() if name not in (*unset, *ARCHS_VARIABLES)}
     return {**kept, "CAPSOPS_BUILD_CUDA": "0", **variables}
 
 
@@ -279,6 +361,7 @@ def test_cuda_is_built_only_with_nvcc_and_a_driver(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(setup_py.ctypes, "CDLL", library)
     monkeypatch.setattr(setup_py, "make", no_compilation)
     monkeypatch.setattr(setup_py.shutil, "which", lambda name, path=None: f"/cuda/bin/{name}")
+    monkeypatch.setenv("CAPSOPS_CUDA_ARCHS", "90")
     monkeypatch.delenv("CAPSOPS_BUILD_CUDA", raising=False)
     with pytest.raises(
         setup_py.NotBuiltError, match=r"^there is no NVIDIA driver here \(libcuda.so.1\)$"
@@ -296,26 +379,34 @@ def test_cuda_is_built_only_with_nvcc_and_a_driver(monkeypatch: pytest.MonkeyPat
         setup_py.build_cuda(tmp_path)
 
 
-def test_the_record_knows_the_sources_of_the_cuda_extension(
+def test_the_record_knows_sources_toolkit_and_architectures_of_the_cuda_extension(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    release = "Cuda compilation tools, release 12.4, V12.4.131"
+    nvcc = _script(
+        tmp_path / "nvcc", f'case $1 in --version) echo "{release}";; *) echo sm_80; echo sm_90;; esac'
+    )
     monkeypatch.setattr(setup_py, "make", lambda *_: tmp_path / "library.so")
-    monkeypatch.setattr(setup_py.shutil, "which", lambda name, path=None: "/bin/false")
+    monkeypatch.setattr(setup_py.shutil, "which", lambda name, path=None: nvcc)
     monkeypatch.setenv("CAPSOPS_BUILD_CUDA", "1")
+    for variable in ARCHS_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
     _, facts = setup_py.build_cuda(tmp_path)
     assert facts["fingerprint"] == fingerprint.cuda(ROOT)
+    assert facts["archs"] == "80;90+PTX"
+    assert facts["toolkit"] == "12.4"
+    assert facts["compiler"] == "nvcc release 12.4, V12.4.131"
 
 
 @needs_compiler
 def test_the_remedy_for_a_failing_nvcc_is_about_nvcc(scratch: Path) -> None:
     (scratch / "csrc/cuda").mkdir(exist_ok=True)
     (scratch / "csrc/cuda/empty.cu").touch()
-    nvcc = scratch / "bin/nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho \"nvcc fatal: Unsupported gpu architecture 'compute_90'\"\nexit 1\n")
-    nvcc.chmod(0o755)
+    (scratch / "bin").mkdir()
+    _script(scratch / "bin/nvcc", "echo \"nvcc fatal: Unsupported gpu architecture 'compute_90'\"; exit 1")
     command = (sys.executable, "setup.py", "build_ext", "--inplace")
     variables = {"CXX": "/bin/false", "CAPSOPS_BUILD_CUDA": "auto", "CUDA_HOME": str(scratch)}
+    variables["CAPSOPS_CUDA_ARCHS"] = "90"
     driver = scratch / "lib/libcuda.so.1"  # any library will do
     driver.parent.mkdir()
     (scratch / "driver.cpp").write_text("int driver() { return 0; }\n")
