@@ -84,8 +84,10 @@ class Case:
         return partial(form, bias=None, iterations=self.iterations)
 
 
-def _by_reference(case: Case, passes: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    inputs, grad = case.inputs()
+def _by_reference(
+    case: Case, passes: str, dtype: torch.dtype, device: str | torch.device
+) -> tuple[Tensor, ...]:
+    inputs, grad = case.inputs(device)
     first, *shared = (x.detach().to(dtype).requires_grad_() for x in inputs)
     function = case.bind(getattr(reference, case.op))
     size = max(1, _SLICE // (case.predictions // case.batch))
@@ -98,12 +100,12 @@ def _by_reference(case: Case, passes: str, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 @lru_cache(maxsize=1)
-def exact(case: Case, passes: str) -> tuple[Tensor, ...]:
-    """What `run` returns in float64, by the reference."""
-    return _by_reference(case, passes, torch.float64)
+def exact(case: Case, passes: str, device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
+    """What `run` returns for the case's inputs on a device in float64, by the reference."""
+    return _by_reference(case, passes, torch.float64, device)
 
 
 @lru_cache(maxsize=1)
-def plain(case: Case, passes: str) -> tuple[Tensor, ...]:
+def plain(case: Case, passes: str, device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
     """What `run` returns in the case's own dtype, by the reference: how inexact that dtype is by itself."""
-    return _by_reference(case, passes, case.dtype)
+    return _by_reference(case, passes, case.dtype, device)

@@ -22,8 +22,10 @@ def measured_ceilings(device: torch.device) -> dict[str, float]:
     Exponentials are those of the chip's clock and width, 0 where these are unknown; the rest is measured.
     """
     large = device.type == "cuda"
-    n, exponentials = 8192 if large else 256, 0.0
-    source = torch.randn(1 << 30 if large else 1 << 20, device=device)
+    n, exponentials, numbers = 8192 if large else 256, 0.0, 1 << 20
+    if large:  # 4 GiB, or on a small GPU a sixteenth of its memory
+        numbers = min(1 << 30, torch.cuda.get_device_properties(device).total_memory // 64)
+    source = torch.randn(numbers, device=device)
     bandwidth = 2 * source.nbytes / fastest(partial(torch.empty_like(source).copy_, source), device)
     del source
     rates = {}

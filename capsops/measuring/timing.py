@@ -61,6 +61,7 @@ class Race:
         clock: takes a call and how often to make it, returns seconds.
         sample: seconds of one sample, at least.
         length: seconds of the whole race, within the bounds on its rounds.
+        fewest: rounds, at least.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class Race:
         clock: Callable[[Call, int], float] = clock,
         sample: float = 0.02,
         length: float = 5,
+        fewest: int = FEWEST_ROUNDS,
     ) -> None:
         self.candidates = dict(candidates)
-        self.clock, self.sample, self.length = clock, sample, length
+        self.clock, self.sample, self.length, self.fewest = clock, sample, length, fewest
         self.calls: dict[str, int] = {}
         self.seconds: dict[str, list[float]] = {name: [] for name in candidates}
 
@@ -94,7 +96,7 @@ class Race:
                 del self.candidates[name]
                 self.seconds[name].append(seconds)
         lap = sum(first[name] * self.calls[name] for name in self.candidates)
-        self.rounds = min(max(int(self.length / lap), FEWEST_ROUNDS), MOST_ROUNDS)
+        self.rounds = min(max(int(self.length / lap), self.fewest), MOST_ROUNDS)
 
     def lap(self, names: Iterable[str]) -> None:
         """One sample of each of these."""

@@ -1,0 +1,196 @@
+"""`python -m capsops bench`: routing at the paper's size on this machine, beside plain PyTorch.
+
+Every result is compared with the reference in float64 before it is timed; then all take turns, so that what
+disturbs the machine disturbs all of them. Plain PyTorch is written in several forms
+(capsops/measuring/peers.py). A row shows the fastest of them eager, and the fastest under torch.compile of
+those that there is time to compile.
+"""
+
+import argparse
+import importlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+import capsops
+from capsops import dispatch
+from capsops.measuring.bench_report import report
+from capsops.measuring.cases import Case
+from capsops.measuring.ceiling import measured_ceiling
+from capsops.measuring.floor import measured_ceilings
+from capsops.measuring.headline import (
+    BF16,
+    TF32,
+    Bench,
+    Budget,
+    WrongResultError,
+    backend_of,
+    measure,
+    progress,
+)
+from capsops.measuring.machine import cpu_model
+from capsops.measuring.passes import BOTH
+from capsops.measuring.precisions import PRECISIONS, matrix_precision
+
+LAYER, BATCHES = Case(1), (128, 16, 1)  # the paper's
+MODES = {"cpu": ("float32",), "cuda": (TF32, BF16)}
+SECONDS = 85  # beyond which nothing is begun that can be left out
+
+
+def device_named(name: str) -> torch.device:
+    """The device that --device names, a GPU with its index."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in MODES:
+        raise argparse.ArgumentTypeError(f"got {name!r}, takes cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
+        raise argparse.ArgumentTypeError(f"got {name!r}, and torch sees {count} CUDA devices")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument(
+        "--device",
+        type=device_named,
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:N (default: the current GPU, else the CPU)",
+    )
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        metavar="NAME",
+        help=f"one of {', '.join(dispatch.IMPLS)} (default: auto)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="without torch.compile, which takes most of the two minutes"
+    )
+
+
+def triton_version() -> str | None:
+    """None where Triton cannot be imported."""
+    try:
+        return importlib.import_module("triton").__version__
+    except Exception:  # a Triton that does not fit its torch raises others than ImportError
+        return None
+
+
+def header(device: torch.device, backend: str, layer: Case) -> dict[str, Any]:
+    """What is measured, and where; measures the ceilings."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        capability = f"sm_{properties.major}{properties.minor}"
+        described: dict[str, object] = {
+            "type": "cuda",
+            "model": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "isa": properties.gcnArchName if torch.version.hip else capability,
+        }
+        ceilings, how = measured_ceilings(device), "copies and matrix products of torch"
+    else:
+        flops, how, isa = measured_ceiling()
+        ceilings = {"float32": flops}
+        described = {
+            "type": "cpu",
+            "model": cpu_model(),
+            "threads": torch.get_num_threads(),
+            "isa": isa,
+        }
+    return {
+        "op": layer.op,
+        "layer": dict(zip("IJDK", layer.sizes[1:], strict=True)) | {"T": layer.iterations},
+        "impl": backend,
+        "precisions": MODES[device.type],
+        "device": described,
+        "ceilings": ceilings,
+        "how": how,
+        "versions": {
+            "capsops": capsops.__version__,
+            "torch": torch.__version__,
+            "triton": triton_version(),
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def measure_all(bench: Bench, cases: Sequence[tuple[Case, str]]) -> None:
+    """The rows of all cases; after the first ones, of those that there is time for."""
+    for case, passes in cases:
+        if bench.rows and bench.budget.over():
+            bench.note(f"no time for {case}, {passes}")
+        else:
+            with matrix_precision(PRECISIONS[case.precision][1]):
+                measure(bench, case, passes)
+        bench.budget.cases -= 1
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def run(args: argparse.Namespace, layer: Case = LAYER, batches: Sequence[int] = BATCHES) -> int:
+    """Measures and prints; 1 where a result is wrong, 2 where the backend cannot compute it, else 0."""
+    device, began = args.device, time.monotonic()
+    if device is None:
+        device = device_named("cuda" if torch.cuda.is_available() else "cpu")
+    cases = [
+        (replace(layer, batch=batch, precision=precision), passes)
+        for batch in batches
+        for precision in MODES[device.type]
+        for passes in BOTH
+    ]
+    budget = Budget(SECONDS, len(cases))
+    try:
+        dispatch.requested(args.backend, device.type)
+        served = {backend_of(case, args.backend, device) for case, _ in cases}
+    except (RuntimeError, ValueError) as error:
+        progress(f"error: --backend {args.backend}: {error}")
+        return 2
+    try:
+        # What a compiler prints is not part of the result.
+        with redirect_stdout(sys.stderr), torch.cuda.device(device if device.type == "cuda" else -1):
+            progress("measuring the ceilings")
+            facts = header(device, args.backend, layer)
+            replays = device.type == "cuda" and facts["versions"]["triton"] is not None
+            bench = Bench(device, args.backend, not args.quick, replays, facts["ceilings"], budget)
+            if device.type == "cuda" and not replays:
+                bench.note("no graph replay, which needs Triton: it cannot be imported")
+            if args.quick:
+                bench.note("torch.compile: left out by --quick")
+            if device.type == "cuda" and "reference" in served and args.backend == "auto":
+                bench.note("impl=auto takes plain PyTorch here, `python -m capsops` says why")
+            measure_all(bench, cases)
+    except WrongResultError as error:
+        progress(f"error: {error}")
+        return 1
+    if args.json:
+        rows = [row.as_json() for row in bench.rows]
+        result = {**facts, "rows": rows, "notes": bench.notes, "seconds": time.monotonic() - began}
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+    else:
+        print(report(facts, bench.rows, bench.notes))
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m capsops bench", description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
