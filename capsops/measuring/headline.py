@@ -111,9 +111,21 @@ class Bench:
     failed: set[str] = field(default_factory=set)  # forms that do not compile here
     slow: set[tuple[Case, str]] = field(default_factory=set)  # eager forms that are left out
 
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # what there was no time for, in which cases
+
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+    def leave_out(self, what: str, title: str) -> None:
+        self.left_out.setdefault(what, []).append(title)
+
+    def all_notes(self) -> list[str]:
+        """With one about each thing that there was no time for."""
+        return [
+            *self.notes,
+            *(f"no time for {what}: {'; '.join(titles)}" for what, titles in self.left_out.items()),
+        ]
 
 
 def progress(text: str) -> None:
@@ -186,7 +198,7 @@ class Candidates:
             if name in self.bench.failed:
                 continue
             if not budget.compiles(first):
-                self.bench.note(f"torch.compile: no time for {name}, {self.title}")
+                self.bench.leave_out(f"torch.compile of {name}", self.title)
                 continue
             progress(f"  compiling {name}")
             start = time.monotonic()

@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def short_races(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(bench.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr(headline, "RACES", dict.fromkeys(headline.RACES, (1e-5, 1e-5, 1)))
     yield
     exact.cache_clear()
@@ -173,8 +174,17 @@ def test_without_time_the_rest_is_left_out(
     assert run("--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert len(result["rows"]) == 1
-    assert "torch.compile: no time for einsum, B=3 7×3, forward" in result["notes"]
-    assert "no time for B=2 7×3, forward + backward" in result["notes"]
+    assert "no time for torch.compile of einsum: B=3 7×3, forward" in result["notes"]
+    rest = "B=3 7×3, forward + backward; B=2 7×3, forward; B=2 7×3, forward + backward"
+    assert result["notes"][-1] == f"no time for the rest: {rest}"
+
+
+def test_a_busy_machine_is_mentioned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench.os, "getloadavg", lambda: (99.5, 0.0, 0.0))
+    assert run("--quick") == 0
+    assert "- the machine was busy, with a load of 99.5 on " in capsys.readouterr().out
 
 
 def test_budget_keeps_time_for_one_form_of_each_case(monkeypatch: pytest.MonkeyPatch) -> None:
