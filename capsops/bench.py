@@ -155,7 +155,6 @@ def run(args: argparse.Namespace, layer: Case = LAYER, batches: Sequence[int] = 
         for precision in MODES[device.type]
         for passes in BOTH
     ]
-    budget = Budget(SECONDS, len(cases))
     try:
         dispatch.requested(args.backend, device.type)
         served = {backend_of(case, args.backend, device) for case, _ in cases}
@@ -165,6 +164,7 @@ def run(args: argparse.Namespace, layer: Case = LAYER, batches: Sequence[int] = 
     try:
         # What a compiler prints is not part of the result.
         with redirect_stdout(sys.stderr), torch.cuda.device(device if device.type == "cuda" else -1):
+            budget = Budget(SECONDS, len(cases))
             progress("measuring the ceilings")
             facts = header(device, args.backend, layer)
             replays = device.type == "cuda" and facts["versions"]["triton"] is not None
