@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -130,6 +130,20 @@ def header(device: torch.device, backend: str, layer: Case) -> dict[str, Any]:
     }
 
 
+def conditions(bench: Bench, load: float, served: Collection[str]) -> list[str]:
+    """Notes on what makes this run less than it could be."""
+    cores, cuda = os.cpu_count() or 1, bench.device.type == "cuda"
+    notes = {
+        f"the machine was busy, with a load of {load:.1f} on {cores} cores": load > cores / 2,
+        "torch.compile: left out by --quick": not bench.compiles,
+        "no graph replay, which needs Triton: it cannot be imported": cuda and not bench.replays,
+        "impl=auto takes plain PyTorch here, `python -m capsops` says why": (
+            cuda and bench.backend == "auto" and "reference" in served
+        ),
+    }
+    return [note for note, applies in notes.items() if applies]
+
+
 def measure_all(bench: Bench, cases: Sequence[tuple[Case, str]]) -> None:
     """The rows of all cases; after the first ones, of those that there is time for."""
     for case, passes in cases:
@@ -169,24 +183,18 @@ def run(args: argparse.Namespace, layer: Case = LAYER, batches: Sequence[int] = 
             facts = header(device, args.backend, layer)
             replays = device.type == "cuda" and facts["versions"]["triton"] is not None
             bench = Bench(device, args.backend, not args.quick, replays, facts["ceilings"], budget)
-            if device.type == "cuda" and not replays:
-                bench.note("no graph replay, which needs Triton: it cannot be imported")
-            if load > (os.cpu_count() or 1) / 2:
-                bench.note(f"the machine was busy, with a load of {load:.1f} on {os.cpu_count()} cores")
-            if args.quick:
-                bench.note("torch.compile: left out by --quick")
-            if device.type == "cuda" and "reference" in served and args.backend == "auto":
-                bench.note("impl=auto takes plain PyTorch here, `python -m capsops` says why")
+            bench.notes += conditions(bench, load, served)
             measure_all(bench, cases)
     except WrongResultError as error:
         progress(f"error: {error}")
         return 1
+    notes = bench.all_notes(len(cases))
     if args.json:
         rows = [row.as_json() for row in bench.rows]
-        result = {**facts, "rows": rows, "notes": bench.all_notes(), "seconds": time.monotonic() - began}
+        result = {**facts, "rows": rows, "notes": notes, "seconds": time.monotonic() - began}
         print(json.dumps(result, indent=1, ensure_ascii=False))
     else:
-        print(report(facts, bench.rows, bench.all_notes()))
+        print(report(facts, bench.rows, notes))
     return 0
 
 

@@ -120,12 +120,13 @@ class Bench:
     def leave_out(self, what: str, title: str) -> None:
         self.left_out.setdefault(what, []).append(title)
 
-    def all_notes(self) -> list[str]:
-        """With one about each thing that there was no time for."""
-        return [
-            *self.notes,
-            *(f"no time for {what}: {'; '.join(titles)}" for what, titles in self.left_out.items()),
+    def all_notes(self, cases: int) -> list[str]:
+        """With one about each thing that there was no time for, in which of all `cases`."""
+        missing = [
+            f"no time for {what}{': ' + '; '.join(titles) if len(titles) < cases else ''}"
+            for what, titles in self.left_out.items()
         ]
+        return [*self.notes, *missing]
 
 
 def progress(text: str) -> None:
