@@ -157,6 +157,15 @@ def measure_all(bench: Bench, cases: Sequence[tuple[Case, str]]) -> None:
             torch.cuda.empty_cache()
 
 
+def measure_ceiling_again(bench: Bench, ceilings: dict[str, float]) -> None:
+    """The larger of two measurements on a CPU, before and after the rows: other programs lower it."""
+    measured_ceiling.cache_clear()
+    before, after = ceilings["float32"], measured_ceiling().flops
+    if after > before:
+        ceilings["float32"] = after
+        bench.rows = [replace(row, share=row.share * before / after) for row in bench.rows]
+
+
 def run(args: argparse.Namespace, layer: Case = LAYER, batches: Sequence[int] = BATCHES) -> int:
     """Measures and prints; 1 where a result is wrong, 2 where the backend cannot compute it, else 0."""
     device, began = args.device, time.monotonic()
@@ -185,6 +194,8 @@ def run(args: argparse.Namespace, layer: Case = LAYER, batches: Sequence[int] = 
             bench = Bench(device, args.backend, not args.quick, replays, facts["ceilings"], budget)
             bench.notes += conditions(bench, load, served)
             measure_all(bench, cases)
+            if device.type == "cpu":
+                measure_ceiling_again(bench, facts["ceilings"])
     except WrongResultError as error:
         progress(f"error: {error}")
         return 1

@@ -15,7 +15,9 @@ from capsops import bench
 from capsops.measuring import headline
 from capsops.measuring.bench_report import WIDTH, report
 from capsops.measuring.cases import Case, exact, plain
+from capsops.measuring.ceiling import Ceiling
 from capsops.measuring.headline import CALLS, REPLAY, TF32, Budget, Row
+from capsops.measuring.operations import operations
 from capsops.measuring.passes import BOTH, FORWARD, FORWARD_BACKWARD
 
 TINY = Case(1, in_capsules=7, out_capsules=3)
@@ -185,6 +187,24 @@ def test_a_busy_machine_is_mentioned(
     monkeypatch.setattr(bench.os, "getloadavg", lambda: (99.5, 0.0, 0.0))
     assert run("--quick") == 0
     assert "- the machine was busy, with a load of 99.5 on " in capsys.readouterr().out
+
+
+def test_the_ceiling_is_the_larger_of_two(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = [Ceiling(3e9, "a loop"), Ceiling(6e9, "a loop")]
+
+    def ceiling() -> Ceiling:
+        return measured.pop(0)
+
+    ceiling.cache_clear = lambda: None
+    monkeypatch.setattr(bench, "measured_ceiling", ceiling)
+    assert run("--json", "--quick") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["ceilings"] == {"float32": 6e9}
+    for row in result["rows"]:
+        case = replace(TINY, batch=row["batch"])
+        assert row["share"] == pytest.approx(operations(case, row["passes"]).flops / row["ours"] / 6e9)
 
 
 def test_budget_keeps_time_for_one_form_of_each_case(monkeypatch: pytest.MonkeyPatch) -> None:
