@@ -375,12 +375,10 @@ class Layer:
     def uniform_gradient(self, of: str, grad_s: Tensor, factor: float) -> Tensor:
         """∂u or ∂W of a layer whose only couplings are uniform."""
         blocks = self.uniform_blocks(of)
-        with reductions.partial_results(self.u if of == "u" else self.weight, blocks.parts) as (
-            partials,
-            gradient,
-        ):
-            self.uniform_product(of, blocks, grad_s, partials, factor)
-        return gradient
+        like = self.u if of == "u" else self.weight
+        partials = reductions.partial_results(like, blocks.parts)
+        self.uniform_product(of, blocks, grad_s, partials, factor)
+        return reductions.added(partials, like.dtype)
 
     def routed_blocks(self) -> tuple[launch_configs.Tile, int, launch_configs.Split]:
         """The tile of routed_pass_kernel, the number of tiles of samples, and the parts of i."""
@@ -440,7 +438,7 @@ class Layer:
             V = None if t == 0 else total
             partials = self.uniform_pass() if uniform else self.routed_pass(V, None, V)
             count = self.J + self.leaky if uniform and self.iterations else 1
-            reductions.finish_pass(partials, bias, s[t], total, v, count, t == 0, t == last, squash_output)
+            reductions.finish_pass(partials, bias, s[t], total, v, count, t, last, squash_output)
         return v, s, total
 
     def routed_gradient(
@@ -454,14 +452,14 @@ class Layer:
         grad_u = torch.empty_like(self.u) if needs_u else self.u.new_empty(0)
         count = parts.number if needs_weight else 0
         added_up = parts.size > tile.rows
-        with reductions.partial_results(self.weight, count, wide=added_up) as (partials, grad_weight):
-            launch(
-                routed_gradient_kernel, blocks * parts.number, self.u, self.mask, self.weight, total, grad_s,
-                self.starting, statistics, grad_u, partials, self.B, self.I, len(grad_s), parts.size,
-                self.first_factor, DETACH=detach, NEEDS_U=needs_u, NEEDS_W=needs_weight,
-                **self.routed_options(tile),
-            )  # fmt: skip
-        return grad_u, grad_weight
+        partials = reductions.partial_results(self.weight, count, wide=added_up)
+        launch(
+            routed_gradient_kernel, blocks * parts.number, self.u, self.mask, self.weight, total, grad_s,
+            self.starting, statistics, grad_u, partials, self.B, self.I, len(grad_s), parts.size,
+            self.first_factor, DETACH=detach, NEEDS_U=needs_u, NEEDS_W=needs_weight,
+            **self.routed_options(tile),
+        )  # fmt: skip
+        return grad_u, reductions.added(partials, self.weight.dtype)
 
 
 def _layer(

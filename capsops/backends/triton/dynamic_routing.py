@@ -347,9 +347,7 @@ class PrecomputedRouting:
         for t in range(passes):
             partials = self.one_pass(None if t == 0 else total, None)
             count = self.J + self.leaky if t == 0 and self.iterations and self.starting is None else 1
-            reductions.finish_pass(
-                partials, bias, s[t], total, v, count, t == 0, t == passes - 1, squash_output
-            )
+            reductions.finish_pass(partials, bias, s[t], total, v, count, t, passes - 1, squash_output)
         return v, s
 
     def logits_gradient(self, logits: Tensor, total: Tensor, grad_s: Tensor, detach: bool) -> Tensor:

@@ -124,9 +124,10 @@ def predictions_backward(
         if needs_weight:
             columns, depths = ceil_div(J * D, tile.columns), ceil_div(K, tile.depth)
             parts = launch_configs.split(B, columns * depths * I, u, tile.rows)
-            with reductions.partial_results(weight, parts.number) as (partials, grad_weight):
-                launch(
-                    predictions_gradient_w_kernel, columns * depths * I * parts.number, grad, u, partials, B,
-                    I, columns, parts.size, **options,
-                )  # fmt: skip
+            partials = reductions.partial_results(weight, parts.number)
+            launch(
+                predictions_gradient_w_kernel, columns * depths * I * parts.number, grad, u, partials, B, I,
+                columns, parts.size, **options,
+            )  # fmt: skip
+            grad_weight = reductions.added(partials, weight.dtype)
     return grad_u, grad_weight

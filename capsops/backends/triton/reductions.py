@@ -3,14 +3,14 @@
 Rows are pairs (b, j) of D numbers each: B × J × D numbers in all, few compared with a pass.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from capsops.backends.triton.capsules import load_if
 from capsops.backends.triton.launch import launch
 from capsops.backends.triton.launch_configs import ceil_div, power_of_2
 from capsops.backends.triton.squash import squash_rows, squash_rows_vjp
@@ -33,33 +33,29 @@ def _add_partials(
     return b_sum
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+@triton.jit(do_not_specialize=["rows", "splits", "t", "last"])
 def finish_pass_kernel(
-    p_partials, p_bias, p_s, p_total, p_v, rows, splits, count,
-    J: tl.constexpr, D: tl.constexpr, HAS_BIAS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    SQUASH: tl.constexpr, R: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr,
+    p_partials, p_bias, p_s, p_total, p_v, rows, splits, count, t, last,
+    J: tl.constexpr, D: tl.constexpr, SQUASH: tl.constexpr, R: tl.constexpr, DP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """s = Σ partials / count + β; v = squash(s); V += v, or, in the last pass, v is the result.
+    """s = Σ partials / count + β of pass t; v = squash(s); V += v, or, in the last pass, v is the result.
 
-    Without SQUASH v is s itself.
+    Without SQUASH the result is s itself.
     """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     d = tl.arange(0, DP)
     at = row[:, None] * D + d[None, :]
     mask = (row < rows)[:, None] & (d < D)[None, :]
     b_s = _add_partials(p_partials, splits, rows.to(tl.int64) * D, at, mask, R, DP, AT_ONCE) / count
-    if HAS_BIAS:
+    if p_bias is not None:
         b_s += tl.load(p_bias + (row % J)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(p_s + at, b_s, mask=mask)
-    b_v = b_s
-    if SQUASH:
-        b_v = squash_rows(b_s)
-    if LAST:
-        tl.store(p_v + at, b_v.to(p_v.dtype.element_ty), mask=mask)
-    else:
-        if not FIRST:
-            b_v += tl.load(p_total + at, mask=mask, other=0.0)
-        tl.store(p_total + at, b_v, mask=mask)
+    b_v = squash_rows(b_s)
+    b_result = b_v if SQUASH else b_s
+    tl.store(p_v + at, b_result.to(p_v.dtype.element_ty), mask=tl.where(t == last, mask, False))
+    b_v += load_if(t > 0, p_total + at, mask)
+    tl.store(p_total + at, b_v, mask=tl.where(t < last, mask, False))
 
 
 @triton.jit(do_not_specialize=["rows", "passes"])
@@ -89,38 +85,21 @@ def prepare_backward_kernel(
         tl.store(p_grad_s + last + at, b_grad, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+@triton.jit(do_not_specialize=["rows", "splits", "t", "last"])
 def finish_reduction_kernel(
-    p_partials, p_s, p_grad_total, p_grad_s, rows, splits,
-    D: tl.constexpr, FIRST: tl.constexpr, R: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr,
+    p_partials, p_s, p_grad_total, p_grad_s, rows, splits, t, last,
+    D: tl.constexpr, R: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """∂Vᵗ⁻¹ = ∂Vᵗ + Σ partials, which is ∂vᵗ⁻¹ also; ∂sᵗ⁻¹ = squash-vjp(sᵗ⁻¹, ∂vᵗ⁻¹). FIRST: ∂Vᵗ = 0."""
+    """∂Vᵗ⁻¹ = ∂Vᵗ + Σ partials, which is ∂vᵗ⁻¹ also; ∂sᵗ⁻¹ = squash-vjp(sᵗ⁻¹, ∂vᵗ⁻¹). ∂V of the last is 0."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     d = tl.arange(0, DP)
     at = row[:, None] * D + d[None, :]
     mask = (row < rows)[:, None] & (d < D)[None, :]
     b_grad = _add_partials(p_partials, splits, rows.to(tl.int64) * D, at, mask, R, DP, AT_ONCE)
-    if not FIRST:
-        b_grad += tl.load(p_grad_total + at, mask=mask, other=0.0)
+    b_grad += load_if(t < last, p_grad_total + at, mask)
     tl.store(p_grad_total + at, b_grad, mask=mask)
     b_s = tl.load(p_s + at, mask=mask, other=0.0)
     tl.store(p_grad_s + at, squash_rows_vjp(b_grad, b_s), mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows", "columns"])
-def add_rows_kernel(
-    p_x, p_out, rows, columns, R: tl.constexpr, RUN: tl.constexpr, C: tl.constexpr
-):  # fmt: skip
-    """Σ over the rows of x [rows, columns], in a fixed order: R at once, in runs that keep rounding small."""
-    column = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
-    m_column = (column < columns)[None, :]
-    b_sum = tl.zeros([C], tl.float32)
-    for first in range(0, rows, R):
-        row = first + tl.arange(0, R)
-        p = p_x + row.to(tl.int64)[:, None] * columns + column[None, :]
-        b_x = tl.load(p, mask=(row < rows)[:, None] & m_column, other=0.0)
-        b_sum += tl.sum(tl.sum(tl.reshape(b_x, [R // RUN, RUN, C]), 1), 0)
-    tl.store(p_out + column, b_sum.to(p_out.dtype.element_ty), mask=column < columns)
 
 
 def _row_tile(D: int) -> tuple[int, int]:
@@ -129,16 +108,15 @@ def _row_tile(D: int) -> tuple[int, int]:
 
 
 def finish_pass(
-    partials: Tensor, bias: Tensor | None, s: Tensor, total: Tensor, v: Tensor, count: int, first: bool,
-    last: bool, squash_output: bool,
+    partials: Tensor, bias: Tensor | None, s: Tensor, total: Tensor, v: Tensor, count: int, t: int, last: int,
+    squash_output: bool,
 ) -> None:  # fmt: skip
-    """partials [splits, B, J, D] → s of this pass [B, J, D]; V (`total`) or, in the last pass, v."""
+    """partials [splits, B, J, D] → s of pass t [B, J, D]; V (`total`) or, in the last pass, v."""
     B, J, D = v.shape
     R, DP = _row_tile(D)
     launch(
-        finish_pass_kernel, ceil_div(B * J, R), partials, v if bias is None else bias, s, total, v, B * J,
-        partials.shape[0], float(count), J=J, D=D, HAS_BIAS=bias is not None, FIRST=first, LAST=last,
-        SQUASH=squash_output or not last, R=R, DP=DP, AT_ONCE=_AT_ONCE, num_warps=4,
+        finish_pass_kernel, ceil_div(B * J, R), partials, bias, s, total, v, B * J, partials.shape[0],
+        float(count), t, last, J=J, D=D, SQUASH=squash_output, R=R, DP=DP, AT_ONCE=_AT_ONCE, num_warps=4,
     )  # fmt: skip
 
 
@@ -155,13 +133,15 @@ def prepare_backward(grad: Tensor, s: Tensor, squash_output: bool) -> tuple[Tens
     return total, grad_s
 
 
-def finish_reduction(partials: Tensor, s: Tensor, grad_total: Tensor, grad_s: Tensor, first: bool) -> None:
-    """partials [splits, B, J, D] of ∂V, s of the pass before → ∂V (kept in place) and ∂s of that pass."""
+def finish_reduction(
+    partials: Tensor, s: Tensor, grad_total: Tensor, grad_s: Tensor, t: int, last: int
+) -> None:
+    """partials [splits, B, J, D] of ∂V of pass t, s of the pass before → ∂V, kept in place, and its ∂s."""
     B, J, D = s.shape
     R, DP = _row_tile(D)
     launch(
         finish_reduction_kernel, ceil_div(B * J, R), partials, s, grad_total, grad_s, B * J,
-        partials.shape[0], D=D, FIRST=first, R=R, DP=DP, AT_ONCE=_AT_ONCE, num_warps=4,
+        partials.shape[0], t, last, D=D, R=R, DP=DP, AT_ONCE=_AT_ONCE, num_warps=4,
     )  # fmt: skip
 
 
@@ -176,42 +156,28 @@ def reduce_backward(
     last = len(s) - 1
     for t in range(last, 0, -1):
         partials = routed_pass(total[t - 1], grad_s[t], t - 1)
-        finish_reduction(partials, s[t - 1], grad_total, grad_s[t - 1], t == last)
+        finish_reduction(partials, s[t - 1], grad_total, grad_s[t - 1], t, last)
 
 
-def add_rows(x: Tensor, out: Tensor) -> None:
-    """out = Σ over the leading axes of x, whose rows have as many numbers as `out`."""
-    columns = out.numel()
-    rows = x.numel() // columns
-    R = min(power_of_2(rows), 512)
-    C = min(power_of_2(columns), 4096 // R)
-    launch(
-        add_rows_kernel, ceil_div(columns, C), x, out, rows, columns, R=R, RUN=min(R, 16), C=C, num_warps=4
-    )
+def partial_results(like: Tensor, count: int, wide: bool = False) -> Tensor:
+    """A buffer for `count` partial results of the shape of `like`: in float32, or one in the dtype of `like`.
 
-
-@contextmanager
-def partial_results(like: Tensor, count: int, wide: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """Buffers for `count` partial results of the shape and dtype of `like`, and for their sum.
-
-    The sum is computed on exit. Both are one tensor where there is one part, unless it has to be float32
-    (`wide`, for a kernel that adds to it). Where there is no part, both are empty.
+    One has to be float32 too for a kernel that adds to it (`wide`). `added` makes the result.
     """
-    if count == 0:
-        nothing = like.new_empty(0)
-        yield nothing, nothing
-        return
-    result = torch.empty_like(like)
-    if count == 1 and not (wide and like.dtype != torch.float32):
-        yield result, result
-        return
-    parts = like.new_empty(count, *like.shape, dtype=torch.float32)
-    yield parts, result
-    add_rows(parts, result)
+    dtype = like.dtype if count == 1 and not wide else torch.float32
+    return like.new_empty(count, *like.shape, dtype=dtype)
+
+
+def added(partials: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Σ over the first axis; empty where there is no part.
+
+    torch's sums have a fixed order. A kernel of ours would be compiled again for each number of parts.
+    """
+    if len(partials) == 0:
+        return partials.new_empty(0, dtype=dtype)
+    return (partials[0] if len(partials) == 1 else partials.sum(0)).to(dtype)
 
 
 def bias_gradient(grad_s: Tensor, like: Tensor) -> Tensor:
     """∂β [J, D] in the dtype of `like`: Σ over passes and samples of ∂s [passes, B, J, D]."""
-    grad_bias = like.new_empty(grad_s.shape[2:])
-    add_rows(grad_s, grad_bias)
-    return grad_bias
+    return added(grad_s.flatten(0, 1), like.dtype)

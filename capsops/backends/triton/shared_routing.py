@@ -407,10 +407,10 @@ class SharedRouting:
         for t in range(passes):
             sums = self.weighted_sums(self.projected(total) if t else None)
             if self.W is not None:
-                sums = self.applied(_added(sums)).unsqueeze(0)
+                sums = self.applied(reductions.added(sums)).unsqueeze(0)
             uniform = t == 0 and self.starting is None and self.iterations
             count = self.J + self.leaky if uniform else 1
-            reductions.finish_pass(sums, bias, s[t], total, v, count, t == 0, t == last, squash_output)
+            reductions.finish_pass(sums, bias, s[t], total, v, count, t, last, squash_output)
         return v, s, total
 
     def backward(
@@ -432,8 +432,8 @@ class SharedRouting:
             y = self.sums_of_pass(self.J)
             self.one_pass(p[t], self.projected(grad), z, y, self.J)
             if z is not None:
-                sums.extend([(grad, _added(z)), (v, _added(y))])
-            return y if self.W is None else self.applied(_added(y)).unsqueeze(0)
+                sums.extend([(grad, reductions.added(z)), (v, reductions.added(y))])
+            return y if self.W is None else self.applied(reductions.added(y)).unsqueeze(0)
 
         if not detach:
             reductions.reduce_backward(reduced, total, grad_s, s)
@@ -450,7 +450,7 @@ class SharedRouting:
             )  # fmt: skip
         if needs_weight and self.W is not None:
             t = last if detach else 0
-            z = _added(self.weighted_sums(p[t - 1] if t else None))
+            z = reductions.added(self.weighted_sums(p[t - 1] if t else None))
             if t == 0 and self.starting is None:
                 z = z * self.first_factor
             sums.append((grad_s[t], z))
@@ -489,12 +489,3 @@ class SharedRouting:
             blocks, UNIFORM=not self.iterations, **self.options,
         )  # fmt: skip
         return c
-
-
-def _added(partials: Tensor) -> Tensor:
-    """The sum over the first axis."""
-    if len(partials) == 1:
-        return partials[0]
-    result = partials.new_empty(partials.shape[1:])
-    reductions.add_rows(partials, result)
-    return result

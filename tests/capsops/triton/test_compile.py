@@ -49,7 +49,6 @@ OTHERS = {
     "finish_pass",
     "prepare_backward",
     "finish_reduction",
-    "add_rows",
 }
 OPTIONS_ONLY = {
     "shared_pass",
