@@ -109,6 +109,31 @@ def uniform_product_kernel(
     tl.store(p_out, (factor * b_sum).to(p_out.dtype.element_ty), mask=m_row & m_column)
 
 
+# What kernels do inside their loops are functions: Triton reads a function once, the body of a loop twice for
+# each loop around it.
+@triton.jit
+def _add_weighted(
+    p_sums, begun, p_u, p_mask, p_w, b_u, c, row, m_row, i, j, I,
+    J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr,
+    KB: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Adds Σ_i c û of output capsule j to sums [B, J, D], which are 0 unless they have `begun`."""
+    k = tl.arange(0, KB)
+    for first in range(0, D, DB):
+        d = first + tl.arange(0, DB)
+        b_s = tl.zeros([R, DB], tl.float32)
+        for k_first in range(0, K, KB):
+            if K > KB:
+                b_u = load_inputs(p_u, p_mask, row, m_row, i, k_first + k, I, K)
+            b_x = tl.reshape(c[:, None, :] * b_u, [R, KB * C])
+            b_w = load_weights(p_w, i, j, d, k_first + k, I, J, D, K, C, DB, KB)
+            b_s += product(b_x, tl.trans(b_w), UNIT)
+        p_bjd = p_sums + (row * (J * D) + j * D)[:, None] + d[None, :]
+        m_bjd = m_row[:, None] & (d < D)[None, :]
+        b_s += load_if(begun, p_bjd, m_bjd)
+        tl.store(p_bjd, b_s, mask=m_bjd)
+
+
 @triton.jit(do_not_specialize=["B", "I", "batch_tiles", "chunks"])
 def routed_pass_kernel(
     p_u, p_mask, p_w, p_total, p_grad_s, starting, grad_logits, p_statistics, p_partials, B, I, batch_tiles,
@@ -126,14 +151,12 @@ def routed_pass_kernel(
     row = (pid % batch_tiles).to(tl.int64) * R + tl.arange(0, R)
     m_row = row < B
     part = pid // batch_tiles
-    d = tl.arange(0, DB)
-    k = tl.arange(0, KB)
     first = part * chunks
     if p_partials is not None:
         p_partials = p_partials + part.to(tl.int64) * B * (J * D)
     for chunk in range(first, tl.minimum(first + chunks, tl.cdiv(I, C))):
         i = chunk * C + tl.arange(0, C)
-        b_u = load_inputs(p_u, p_mask, row, m_row, i, k, I, K)
+        b_u = load_inputs(p_u, p_mask, row, m_row, i, tl.arange(0, KB), I, K)
         if not UNIFORM:
             top, factor, mean = softmax_over_outputs(
                 p_u, p_mask, p_w, p_total, p_grad_s, starting, row, m_row, i, b_u, I, J, D, K, R, C, DB, KB,
@@ -168,24 +191,60 @@ def routed_pass_kernel(
                         i[None, :], (i < I)[None, :], j, None,
                     )  # fmt: skip
             if p_partials is not None:
-                for d_first in range(0, D, DB):
-                    b_s = tl.zeros([R, DB], tl.float32)
-                    for k_first in range(0, K, KB):
-                        if K > KB:
-                            b_u = load_inputs(p_u, p_mask, row, m_row, i, k_first + k, I, K)
-                        b_x = tl.reshape(c[:, None, :] * b_u, [R, KB * C])
-                        b_w = load_weights(p_w, i, j, d_first + d, k_first + k, I, J, D, K, C, DB, KB)
-                        b_s += product(b_x, tl.trans(b_w), UNIT)
-                    p_bjd = p_partials + (row * (J * D) + j * D)[:, None] + (d_first + d)[None, :]
-                    m_bjd = m_row[:, None] & (d_first + d < D)[None, :]
-                    b_s += load_if(chunk > first, p_bjd, m_bjd)
-                    tl.store(p_bjd, b_s, mask=m_bjd)
+                _add_weighted(
+                    p_partials, chunk > first, p_u, p_mask, p_w, b_u, c, row, m_row, i, j, I, J, D, K, R, C,
+                    DB, KB, UNIT,
+                )  # fmt: skip
         if grad_logits is not None and grad_logits.outputs is None:
             add_pairs(
                 grad_logits, pid % batch_tiles, part, grad_all_j, row[:, None], m_row[:, None],
                 i[None, :], (i < I)[None, :], 0, None,
             )  # fmt: skip
         tl.debug_barrier()
+
+
+@triton.jit
+def _add_pass(
+    grad_u, grad_w, p_u, p_mask, p_w, p_v, p_s, p_statistics, statistics, m_bi, top, norm, logits, once, b_u,
+    row, m_row, i, j, d, k, I,
+    J: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, DB: tl.constexpr,
+    KB: tl.constexpr, DETACH: tl.constexpr, NEEDS_U: tl.constexpr, NEEDS_W: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """∂u + once · (c Q + ∂b P) and ∂W + (c u)ᵀ ∂s + (∂b u)ᵀ V of one pass and output capsule.
+
+    The statistics of its softmax are `top` and `norm` with DETACH, which has no ∂b, else those in memory.
+    """
+    b_p = project(p_v, p_w, row, m_row, i, j, k, I, J, D, K, R, C, DB, KB, UNIT)
+    b_q = project(p_s, p_w, row, m_row, i, j, k, I, J, D, K, R, C, DB, KB, UNIT)
+    if K <= KB:
+        logit = tl.sum(b_p * b_u, 1)
+        a = tl.sum(b_q * b_u, 1)
+    else:
+        logit = agreement(p_v, p_w, p_u, p_mask, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT)
+        a = agreement(p_s, p_w, p_u, p_mask, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT)
+    if logits is not None:
+        logit += logits
+    if DETACH:
+        c = power(logit - top) * norm
+    else:
+        b_top = tl.load(p_statistics, mask=m_bi, other=0.0)
+        b_norm = tl.load(p_statistics + statistics, mask=m_bi, other=0.0)
+        b_mean = tl.load(p_statistics + 2 * statistics, mask=m_bi, other=0.0)
+        c = power(logit - b_top) * b_norm
+        grad_b = c * (a - b_mean)
+    if NEEDS_U:
+        grad_u += (once * c)[:, None, :] * b_q
+        if not DETACH:
+            grad_u += (once * grad_b)[:, None, :] * b_p
+    if NEEDS_W:
+        b_s = load_outputs(p_s, row, m_row, j, d, J, D)
+        grad_w += product(tl.trans(tl.reshape(c[:, None, :] * b_u, [R, KB * C])), b_s, UNIT)
+        if not DETACH:
+            b_v = load_outputs(p_v, row, m_row, j, d, J, D)
+            b_y = tl.reshape(grad_b[:, None, :] * b_u, [R, KB * C])
+            grad_w += product(tl.trans(b_y), b_v, UNIT)
+    return grad_u, grad_w
 
 
 @triton.jit(do_not_specialize=["B", "I", "passes", "size"])
@@ -222,6 +281,8 @@ def routed_gradient_kernel(
         m_bi = m_row[:, None] & (i < I)[None, :]
         p_bi = p_statistics + (row * I)[:, None] + i[None, :]
         first = 1
+        top = None
+        norm = None
         if DETACH:
             first = passes - 1
             top, norm, _ = softmax_over_outputs(
@@ -235,6 +296,7 @@ def routed_gradient_kernel(
             )  # fmt: skip
         for j in range(J):
             first_c = factor
+            logits = None
             if starting is not None:
                 logits = load_pairs(
                     starting, row[:, None], m_row[:, None], i[None, :], (i < I)[None, :], j, None
@@ -260,42 +322,11 @@ def routed_gradient_kernel(
                         b_q = project(p_grad_s, p_w, row, m_row, i, j, k, I, J, D, K, R, C, DB, KB, UNIT)
                         grad_u += (first_c * once) * b_q
                 for t in range(first, passes):
-                    p_v = p_total + (t - 1) * layer
-                    p_s = p_grad_s + t * layer
-                    p_t = p_bi + (t - 1) * 3 * statistics
-                    b_p = project(p_v, p_w, row, m_row, i, j, k, I, J, D, K, R, C, DB, KB, UNIT)
-                    b_q = project(p_s, p_w, row, m_row, i, j, k, I, J, D, K, R, C, DB, KB, UNIT)
-                    if K <= KB:
-                        logit = tl.sum(b_p * b_u, 1)
-                        a = tl.sum(b_q * b_u, 1)
-                    else:
-                        logit = agreement(
-                            p_v, p_w, p_u, p_mask, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT
-                        )
-                        a = agreement(
-                            p_s, p_w, p_u, p_mask, b_u, row, m_row, i, j, I, J, D, K, R, C, DB, KB, UNIT
-                        )
-                    if starting is not None:
-                        logit += logits
-                    if DETACH:
-                        c = power(logit - top) * norm
-                    else:
-                        b_top = tl.load(p_t, mask=m_bi, other=0.0)
-                        b_norm = tl.load(p_t + statistics, mask=m_bi, other=0.0)
-                        b_mean = tl.load(p_t + 2 * statistics, mask=m_bi, other=0.0)
-                        c = power(logit - b_top) * b_norm
-                        grad_b = c * (a - b_mean)
-                    if NEEDS_U:
-                        grad_u += (once * c)[:, None, :] * b_q
-                        if not DETACH:
-                            grad_u += (once * grad_b)[:, None, :] * b_p
-                    if NEEDS_W:
-                        b_s = load_outputs(p_s, row, m_row, j, d_first + d, J, D)
-                        grad_w += product(tl.trans(tl.reshape(c[:, None, :] * b_u, [R, KB * C])), b_s, UNIT)
-                        if not DETACH:
-                            b_v = load_outputs(p_v, row, m_row, j, d_first + d, J, D)
-                            b_y = tl.reshape(grad_b[:, None, :] * b_u, [R, KB * C])
-                            grad_w += product(tl.trans(b_y), b_v, UNIT)
+                    grad_u, grad_w = _add_pass(
+                        grad_u, grad_w, p_u, p_mask, p_w, p_total + (t - 1) * layer, p_grad_s + t * layer,
+                        p_bi + (t - 1) * 3 * statistics, statistics, m_bi, top, norm, logits, once, b_u, row,
+                        m_row, i, j, d_first + d, k, I, J, D, K, R, C, DB, KB, DETACH, NEEDS_U, NEEDS_W, UNIT,
+                    )  # fmt: skip
                 if NEEDS_W:
                     b_w = tl.permute(tl.reshape(grad_w, [KB, C, DB]), (1, 2, 0))
                     p_ijdk = p_grad_w + weight_offsets(i, j, d_first + d, k, J, D, K)
@@ -506,7 +537,8 @@ def capsule_routing_backward(
             shared = SharedRouting(u, weight, len(weight), logits, mask, iterations, leaky)
             return shared.backward(grad, s, detach, squash_output, needs_u, needs_weight, needs_logits)
         layer = Layer(u, weight, logits, mask, iterations, leaky)
-        total, grad_s = reductions.prepare_backward(grad, s, squash_output)
+        backward = reductions.Backward(grad, s, squash_output)
+        total, grad_s = backward.total, backward.grad_s
         last = len(s) - 1
         detach = detach and last > 0
         statistics = s.new_empty(0 if detach else (last, 3, layer.B, layer.I))
@@ -514,9 +546,7 @@ def capsule_routing_backward(
         if needs_logits and logits is not None:
             grad_logits = layer.logits_gradient(logits)
         if not detach:
-            reductions.reduce_backward(
-                lambda v, grad, t: layer.routed_pass(v, grad, statistics[t], grad_logits), total, grad_s, s
-            )
+            backward.reduce(lambda v, grad, t: layer.routed_pass(v, grad, statistics[t], grad_logits))
         if grad_logits is not None and iterations:
             t = last if detach else 0
             layer.add_logits_gradient(total[t - 1] if t else None, grad_s[t], grad_logits)

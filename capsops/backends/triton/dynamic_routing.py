@@ -400,11 +400,12 @@ def dynamic_routing_backward(
             )
             return grad_u, grad_bias, grad_logits
         routing = PrecomputedRouting(u_hat, logits, mask, iterations, leaky)
-        total, grad_s = reductions.prepare_backward(grad, s, squash_output)
+        backward = reductions.Backward(grad, s, squash_output)
+        total, grad_s = backward.total, backward.grad_s
         last = len(s) - 1
         detach = detach and last > 0
         if not detach:
-            reductions.reduce_backward(lambda v, grad, _: routing.one_pass(v, grad), total, grad_s, s)
+            backward.reduce(lambda v, grad, _: routing.one_pass(v, grad))
         grad_u_hat = torch.empty_like(u_hat)
         parts = ceil_div(routing.I, routing.tile.inputs)
         factor = 1 / (routing.J + leaky) if iterations else 1.0

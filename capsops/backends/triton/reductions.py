@@ -58,13 +58,14 @@ def finish_pass_kernel(
     tl.store(p_total + at, b_v, mask=tl.where(t < last, mask, False))
 
 
-@triton.jit(do_not_specialize=["rows", "passes"])
-def prepare_backward_kernel(
-    p_grad, p_s, p_total, p_grad_s, rows, passes,
-    D: tl.constexpr, SQUASH: tl.constexpr, R: tl.constexpr, DP: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "splits", "t", "last"])
+def finish_reduction_kernel(
+    p_partials, p_s, p_total, p_grad_total, p_grad_s, rows, splits, t, last,
+    D: tl.constexpr, SQUASH: tl.constexpr, R: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Vᵗ = Σ squash(s) of all passes but the last, and ∂s of the last, squash-vjp(s, ∂v).
+    """∂s of pass t, squash-vjp(s, ∂v). In the last, ∂v is Σ partials, and V of all passes before is made too.
 
+    In those before ∂v is ∂V = ∂V of the pass after + Σ partials, the former 0 for the one before the last.
     Without SQUASH v of the last pass is s, and ∂s is ∂v.
     """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -73,33 +74,16 @@ def prepare_backward_kernel(
     mask = (row < rows)[:, None] & (d < D)[None, :]
     size = rows.to(tl.int64) * D
     b_total = tl.zeros([R, DP], tl.float32)
-    for t in range(passes - 1):
-        b_total += squash_rows(tl.load(p_s + t * size + at, mask=mask, other=0.0))
-        tl.store(p_total + t * size + at, b_total, mask=mask)
-    last = (passes - 1) * size
-    b_grad = tl.load(p_grad + at, mask=mask, other=0.0).to(tl.float32)
-    if SQUASH:
-        b_s = tl.load(p_s + last + at, mask=mask, other=0.0)
-        tl.store(p_grad_s + last + at, squash_rows_vjp(b_grad, b_s), mask=mask)
-    else:
-        tl.store(p_grad_s + last + at, b_grad, mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows", "splits", "t", "last"])
-def finish_reduction_kernel(
-    p_partials, p_s, p_grad_total, p_grad_s, rows, splits, t, last,
-    D: tl.constexpr, R: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    """∂Vᵗ⁻¹ = ∂Vᵗ + Σ partials, which is ∂vᵗ⁻¹ also; ∂sᵗ⁻¹ = squash-vjp(sᵗ⁻¹, ∂vᵗ⁻¹). ∂V of the last is 0."""
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    d = tl.arange(0, DP)
-    at = row[:, None] * D + d[None, :]
-    mask = (row < rows)[:, None] & (d < D)[None, :]
-    b_grad = _add_partials(p_partials, splits, rows.to(tl.int64) * D, at, mask, R, DP, AT_ONCE)
-    b_grad += load_if(t < last, p_grad_total + at, mask)
-    tl.store(p_grad_total + at, b_grad, mask=mask)
-    b_s = tl.load(p_s + at, mask=mask, other=0.0)
-    tl.store(p_grad_s + at, squash_rows_vjp(b_grad, b_s), mask=mask)
+    for earlier in range(tl.where(t == last, last, 0)):
+        b_total += squash_rows(tl.load(p_s + earlier * size + at, mask=mask, other=0.0))
+        tl.store(p_total + earlier * size + at, b_total, mask=mask)
+    b_grad = _add_partials(p_partials, splits, size, at, mask, R, DP, AT_ONCE)
+    b_grad += load_if(t + 1 < last, p_grad_total + at, mask)
+    tl.store(p_grad_total + at, b_grad, mask=tl.where(t < last, mask, False))
+    b_grad_s = squash_rows_vjp(b_grad, tl.load(p_s + t * size + at, mask=mask, other=0.0))
+    if not SQUASH:
+        b_grad_s = tl.where(t == last, b_grad, b_grad_s)
+    tl.store(p_grad_s + t * size + at, b_grad_s, mask=mask)
 
 
 def _row_tile(D: int) -> tuple[int, int]:
@@ -120,43 +104,34 @@ def finish_pass(
     )  # fmt: skip
 
 
-def prepare_backward(grad: Tensor, s: Tensor, squash_output: bool) -> tuple[Tensor, Tensor]:
-    """Vᵗ of all passes but the last [T − 1, B, J, D], and ∂s [T, B, J, D] of which the last is filled."""
-    passes, B, J, D = s.shape
-    R, DP = _row_tile(D)
-    total = s.new_empty(max(passes - 1, 1), B, J, D)
-    grad_s = torch.empty_like(s)
-    launch(
-        prepare_backward_kernel, ceil_div(B * J, R), grad, s, total, grad_s, B * J, passes, D=D,
-        SQUASH=squash_output, R=R, DP=DP, num_warps=1,
-    )  # fmt: skip
-    return total, grad_s
+class Backward:
+    """∂s of all passes [T, B, J, D], made from the last pass down, and Vᵗ of all passes but the last."""
 
+    def __init__(self, grad: Tensor, s: Tensor, squash_output: bool) -> None:
+        """Makes ∂s of the last pass, from ∂v."""
+        self.s, self.squash_output = s, squash_output
+        self.last = len(s) - 1
+        self.total = s.new_empty(max(self.last, 1), *s.shape[1:])
+        self.grad_s = torch.empty_like(s)
+        self._grad_total = s.new_empty(s.shape[1:])
+        self._finish(grad.unsqueeze(0).to(s.dtype), self.last)
 
-def finish_reduction(
-    partials: Tensor, s: Tensor, grad_total: Tensor, grad_s: Tensor, t: int, last: int
-) -> None:
-    """partials [splits, B, J, D] of ∂V of pass t, s of the pass before → ∂V, kept in place, and its ∂s."""
-    B, J, D = s.shape
-    R, DP = _row_tile(D)
-    launch(
-        finish_reduction_kernel, ceil_div(B * J, R), partials, s, grad_total, grad_s, B * J,
-        partials.shape[0], t, last, D=D, R=R, DP=DP, AT_ONCE=_AT_ONCE, num_warps=4,
-    )  # fmt: skip
+    def _finish(self, partials: Tensor, t: int) -> None:
+        _, B, J, D = self.s.shape
+        R, DP = _row_tile(D)
+        launch(
+            finish_reduction_kernel, ceil_div(B * J, R), partials, self.s, self.total, self._grad_total,
+            self.grad_s, B * J, partials.shape[0], t, self.last, D=D, SQUASH=self.squash_output, R=R, DP=DP,
+            AT_ONCE=_AT_ONCE, num_warps=4,
+        )  # fmt: skip
 
+    def reduce(self, routed_pass: Callable[[Tensor, Tensor, int], Tensor]) -> None:
+        """Makes ∂s of the passes before the last.
 
-def reduce_backward(
-    routed_pass: Callable[[Tensor, Tensor, int], Tensor], total: Tensor, grad_s: Tensor, s: Tensor
-) -> None:
-    """∂s of all passes before the last, from the last down.
-
-    `routed_pass` makes the partial sums of ∂b û over i, from V, ∂s and the number of the pass less one.
-    """
-    grad_total = s.new_empty(s.shape[1:])
-    last = len(s) - 1
-    for t in range(last, 0, -1):
-        partials = routed_pass(total[t - 1], grad_s[t], t - 1)
-        finish_reduction(partials, s[t - 1], grad_total, grad_s[t - 1], t, last)
+        `routed_pass` makes the partial sums of ∂b û over i, from V, ∂s and the number of the pass less one.
+        """
+        for t in range(self.last, 0, -1):
+            self._finish(routed_pass(self.total[t - 1], self.grad_s[t], t - 1), t - 1)
 
 
 def partial_results(like: Tensor, count: int, wide: bool = False) -> Tensor:

@@ -418,7 +418,8 @@ class SharedRouting:
         needs_logits: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """∂u, ∂W, ∂β and ∂logits."""
-        total, grad_s = reductions.prepare_backward(grad, s, squash_output)
+        backward = reductions.Backward(grad, s, squash_output)
+        total, grad_s = backward.total, backward.grad_s
         passes, last = len(s), len(s) - 1
         detach = detach and last > 0
         shape = (passes, self.B, self.J, self.K)
@@ -436,7 +437,7 @@ class SharedRouting:
             return y if self.W is None else self.applied(reductions.added(y)).unsqueeze(0)
 
         if not detach:
-            reductions.reduce_backward(reduced, total, grad_s, s)
+            backward.reduce(reduced)
         grad_u, grad_weight, grad_logits = (self.u.new_empty(0) for _ in range(3))
         if needs_u or needs_logits:
             q = self.projected(grad_s.flatten(0, 1)).view(shape)
