@@ -4,6 +4,7 @@ from capsops import nn, reference
 from capsops.dispatch import use_impl
 from capsops.functional import capsule_routing, couplings, dynamic_routing, predictions, squash
 from capsops.ops import decompositions
+from capsops.warm_up import warm_up
 
 __version__ = "0.1.0"
 
@@ -17,4 +18,5 @@ __all__ = [
     "reference",
     "squash",
     "use_impl",
+    "warm_up",
 ]

@@ -6,6 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
+from capsops.graph_capture import capturing
+
 # Decided when Triton defines the kernels, by the environment variable TRITON_INTERPRET.
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -37,5 +39,17 @@ def unit(x: Tensor) -> str:
 
 
 def launch(kernel: triton.JITFunction, programs: int, *args: object, **options: object) -> None:
-    """Starts `programs` programs of the kernel on the current stream."""
-    kernel[(programs,)](*args, **options)
+    """Starts `programs` programs of the kernel on the current stream; the first time it is compiled.
+
+    Raises:
+        RuntimeError: that failed in the capture of a CUDA graph. Outside a capture errors are Triton's own.
+    """
+    try:
+        kernel[(programs,)](*args, **options)
+    except Exception as error:
+        if capturing():
+            raise RuntimeError(
+                "a CUDA graph is being captured, and a Triton kernel of capsops could not be compiled or"
+                " started; call capsops.warm_up(function, *args), or the function once, before the capture"
+            ) from error
+        raise
