@@ -67,6 +67,17 @@ class Resources:
         return sum(n for name, n in self.instructions.items() if _MATRIX_UNIT.match(name))
 
 
+def room(needs: Resources, warps: int) -> int:
+    """How many programs of `warps` warps a multiprocessor of sm_90 has room for.
+
+    It has 4 parts, each with 16,384 registers, which a warp takes 256 at a time, and for 16 warps; and 228 KB
+    of shared memory, of which each program takes 1 KB more than it uses (CUDA C++ programming guide).
+    """
+    registers = -(-needs.registers // 8) * 8 * 32
+    in_registers = 4 * min(16384 // registers, 16) // warps
+    return min(in_registers, (228 << 10) // (needs.shared + 1024), 32)
+
+
 _MATRIX_UNIT = re.compile(r"(HMMA|HGMMA|UTCHMMA|OMMA)$|v_mfma_")
 
 

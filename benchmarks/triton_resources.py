@@ -1,7 +1,8 @@
 """`python -m benchmarks.triton_resources`: what each Triton kernel takes on each GPU, read without one.
 
-A row a kernel × dtype × shape class × target: programs of the launch, warps of a program, registers and stack
-bytes of a thread, spills, shared bytes of a program, instructions in all and of the matrix unit.
+A row a kernel × dtype × shape class × target: programs of the launch, those that a multiprocessor has room
+for (sm_90), warps of a program, registers and stack bytes of a thread, spills, shared bytes of a program,
+instructions in all and of the matrix unit.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import torch
 
 import capsops
-from benchmarks.triton_compile import TARGETS, Compiled, Resources, compiling, resources
+from benchmarks.triton_compile import TARGETS, Compiled, Resources, compiling, resources, room
 from capsops.measuring.cases import Case
 from capsops.measuring.precisions import PRECISIONS
 
@@ -100,10 +101,14 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     chosen = parser.parse_args()
-    heads = "shape,precision,target,kernel,programs,warps,registers,stack,spills,shared,instructions,matrix"
+    heads = (
+        "shape,precision,target,kernel,programs,room,warps,registers,stack,spills,shared,instructions,matrix"
+    )
     print(heads.replace(",", "\t"))
     for shape, precision, target, launch, needs in rows(chosen.shapes, chosen.precisions, chosen.targets):
-        cells = [shape, precision, target, launch.title, launch.programs, launch.options["num_warps"]]
+        warps = launch.options["num_warps"]
+        fit = room(needs, warps) if target == "sm_90" else ""
+        cells = [shape, precision, target, launch.title, launch.programs, fit, warps]
         cells += [needs.registers, needs.stack, needs.spills, needs.shared]
         print(*cells, needs.instructions.total(), needs.tensor_core, sep="\t", flush=True)
 

@@ -36,14 +36,22 @@ def sensible(entry: launch_configs.Entry) -> bool:
 
 
 def candidates(batch: int) -> list[launch_configs.Entry]:
-    """Entries for a batch: 16 samples in a block if there are no more, else 32 or more."""
-    grid = itertools.product((16,) if batch <= 16 else (32, 64, 128), (32, 64, 128), (32,), (2, 4), (1, 2))
-    return [entry for entry in itertools.starmap(launch_configs.Entry, grid) if sensible(entry)]
+    """Entries for a batch: 16 samples in a block if there are no more, else 32 or more.
+
+    A multiprocessor has room for 8 warps, which may take 255 registers of a thread, or for 12 of 168.
+    """
+    grid = itertools.product(
+        (16,) if batch <= 16 else (32, 64, 128), (32, 64, 128), (32,), (2, 4), (1, 2), ((8, None), (12, 168))
+    )
+    entries = [
+        launch_configs.Entry(*block, warps, stages, resident // warps, registers)
+        for *block, warps, stages, (resident, registers) in grid
+    ]
+    return [entry for entry in entries if sensible(entry)]
 
 
 def measure(
     case: Case,
-    programs: int,
     entries: Sequence[launch_configs.Entry],
     device: str = "cuda",
     time: Callable[..., list[float]] = replay_seconds,
@@ -55,16 +63,18 @@ def measure(
     options = (case.iterations, False, False, True)  # leaky, detach, squash_output
     needs = (True, True, False)  # the gradients of u, weight and logits
     rows = []
-    patch = mock.patch.object(launch_configs, "PROGRAMS", programs)
-    with matrix_precision(PRECISIONS[case.precision][1]), patch:
-        kind = launch_configs.kind(unit(u), case.batch, case.out_dim, case.in_dim)
+    with matrix_precision(PRECISIONS[case.precision][1]):
+        shape = u, unit(u), case.out_dim
         forward = partial(kernels.capsule_routing, u, weight, None, None, None, case.iterations, False, True)
         _, s = forward()
         backward = partial(kernels.capsule_routing_backward, grad, u, weight, None, None, s, *options, *needs)
-        calls = {"forward": (forward, launch_configs.ROUTED), "backward": (backward, launch_configs.GRADIENT)}
+        calls = {
+            "forward": (forward, launch_configs.ROUTED, launch_configs.routed(*shape)),
+            "backward": (backward, launch_configs.GRADIENT, launch_configs.kind(*shape)),
+        }
         for entry in entries:
-            row = {"case": str(case), "precision": case.precision, "programs": programs, "entry": entry}
-            for name, (call, table) in calls.items():
+            row = {"case": str(case), "precision": case.precision, "entry": entry}
+            for name, (call, table, kind) in calls.items():
                 with mock.patch.dict(table, {kind: entry}):
                     try:
                         row[name] = statistics.median(time(call)) * 1e3
@@ -78,17 +88,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 128, 512])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS)[:3])
-    parser.add_argument(
-        "--programs", nargs="+", type=int, default=[launch_configs.PROGRAMS], help="a multiprocessor"
-    )
     parser.add_argument("--out", type=Path, help="a JSON file for all rows")
     chosen = parser.parse_args()
     everything = []
-    for programs, precision, batch in itertools.product(chosen.programs, chosen.precisions, chosen.batches):
-        rows = measure(Case(batch, precision=precision), programs, candidates(batch))
+    for precision, batch in itertools.product(chosen.precisions, chosen.batches):
+        rows = measure(Case(batch, precision=precision), candidates(batch))
         for name in ("forward", "backward"):
             for row in sorted(rows, key=lambda row: row[name])[:3]:
-                print(f"B={batch} {precision} {programs} programs: {name} {row[name]:.4f} ms {row['entry']}")
+                print(f"B={batch} {precision}: {name} {row[name]:.4f} ms {row['entry']}")
         everything += rows
         if chosen.out:
             chosen.out.parent.mkdir(parents=True, exist_ok=True)

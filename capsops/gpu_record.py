@@ -12,9 +12,6 @@ from capsops.backends.backend import Proof
 PROOFS: tuple[Proof, ...] = (
     # Above D = 32 or K = 64 the CUDA kernels fall back on plain loops.
     Proof("NVIDIA H200", "cuda", "1bb87f0680c3843c", "67d8fe9", longest=(32, 64)),
-    # Above 16, and for lengths that are not multiples of 4, Triton's blocks have not run on a GPU, nor have
-    # its kernels for the options of routing.
-    Proof("NVIDIA H200", "triton", "6c7ea577b124eb82", "67d8fe9", longest=(16, 16), multiple=4, triton="3.6"),
 )
 
 

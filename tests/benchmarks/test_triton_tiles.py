@@ -21,7 +21,7 @@ def fails(call):
     raise RuntimeError("out of resources\\nand more")
 
 case, entries = Case(3, 5, 3, 4, 8), triton_tiles.candidates(3)[:1]
-print(json.dumps([triton_tiles.measure(case, 2, entries, "cpu", clock)[0] for clock in (time, fails)]))
+print(json.dumps([triton_tiles.measure(case, entries, "cpu", clock)[0] for clock in (time, fails)]))
 """
 
 

@@ -17,7 +17,7 @@ need û, V and the sums of all j in registers.
 
 A program of a pass has a block of samples and a part of the input capsules; its sums over i go to
 [parts, B, J, D], which a small kernel of reductions.py adds in a fixed order and squashes. There are as many
-parts as fill the device, whatever I is.
+parts as fill the device (launch_configs.split), whatever I is.
 
 Input capsules of more than KB components are taken KB components at a time.
 """
@@ -47,6 +47,8 @@ from capsops.backends.triton.launch_configs import ceil_div
 from capsops.backends.triton.pairs import LogitsGradient, add_pairs, load_pairs, mask_bytes, pairs
 from capsops.backends.triton.shared_routing import SharedRouting
 from capsops.backends.triton.softmax import open_pairs, pair_logits, softmax_over_outputs
+
+_SAMPLES = 128  # of a part of ∂W at the least: it takes as much memory as W in float32
 
 
 @triton.jit
@@ -364,10 +366,14 @@ class Layer:
     def sums_of_pass(self, parts: int) -> Tensor:
         return self.u.new_empty(parts, self.B, self.J, self.D, dtype=torch.float32)
 
-    def routed_tile(self, table: dict[str, launch_configs.Entry]) -> launch_configs.Tile:
-        entry = table[launch_configs.kind(self.unit, self.B, self.D, self.K)]
+    def routed_tile(self, gradient: bool = False) -> launch_configs.Tile:
+        """The block of a routed pass, or of the last `gradient` pass."""
+        if gradient:
+            entry = launch_configs.GRADIENT[launch_configs.kind(self.u, self.unit, self.D)]
+        else:
+            entry = launch_configs.ROUTED[launch_configs.routed(self.u, self.unit, self.D)]
         if self.starting is not None:
-            entry = launch_configs.with_logits(entry, gradient=table is launch_configs.GRADIENT)
+            entry = launch_configs.with_logits(entry, gradient)
         return launch_configs.tile(entry, self.B, self.I, self.D, self.K)
 
     def routed_options(self, tile: launch_configs.Tile) -> dict[str, object]:
@@ -413,9 +419,10 @@ class Layer:
 
     def routed_blocks(self) -> tuple[launch_configs.Tile, int, launch_configs.Split]:
         """The tile of routed_pass_kernel, the number of tiles of samples, and the parts of i."""
-        tile = self.routed_tile(launch_configs.ROUTED)
+        tile = self.routed_tile()
         batch_tiles = ceil_div(self.B, tile.rows)
-        return tile, batch_tiles, launch_configs.split(ceil_div(self.I, tile.inputs), batch_tiles, self.u)
+        chunks = ceil_div(self.I, tile.inputs)
+        return tile, batch_tiles, launch_configs.split(chunks, batch_tiles, self.u, tile.resident)
 
     def logits_gradient(self, logits: Tensor) -> LogitsGradient:
         _, batch_tiles, parts = self.routed_blocks()
@@ -477,9 +484,10 @@ class Layer:
         needs_weight: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """∂u and ∂W, from Vᵗ, ∂sᵗ and, without `detach`, the softmax statistics of all passes."""
-        tile = self.routed_tile(launch_configs.GRADIENT)
+        tile = self.routed_tile(gradient=True)
         blocks = ceil_div(self.I, tile.inputs) * ceil_div(self.K, tile.depth)
-        parts = launch_configs.split(self.B, blocks, self.u, tile.rows)
+        waves = 1 if self.starting is not None else 2
+        parts = launch_configs.split(self.B, blocks, self.u, tile.resident, tile.rows, _SAMPLES, waves)
         grad_u = torch.empty_like(self.u) if needs_u else self.u.new_empty(0)
         count = parts.number if needs_weight else 0
         added_up = parts.size > tile.rows

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capsops.backends.triton import launch_configs
 from capsops.backends.triton.capsule_routing import Layer
 from capsops.backends.triton.capsules import load_inputs, load_mask, power
 from capsops.backends.triton.launch import launch, on_device
@@ -63,7 +62,7 @@ def couplings(
         total = None
         if iterations > 1:
             _, _, total = layer.forward(bias, iterations - 1)
-        tile = layer.routed_tile(launch_configs.ROUTED)
+        tile = layer.routed_tile()
         batch_tiles = ceil_div(layer.B, tile.rows)
         launch(
             couplings_kernel, batch_tiles * ceil_div(layer.I, tile.inputs), u, layer.mask, weight, total,

@@ -329,7 +329,7 @@ class PrecomputedRouting:
     def one_pass(self, total: Tensor | None, grad_s: Tensor | None) -> Tensor:
         """Sums over parts of i [parts, B, J, D]: of û; with V or starting logits of c û; with ∂s of ∂b û."""
         uniform = total is None and (self.starting is None or self.iterations == 0)
-        parts = launch_configs.split(self.I, self.B, self.u_hat, self.tile.inputs)
+        parts = launch_configs.split(self.I, self.B, self.u_hat, self.tile.resident, self.tile.inputs)
         partials = self.sums_of_pass(parts.number)
         launch(
             precomputed_pass_kernel, self.B * parts.number, self.u_hat, self.mask,

@@ -10,9 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Programs per multiprocessor that a launch is split into.
-PROGRAMS = 4
-
 
 def all_registers() -> dict[str, int]:
     """The option that lets ptxas, which is NVIDIA's, use all registers of a thread.
@@ -32,15 +29,15 @@ def ceil_div(a: int, b: int) -> int:
 
 
 @lru_cache(maxsize=16)
-def _processors(index: int) -> int:
+def _processors_of(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def programs(x: Tensor) -> int:
-    """Programs that fill the device; an H100 for tensors without memory, a few for the interpreter."""
+def _processors(x: Tensor) -> int:
+    """Multiprocessors of the device; an H100's for tensors without memory, a few for the interpreter."""
     if x.device.type == "cuda":
-        return PROGRAMS * _processors(x.device.index)
-    return PROGRAMS * (132 if x.device.type == "meta" else 2)
+        return _processors_of(x.device.index)
+    return 132 if x.device.type == "meta" else 2
 
 
 class Split(NamedTuple):
@@ -50,16 +47,47 @@ class Split(NamedTuple):
     size: int
 
 
-def split(terms: int, side_by_side: int, x: Tensor, multiple: int = 1) -> Split:
-    """How to divide sums of `terms`, of which `side_by_side` are computed at once, to fill the device."""
-    count = max(1, min(programs(x) // side_by_side, ceil_div(terms, multiple)))
-    size = ceil_div(ceil_div(terms, count), multiple) * multiple
-    return Split(ceil_div(terms, size), size)
+def busy(programs: int, size: int, processors: int, resident: int) -> float:
+    """How long the busiest multiprocessor works, in terms: `programs` programs of `size` terms each.
+
+    The mean of two limits. Where programs wait for memory, a wave of `resident` to a multiprocessor takes as
+    long as `resident` terms after one another, however full it is; where they wait for one another, what
+    counts is how many a multiprocessor has in all. On an H200, B = 128, TF32, 288 programs of one block took
+    114 µs in a forward pass where 144 of blocks twice as large took 137, two to a multiprocessor either way.
+    """
+    waves = ceil_div(programs, processors * resident)
+    return size * (waves * resident + ceil_div(programs, processors)) / 2
+
+
+@lru_cache(maxsize=1024)
+def _split(terms: int, side_by_side: int, processors: int, resident: int, most: int) -> Split:
+    """The parts that keep the busiest multiprocessor busy for the shortest time; of those the fewest."""
+    sizes = dict.fromkeys(ceil_div(terms, count) for count in range(1, most + 1))
+    splits = [Split(ceil_div(terms, size), size) for size in sizes]
+    return min(splits, key=lambda x: busy(side_by_side * x.number, x.size, processors, resident))
+
+
+def split(
+    terms: int, side_by_side: int, x: Tensor, resident: int, multiple: int = 1, least: int = 1, waves: int = 2
+) -> Split:
+    """How to divide sums of `terms`, of which `side_by_side` are computed at once, to fill the device.
+
+    A multiprocessor has room for `resident` programs. A part has a multiple of `multiple` terms, and `least`
+    or more. Where there is more than one part, there are no more programs than in `waves` full waves.
+    """
+    processors = _processors(x)
+    most = min(waves * processors * resident // side_by_side, ceil_div(terms, multiple), terms // least)
+    parts = _split(ceil_div(terms, multiple), side_by_side, processors, resident, max(1, most))
+    return Split(parts.number, parts.size * multiple)
 
 
 def _block(n: int, most: int, least: int = 16) -> int:
     """A block for n: a power of two, at least what a matrix unit takes."""
     return max(least, min(power_of_2(n), most))
+
+
+# Programs of a product of 4 warps that a multiprocessor has room for.
+_RESIDENT = 3
 
 
 class Product(NamedTuple):
@@ -89,7 +117,7 @@ class Product(NamedTuple):
 def product(rows: int, columns: int, terms: int, x: Tensor) -> Product:
     R, C, Q = _block(rows, 64), _block(columns, 64), _block(terms, 128 // x.element_size())
     row_tiles, column_tiles = ceil_div(rows, R), ceil_div(columns, C)
-    parts = split(ceil_div(terms, Q), row_tiles * column_tiles, x)
+    parts = split(ceil_div(terms, Q), row_tiles * column_tiles, x, _RESIDENT)
     return Product(R, C, Q, row_tiles, column_tiles, parts.number, parts.size)
 
 
@@ -103,6 +131,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     registers: int | None
+    resident: int  # programs that a multiprocessor has room for
 
     def options(self) -> dict[str, int]:
         options = {
@@ -116,7 +145,11 @@ class Entry(NamedTuple):
     """The largest block of a shape class.
 
     Samples; numbers of u of one sample (input capsules × components); components of an output capsule; warps;
-    stages; registers of a thread, where ptxas by itself spills so that one more program fits.
+    stages; programs that a multiprocessor has room for; registers of a thread, where ptxas by itself takes
+    other numbers than those that make this room, or spills.
+
+    A multiprocessor has 65,536 registers (compute capabilities 8.0, 9.0 and 10.0): at 255 of a thread 8
+    warps, at 168 12 warps. benchmarks/triton_resources.py prints how many programs there is room for.
     """
 
     rows: int
@@ -124,50 +157,61 @@ class Entry(NamedTuple):
     outputs: int
     warps: int
     stages: int
+    resident: int
     registers: int | None = None
 
 
 # By the unit that makes the products: multiply-adds for IEEE float32, else the matrix unit. "Long or odd" are
 # vectors of more than 16 numbers, which may take several blocks, and those that are loaded number by number,
-# an address each. Without spills on sm_90.
+# an address each. "K = 8" is float32 or bfloat16: with 168 registers other lengths, and float16, spill.
+# Without spills on sm_90.
 ROUTED = {
-    "ieee": Entry(32, 64, 32, 4, 2),
-    "ieee, few samples": Entry(16, 32, 32, 2, 2),
-    "ieee, long or odd": Entry(16, 32, 32, 4, 1, 255),
-    "tf32": Entry(64, 64, 32, 4, 2),
-    "tf32, few samples": Entry(16, 64, 32, 2, 2, 255),
-    "tf32, long or odd": Entry(64, 64, 32, 8, 1, 255),
-    "bf16": Entry(64, 64, 32, 4, 2),
-    "bf16, few samples": Entry(16, 64, 32, 2, 2, 255),
-    "bf16, long or odd": Entry(64, 64, 32, 8, 1, 255),
+    "ieee": Entry(32, 64, 32, 4, 2, 2),
+    "ieee, few samples": Entry(16, 32, 32, 2, 2, 4),
+    "ieee, long or odd": Entry(16, 32, 32, 4, 1, 2, 255),
+    "tf32": Entry(64, 64, 32, 4, 1, 2),
+    "tf32, K = 8": Entry(64, 64, 32, 4, 1, 3, 168),
+    "tf32, few samples": Entry(16, 32, 32, 2, 2, 6),
+    "tf32, long or odd": Entry(64, 64, 32, 8, 1, 1, 255),
+    "bf16": Entry(64, 64, 32, 4, 1, 2),
+    "bf16, K = 8": Entry(64, 64, 32, 4, 1, 3, 168),
+    "bf16, few samples": Entry(16, 32, 32, 2, 2, 8),
+    "bf16, long or odd": Entry(64, 64, 32, 8, 1, 1, 255),
 }
 GRADIENT = {
-    "ieee": Entry(64, 32, 32, 4, 2),
-    "ieee, few samples": Entry(16, 32, 32, 2, 2),
-    "ieee, long or odd": Entry(16, 16, 16, 4, 1, 255),
-    "tf32": Entry(32, 64, 32, 4, 1),
-    "tf32, few samples": Entry(16, 64, 32, 4, 1, 255),
-    "tf32, long or odd": Entry(64, 32, 16, 8, 1, 255),
-    "bf16": Entry(64, 64, 32, 4, 1),
-    "bf16, few samples": Entry(16, 64, 32, 2, 1, 255),
-    "bf16, long or odd": Entry(64, 32, 16, 8, 1, 255),
+    "ieee": Entry(32, 32, 32, 2, 1, 4),
+    "ieee, few samples": Entry(16, 32, 32, 2, 2, 4),
+    "ieee, long or odd": Entry(16, 16, 16, 4, 1, 2, 255),
+    "tf32": Entry(32, 32, 32, 2, 2, 4),
+    "tf32, few samples": Entry(16, 64, 32, 4, 1, 2, 255),
+    "tf32, long or odd": Entry(64, 32, 16, 8, 1, 1, 255),
+    "bf16": Entry(64, 64, 32, 4, 1, 2),
+    "bf16, few samples": Entry(16, 64, 32, 2, 1, 4, 255),
+    "bf16, long or odd": Entry(64, 32, 16, 8, 1, 1, 255),
 }
 
 
 def with_logits(entry: Entry, gradient: bool) -> Entry:
     """`entry` for a kernel that also keeps starting logits in registers; `gradient`: it is of GRADIENT."""
-    entry = entry._replace(registers=255, stages=1 if gradient else entry.stages)
+    entry = entry._replace(registers=255, resident=8 // entry.warps, stages=1 if gradient else entry.stages)
     if gradient and entry.rows > 16:
         return entry._replace(rows=min(entry.rows, 32))
     return entry._replace(numbers=entry.numbers // 2)
 
 
-def kind(unit: str, B: int, D: int, K: int) -> str:
-    """The key of ROUTED and GRADIENT."""
-    unit = "bf16" if unit in ("bf16", "fp16") else unit
+def kind(u: Tensor, unit: str, D: int) -> str:
+    """The shape class of u [B, I, K]: the key of GRADIENT, and of ROUTED unless routed() names another."""
+    B, _, K = u.shape
     if D > 16 or K > 16 or D % 4 or K % 4:
         return f"{unit}, long or odd"
     return f"{unit}, few samples" if B <= 16 else unit
+
+
+def routed(u: Tensor, unit: str, D: int) -> str:
+    """The key of ROUTED."""
+    key = kind(u, unit, D)
+    special = f"{key}, K = 8"
+    return special if special in ROUTED and u.shape[2] == 8 and u.dtype != torch.float16 else key
 
 
 def tile(entry: Entry, B: int, I: int, D: int, K: int) -> Tile:
@@ -178,7 +222,8 @@ def tile(entry: Entry, B: int, I: int, D: int, K: int) -> Tile:
     inputs = max(min(entry.numbers // depth, power_of_2(I)), ceil_div(16, depth))
     rows = _block(B, most)
     warps = max(entry.warps // 2, entry.warps * rows // most)
-    return Tile(rows, inputs, _block(D, outputs), depth, warps, entry.stages, registers)
+    resident = entry.resident * entry.warps // warps
+    return Tile(rows, inputs, _block(D, outputs), depth, warps, entry.stages, registers, resident)
 
 
 class Predictions(NamedTuple):
@@ -189,6 +234,7 @@ class Predictions(NamedTuple):
     depth: int
     warps: int
     stages: int
+    resident: int = _RESIDENT
 
     def options(self) -> dict[str, int]:
         return {
@@ -208,6 +254,7 @@ class Precomputed(NamedTuple):
     outputs: int
     components: int
     warps: int
+    resident: int = 4  # programs that a multiprocessor has room for
 
     def options(self) -> dict[str, int]:
         return {"C": self.inputs, "JB": self.outputs, "DP": self.components, "num_warps": self.warps}
@@ -224,6 +271,7 @@ class Shared(NamedTuple):
     outputs: int
     depth: int
     warps: int
+    resident: int = 2  # programs that a multiprocessor has room for
 
     def options(self) -> dict[str, int]:
         return {"C": self.inputs, "JB": self.outputs, "KB": self.depth, "num_warps": self.warps}
@@ -238,13 +286,14 @@ def pair_blocks(logits: Tensor, B: int, I: int, inputs: int) -> tuple[Split, Spl
     """Tiles of samples and parts of input capsules, in blocks of `inputs`, of a program that adds ∂logits up.
 
     One sample, or one block, where logits have that axis. Along other axes there are as many as fill the
-    device, but a tile has 16 samples or more: each has a sum as large as the logits.
+    device, but a tile has 16 samples or more: each has a sum as large as the logits. Two programs of 4 warps
+    fit a multiprocessor whatever registers they take.
     """
     tiles, parts = Split(B, 1), Split(ceil_div(I, inputs), inputs)
     if logits.shape[0] == 1:
-        tiles = split(B, parts.number, logits, 16)
+        tiles = split(B, parts.number, logits, 2, 16, waves=1)
     if logits.shape[1] == 1:
-        parts = split(I, tiles.number, logits, inputs)
+        parts = split(I, tiles.number, logits, 2, inputs, waves=1)
     return tiles, parts
 
 

@@ -123,7 +123,7 @@ def predictions_backward(
             )  # fmt: skip
         if needs_weight:
             columns, depths = ceil_div(J * D, tile.columns), ceil_div(K, tile.depth)
-            parts = launch_configs.split(B, columns * depths * I, u, tile.rows)
+            parts = launch_configs.split(B, columns * depths * I, u, tile.resident, tile.rows, waves=1)
             partials = reductions.partial_results(weight, parts.number)
             launch(
                 predictions_gradient_w_kernel, columns * depths * I * parts.number, grad, u, partials, B, I,

@@ -368,7 +368,7 @@ class SharedRouting:
 
     def parts(self) -> launch_configs.Split:
         """Parts of i of a pass."""
-        return launch_configs.split(self.I, self.B, self.u, self.tile.inputs)
+        return launch_configs.split(self.I, self.B, self.u, self.tile.resident, self.tile.inputs)
 
     def sums_of_pass(self, out_capsules: int) -> Tensor:
         """Memory for partial sums over i [parts, B, J, K]."""

@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton", minversion="3.6", reason="Triton 3.6 or newer is not installed")
 
-from benchmarks.triton_compile import SHARED_LIMIT, TARGETS, compiling, resources  # noqa: E402
+from benchmarks.triton_compile import SHARED_LIMIT, TARGETS, compiling, resources, room  # noqa: E402
 from benchmarks.triton_resources import CLASSES, PRECISIONS, launches, option_launches, rows  # noqa: E402
 from capsops.backends import BACKENDS  # noqa: E402
-from capsops.backends.triton.launch import unit  # noqa: E402
+from capsops.backends.triton import launch_configs  # noqa: E402
+from capsops.backends.triton.capsule_routing import Layer  # noqa: E402
+from capsops.backends.triton.launch import launch, unit  # noqa: E402
 from capsops.measuring.cases import Case  # noqa: E402
 
 if triton.knobs.runtime.interpret:
@@ -107,22 +109,82 @@ def test_sizes_of_one_compile(leaky: bool, detach: bool) -> None:
     """Triton compiles an argument that is 1 as a constant, which lacks methods of a number."""
     launched = launches(Case(1, 1, 1, 1, 1), "float32", "sm_90", leaky=leaky, detach=detach)
     kernels = {f"{kernel.split()[0]}_kernel" for kernel in PRODUCTS | OTHERS}
-    assert {launch.kernel for launch in launched} == kernels
-    assert {launch.options.get("LEAKY") for launch in launched} == {None, leaky}
+    assert {one.kernel for one in launched} == kernels
+    assert {one.options.get("LEAKY") for one in launched} == {None, leaky}
 
 
 @pytest.mark.parametrize(("inputs", "spills"), [(8, False), (32, True)])
 def test_spills_are_counted(inputs: int, spills: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the larger tile needs more registers than there are."""
-    from capsops.backends.triton import launch_configs
-
     monkeypatch.setattr(
-        launch_configs, "tile", lambda *sizes: launch_configs.Tile(64, inputs, 16, 8, 4, 1, None)
+        launch_configs, "tile", lambda *sizes: launch_configs.Tile(64, inputs, 16, 8, 4, 1, None, 2)
     )
     u, weight = torch.empty(64, 32, 8, device="meta"), torch.empty(32, 10, 16, 8, device="meta")
     with compiling("sm_90", tf32=True) as launched:
         KERNELS.couplings(u, weight, None, None, None, 2, False)
     assert (resources(launched[-1]).spills > 0) == spills
+
+
+# The least share of the room of its waves that a launch takes, from 128 samples on. The gradient has one part
+# of all samples where more would cost much memory, and float16 has no block of 168 registers that does not
+# spill.
+FILLED = {"routed_pass": 0.72, "routed_gradient": 0.54, "uniform_product": 0.54}
+PROCESSORS = 132
+
+
+@pytest.mark.parametrize(
+    "name",
+    [x if x == "float32, TF32 allowed" else pytest.param(x, marks=pytest.mark.slow) for x in PRECISIONS],
+)
+def test_launches_fill_whole_waves(name: str) -> None:
+    """The layer of the paper on an H100 or H200: the room that the tables state is there, waves are full.
+
+    Up to 16 samples are one wave, in which no multiprocessor has more than three programs.
+    """
+    dtype, tf32 = PRECISIONS[name]
+    rooms: dict[int, int] = {}
+    for B in (1, 16, 128, 512, 1024):
+        u, weight, grad = (
+            torch.empty(n, dtype=dtype, device="meta") for n in ((B, 1152, 8), (1152, 10, 16, 8), (B, 10, 16))
+        )
+        with compiling("sm_90", tf32) as launched:
+            layer = Layer(u, weight, None, None, 3, False)
+            _, s = KERNELS.capsule_routing(u, weight, None, None, None, 3, False, True)
+            KERNELS.capsule_routing_backward(
+                grad, u, weight, None, None, s, 3, False, False, True, True, True, False
+            )
+        stated = {
+            "routed_pass": layer.routed_tile().resident,
+            "routed_gradient": layer.routed_tile(gradient=True).resident,
+            "uniform_product": 3,
+        }
+        for one in launched:
+            kernel = one.kernel.removesuffix("_kernel")
+            if kernel not in stated:
+                continue
+            key = id(one.artifact)
+            if key not in rooms:
+                rooms[key] = room(resources(one), one.options["num_warps"])
+            assert rooms[key] >= stated[kernel], (B, one.title)
+            slots = PROCESSORS * stated[kernel]
+            waves = -(-one.programs // slots)
+            if B <= 16:
+                assert one.programs <= min(slots, 3 * PROCESSORS), (B, one.title)
+            else:
+                least = 0.54 if name == "float16" else FILLED[kernel]
+                assert one.programs >= least * waves * slots, (B, one.title, one.programs)
+
+
+def test_a_split_keeps_the_busiest_multiprocessor_busy_for_the_shortest_time() -> None:
+    """Two tiles of samples of 144 blocks each, on 132 multiprocessors: by hand."""
+    x = torch.empty(1, device="meta")
+    assert launch_configs.split(144, 2, x, 3) == (144, 1)  # 288 programs in one wave
+    assert launch_configs.split(144, 2, x, 2) == (144, 1)  # 2 waves of one block, or 1 of two, as long
+    assert launch_configs.split(144, 8, x, 2) == (29, 5)  # one wave of 232, where 33 parts would be 4.4 each
+    assert launch_configs.split(5, 1, x, 2) == (5, 1)
+    assert launch_configs.split(100, 1000, x, 2) == (1, 100)
+    assert launch_configs.split(100, 1, x, 2, multiple=16) == (7, 16)
+    assert launch_configs.split(100, 1, x, 2, multiple=16, least=64) == (1, 112)
 
 
 def test_the_settings_of_torch_decide_the_unit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +225,30 @@ def test_nothing_is_launched_while_compiling() -> None:
 
     with compiling("sm_90") as launched:
         KERNELS.squash(torch.empty(3, 4, device="meta"), 1)
-    (launch,) = launched
-    assert launch.kernel == "squash_kernel"
-    assert launch.artifact.asm["cubin"]
+    (squash,) = launched
+    assert squash.kernel == "squash_kernel"
+    assert squash.artifact.asm["cubin"]
+
+
+class Fails:
+    """A kernel whose launch fails."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*args: object, **options: object) -> None:
+            raise ValueError("the driver refuses")
+
+        return run
+
+
+def test_a_launch_that_fails_in_a_capture_names_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"CUDA graph is being captured.*capsops\.warm_up") as caught:
+        launch(Fails(), 1)
+    assert isinstance(caught.value.__cause__, ValueError)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.raises(ValueError, match="the driver refuses"):
+        launch(Fails(), 1)
 
 
 class SizeRecorder(TorchDispatchMode):
