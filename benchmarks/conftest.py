@@ -9,6 +9,7 @@ import torch
 from benchmarks import machine
 from benchmarks.report import describe, table
 from benchmarks.rows import RESULTS, Row, save
+from capsops.backends.device import cpu_model
 from capsops.measuring.timing import Race, clock
 
 _rows = pytest.StashKey[list[Row]]()
@@ -85,6 +86,6 @@ def pytest_terminal_summary(
     if config.getoption("--save-results") and exitstatus != pytest.ExitCode.OK:
         write("not saved: a benchmark failed")
     elif config.getoption("--save-results"):
-        path = RESULTS / f"{config.getoption('--results-name')}-{machine.slug(machine.cpu_model())}.json"
+        path = RESULTS / f"{config.getoption('--results-name')}-{machine.slug(cpu_model())}.json"
         save(path, header, rows)
         write(f"saved {path.relative_to(machine.ROOT)}")

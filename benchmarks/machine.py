@@ -13,8 +13,8 @@ import numpy
 import torch
 
 import capsops
+from capsops.backends.device import cpu_model
 from capsops.measuring.ceiling import measured_ceiling
-from capsops.measuring.machine import cpu_model
 
 ROOT = Path(__file__).resolve().parents[1]
 LOAD_BEFORE = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")

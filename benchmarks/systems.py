@@ -21,6 +21,7 @@ from benchmarks.report import describe, steps_list
 from benchmarks.rows import RESULTS, Row, save
 from benchmarks.system_step import EinsumCapsules, SystemStep, check_equal, parts, profiled
 from capsops import dispatch
+from capsops.backends.device import cpu_model
 from capsops.measuring import peers
 from capsops.measuring.passes import FORWARD_BACKWARD, run
 from capsops.measuring.timing import CPU, Race
@@ -42,7 +43,7 @@ def main() -> None:
     header = machine.header(["python", "-m", "benchmarks.systems", *sys.argv[1:]])
     print("", describe(header), sep="\n")
     if args.save_results:
-        path = RESULTS / f"systems-cpu-{machine.slug(machine.cpu_model())}.json"
+        path = RESULTS / f"systems-cpu-{machine.slug(cpu_model())}.json"
         save(path, header, rows)
         print(f"saved {path}")
 

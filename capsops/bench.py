@@ -23,6 +23,8 @@ import torch
 
 import capsops
 from capsops import dispatch
+from capsops.backends.device import cpu_model
+from capsops.command_line import device_named
 from capsops.measuring.bench_report import report
 from capsops.measuring.cases import Case
 from capsops.measuring.ceiling import measured_ceiling
@@ -37,29 +39,12 @@ from capsops.measuring.headline import (
     measure,
     progress,
 )
-from capsops.measuring.machine import cpu_model
 from capsops.measuring.passes import BOTH
 from capsops.measuring.precisions import PRECISIONS, matrix_precision
 
 LAYER, BATCHES = Case(1), (128, 16, 1)  # the paper's
 MODES = {"cpu": ("float32",), "cuda": (TF32, BF16)}
 SECONDS = 90  # beyond which nothing is begun that can be left out
-
-
-def device_named(name: str) -> torch.device:
-    """The device that --device names, a GPU with its index."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in MODES:
-        raise argparse.ArgumentTypeError(f"got {name!r}, takes cpu, cuda or cuda:N")
-    if device.type == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (device.index or 0) >= count:
-        raise argparse.ArgumentTypeError(f"got {name!r}, and torch sees {count} CUDA devices")
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,13 +192,3 @@ def run(args: argparse.Namespace, layer: Case = LAYER, batches: Sequence[int] = 
     else:
         print(report(facts, bench.rows, notes))
     return 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser("python -m capsops bench", description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    return run(parser.parse_args())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,14 +6,22 @@ machine.
 """
 
 import os
-from functools import lru_cache
-from typing import NamedTuple
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, reduce
+from operator import and_
+from typing import Any, NamedTuple
 
 import torch
 
-from capsops import gpu_record
 from capsops.backends import BACKENDS, reference
 from capsops.backends.backend import NO_OPTIONS, Backend
+from capsops.backends.device import Device, facts
+from capsops.proofs import order
+from capsops.proofs import standing as standing_of
+from capsops.proofs.scope import NOTHING, Scope, every_op
+from capsops.proofs.standing import Standing
 
 IMPLS = ("auto", *BACKENDS)
 _NO_DEVICE = "torch sees no CUDA device"
@@ -111,42 +119,95 @@ def _why_unavailable(backend: Backend, device: str) -> str:
     return ""
 
 
-@lru_cache
-def proofs(index: int) -> dict[str, gpu_record.Proof]:
-    """The proofs that hold on a GPU, by the backend's name; the same as long as the process lives."""
-    model, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-    return {
-        name: proof
-        for name, backend in BACKENDS.items()
-        if not why_not_proved(backend, model, capability) and (proof := gpu_record.proof(model, name))
-    }
+class _Standings:
+    """What is proved on each device, settled when it is first asked for, and the same from then on.
+
+    So a forward pass, its gradient and a recomputation of it are computed by one backend.
+    """
+
+    def __init__(self) -> None:
+        self.settled: dict[tuple[str, Device], Standing] = {}
+        self.warned: set[Device] = set()
+        self.lock = threading.Lock()
+
+    def of(self, backend: Backend, device: Device) -> Standing:
+        standing = self.settled.get((backend.name, device))
+        if standing is None:
+            with self.lock:
+                standing = self.settled.get((backend.name, device))
+                if standing is None:
+                    standing = self.settled[backend.name, device] = standing_of.settle(backend, device)
+        return standing
+
+    def warn(self, device: Device, reasons: list[str]) -> None:
+        """Says once for each device why the reference serves in the place of kernels."""
+        if device not in self.warned:
+            self.warned.add(device)
+            warnings.warn(
+                f"capsops: plain PyTorch, which is slower, serves calls on {device.torch_name}"
+                f" ({device.model}): {'; '.join(reasons)}",
+                stacklevel=2,
+            )
 
 
-def why_not_proved(backend: Backend, model: str, capability: tuple[int, int]) -> str:
-    """Why "auto" does not take a backend on a GPU of this model; empty where it does."""
-    if backend.unavailable or not backend.needs_proof:
-        return backend.unavailable
-    proof = gpu_record.proof(model, backend.name)
-    return f"not proved on {model}" if proof is None else backend.why_not_proved(proof, capability)
+_standings = _Standings()
 
 
-@lru_cache(maxsize=1024)
-def _automatic(
-    op: str, device: torch.device, dtype: torch.dtype, lengths: tuple[int, ...], options: frozenset[str]
-) -> Backend:
-    proved = {}
+def _after_fork() -> None:
+    """Another thread may have been settling something; it does not exist in this process."""
+    _standings.lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def device_facts(device: torch.device) -> Device:
+    """What is known of a device; that of the current GPU where "cuda" has no index."""
     if device.type == "cuda":
-        proved = proofs(device.index)
-    for backend in reversed(BACKENDS.values()):
-        if backend.unavailable or not backend.takes_device(device.type):
+        return facts("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    return facts(device.type, 0)
+
+
+@lru_cache(maxsize=4096)
+def _automatic(
+    op: str, device: torch.device, dtype: torch.dtype, shapes: order.Shapes, options: frozenset[str]
+) -> Backend:
+    """What "auto" takes: the first in the order that computes the call and needs no proof, or has one.
+
+    The reference, unless it is first in the order anyway, serves where nothing else does; where û would not
+    fit into the device's memory, kernels that come after it in the order are tried as well.
+    """
+    candidates = [
+        backend
+        for backend in BACKENDS.values()
+        if not backend.unavailable
+        and backend.takes_device(device.type)
+        and not backend.why_declined(op, dtype, options)
+    ]
+    if not any(backend.needs_proof for backend in candidates):
+        return candidates[-1]
+    known, sizes, reasons = device_facts(device), order.sizes(op, shapes), []
+    name = str(dtype).removeprefix("torch.")
+    by_name = {backend.name: backend for backend in candidates}
+    for each in order.order(op, name, sizes, known):
+        backend = by_name.get(each)
+        if backend is None:
             continue
-        if backend.needs_proof and not (
-            backend.name in proved and proved[backend.name].covers(lengths, options)
-        ):
+        if backend is reference.BACKEND and not order.fits(sizes, dtype.itemsize, known.memory):
             continue
-        if not backend.why_declined(op, dtype, options):
+        if not backend.needs_proof:
+            break
+        standing = _standings.of(backend, known)
+        if standing.scope.covers(op, name, sizes.lengths, options):
             return backend
-    return reference.BACKEND
+        if standing.remedy:
+            reasons.append(f"{backend.name}: {standing.why_not}. What to do: {standing.remedy}")
+    else:
+        backend = reference.BACKEND
+    if reasons and backend is reference.BACKEND:
+        _standings.warn(known, reasons)
+    return backend
 
 
 def chosen(
@@ -154,7 +215,7 @@ def chosen(
     impl: str,
     device: torch.device,
     dtype: torch.dtype,
-    lengths: tuple[int, ...] = (),
+    shapes: order.Shapes = (),
     options: frozenset[str] = NO_OPTIONS,
 ) -> Backend:
     """The backend that computes a call; an op and its gradients ask alike and get the same.
@@ -164,7 +225,7 @@ def chosen(
         impl: "auto" or the name of a backend. Contexts of use_impl() do not count here.
         device: of the tensors.
         dtype: of the tensors.
-        lengths: D of a routing op, and K where there is a weight.
+        shapes: of u and W, or of û; empty for squash.
         options: those of capsops.backends.backend that the call uses.
 
     Raises:
@@ -174,11 +235,60 @@ def chosen(
     if impl == "auto":
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        return _automatic(op, device, dtype, lengths, options)
+        return _automatic(op, device, dtype, shapes, options)
     backend = BACKENDS[requested(impl, device.type)]
     if reason := backend.why_declined(op, dtype, options):
         raise ValueError(reason)
     return backend
+
+
+def settle(device: torch.device) -> dict[str, Any]:
+    """What is proved on a device, by backend, as restrict() takes it: plain dicts, which JSON has too.
+
+    Backends are settled in their order, as the first calls would, until one serves every op without options.
+    """
+    known, proved = device_facts(device), {}
+    for name in order.ORDER:
+        backend = BACKENDS[name]
+        if backend.needs_proof and not backend.unavailable and backend.takes_device(device.type):
+            scope = _standings.of(backend, known).scope
+            proved[name] = scope.to_json()
+            if every_op() <= scope.calls:
+                break
+    return proved
+
+
+def restrict(device: torch.device, proofs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """From here on "auto" takes on the device only what all of several settle() name; returns that.
+
+    For processes that train one model, each with a GPU, and for a run that goes on elsewhere: all of them
+    then compute a call by the same kernels. Calls before this are not affected, so it belongs at the start.
+    """
+    known, common = device_facts(device), {}
+    for backend in BACKENDS.values():
+        if backend.needs_proof and backend.takes_device(device.type):
+            scopes = [Scope.from_json(each.get(backend.name, NOTHING.to_json())) for each in proofs]
+            scope = reduce(and_, scopes)
+            standing = _standings.settled.get((backend.name, known), Standing())
+            if scope != standing.scope:
+                standing = Standing(scope, standing.proof, "not proved in every process of this run")
+            _standings.settled[backend.name, known] = standing
+            common[backend.name] = scope.to_json()
+    _automatic.cache_clear()
+    return common
+
+
+def why_reference(device: torch.device) -> str:
+    """Why no kernels serve on a device, for each backend that takes it; nothing is settled."""
+    reasons = {}
+    for backend in BACKENDS.values():
+        if backend is not reference.BACKEND and backend.takes_device(device.type):
+            reason = backend.unavailable
+            if not reason and backend.needs_proof:
+                standing = _standings.settled.get((backend.name, device_facts(device)))
+                reason = standing.why_not if standing else "not asked"
+            reasons[backend.name] = reason
+    return "; ".join(f"{name}: {reason.splitlines()[0]}" for name, reason in reasons.items() if reason)
 
 
 def describe() -> list[Service]:

@@ -14,12 +14,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 export OUT=${OUT:-$PWD/build/gpu} PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-16}
 export INFOCAPSGAN_DATA=${INFOCAPSGAN_DATA:-$PWD/.data} PATH=$PATH:/usr/local/cuda/bin
 device=${DEVICE:-cuda} python=${PYTHON:-python3} limit=${LIMIT:-505}
-every="env correct sanitizer edge tests systems times sketches train counters"
+every="env check sanitizer edge tests systems bench times sketches train counters"
+every_second="$every automatic classes" # these two are for second_contact.sh
 parts=" ${PARTS:-$every} "
 for name in $parts; do
-    [[ " $every " == *" $name "* ]] || { echo "PARTS: got $name, takes $every" >&2 && exit 2; }
+    [[ " $every_second " == *" $name "* ]] || { echo "PARTS: got $name, takes $every_second" >&2 && exit 2; }
 done
 read -ra impls <<<"${IMPLS:-cuda triton}"
+if [ -n "${BEFORE:-}" ]; then # the results of an earlier call, which this one goes on with
+    mkdir -p "$OUT" && cp "$BEFORE" "$OUT/results.jsonl" && RESUME=1 || exit 2
+fi
 if [ -s "$OUT/results.jsonl" ] && [ "${RESUME:-0}" != 1 ]; then
     echo "$OUT/results.jsonl exists: name another OUT, or RESUME=1 to go on with it" >&2 && exit 2
 fi
@@ -28,6 +32,7 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p "$OUT" && : >>"$OUT/results.jsonl"
 exec > >(tee -a "$OUT/log.txt") 2>&1
 . benchmarks/gpu/build.sh
+export CAPSOPS_CHECK=0 # the part `check` does it
 
 on_gpu() { [ "$device" = cuda ]; }
 wanted() { [[ $parts == *" $1 "* ]]; }
@@ -65,15 +70,17 @@ checks() {
     step "$most" "$name" "$python" -m pytest "$@" -n "$processes" -q -p no:cacheprovider --no-header -rf --tb=short \
         --junitxml "$work/$name.xml"
 }
-every_op=tests/capsops/test_every_op_on_gpu.py edges=tests/capsops/test_edges_on_gpu.py
-correct_and_tests() {
-    ! wanted correct || checks 130 correct-cuda 3 $every_op::test_compared -k cuda
+edges=tests/capsops/test_edges_on_gpu.py
+# The check leaves a record in the cache folder, and with it `auto` serves, which the tests expect.
+check_and_tests() {
+    ! wanted check || part 150 check --impls cuda
     ! wanted tests || checks 100 tests 6 tests/capsops/test_on_gpu.py
+    ! wanted systems || part 90 systems
 }
-# sanitize TOOL KEYWORDS. Without torch's cache every tensor is an allocation of its own, whose ends the tools know.
+# sanitize TOOL SHARE. Without torch's cache every tensor is an allocation of its own, whose ends the tools know.
 sanitize() {
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step 130 "sanitizer $1 $2" compute-sanitizer --tool "$1" --print-limit 20 \
-        --error-exitcode 9 "$python" -m pytest $every_op::test_called -k "$2" -q -p no:cacheprovider --no-header
+        --error-exitcode 9 "$python" -m benchmarks.gpu.first_contact exercise --impls cuda --share "$2"
 }
 # behind NAME COMMAND...: in the background, with its output in a file.
 background=()
@@ -104,20 +111,18 @@ if on_gpu; then
                 benchmarks/gpu/sketches/$sketch.cu -o "$work/$sketch"
         done
     fi
-    ! wanted systems || behind systems part 90 systems
     if wanted sanitizer && uses cuda && command -v compute-sanitizer >/dev/null; then
-        for tool in memcheck synccheck initcheck; do behind "sanitizer-$tool" sanitize "$tool" cuda; done
-        for some in {B1-I7,B3-I33,B17-I19,B2-I5}" and float"{32,16}; do # racecheck takes minutes for all
-            behind "sanitizer-racecheck-${some// /-}" sanitize racecheck "cuda and $some"
-        done
+        for tool in memcheck synccheck initcheck; do behind "sanitizer-$tool" sanitize "$tool" 0/1; done
+        # Racecheck takes minutes for all.
+        for n in 0 1 2 3; do behind "sanitizer-racecheck-$n" sanitize racecheck "$n/16"; done
     fi
-    ! uses cuda || behind correct-cuda correct_and_tests
-    if wanted correct && uses triton; then # its kernels compile for seconds
-        behind correct-triton checks 130 correct-triton 7 $every_op::test_compared -k triton
+    ! uses cuda || behind check-cuda check_and_tests
+    if wanted check && uses triton; then # its kernels compile for seconds
+        behind check-triton part 150 check --impls triton
     fi
+    ! wanted bench || behind compiled part 120 bench --discard
     if wanted times; then
         for n in 0 1; do
-            behind "compiled-$n" part 110 warm-up --compiled --share "$n/2"
             ! uses triton || behind "triton-$n" part 120 warm-up --impls triton --share "$n/2"
         done
     fi
@@ -135,10 +140,15 @@ if on_gpu; then
         [[ $log != */sanitizer-* ]] || { echo "==== ${log##*/}" && tail -c 20000 "$log"; } >>"$OUT/sanitizer.txt"
     done
 else
-    ! wanted correct || checks 100 "correct-${impls[0]}" 0 $every_op::test_compared -k "${impls[0]}"
+    ! wanted check || part 150 check --impls "${impls[0]}" --quick
 fi
 
 # The GPU for one process at a time. A fault of a kernel can end it: the same command continues after it.
+if wanted bench; then
+    if on_gpu; then part 110 bench; else part 110 bench --quick; fi
+fi
+! wanted automatic || part 135 automatic --impls "${impls[@]}"
+! wanted classes || part 110 classes --impls "${impls[@]}"
 if wanted times; then
     for _ in 1 2 3; do
         part "${TIMES_SECONDS:-170}" times --impls "${impls[@]}"

@@ -26,10 +26,8 @@ from capsops.measuring.timing import Race, clock, replay_seconds
 
 SAMPLE_SECONDS, RACE_SECONDS = 2e-3, 0.2
 HOPELESS = 6  # what takes so many times as long as the fastest is timed once by calls
-COMPILED = ("einsum + sums", "matmul")  # the forms that gain by it
 FP32, TF32, BF16 = "float32", "float32, TF32 allowed", "bfloat16"
 MNIST = (1152, 10, 16, 8)
-WITH_COMPILED = (Case(128, precision=TF32), Case(128, precision=BF16))  # compiling peers takes a while
 OPS = ("capsule_routing", "dynamic_routing", "couplings", "predictions", "squash")
 
 
@@ -69,12 +67,9 @@ def title(case: Case, passes: str) -> str:
 
 
 def forms(case: Case, impls: Sequence[str]) -> dict[str, Form]:
-    """By name: ours, the reference, and plain PyTorch as in capsops/measuring/peers.py."""
+    """By name: ours, the reference, and plain PyTorch, eager, as in capsops/measuring/peers.py."""
     op, plain = getattr(capsops, case.op), peers.FORMS[case.op]
-    candidates = {impl: partial(op, impl=impl) for impl in (*impls, "reference")} | plain
-    return candidates | (
-        peers.with_compiled({x: plain[x] for x in COMPILED}) if case in WITH_COMPILED else {}
-    )
+    return {impl: partial(op, impl=impl) for impl in (*impls, "reference")} | plain
 
 
 def summary(seconds: Mapping[str, Sequence[float]], sets: int) -> dict[str, list[float]]:
@@ -153,17 +148,16 @@ def headline_calls(impl: str, device: torch.device) -> None:
     torch.cuda.synchronize(device)
 
 
-def warm_up(impls: Sequence[str], compiled: bool, share: str, seconds: float) -> None:
+def warm_up(impls: Sequence[str], share: str, seconds: float) -> None:
     """Compiles what the cases need, into the caches on disk; share 1/4: every fourth case from the second."""
     began, device = time.monotonic(), torch.device("cuda")
     first, shares = map(int, share.split("/"))
-    chosen = [(case, passes) for case, passes in cases() if case in WITH_COMPILED or not compiled]
-    for case, passes in chosen[first::shares]:
+    for case, passes in cases()[first::shares]:
         if time.monotonic() - began > seconds:
             break
         inputs = case.inputs(device)
-        for name in [f"{name}, compiled" for name in COMPILED] if compiled else impls:
-            labels = {"case": title(case, passes), "impl": name}
+        for impl in impls:
+            labels = {"case": title(case, passes), "impl": impl}
             with failure_recorded("warm-up", **labels), matrix_precision(case.precision == TF32):
-                run(case.bind(forms(case, impls)[name]), passes, *inputs)
+                run(case.bind(forms(case, impls)[impl]), passes, *inputs)
         torch.cuda.synchronize()

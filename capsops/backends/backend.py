@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
+
+from capsops.backends.device import Device
 
 # Options of routing that a backend may lack, named as an error shows them.
 UNSQUASHED = "squash_output=False"
@@ -16,27 +17,12 @@ NO_OPTIONS: frozenset[str] = frozenset()
 ALL_OPTIONS = frozenset((UNSQUASHED, LOGITS, MASK, SHARED))
 
 
-class Proof(NamedTuple):
-    """Where a backend's kernels were compared with the reference on a GPU, and no comparison failed."""
-
-    model: str  # of the GPU, as torch.cuda.get_device_name returns it
-    backend: str
-    fingerprint: str  # of the kernels' sources
-    commit: str
-    longest: tuple[int, int]  # the largest D and K that the proof covers
-    multiple: int = 1  # D and K have to be multiples of this
-    triton: str = ""  # the release of Triton that compiled them, for its kernels
-    options: frozenset[str] = NO_OPTIONS  # routing options that the comparison covered
-
-    def covers(self, lengths: tuple[int, ...], options: frozenset[str] = NO_OPTIONS) -> bool:
-        """Whether capsules of these lengths, D and K, and these options are within what was compared."""
-        within = zip(lengths, self.longest, strict=False)
-        fit = all(length <= most and length % self.multiple == 0 for length, most in within)
-        return fit and options <= self.options
-
-
-def _like_every_proof(proof: Proof, capability: tuple[int, int]) -> str:
+def _runs_anywhere(device: Device) -> str:
     return ""
+
+
+def _unknown(device: Device) -> str:
+    return "unknown"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +60,12 @@ class Backend:
         dtypes: dtypes of the tensors that it takes.
         options: options of routing that it supports.
         unavailable: why it cannot be used in this process; empty where it can.
-        needs_proof: whether impl="auto" takes it only on GPUs on which it has been proved.
-        why_not_proved: why its kernels are not those of a proof, on a GPU of this compute capability; empty
-            where they are.
+        needs_proof: whether impl="auto" takes it only on devices on which its kernels have been proved.
+        why_not_on: why its kernels cannot run on a device; empty where they can.
+        kernels: names its kernels as compiled for a device: by their sources, and by what compiles them where
+            that counts. A proof that ships is about kernels of one such name.
+        compiles: whether a kernel is compiled when it is first called with other sizes, which takes a second.
+        code: a hash of what runs, on host and device. A proof in the user's cache is about one such hash.
     """
 
     name: str
@@ -86,7 +75,10 @@ class Backend:
     options: frozenset[str] = NO_OPTIONS
     unavailable: str = ""
     needs_proof: bool = False
-    why_not_proved: Callable[[Proof, tuple[int, int]], str] = _like_every_proof
+    why_not_on: Callable[[Device], str] = _runs_anywhere
+    kernels: Callable[[Device], str] = _unknown
+    compiles: bool = False
+    code: Callable[[], str] = lambda: "unknown"
 
     def takes_device(self, device: str) -> bool:
         return not self.devices or device in self.devices

@@ -1,6 +1,7 @@
 """The C++ kernels of csrc/cpu, for tensors on the CPU."""
 
 import os
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -274,6 +275,11 @@ def couplings(
     return c
 
 
+@lru_cache
+def _code() -> str:
+    return extension.code_hash(_cpu, __file__)
+
+
 BACKEND = Backend(
     name="cpu",
     functions=by_name(
@@ -291,4 +297,6 @@ BACKEND = Backend(
     dtypes=tuple(_DTYPES),
     options=ALL_OPTIONS,
     unavailable=_unavailable,
+    kernels=lambda device: _cpu.isa(),
+    code=_code,
 )

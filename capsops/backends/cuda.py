@@ -5,13 +5,15 @@ torch's allocator, nothing waits for the device, and a call inside a CUDA graph'
 """
 
 import re
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from capsops.backends import extension
-from capsops.backends.backend import Backend, Proof, by_name
+from capsops.backends.backend import Backend, by_name
+from capsops.backends.device import Device
 from capsops.backends.extension import memory, vectors
 
 _cuda: Any
@@ -225,19 +227,50 @@ def couplings(
     return c
 
 
-def _built_for() -> list[str]:
-    """The architectures that the extension was built for, such as "90"; PTX does not count."""
+def _code_for(capability: tuple[int, int]) -> str:
+    """The code of the extension that a GPU runs, the best there is; empty where it has none for it.
+
+    "sm_90" is machine code, "compute_90" PTX, which the driver compiles.
+    """
     archs = str(extension.build_record().get("cuda", {}).get("archs") or "")
-    return [arch.strip() for arch in re.split("[;,]", archs.replace("+PTX", "")) if arch.strip()]
+    major, minor = capability
+    code = {}
+    for digits, specific, ptx in re.findall(r"(\d+)([af]?)(\+PTX)?", archs):
+        arch = int(digits[:-1]), int(digits[-1])
+        if arch == capability or (arch[0] == major and arch[1] <= minor and not specific):
+            code[1, arch] = f"sm_{digits}{specific}"
+        if ptx and arch <= capability and not specific:
+            code[0, arch] = f"compute_{digits}"
+    return code[max(code)] if code else ""
 
 
-def _why_not_proved(proof: Proof, capability: tuple[int, int]) -> str:
-    arch, archs = "{}{}".format(*capability), _built_for()
-    if arch not in archs:
-        return f"built for {', '.join(archs) or 'unknown architectures'}, not for {arch}"
+def _why_not_on(device: Device) -> str:
+    record = extension.build_record().get("cuda", {})
+    if device.why_too_old:
+        return device.why_too_old
     if not _cuda.device_count():
-        return "the NVIDIA driver is too old for the CUDA toolkit that built it"
+        return (
+            f"the NVIDIA driver, {device.driver}, is too old for the CUDA toolkit that built the kernels"
+            f" ({record.get('toolkit') or record.get('compiler', 'unknown')}): update the driver, or install"
+            " capsops again with an older toolkit"
+        )
+    if not _code_for(device.capability):
+        arch = "{}{}".format(*device.capability)
+        return (
+            f"the extension is built for {record.get('archs') or 'unknown architectures'}, not for {arch}:"
+            f" install capsops again with CAPSOPS_CUDA_ARCHS={arch}"
+        )
     return ""
+
+
+def _kernels(device: Device) -> str:
+    fingerprint = extension.build_record().get("cuda", {}).get("fingerprint", "unknown")
+    return f"{fingerprint} {_code_for(device.capability)}"
+
+
+@lru_cache
+def _code() -> str:
+    return extension.code_hash(_cuda, __file__)
 
 
 BACKEND = Backend(
@@ -257,5 +290,7 @@ BACKEND = Backend(
     dtypes=tuple(_DTYPES),
     unavailable=_unavailable,
     needs_proof=True,
-    why_not_proved=_why_not_proved,
+    why_not_on=_why_not_on,
+    kernels=_kernels,
+    code=_code,
 )

@@ -1,5 +1,6 @@
 """The compiled extensions: what the build recorded of them, and how tensors are passed to them."""
 
+import hashlib
 import importlib
 import json
 from pathlib import Path
@@ -43,6 +44,20 @@ def load(name: str) -> tuple[ModuleType | None, str]:
         return importlib.import_module(f"capsops._{name}"), ""
     except ImportError as error:
         return None, f"capsops._{name} cannot be imported ({error}): {why_not_built(name)}"
+
+
+def hash_of(*paths: Path) -> str:
+    """A hash of the files' contents, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def code_hash(module: ModuleType, backend: str) -> str:
+    """A hash of an extension and of the Python that calls it, the file `backend`."""
+    assert module.__file__ is not None
+    return hash_of(Path(module.__file__), Path(backend), Path(__file__))
 
 
 def memory(x: Tensor | None) -> tuple[int, int]:

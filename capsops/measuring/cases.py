@@ -46,6 +46,12 @@ class Case:
         return self.batch, self.in_capsules, self.out_capsules, self.out_dim, self.in_dim
 
     @property
+    def shapes_of_layer(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of u and weight."""
+        B, I, J, D, K = self.sizes  # noqa: E741
+        return (B, I, K), (I, J, D, K)
+
+    @property
     def predictions(self) -> int:
         """How many numbers û has."""
         return self.batch * self.in_capsules * self.out_capsules * self.out_dim

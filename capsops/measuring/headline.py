@@ -5,8 +5,9 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,10 @@ class Row:
         """With what follows from the rest."""
         forms = {"eager_form": fastest(self.eager), "compiled_form": fastest(self.compiled)}
         return {**asdict(self), **forms, "ratio": self.ratio}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Row":
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
 def fastest(seconds: Mapping[str, float]) -> str | None:
@@ -141,8 +146,8 @@ def why(error: Exception) -> str:
 
 def backend_of(case: Case, backend: str, device: torch.device) -> str:
     """The name of the backend that computes a case."""
-    lengths = (case.out_dim, case.in_dim)
-    return dispatch.chosen(case.op, dispatch.asked(backend), device, case.dtype, lengths).name
+    shapes = case.shapes_of_layer
+    return dispatch.chosen(case.op, dispatch.asked(backend), device, case.dtype, shapes).name
 
 
 class Candidates:

@@ -20,6 +20,7 @@ from capsops import dispatch
 from capsops.backends import reference
 from capsops.backends.backend import LOGITS, MASK, NO_OPTIONS, SHARED, UNSQUASHED, accumulation_dtype
 from capsops.ops._sharding import Shards, register_shardings
+from capsops.proofs.order import Shapes
 
 _library = torch.library.Library("capsops", "DEF")
 _kernels: dict[str, Callable] = {}
@@ -46,11 +47,11 @@ def backend_function(
     impl: str,
     first: Tensor,
     *others: Tensor | None,
-    lengths: tuple[int, ...] = (),
+    shapes: Shapes = (),
     options: frozenset[str] = NO_OPTIONS,
 ) -> Callable:
     """The function of the backend that computes a call, which is the reference for empty tensors."""
-    backend = dispatch.chosen(op, impl, _CPU if first.is_cpu else first.device, first.dtype, lengths, options)
+    backend = dispatch.chosen(op, impl, _CPU if first.is_cpu else first.device, first.dtype, shapes, options)
     for x in (first, *others):
         if x is not None and x.numel() == 0:
             backend = reference.BACKEND

@@ -115,7 +115,9 @@ def kernel(
     check(u, weight, bias, logits, mask, iterations)
     iterations = effective_iterations(iterations, weight.shape[-3], leaky, logits)
     options = routing_options(squash_output, logits, mask, is_shared(u.shape, weight.shape))
-    compute = backend_function("capsule_routing", impl, u, weight, lengths=weight.shape[-2:], options=options)
+    compute = backend_function(
+        "capsule_routing", impl, u, weight, shapes=(u.shape, weight.shape), options=options
+    )
     return compute(
         u.contiguous(),
         backend_weight(u, weight),
@@ -149,7 +151,7 @@ def kernel_backward(
     iterations = effective_iterations(iterations, weight.shape[-3], leaky, logits)
     options = routing_options(squash_output, logits, mask, is_shared(u.shape, weight.shape))
     compute = backend_function(
-        "capsule_routing_backward", impl, u, weight, lengths=weight.shape[-2:], options=options
+        "capsule_routing_backward", impl, u, weight, shapes=(u.shape, weight.shape), options=options
     )
     if s.dim() == 3:
         s = s.unflatten(2, weight.shape[-3:-1])

@@ -35,7 +35,7 @@ def kernel(
     check(u, weight, bias, logits, mask, iterations)
     iterations = effective_iterations(iterations, weight.shape[-3], leaky, logits)
     options = routing_options(True, logits, mask, is_shared(u.shape, weight.shape))
-    compute = backend_function("couplings", impl, u, weight, lengths=weight.shape[-2:], options=options)
+    compute = backend_function("couplings", impl, u, weight, shapes=(u.shape, weight.shape), options=options)
     return compute(
         u.contiguous(),
         backend_weight(u, weight),

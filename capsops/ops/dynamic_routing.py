@@ -104,7 +104,7 @@ def kernel(
     iterations = effective_iterations(iterations, out_capsules, leaky, logits)
     options = routing_options(squash_output, logits, mask, u_hat.dim() == 3)
     compute = backend_function(
-        "dynamic_routing", impl, u_hat, bias, logits, lengths=u_hat.shape[-1:], options=options
+        "dynamic_routing", impl, u_hat, bias, logits, shapes=(u_hat.shape,), options=options
     )
     logits, mask = with_three_axes(logits), contiguous(mask)
     return compute(u_hat.contiguous(), contiguous(bias), logits, mask, iterations, leaky, squash_output)
@@ -129,7 +129,7 @@ def kernel_backward(
     iterations = effective_iterations(iterations, out_capsules, leaky, logits)
     options = routing_options(squash_output, logits, mask, u_hat.dim() == 3)
     compute = backend_function(
-        "dynamic_routing_backward", impl, u_hat, grad, lengths=(out_dim,), options=options
+        "dynamic_routing_backward", impl, u_hat, grad, shapes=(u_hat.shape,), options=options
     )
     if s.dim() == 3:
         s = s.unflatten(2, (out_capsules, out_dim))

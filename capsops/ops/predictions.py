@@ -39,14 +39,15 @@ def check_backward(grad: Tensor, u: Tensor, weight: Tensor) -> None:
 
 def kernel(u: Tensor, weight: Tensor, impl: str) -> Tensor:
     check(u, weight)
-    return backend_function("predictions", impl, u, weight)(u.contiguous(), weight.contiguous())
+    compute = backend_function("predictions", impl, u, weight, shapes=(u.shape, weight.shape))
+    return compute(u.contiguous(), weight.contiguous())
 
 
 def kernel_backward(
     grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     check_backward(grad, u, weight)
-    compute = backend_function("predictions_backward", impl, u, weight)
+    compute = backend_function("predictions_backward", impl, u, weight, shapes=(u.shape, weight.shape))
     return compute(grad.contiguous(), u.contiguous(), weight.contiguous(), needs_u, needs_weight)
 
 

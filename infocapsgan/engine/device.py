@@ -1,10 +1,12 @@
 """Where a system is trained or measured, and which capsule kernels serve there."""
 
 import os
+from typing import Any
 
 import torch
 
 from capsops import dispatch
+from infocapsgan.engine.distributed import Processes
 from infocapsgan.engine.run_directory import RunError
 
 
@@ -31,9 +33,12 @@ def serving_impl(impl: str, device: torch.device) -> tuple[str, str]:
     name = dispatch.automatic(device.type) if asked == "auto" else asked
     if asked != "auto" or name != "reference":
         return name, ""
-    reasons = {backend.name: backend.unavailable for backend in dispatch.BACKENDS.values()}
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-        reasons = {b.name: dispatch.why_not_proved(b, *gpu) for b in dispatch.BACKENDS.values()}
-    serve = [service.impl for service in dispatch.describe() if service.device == device.type]
-    return name, "; ".join(f"{impl}: {reasons[impl].splitlines()[0]}" for impl in serve if reasons[impl])
+    return name, dispatch.why_reference(device)
+
+
+def common_kernels(device: torch.device, processes: Processes, before: dict | None) -> dict[str, Any] | None:
+    """Lets "auto" take kernels that are proved in all processes and in the run so far; returns which."""
+    if dispatch.asked("auto") != "auto":
+        return before
+    proofs = processes.gather(dispatch.settle(device), device)
+    return dispatch.restrict(device, proofs + ([] if before is None else [before]))

@@ -5,7 +5,9 @@ of DistributedDataParallel, for systems with several networks, losses and inner 
 """
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -56,6 +58,14 @@ class Processes:
         flag = torch.tensor(float(here), device=device)
         distributed.all_reduce(flag)
         return bool(flag > 0)
+
+    def gather(self, here: Any, device: torch.device) -> list[Any]:
+        """What every process has `here`, in the order of their ranks."""
+        everywhere = [here] * self.world
+        if self.world > 1:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                distributed.all_gather_object(everywhere, here)
+        return everywhere
 
     def stop(self, here: bool, step: int, device: torch.device) -> bool:
         """Whether to stop after this step, which all processes decide alike: `here` is true in one of them.

@@ -40,6 +40,7 @@ class Config(NamedTuple):
     image_shape: dict[str, int]  # channels, size and classes, of the data set
     class_names: list[str]  # in the order of the labels
     split: dict[str, list[str]] | None  # of a folder of images, the relative paths in "train" and "test"
+    kernels: dict[str, Any] | None = None  # by type of device, what impl="auto" may take
 
 
 class RunDirectory(AbstractContextManager["RunDirectory"]):

@@ -15,7 +15,7 @@ from capsops.nn import PrimaryCapsules, RoutingCapsules, Squash
 from infocapsgan.data import Dataset
 from infocapsgan.data.batches import Batches
 from infocapsgan.engine import checkpoint
-from infocapsgan.engine.device import serving_impl
+from infocapsgan.engine.device import common_kernels, serving_impl
 from infocapsgan.engine.distributed import Processes, synchronise_batch_norm
 from infocapsgan.engine.rng import ShardedGenerator
 from infocapsgan.engine.run_directory import Config, RunDirectory, RunError, read_config
@@ -70,6 +70,9 @@ def prepare(
     config = Config(system.name, settings.to_json(), shape, names, dataset.split)
     if settings.resume:
         config = resume(settings.resume, config, training)
+    before = config.kernels or {}
+    kernels = common_kernels(device, processes, before.get(device.type))
+    config = config._replace(kernels={**before, device.type: kernels})
     run.begin(config, state.step, finished=state.step == state.steps)
     if processes.writes:
         print(*report(training), sep="\n", file=sys.stderr)

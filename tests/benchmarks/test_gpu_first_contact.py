@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import first_contact, op_times
+from benchmarks.gpu import first_contact, goals, op_times
 from benchmarks.gpu.record import failure_recorded, record, recorded
 from capsops.measuring.cases import Case
+from capsops.measuring.headline import REPLAY, TF32
 from capsops.measuring.passes import FORWARD, FORWARD_BACKWARD
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,31 +30,37 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 def test_the_script_runs_its_parts_without_a_gpu(out: Path) -> None:
     environment = os.environ | {"DEVICE": "cpu", "IMPLS": "cpu", "PYTHON": sys.executable}
-    environment["PARTS"] = "env correct times"
+    environment["PARTS"] = "env check bench times classes"
+    environment["XDG_CACHE_HOME"] = str(out / "cache")
     script = ROOT / "benchmarks/gpu/first_contact.sh"
     done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=280)
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     parts = {row["part"] for row in rows}
-    assert parts == {"env", "ceilings", "times begun", "times", "checks"}, done.stdout
+    assert parts == {"env", "info", "ceilings", "check", "bench", "classes", "times begun", "times"}, (
+        done.stdout
+    )
     assert not any(row.get("failed") or row.get("failures") for row in rows)
-    (checks,) = recorded("checks")
-    assert (checks["name"], checks["tests"], checks["failures"]) == ("correct-cpu", 4, 0)
-    assert checks["compared"] == 4 * 9
-    assert 0 < checks["largest_errors"]["float32"] < 1e-6
-    assert "'compared': 36" in (out / "table.txt").read_text()
+    (check,) = recorded("check")
+    assert check["complete"]
+    assert {call["op"] for call in check["calls"]} == set(op_times.OPS)
+    table = (out / "table.txt").read_text()
+    assert "capsule_routing  float32   right" in table
+    assert "| B=128 forward" in table
+    assert "not measured: float32, TF32 allowed, forward, × plain PyTorch eager, at least 6" in table
+    shutil.rmtree(out / "cache")
     assert len(list(out.iterdir())) <= 8
 
 
 def test_a_part_that_fails_is_recorded_and_the_next_runs(out: Path) -> None:
     """By a stand-in for Python that fails in one part."""
     python = out / "python"
-    python.write_text('#!/bin/sh\n[ "$2" != pytest ] || exit 7\necho "ran $3"\n')
+    python.write_text('#!/bin/sh\n[ "$3" != check ] || exit 7\necho "ran $3"\n')
     python.chmod(0o755)
     environment = os.environ | {"DEVICE": "cpu", "IMPLS": "cpu", "PYTHON": str(python), "LIMIT": "120"}
     script = ROOT / "benchmarks/gpu/first_contact.sh"
     done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=60)
     assert [row["status"] for row in recorded("failed")] == [7]
-    assert all(f"ran {part}" in done.stdout for part in ("env", "times", "train"))
+    assert all(f"ran {part}" in done.stdout for part in ("env", "bench", "times", "train"))
     assert "ran table" in (out / "table.txt").read_text()
     assert done.returncode == 1
 
@@ -76,17 +85,17 @@ def test_on_a_gpu_every_part_runs_and_what_fails_runs_again(out: Path, tmp_path:
     environment["PATH"] = f"{tools}:{environment['PATH']}"
     script = ROOT / "benchmarks/gpu/first_contact.sh"
     done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=100)
-    for part in ("env", "warm-up", "systems", "times", "train", "table"):
+    for part in ("env", "check", "warm-up", "systems", "bench", "times", "train", "table"):
         assert f"ran -m benchmarks.gpu.first_contact {part} --device cuda" in done.stdout, part
     for impl in ("cuda", "triton"):
-        assert f"ran -m pytest tests/capsops/test_every_op_on_gpu.py::test_compared -k {impl}" in done.stdout
+        assert re.search(rf"first_contact check --device cuda --seconds \d+ --impls {impl}", done.stdout)
         assert f"test_edges_on_gpu.py::test_first_call_in_a_capture -k {impl}" in done.stdout
     assert done.stdout.count("ran -m benchmarks.gpu.first_contact times") == 2
     assert "ran -m pytest tests/capsops/test_on_gpu.py" in done.stdout
     sanitizers = (results / "sanitizer.txt").read_text()
-    for tool, runs in (("memcheck", 1), ("synccheck", 1), ("initcheck", 1), ("racecheck", 8)):
+    for tool, runs in (("memcheck", 1), ("synccheck", 1), ("initcheck", 1), ("racecheck", 4)):
         assert sanitizers.count(f"==== sanitizer-{tool}") == runs
-    assert sanitizers.count("test_every_op_on_gpu.py::test_called -k cuda") == 11
+    assert sanitizers.count("first_contact exercise --impls cuda --share") == 7
     assert len((results / "sketches.jsonl").read_text().splitlines()) == 2
     assert "counters: 1 kernels" in done.stdout
     assert len(list(results.iterdir())) <= 8
@@ -108,7 +117,48 @@ def test_no_part_begins_when_the_time_is_over(out: Path) -> None:
     script = ROOT / "benchmarks/gpu/first_contact.sh"
     subprocess.run(["bash", script], env=environment, capture_output=True, timeout=60)
     failed = {(row["name"].split()[0], row["status"]) for row in recorded("failed")}
-    assert failed >= {(part, 124) for part in ("env", "correct-cuda", "times", "train")}
+    assert failed >= {(part, 124) for part in ("env", "check", "bench", "times", "train")}
+
+
+def test_a_second_call_goes_on_with_the_first(out: Path) -> None:
+    """It takes the results of the first, and is done in four minutes."""
+    before = out / "before.jsonl"
+    before.write_text('{"part": "env", "device": "another"}\n')
+    python = out / "python"
+    python.write_text('#!/bin/sh\necho "ran $3 $*"\n')
+    python.chmod(0o755)
+    environment = os.environ | {"DEVICE": "cpu", "PYTHON": str(python), "BEFORE": str(before)}
+    script = ROOT / "benchmarks/gpu/second_contact.sh"
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert recorded("env")[0]["device"] == "another"
+    for part in ("automatic", "classes", "times", "train"):
+        assert f"ran {part}" in done.stdout
+    assert "ran bench" not in done.stdout
+    environment["BEFORE"] = str(out / "none")
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+
+
+def test_goals() -> None:
+    """Of a row that meets some of them."""
+    row = {"batch": 128, "precision": TF32, "passes": FORWARD, "timed_by": REPLAY, "ours": 40e-6,
+           "eager": {"einsum": 400e-6, "matmul": 300e-6}, "compiled": {"matmul": 100e-6},
+           "memory": {}}  # fmt: skip
+    backward = row | {"passes": FORWARD_BACKWARD, "compiled": {}, "memory": {"ours": 3, "einsum": 90}}
+    lines = list(goals.verdicts([row, backward], [{"precision": "bf16", "seconds": 5.0}]))
+    assert lines[:6] == [
+        "met: float32, TF32 allowed, forward, × plain PyTorch eager: 7.5, at least 6",
+        "MISSED: float32, TF32 allowed, forward, × plain PyTorch compiled: 2.5, at least 3",
+        "met: float32, TF32 allowed, forward, µs: 40, at most 42",
+        "met: float32, TF32 allowed, forward + backward, × plain PyTorch eager: 7.5, at least 6",
+        "not measured: float32, TF32 allowed, forward + backward, × plain PyTorch compiled, at least 3",
+        "met: float32, TF32 allowed, forward + backward, µs: 40, at most 110",
+    ]
+    assert (
+        "met: float32, TF32 allowed, forward + backward, memory, share of eager plain PyTorch's" in lines[6]
+    )
+    assert lines[-1] == "MISSED: an epoch of CapsNet in bf16, seconds: 5, at most 4"
 
 
 def test_cases_are_timed_once_and_failures_stay_in_the_table(

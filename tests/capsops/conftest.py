@@ -38,7 +38,7 @@ def poisoned() -> Iterator[None]:
 
 
 def _clear_caches() -> None:
-    dispatch.proofs.cache_clear()
+    dispatch._standings = dispatch._Standings()
     dispatch._automatic.cache_clear()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import capsops
+from capsops import __main__ as command
 from capsops import bench
 from capsops.measuring import headline
 from capsops.measuring.bench_report import WIDTH, report
@@ -102,8 +103,7 @@ def test_table_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench.run, "__defaults__", (TINY, (2,)))
-    monkeypatch.setattr(bench.sys, "argv", ["bench", "--json", "--quick"])
-    assert bench.main() == 0
+    assert command.main(["bench", "--json", "--quick"]) == 0
     assert len(json.loads(capsys.readouterr().out)["rows"]) == 2
 
 

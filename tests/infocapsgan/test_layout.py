@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def test_the_package_stays_slim():
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 7100
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 7130
 
 
 def test_functions_of_the_engine_fit_a_screen():

@@ -7,11 +7,16 @@ tuned or synchronised at call time.
 import importlib
 import os
 import shutil
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from capsops.backends.backend import ALL_OPTIONS, Backend, Proof, by_name
+from capsops.backends import fingerprint
+from capsops.backends.backend import ALL_OPTIONS, Backend, by_name
+from capsops.backends.device import Device
+from capsops.backends.extension import hash_of
 
 _OLDEST = (3, 6)
 
@@ -45,15 +50,33 @@ def why_interpreter_fails(triton_version: str, numpy_version: str) -> str:
     return ""
 
 
-def why_not_proved(proof: Proof, capability: tuple[int, int]) -> str:
+def why_not_on(device: Device) -> str:
+    """Why the kernels cannot run on a GPU; empty where they can."""
     from capsops.backends.triton.launch import INTERPRETED
 
     if INTERPRETED:
         return "Triton runs its interpreter"
+    if device.why_too_old:
+        return device.why_too_old
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton needs a C compiler, and there is no gcc or clang on the path, and no CC"
+    return ""
+
+
+@lru_cache
+def _sources() -> str:
+    return fingerprint.triton(Path(__file__).parent)
+
+
+def kernels(device: Device) -> str:
+    """The sources' fingerprint and the release of Triton, which compiles them."""
     installed = ".".join(map(str, _release(importlib.import_module("triton").__version__)))
-    return "" if installed == proof.triton else f"proved with Triton {proof.triton}; this is {installed}"
+    return f"{_sources()} Triton {installed}"
+
+
+@lru_cache
+def code() -> str:
+    return hash_of(*sorted(Path(__file__).parent.glob("*.py")))
 
 
 def _backend() -> Backend:
@@ -88,7 +111,10 @@ def _backend() -> Backend:
         options=ALL_OPTIONS,
         unavailable=why_interpreter_fails(triton.__version__, numpy.__version__) if INTERPRETED else "",
         needs_proof=True,
-        why_not_proved=why_not_proved,
+        why_not_on=why_not_on,
+        kernels=kernels,
+        compiles=True,
+        code=code,
     )
 
 

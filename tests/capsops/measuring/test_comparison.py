@@ -6,7 +6,7 @@ import torch
 from benchmarks.measure import measure
 from capsops.measuring import cases, peers
 from capsops.measuring.cases import Case, exact, plain
-from capsops.measuring.comparison import check
+from capsops.measuring.comparison import check, relative_error
 from capsops.measuring.passes import BOTH, FORWARD_BACKWARD, run
 from capsops.measuring.timing import Race
 
@@ -70,3 +70,13 @@ def test_a_wrong_result_is_not_timed(wrong: str) -> None:
     }
     with pytest.raises(AssertionError, match=f"{wrong}: value is off"):
         measure("routing", SMALL, FORWARD_BACKWARD, forms, timed)
+
+
+def test_an_exact_result_of_zeros() -> None:
+    """As the gradient of logits with one output capsule: its error is not divided by its norm."""
+    zeros = torch.zeros(3)
+    assert relative_error(zeros, zeros) == 0
+    assert relative_error(zeros + 0.5, zeros) == pytest.approx(0.5 * 3**0.5)
+    assert check("name", [zeros], [zeros], [zeros], 100) == 0
+    with pytest.raises(AssertionError, match="value is off by"):
+        check("name", [zeros + 1e-3], [zeros], [zeros], 100)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from capsops import dispatch
 from infocapsgan.data import DataError
 from infocapsgan.engine import start
 from infocapsgan.engine.checkpoint import checkpoints
@@ -84,7 +85,8 @@ def test_plain_pytorch_is_a_warning_where_there_are_capsules(monkeypatch):
     assert not any("capsule" in line for line in start.report(made))
 
 
-def test_one_process_of_several_says_it(capsys):
+def test_one_process_of_several_says_it(capsys, monkeypatch):
+    monkeypatch.setattr(Processes, "gather", lambda self, here, device: [here] * 2)
     prepare(CapsNet, small(), NoRunDirectory(), Processes(1, 2), CPU)
     assert capsys.readouterr().err == ""
 
@@ -252,3 +254,18 @@ def test_batch_norm_takes_two_images(tmp_path):
 def test_processes_share_a_batch_evenly():
     with pytest.raises(ValueError, match="--batch-size: got 8, takes a multiple of the 3 processes"):
         prepare(CapsNet, small(), NoRunDirectory(), Processes(0, 3), CPU)
+
+
+def test_a_resumed_run_keeps_the_kernels_that_it_began_with(tmp_path, monkeypatch):
+    asked = []
+
+    def restrict(device, proofs):
+        asked.append(proofs)
+        return {"triton": "common"}
+
+    monkeypatch.setattr(dispatch, "settle", lambda device: {"triton": "here"})
+    monkeypatch.setattr(dispatch, "restrict", restrict)
+    train(CapsNet, small(out=tmp_path / "run"))
+    assert read_config(tmp_path / "run").kernels == {"cpu": {"triton": "common"}}
+    resume(tmp_path / "run", "--max-steps", 3)
+    assert asked == [[{"triton": "here"}], [{"triton": "here"}, {"triton": "common"}]]

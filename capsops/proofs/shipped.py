@@ -1,0 +1,33 @@
+"""The proofs that ship with the package.
+
+Kernels count as proved on a GPU model when every op was compared with the reference in float64 on such a
+GPU, value and gradients, in each dtype, and no comparison failed. benchmarks/results/GPU_LEDGER.md has the
+commands, versions and results. A proof is about the kernels' sources as they were: where those change, their
+fingerprint (capsops/backends/fingerprint.py) no longer fits, and they have to be proved again. The release of
+nvcc that compiles them does not count.
+"""
+
+from typing import NamedTuple
+
+from capsops.proofs.scope import Scope, every_op
+
+
+class Proof(NamedTuple):
+    """Where a backend's kernels were compared with the reference on a GPU, and no comparison failed."""
+
+    model: str  # of the GPU, as torch.cuda.get_device_name returns it
+    backend: str
+    kernels: str  # as the backend names them: the fingerprint of their sources, and what compiled them
+    commit: str
+    scope: Scope
+
+
+PROOFS: tuple[Proof, ...] = (
+    # Above D = 32 or K = 64 the CUDA kernels fall back on plain loops.
+    Proof("NVIDIA H200", "cuda", "1bb87f0680c3843c sm_90", "67d8fe9", Scope(every_op(), longest=(32, 64))),
+)
+
+
+def proof(model: str, backend: str) -> Proof | None:
+    """The proof of a backend's kernels on a GPU model."""
+    return next((each for each in PROOFS if (each.model, each.backend) == (model, backend)), None)

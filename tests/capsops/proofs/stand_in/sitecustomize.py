@@ -1,0 +1,5 @@
+"""Python runs this as it starts, in processes whose PYTHONPATH has this folder."""
+
+import stand_in
+
+stand_in.install()
