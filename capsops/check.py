@@ -11,13 +11,16 @@ import contextlib
 import ctypes
 import json
 import os
+import signal
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -29,13 +32,17 @@ from capsops.backends.backend import ALL_OPTIONS, Backend
 from capsops.backends.device import Device
 from capsops.command_line import device_named, table
 from capsops.measuring.class_times import class_times
-from capsops.measuring.trials import Trial, trials
+from capsops.measuring.trials import ReferenceFailedError, Trial, trials
 from capsops.proofs import child as checking
 from capsops.proofs import records
 from capsops.proofs.scope import DTYPES, OPS, PLAIN, Call
 
 # Errors that say nothing of the kernels.
-_OUTSIDE = ("out of memory", "busy or unavailable", "driver version is insufficient")
+_OUTSIDE_ERRORS = OSError, MemoryError, SubprocessError, torch.OutOfMemoryError, ReferenceFailedError
+_OUTSIDE = (
+    *("out of memory", "alloc_failed", "no space left", "busy or unavailable", "not_initialized"),
+    *("initialization error", "driver version is insufficient", "no cuda-capable device"),
+)
 
 
 class _Lines:
@@ -50,10 +57,33 @@ class _Lines:
 
 
 def child() -> None:
-    """The process that checks, as capsops/proofs/child.py starts it; its request is a line on stdin."""
-    request = json.loads(sys.stdin.buffer.readline())
-    _end_with(request["parent"])
-    _leave_no_core_dump()
+    """The process that checks, as capsops/proofs/child.py starts it; its request is a line on stdin.
+
+    What goes wrong outside the kernels ends it with a status of its own, which says nothing of them.
+    """
+    try:
+        request = _read_request()
+        _end_with_parent()
+        _leave_no_core_dump()
+        _answer(request)
+    except Exception:
+        traceback.print_exc()  # the last line is the reason that the parent shows
+        sys.stdout.flush()
+        os._exit(checking.NOT_THE_KERNELS)
+
+
+def _read_request() -> dict[str, Any]:
+    """Without a buffer, whose lock the thread that waits for the end of stdin would hold at exit."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            raise EOFError("the process that started this one has ended")
+        line += byte
+    return json.loads(line)
+
+
+def _answer(request: dict[str, Any]) -> None:
     lines = _Lines(request["lines"])
     device, backend = torch.device(request["device"]), BACKENDS[request["key"]["backend"]]
     here = records.key(backend, dispatch.device_facts(device))
@@ -92,7 +122,7 @@ def _check(
             largest |= {call: max(error, largest[call]) for call in trial.calls}
         except AssertionError as unequal:
             failure = str(unequal)
-        except (OSError, MemoryError, torch.OutOfMemoryError) as outside:
+        except _OUTSIDE_ERRORS as outside:
             lines.add(stopped=f"{type(outside).__name__}: {outside} in {trial}"[:400])
             return
         except Exception as error:
@@ -129,21 +159,22 @@ def _is_alive(device: torch.device) -> bool:
         return False
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process when its parent does: by the kernel where it can, and by the end of its stdin."""
+def _end_with_parent() -> None:
+    """Ends this process when its parent ends: by the kernel where it can, and by the end of its stdin."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
     def watch() -> None:
-        sys.stdin.buffer.read()
-        os._exit(1)
+        while os.read(0, 4096):
+            pass
+        os._exit(checking.NOT_THE_KERNELS)
 
     threading.Thread(target=watch, daemon=True).start()
-    if hasattr(os, "getppid") and os.getppid() != parent:
-        os._exit(1)
 
 
 def _leave_no_core_dump() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE: programs that dumps are piped to ignore the limit
     with contextlib.suppress(ImportError):  # there is no such limit on Windows
         import resource
 
@@ -158,7 +189,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="cpu, cuda or cuda:N (default: the current GPU, else the CPU)",
     )
-    parser.add_argument("--backend", choices=[name for name in BACKENDS if name != "reference"])
+    names = [name for name in BACKENDS if name != "reference"]
+    parser.add_argument("--backend", choices=names, help="check only this one (default: all that can run)")
     parser.add_argument("--quick", action="store_true", help="what the automatic check tries, and no times")
     parser.add_argument("--no-times", action="store_true", help="only whether the kernels are right")
     parser.add_argument("--json", action="store_true", help="print a record for CAPSOPS_RECORD instead")
@@ -192,7 +224,8 @@ def backends_on(device: Device, name: str | None) -> tuple[list[Backend], list[s
             continue
         if not backend.takes_device(device.type):
             if name is not None:
-                refused.append(f"--backend {name}: takes tensors on {', '.join(backend.devices)}")
+                takes = ", ".join(backend.devices)
+                refused.append(f"--backend {name}: takes tensors on {takes}, and the device is {device.type}")
             continue
         interpreted = device.type == "cpu"  # Triton's interpreter, which is there to be checked
         if reason := backend.unavailable or ("" if interpreted else backend.why_not_on(device)):
@@ -216,8 +249,12 @@ def checked(backend: Backend, device: Device, thorough: bool) -> dict[str, Any]:
             print(f"  {said - begin:.0f} s: {_running(lines)}", file=sys.stderr, flush=True)
 
     outcome = checking.run(request, device, progress=progress, jobs=checking.jobs(backend, device, thorough))
-    record, note = outcome.record, ""
-    if record.results or record.fault:
+    record, before = outcome.record, records.read(request.key)
+    concludes = record.complete or record.fault or record.wrong()
+    note = "none"
+    if not concludes and before is not None and (before.complete or before.fault):
+        note = "an earlier one, which came further, stays"
+    elif record.results or record.fault:
         try:
             note = str(records.write(record))
         except OSError as error:
@@ -282,7 +319,7 @@ def summary(check: dict[str, Any]) -> str:
     lines += [f"  WRONG: {wrong}" for wrong in check["wrong"]]
     if check["unfinished"]:
         lines.append(f"  not finished: {check['unfinished']}")
-    return "\n".join([*lines, f"  record: {check['record'] or 'none'}"])
+    return "\n".join([*lines, f"  record: {check['record']}"])
 
 
 def _calls(calls: list[dict[str, Any]]) -> str:

@@ -265,13 +265,18 @@ def restrict(device: torch.device, proofs: Sequence[Mapping[str, Any]]) -> dict[
     then compute a call by the same kernels. Calls before this are not affected, so it belongs at the start.
     """
     known, common = device_facts(device), {}
+    asked = {name for each in proofs for name in each}
     for backend in BACKENDS.values():
+        if len(proofs) == 1 and backend.name not in asked:
+            continue  # one process may settle it at its first call
         if backend.needs_proof and backend.takes_device(device.type):
             scopes = [Scope.from_json(each.get(backend.name, NOTHING.to_json())) for each in proofs]
             scope = reduce(and_, scopes)
             standing = _standings.settled.get((backend.name, known), Standing())
             if scope != standing.scope:
-                standing = Standing(scope, standing.proof, "not proved in every process of this run")
+                why_not = "not proved in every process of this run, or not asked for at its start"
+                remedy = "run `python -m capsops check` on each of its machines, then start it anew"
+                standing = Standing(scope, standing.proof, why_not, remedy)
             _standings.settled[backend.name, known] = standing
             common[backend.name] = scope.to_json()
     _automatic.cache_clear()

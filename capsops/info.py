@@ -87,7 +87,7 @@ def automatic(device: str) -> str:
     """What impl="auto" takes on a device, or why it takes nothing there."""
     try:
         if dispatch.requested("auto", device) == "auto" and device == "cuda":
-            return "what is proved on the GPU in use; torch sees no GPU"
+            return "torch sees no GPU"
         return dispatch.automatic(device)
     except (RuntimeError, ValueError) as error:
         return f"nothing: {str(error).splitlines()[0]}"

@@ -73,5 +73,5 @@ def facts(type: str, index: int) -> Device:
         gpu_driver(),
         (properties.major, properties.minor),
         properties.total_memory,
-        str(getattr(properties, "uuid", "")),
+        "" if torch.version.hip else str(getattr(properties, "uuid", "")),  # ROCm's has variables of its own
     )

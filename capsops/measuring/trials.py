@@ -21,6 +21,10 @@ TF32_ROUNDING = 2**-10  # of a result's norm: operands rounded to 11 bits, throu
 OF_PAIRS, OF_SAMPLES = "[I, J]", "[B, I, J], some of −inf"
 
 
+class ReferenceFailedError(Exception):
+    """Plain PyTorch could not compute what kernels are compared with."""
+
+
 class Shape(NamedTuple):
     B: int
     I: int  # noqa: E741
@@ -144,20 +148,25 @@ class Trial:
 
         Raises:
             AssertionError: it is more than the dtype explains, or two calls differ by a bit.
+            ReferenceFailedError: there is nothing to compare with.
         """
         with matrix_precision(PRECISIONS[self.precision][1]):
             ours, plain, leaves, passes = self._bound(impl, device)
-            with torch.no_grad():
-                value = plain(*leaves)
-            grad = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).to(value)
+            try:
+                with torch.no_grad():
+                    value = plain(*leaves)
+                grad = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).to(value)
+                by_plain = run(plain, passes, leaves, grad)
+                exact_inputs = tuple(x.detach().double().requires_grad_() for x in leaves)
+                exact = run(plain, passes, exact_inputs, grad.double())
+            except Exception as error:
+                raise ReferenceFailedError(f"the reference failed: {error}") from error
             results, again = (run(ours, passes, leaves, grad) for _ in range(2))
             for x, y in zip(results, again, strict=True):
                 if not torch.equal(x, y) and not (x.isnan() | y.isnan()).any():
                     difference = (x - y).abs().max().item()
                     raise AssertionError(f"{self}: two calls differ by {difference:.2e}")
-            exact_inputs = tuple(x.detach().double().requires_grad_() for x in leaves)
-            exact = run(plain, passes, exact_inputs, grad.double())
-            return check(str(self), results, run(plain, passes, leaves, grad), exact, self._terms())
+            return check(str(self), results, by_plain, exact, self._terms())
 
     def _terms(self) -> int:
         """Products in the longest sum; in TF32, as many as have float32 roundings that amount to its own."""

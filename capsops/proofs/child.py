@@ -29,6 +29,9 @@ LAUNCHER = re.compile(
     r"|(TORCHELASTIC|PMI|PMIX|OMPI|SLURM|MPI|MPIR|MV2|I_MPI|HYDRA|FLUX|PALS)_?.*"
 )
 
+# The status with which a child ends where something other than the kernels went wrong.
+NOT_THE_KERNELS = 75
+
 # Ends that say nothing of the kernels: of who runs out of memory or of time, or is stopped by hand.
 _OUTSIDE = {"SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGALRM"}
 
@@ -77,7 +80,7 @@ def name_there(device: Device) -> str:
 def environment(device: Device) -> dict[str, str]:
     """That of a child: of no launcher, with this one GPU, and without checks or choices of its own."""
     kept = {name: value for name, value in os.environ.items() if not LAUNCHER.fullmatch(name)}
-    for name in ("CAPSOPS_IMPL", "CAPSOPS_RECORD", "CUDA_ENABLE_COREDUMP_ON_EXCEPTION"):
+    for name in ("CAPSOPS_IMPL", "CAPSOPS_RECORD", "CUDA_ENABLE_COREDUMP_ON_EXCEPTION", "PYTHONWARNINGS"):
         kept.pop(name, None)
     kept["CAPSOPS_CHECK"] = "0"
     if device.type == "cuda" and device.uuid:
@@ -131,7 +134,8 @@ class _Child:
         self.lines, self.log = (folder / f"{name}-{share[0]}" for name in ("lines.jsonl", "log.txt"))
         self.lines.touch()
         # Nothing is imported before sys.path is this process's: not even what lies in the current folder.
-        code = f"import sys; sys.path[:] = {list(sys.path)!r}; from capsops.check import child; child()"
+        path = [entry for entry in sys.path if isinstance(entry, str)]  # Python ignores others
+        code = f"import sys; sys.path[:] = {path!r}; from capsops.check import child; child()"
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
@@ -142,7 +146,7 @@ class _Child:
                 start_new_session=True,
             )
         self.in_time = True
-        values = {"share": share, "parent": os.getpid(), "lines": str(self.lines)}
+        values = {"share": share, "lines": str(self.lines)}
         assert self.process.stdin is not None
         # A child that has ended already says so by its status.
         with contextlib.suppress(BrokenPipeError):
@@ -164,6 +168,8 @@ class _Child:
 
     def outcome(self, request: Request) -> Outcome:
         status = self.process.returncode if self.in_time else None
+        if status == 0 and _statuses_are_ignored():
+            status = NOT_THE_KERNELS  # the system does not say how it ended
         return concluded(request, _read(self.lines), status, _last_line(self.log))
 
 
@@ -189,6 +195,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _last_line(log: Path) -> str:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].strip()[:300] if lines else "it printed nothing"
+
+
+def _statuses_are_ignored() -> bool:
+    return hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
 
 
 def _signal_name(number: int) -> str:
@@ -217,6 +227,8 @@ def concluded(
     how = f"with status {status}"
     if status < 0:
         how = f"by {_signal_name(-status)}"
+    if status == NOT_THE_KERNELS:
+        return Outcome(record, f"the process that checks failed: {last_line}", lines)
     if not running:
         return Outcome(record, f"the process that checks could not start: it ended {how}: {last_line}")
     if how.removeprefix("by ") in _OUTSIDE:

@@ -72,8 +72,14 @@ def order(op: str, dtype: str, sizes: Sizes, device: Device) -> tuple[str, ...]:
     """Names of backends, the first choice first."""
     op, kind = op.removesuffix("_backward"), shape_class(sizes)
     shipped = ORDER_OF_LONG if kind == LONG else ORDER
-    measured = _measured(os.environ.get("CAPSOPS_RECORD", ""), device.model).get((op, dtype, kind), ())
+    measured = _measured(record_file(), device.model).get((op, dtype, kind), ())
     return (*measured, *(name for name in shipped if name not in measured))
+
+
+@lru_cache
+def record_file() -> str:
+    """The file that CAPSOPS_RECORD names; as it was at the first use, so that a process keeps its choices."""
+    return os.environ.get("CAPSOPS_RECORD", "")
 
 
 @lru_cache
@@ -90,7 +96,7 @@ def _measured(file: str, model: str) -> dict[tuple[str, str, str], tuple[str, ..
         if values["device"]["model"] != model:
             return {}
         return {
-            (str(row["op"]), str(row["dtype"]), str(row["class"])): tuple(map(str, row["order"]))
+            (str(row["op"]), str(row["dtype"]), str(row["class"])): _names(row["order"])
             for row in values["times"]
         }
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -98,3 +104,9 @@ def _measured(file: str, model: str) -> dict[tuple[str, str, str], tuple[str, ..
             f"environment variable CAPSOPS_RECORD: got {file!r}, takes a file with what"
             f" `python -m capsops check --json` prints ({type(error).__name__}: {error})"
         ) from error
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"an order is a list, not {value!r}")
+    return tuple(map(str, value))

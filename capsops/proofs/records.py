@@ -27,8 +27,15 @@ FORMAT = 1
 
 
 def folder() -> Path:
-    """The user's cache folder for capsops."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capsops"
+    """The user's cache folder for capsops.
+
+    Raises:
+        OSError: the user has no home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capsops"
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def triton_version() -> str:
@@ -91,7 +98,7 @@ def read(key: dict[str, str]) -> Record | None:
             return None
         results = {(str(op), str(dtype), str(opt)): str(why) for op, dtype, opt, why in values["results"]}
         return Record(key, results, str(values["fault"]), bool(values["complete"]))
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError):  # RuntimeError: no home folder
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
@@ -132,6 +139,6 @@ def why_not_writable() -> str:
         folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder()):
             pass
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+    except OSError as error:
         return f"the cache folder cannot be written ({error})"
     return ""

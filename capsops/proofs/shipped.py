@@ -28,6 +28,7 @@ PROOFS: tuple[Proof, ...] = (
 )
 
 
-def proof(model: str, backend: str) -> Proof | None:
-    """The proof of a backend's kernels on a GPU model."""
-    return next((each for each in PROOFS if (each.model, each.backend) == (model, backend)), None)
+def proof(model: str, backend: str, kernels: str) -> Proof | None:
+    """The proof of a backend's kernels, as it names them, on a GPU model."""
+    wanted = model, backend, kernels
+    return next((each for each in PROOFS if (each.model, each.backend, each.kernels) == wanted), None)

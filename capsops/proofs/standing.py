@@ -28,6 +28,10 @@ LIMIT = 60.0  # seconds: of a check, import included, and of waiting for that of
 SHIPPED = "proved by a row that ships with capsops"
 CHECKED = "proved by a check on this machine"
 
+# Where a process, or a lock, cannot be had: NotImplementedError of systems without locks of files,
+# RuntimeError as the interpreter ends.
+_NO_START = (OSError, NotImplementedError, RuntimeError)
+
 _BY_HAND = "run `python -m capsops check`, which proves them on this machine"
 _WRITABLE = "set XDG_CACHE_HOME to a folder that can be written"
 
@@ -55,10 +59,8 @@ def known(backend: Backend, device: Device) -> Standing | None:
     record = records.read(records.key(backend, device))
     if record is not None and (record.complete or record.fault):  # what was seen here counts most
         return _of(record)
-    proof = shipped.proof(device.model, backend.name)
-    if proof is not None and proof.kernels == backend.kernels(device):
-        return Standing(proof.scope, SHIPPED)
-    return None
+    proof = shipped.proof(device.model, backend.name, backend.kernels(device))
+    return None if proof is None else Standing(proof.scope, SHIPPED)
 
 
 def settle(backend: Backend, device: Device) -> Standing:
@@ -73,20 +75,21 @@ def settle(backend: Backend, device: Device) -> Standing:
     title = f"the {backend.name} kernels on {device.model}"
     try:
         with FileLock(_lock_file()).acquire(timeout=0):
-            return _check(backend, device, before, title)
+            return known(backend, device) or _check(backend, device, before, title)
     except Timeout:
-        _say(f"capsops: another process is checking {title}; waiting for it, at most {LIMIT:.0f} s")
-    except OSError as error:
+        _say(f"capsops: another process is checking kernels; waiting for it, at most {LIMIT:.0f} s")
+    except _NO_START as error:
         return _of(before, f"its kernels were not checked: no process could be started for it ({error})")
+    reason = f"another process was at it for more than {LIMIT:.0f} s"
     try:
         with FileLock(_lock_file()).acquire(timeout=LIMIT, poll_interval=0.1):
             return known(backend, device) or _check(backend, device, records.read(key) or before, title)
     except Timeout:
-        return _of(
-            before, f"its kernels were not checked: another process was at it for more than {LIMIT:.0f} s"
-        )
-    except OSError as error:
-        return _of(before, f"its kernels were not checked: no process could be started for it ({error})")
+        pass
+    except _NO_START as error:
+        reason = f"no process could be started for it ({error})"
+    now = known(backend, device)
+    return now or _of(records.read(key) or before, f"its kernels were not checked: {reason}")
 
 
 def _check(backend: Backend, device: Device, before: Record, title: str) -> Standing:
@@ -174,7 +177,7 @@ def _lock_file() -> Path:
 
 
 def _say(text: str, end: str = "\n") -> None:
-    """A line on stderr, if there is one; that it cannot be read is no reason to fail."""
+    """A line on stderr, if there is one that works; without one no call may fail."""
     if sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             print(text, end=end, file=sys.stderr, flush=True)

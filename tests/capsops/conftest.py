@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from capsops import dispatch
+from capsops.proofs import order
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -40,6 +41,7 @@ def poisoned() -> Iterator[None]:
 def _clear_caches() -> None:
     dispatch._standings = dispatch._Standings()
     dispatch._automatic.cache_clear()
+    order.record_file.cache_clear()
 
 
 @pytest.fixture

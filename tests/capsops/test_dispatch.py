@@ -258,6 +258,9 @@ def test_a_record_of_times_changes_the_order(
     record.write_text(json.dumps({"device": {"model": "Card"}, "times": [row]}))
     monkeypatch.setenv("CAPSOPS_RECORD", str(record))
     assert on_gpu((16, 8)) == "triton"
+    monkeypatch.delenv("CAPSOPS_RECORD")
+    dispatch._automatic.cache_clear()
+    assert on_gpu((16, 8)) == "triton", "a process keeps its choices"
     assert on_gpu((16,)) == "cuda"
     assert on_gpu((16, 8), dtype=torch.bfloat16) == "cuda"
     gpu.model = "Other card"
@@ -265,7 +268,19 @@ def test_a_record_of_times_changes_the_order(
     assert order.order("capsule_routing", "float32", order.Sizes(4), dispatch.facts("cuda", 0))[0] == "cuda"
 
 
-@pytest.mark.parametrize("content", [None, "[]", "{", '{"device": {"model": "Card"}}'])
+ROW = '{"op": "squash", "dtype": "float32", "class": "usual", "order": "cpu"}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "[]",
+        "{",
+        '{"device": {"model": "Card"}}',
+        f'{{"device": {{"model": "Card"}}, "times": [{ROW}]}}',
+    ],
+)
 def test_a_record_of_times_that_cannot_be_read(
     content: str | None, gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -324,8 +339,21 @@ def test_processes_agree_on_kernels(gpu: SimpleNamespace) -> None:
     assert on_gpu() == "cuda"
     assert on_gpu((16, 8)) == "reference"
     assert "not proved in every process of this run" in dispatch.why_reference(CUDA)
+    assert common["triton"]["calls"] == [], "where it was not asked for at the start, none takes it"
     assert dispatch.restrict(CUDA, [here, {}])["cuda"]["calls"] == []
     assert on_gpu() == "reference"
+
+
+def test_one_process_may_settle_more_at_its_first_calls(
+    gpu: SimpleNamespace, change_backend: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda_proof, triton_proof = shipped.PROOFS
+    proofs = cuda_proof, triton_proof._replace(scope=Scope(every_op((MASK,))))
+    monkeypatch.setattr(shipped, "PROOFS", proofs)
+    change_backend("triton", options=ALL_OPTIONS)
+    assert dispatch.restrict(CUDA, [dispatch.settle(CUDA)]).keys() == {"cuda"}
+    assert on_gpu((16, 8)) == "cuda"
+    assert on_gpu((16, 8), frozenset((MASK,))) == "triton"
 
 
 def test_the_look_up_takes_two_microseconds() -> None:

@@ -94,14 +94,12 @@ def test_processes_that_start_at_once(count: int, start: Start) -> None:
 
 
 def running(word: str, folder: Path) -> list[int]:
-    """Processes whose command line and environment have these."""
+    """Processes whose command line has both: that of a check has the program's sys.path."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if (
-                word.encode() in (process / "cmdline").read_bytes()
-                and str(folder).encode() in (process / "environ").read_bytes()
-            ):
+            line = (process / "cmdline").read_bytes()
+            if word.encode() in line and str(folder).encode() in line:
                 found.append(int(process.name))
     return found
 
@@ -235,3 +233,68 @@ for name in ("one", "two"):
         values = json.loads(path.read_text())
         path.write_text(json.dumps({**values, "format": 0}))
     assert ended(start(run, CAPSOPS_CHECK="0"))[0].splitlines() == ["True reference"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["-W", "error"], ["-OO"], ["-I"]], ids=" ".join)
+def test_options_of_the_interpreter(words: list[str], tmp_path: Path) -> None:
+    """-I: without PYTHONPATH, which the check is started with nevertheless."""
+    program = tmp_path / "program.py"
+    paths = f"import sys; sys.path[:0] = {[str(FOLDER), str(ROOT)]!r}\nimport stand_in; stand_in.install()\n"
+    program.write_text(paths + CALL + "print(call(), serves())")
+    folders = {"XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONPATH": str(FOLDER)}
+    done = subprocess.run(
+        [sys.executable, *words, program], env=os.environ | folders, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "True cpu", done.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_no_fault_of_the_kernels(start: Start) -> None:
+    """Where temporary files may have one KiB."""
+    code = """
+import resource, signal
+from capsops.proofs import child
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+begin = child._Child.__init__
+def limited(self, *args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+    begin(self, *args)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+child._Child.__init__ = limited
+print(call(), serves())
+"""
+    out, err = ended(start(code))
+    assert out == "True reference"
+    assert "the check did not end" in err
+    assert "failed the check" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "serves"), [("", "cpu"), ("killed", "reference")])
+def test_a_program_that_ignores_how_its_children_end(fault: str, serves: str, start: Start) -> None:
+    """And has an entry in sys.path that is no string, which Python ignores."""
+    code = """
+import pathlib, signal, sys
+sys.path.append(pathlib.Path("/x"))
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+print(call(), serves())
+"""
+    out, err = ended(start(code, fault))
+    assert out == f"True {serves}"
+    assert "failed the check" not in err
+
+
+@pytest.mark.slow
+def test_threads_that_call_first_together(start: Start) -> None:
+    code = """
+import threading
+results = []
+threads = [threading.Thread(target=lambda: results.append((call(), serves()))) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(set(results))
+"""
+    out, err = ended(start(code))
+    assert out == "{(True, 'cpu')}"
+    assert err.count("capsops: checking") == 1

@@ -11,7 +11,7 @@ from capsops import check, dispatch
 from capsops.measuring import class_times
 from capsops.measuring.cases import Case
 from capsops.proofs import child, order, records
-from capsops.proofs.scope import DTYPES, OPS
+from capsops.proofs.scope import DTYPES, OPS, every_op
 
 
 def run(*words: str) -> int:
@@ -56,9 +56,22 @@ def test_several_processes_check_side_by_side(user: SimpleNamespace, monkeypatch
     assert {op for op, _, _ in user.recorded().results} == set(OPS)
 
 
+def test_a_check_that_came_less_far_replaces_nothing(
+    user: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = records.key(dispatch.BACKENDS["cpu"], user.device)
+    right = dict.fromkeys(every_op(), "")
+    records.write(records.Record(key, right, complete=True))
+    some = records.Record(key, {("squash", "float32", ""): ""})
+    monkeypatch.setattr(child, "run", lambda *_, **__: child.Outcome(some, "it was stopped"))
+    assert run("--backend", "cpu", "--quick") == 1
+    assert "an earlier one, which came further, stays" in capsys.readouterr().out
+    assert user.recorded().results == right
+
+
 def test_what_cannot_be_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--backend", "cuda") == 2
-    assert "--backend cuda: takes tensors on cuda" in capsys.readouterr().err
+    assert "--backend cuda: takes tensors on cuda, and the device is cpu" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("--backend", "fast")
 
