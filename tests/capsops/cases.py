@@ -7,16 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class Shape(NamedTuple):
-    B: int
-    I: int  # noqa: E741
-    J: int
-    D: int
-    K: int
-
-    def __str__(self) -> str:
-        return "B{}-I{}-J{}-D{}-K{}".format(*self)
+from capsops.measuring.trials import Shape
 
 
 class Options(NamedTuple):
