@@ -67,8 +67,9 @@ def child() -> None:
         _leave_no_core_dump()
         _answer(request)
     except Exception:
-        traceback.print_exc()  # the last line is the reason that the parent shows
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError):  # the disk may be full
+            traceback.print_exc()  # the last line is the reason that the parent shows
+            sys.stderr.flush()
         os._exit(checking.NOT_THE_KERNELS)
 
 

@@ -251,14 +251,14 @@ def test_options_of_the_interpreter(words: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_full_disk_is_no_fault_of_the_kernels(start: Start) -> None:
-    """Where temporary files may have one KiB."""
+    """Where temporary files may have 200 bytes: not even the first results."""
     code = """
 import resource, signal
 from capsops.proofs import child
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 begin = child._Child.__init__
 def limited(self, *args):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
     begin(self, *args)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 child._Child.__init__ = limited

@@ -69,12 +69,20 @@ class Recorded:
 Record = Callable[[str, bool], Recorded]
 
 
+@pytest.fixture(scope="module")
+def known() -> dict[tuple[str, bool], Recorded]:
+    """What was recorded, once for all tests."""
+    return {}
+
+
 @pytest.fixture
-def record(monkeypatch: pytest.MonkeyPatch) -> Iterator[Record]:
+def record(monkeypatch: pytest.MonkeyPatch, known: dict[tuple[str, bool], Recorded]) -> Iterator[Record]:
     """A function that launches all that is compared in a precision, by a thorough check or a quick one."""
 
     def recorded(precision: str, thorough: bool) -> Recorded:
-        result = Recorded()
+        if (precision, thorough) in known:
+            return known[precision, thorough]
+        result = known[precision, thorough] = Recorded()
 
         class Table(dict):
             def __getitem__(self, key: str) -> launch_configs.Entry:
