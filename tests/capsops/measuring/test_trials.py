@@ -12,6 +12,7 @@ from capsops.measuring import trials as module
 from capsops.measuring.precisions import PRECISIONS
 from capsops.measuring.trials import Shape, Trial, trials
 from capsops.proofs.scope import DTYPES, OPS, PLAIN
+from tests.processes import run_python
 
 SMALL = Shape(3, 7, 4, 5, 3)
 
@@ -92,3 +93,17 @@ def test_names() -> None:
     assert trial.calls == [
         ("couplings", "bfloat16", option) for option in ("logits", "mask", "shared weights or predictions")
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_the_triton_kernels_in_their_interpreter(op: str) -> None:
+    if BACKENDS["triton"].unavailable:
+        pytest.skip(BACKENDS["triton"].unavailable)
+    code = (
+        "from capsops.measuring.trials import Shape, Trial;"
+        f"print(Trial({op!r}, Shape(2, 3, 2, 4, 4), 'float32').compare('triton', 'cpu'))"
+    )
+    done = run_python("-c", code, fresh=True, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout) < 1e-5
