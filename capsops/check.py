@@ -331,9 +331,9 @@ def _calls(calls: list[dict[str, Any]]) -> str:
     rows = [("op", "dtype", "plain", *options[1:], "largest error")]
     for op in OPS:
         for dtype in DTYPES:
-            found = [by_call.get((op, dtype, option)) for option in options]
-            cells = ["–" if call is None else "WRONG" if call["wrong"] else "right" for call in found]
-            errors = [call["largest_error"] for call in found if call is not None]
+            of_row = [by_call.get((op, dtype, option)) for option in options]
+            cells = ["–" if call is None else "WRONG" if call["wrong"] else "right" for call in of_row]
+            errors = [call["largest_error"] for call in of_row if call is not None]
             if errors:
                 rows.append((op, dtype, *cells, f"{max(errors):.1e}"))
     return table(rows)

@@ -92,10 +92,10 @@ def automatic(args: argparse.Namespace) -> None:
         with mock.patch.dict(os.environ, fresh):
             for impl in args.impls:
                 begin = time.monotonic()
-                found = standing.settle(BACKENDS[impl], device)
+                settled = standing.settle(BACKENDS[impl], device)
                 seconds = round(time.monotonic() - begin, 1)
-                failed = {"failed": found.why_not} if found.why_not else {}
-                record("automatic", impl=impl, seconds=seconds, calls=len(found.scope.calls), **failed)
+                failed = {"failed": settled.why_not} if settled.why_not else {}
+                record("automatic", impl=impl, seconds=seconds, calls=len(settled.scope.calls), **failed)
 
 
 def exercise(args: argparse.Namespace) -> None:

@@ -28,13 +28,13 @@ def verdicts(rows: Sequence[Mapping[str, Any]], epochs: Sequence[Mapping[str, An
     """A line for each goal, from the rows of `python -m capsops bench --json` and of the part `train`."""
     for precision in (TF32, BF16):
         for passes in BOTH:
-            found = [
+            matching = [
                 row
                 for row in rows
                 if (row["batch"], row["precision"], row["passes"], row["timed_by"])
                 == (BATCH, precision, passes, REPLAY)
             ]
-            name, row = f"{precision}, {passes}", found[0] if found else None
+            name, row = f"{precision}, {passes}", matching[0] if matching else None
             for form, wanted in (("eager", EAGER), ("compiled", COMPILED)):
                 peer = min(row[form].values(), default=None) if row else None
                 ratio = peer / row["ours"] if row and peer else None

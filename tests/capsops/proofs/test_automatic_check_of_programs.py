@@ -95,13 +95,13 @@ def test_processes_that_start_at_once(count: int, start: Start) -> None:
 
 def running(word: str, folder: Path) -> list[int]:
     """Processes whose command line has both: that of a check has the program's sys.path."""
-    found = []
+    processes = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             line = (process / "cmdline").read_bytes()
             if word.encode() in line and str(folder).encode() in line:
-                found.append(int(process.name))
-    return found
+                processes.append(int(process.name))
+    return processes
 
 
 def within(seconds: float, condition: Callable[[], object]) -> bool:
