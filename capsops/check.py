@@ -286,7 +286,7 @@ def _about(device: Device) -> dict[str, Any]:
     return {
         "capsops": capsops.__version__,
         "torch": str(torch.__version__),
-        "triton": records.triton_version(),
+        "triton": records.version("triton"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device._asdict(),
     }

@@ -185,8 +185,6 @@ def _automatic(
         and backend.takes_device(device.type)
         and not backend.why_declined(op, dtype, options)
     ]
-    if not any(backend.needs_proof for backend in candidates):
-        return candidates[-1]
     known, sizes, reasons = device_facts(device), order.sizes(op, shapes), []
     name = str(dtype).removeprefix("torch.")
     by_name = {backend.name: backend for backend in candidates}

@@ -6,7 +6,6 @@ will do.
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import platform
 import re
@@ -21,15 +20,10 @@ from capsops.backends import BACKENDS
 from capsops.backends.device import Device, driver_cuda
 from capsops.backends.extension import build_record
 from capsops.command_line import table
+from capsops.proofs import order
 from capsops.proofs import standing as standings
+from capsops.proofs.records import version
 from capsops.proofs.standing import LIMIT, Standing
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def openmp_runtimes(maps: str) -> list[str]:
@@ -97,9 +91,7 @@ def on_gpu(device: Device) -> list[tuple[str, str]]:
     """What impl="auto" does on a GPU, backend by backend in their order, without checking anything."""
     rows = [(f"cuda:{device.number}", f"{device.model}, driver {device.driver}, {memory(device.memory)}")]
     first = True
-    for backend in reversed(BACKENDS.values()):
-        if not backend.needs_proof:
-            continue
+    for backend in (BACKENDS[name] for name in order.ORDER if BACKENDS[name].needs_proof):
         standing = standings.known(backend, device)
         rows.append(("", f"{backend.name}: {said(standing, device, first)}"))
         first = first and not (standing is None or standing.scope.calls)

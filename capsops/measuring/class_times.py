@@ -12,6 +12,7 @@ from capsops.backends import BACKENDS
 from capsops.backends.backend import NO_OPTIONS
 from capsops.backends.device import Device
 from capsops.measuring.cases import Case
+from capsops.measuring.headline import TF32
 from capsops.measuring.passes import BOTH, FORWARD, run
 from capsops.measuring.precisions import matrix_precision
 from capsops.measuring.timing import Race, clock
@@ -41,7 +42,7 @@ def class_times(device: Device, backends: Sequence[str], say: Callable[[str], No
     for op, dtype in product(OPS, DTYPES):
         say(f"timing {op} in {dtype} …")
         for name, case in cases(device).items():
-            precision = "float32, TF32 allowed" if dtype == "float32" and where.type == "cuda" else dtype
+            precision = TF32 if dtype == "float32" and where.type == "cuda" else dtype
             chosen = Case(*case.sizes, precision=precision, op=op)
             able = [x for x in backends if not BACKENDS[x].why_declined(op, chosen.dtype, NO_OPTIONS)]
             seconds: dict[str, list[float]] = {impl: [] for impl in (*able, "reference")}
@@ -61,5 +62,5 @@ def _race(case: Case, passes: str, impls: Sequence[str], device: torch.device) -
         impl: partial(run, case.bind(partial(getattr(capsops, case.op), impl=impl)), passes, inputs, grad)
         for impl in impls
     }
-    with matrix_precision("TF32" in case.precision):
+    with matrix_precision(case.precision == TF32):
         return Race(calls, partial(clock, device=device), SAMPLE, LENGTH).run(HOPELESS)

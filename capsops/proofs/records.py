@@ -38,11 +38,12 @@ def folder() -> Path:
         raise OSError(str(error)) from error
 
 
-def triton_version() -> str:
+def version(package: str) -> str:
+    """The installed version of a package."""
     try:
-        return importlib.metadata.version("triton")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "none"
+        return "not installed"
 
 
 def key(backend: Backend, device: Device) -> dict[str, str]:
@@ -53,7 +54,7 @@ def key(backend: Backend, device: Device) -> dict[str, str]:
         "device": device.model,
         "driver": device.driver,
         "torch": str(torch.__version__),
-        "triton": triton_version(),
+        "triton": version("triton"),
     }
 
 

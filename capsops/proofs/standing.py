@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from capsops.backends.backend import Backend
 from capsops.backends.device import Device
+from capsops.graph_capture import capturing
 from capsops.proofs import child, records, shipped
 from capsops.proofs.records import Record
 from capsops.proofs.scope import NOTHING, Scope
@@ -27,10 +29,6 @@ LIMIT = 60.0  # seconds: of a check, import included, and of waiting for that of
 
 SHIPPED = "proved by a row that ships with capsops"
 CHECKED = "proved by a check on this machine"
-
-# Where a process, or a lock, cannot be had: NotImplementedError of systems without locks of files,
-# RuntimeError as the interpreter ends.
-_NO_START = (OSError, NotImplementedError, RuntimeError)
 
 _BY_HAND = "run `python -m capsops check`, which proves them on this machine"
 _WRITABLE = "set XDG_CACHE_HOME to a folder that can be written"
@@ -74,19 +72,19 @@ def settle(backend: Backend, device: Device) -> Standing:
         return _of(before, f"its kernels were not checked: {reason}", remedy)
     title = f"the {backend.name} kernels on {device.model}"
     try:
-        with FileLock(_lock_file()).acquire(timeout=0):
+        with _lock(0):
             return known(backend, device) or _check(backend, device, before, title)
     except Timeout:
         _say(f"capsops: another process is checking kernels; waiting for it, at most {LIMIT:.0f} s")
-    except _NO_START as error:
+    except OSError as error:
         return _of(before, f"its kernels were not checked: no process could be started for it ({error})")
     reason = f"another process was at it for more than {LIMIT:.0f} s"
     try:
-        with FileLock(_lock_file()).acquire(timeout=LIMIT, poll_interval=0.1):
+        with _lock(LIMIT):
             return known(backend, device) or _check(backend, device, records.read(key) or before, title)
     except Timeout:
         pass
-    except _NO_START as error:
+    except OSError as error:
         reason = f"no process could be started for it ({error})"
     now = known(backend, device)
     return now or _of(records.read(key) or before, f"its kernels were not checked: {reason}")
@@ -134,7 +132,7 @@ def why_no_check(device: Device) -> str:
         return "CAPSOPS_CHECK is 0"
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "the first call was traced"
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and capturing():
         return "the first call was inside the capture of a CUDA graph; call capsops.warm_up() before it"
     if torch.utils.data.get_worker_info() is not None:
         return "the first call was in a worker of a DataLoader"
@@ -152,6 +150,7 @@ def _is_python(executable: str | None) -> bool:
 
 def _why_not_shared(device: Device) -> str:
     """Why a second process, or a fault in it, would disturb the GPU's users."""
+    # The default of NVIDIA's own daemon, on every Linux (Multi-Process Service documentation).
     pipe = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps")
     if (pipe / "control").exists():
         return "the GPU is shared by NVIDIA's MPS, where a fault of one process ends the others"
@@ -168,6 +167,20 @@ def compute_mode(index: int) -> int:
         return 0
     mode, attribute = ctypes.c_int(0), 20  # CU_DEVICE_ATTRIBUTE_COMPUTE_MODE
     return mode.value if driver.cuDeviceGetAttribute(ctypes.byref(mode), attribute, index) == 0 else 0
+
+
+@contextlib.contextmanager
+def _lock(timeout: float) -> Iterator[None]:
+    """Holds the lock; Timeout after so many seconds, OSError where the system has no locks of files."""
+    lock = FileLock(_lock_file())
+    try:
+        lock.acquire(timeout=timeout, poll_interval=0.1)
+    except NotImplementedError as error:
+        raise OSError(f"no locks of files: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _lock_file() -> Path:

@@ -197,7 +197,7 @@ def test_where_no_check_may_begin_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(standing, "capturing", lambda: capturing)
     monkeypatch.setattr(standing, "compute_mode", lambda index: mode)
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
     if mps:
