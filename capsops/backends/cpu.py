@@ -10,7 +10,7 @@ from torch import Tensor
 from capsops import reference
 from capsops.backends import extension
 from capsops.backends.backend import ALL_OPTIONS, Backend, by_name
-from capsops.backends.extension import memory, vectors
+from capsops.backends.extension import memory, routing_options, vectors
 
 _cpu: Any
 _cpu, _unavailable = extension.load("cpu")
@@ -80,20 +80,6 @@ def predictions_backward(
     return _or_empty(grad_u, u), _or_empty(grad_weight, u)
 
 
-def _options(
-    logits: Tensor | None, mask: Tensor | None, shared: bool, grad_logits: Tensor | None = None
-) -> tuple | None:
-    """The options that most calls do without, as the extension takes them; None where there are none."""
-    if logits is None:
-        if mask is None and not shared:
-            return None
-        return shared, memory(mask), (0, 0), (1, 1, 1), (0, 0, 0), (0, 0)
-    # From the first number to the end of the storage: the extension checks that the strides stay within it.
-    end = logits.untyped_storage().nbytes() - logits.storage_offset() * logits.element_size()
-    begin = logits.data_ptr(), end
-    return shared, memory(mask), begin, tuple(logits.shape), logits.stride(), memory(grad_logits)
-
-
 def _route(
     u: Tensor,
     weight: Tensor | None,
@@ -159,7 +145,7 @@ def _route_backward(
         memory(grad_u),
         memory(grad_weight),
         memory(grad_bias),
-        _options(logits, mask, shared, grad_logits),
+        routing_options(logits, mask, shared, grad_logits),
         *shape,
         iterations,
         leaky,
@@ -182,7 +168,7 @@ def dynamic_routing(
 ) -> tuple[Tensor, Tensor]:
     batch, in_capsules, *_, dim = u_hat.shape
     capsules = reference.out_capsules(u_hat, bias, logits)
-    options = _options(logits, mask, u_hat.dim() == 3)
+    options = routing_options(logits, mask, u_hat.dim() == 3)
     shape = batch, in_capsules, capsules, dim, 1
     return _route(u_hat, None, bias, options, shape, iterations, leaky, squash_output)
 
@@ -221,7 +207,7 @@ def capsule_routing(
     leaky: bool,
     squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
-    options = _options(logits, mask, weight.dim() == 3)
+    options = routing_options(logits, mask, weight.dim() == 3)
     return _route(u, weight, bias, options, _shape(u, weight), iterations, leaky, squash_output)
 
 
@@ -265,7 +251,7 @@ def couplings(
         memory(weight),
         memory(bias),
         memory(c),
-        _options(logits, mask, weight.dim() == 3),
+        routing_options(logits, mask, weight.dim() == 3),
         *shape,
         iterations,
         leaky,

@@ -5,16 +5,18 @@ torch's allocator, nothing waits for the device, and a call inside a CUDA graph'
 """
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from capsops import reference
 from capsops.backends import extension
 from capsops.backends.backend import Backend, by_name
 from capsops.backends.device import Device
-from capsops.backends.extension import memory, vectors
+from capsops.backends.extension import memory, routing_options, vectors
 
 _cuda: Any
 _cuda, _unavailable = extension.load("cuda")
@@ -22,45 +24,44 @@ _cuda, _unavailable = extension.load("cuda")
 # The numbers by which the extension knows the dtypes.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+_torch: Any = torch._C
+_stream = getattr(_torch, "_cuda_getCurrentRawStream", None)  # of a device's index; only in builds for GPUs
+_precision = getattr(_torch, "_get_fp32_precision_getter", None)  # since torch 2.9
+_empty = Tensor.new_empty
 
-def _empty(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+# Bytes of workspace that calls have taken, by what they depend on.
+_workspaces: dict[tuple, int] = {}
+_MOST_WORKSPACES = 4096
 
 
 def _allows_tf32() -> bool:
     """Whether torch's own matrix products may round float32 to TF32, by its newer or its older setting."""
-    backends: Any = torch.backends
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        precision = matmul.fp32_precision
-        if precision == "none":
-            precision = backends.fp32_precision
-        return precision == "tf32"
-    return matmul.allow_tf32
+    if _precision is None:
+        return torch.backends.cuda.matmul.allow_tf32
+    precision = _precision("cuda", "matmul")
+    if precision == "none":
+        precision = _precision("generic", "all")
+    return precision == "tf32"
 
 
 def _like(x: Tensor, needed: bool = True) -> Tensor | None:
-    return _empty(x.shape, x.dtype, x.device) if needed else None
+    return _empty(x, x.shape) if needed else None
 
 
 def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if x is None else x
+    return _empty(like, 0) if x is None else x
 
 
 def _squash(s: Tensor, grad: Tensor | None, dim: int) -> Tensor:
-    out = _empty(s.shape, s.dtype, s.device)
+    out = _empty(s, s.shape)
     _cuda.squash(
         memory(s),
         memory(grad),
         memory(out),
         *vectors(s, dim),
         _DTYPES[s.dtype],
-        s.get_device(),
-        _stream(s.device),
+        device := s.get_device(),
+        _stream(device),
     )
     return out
 
@@ -74,7 +75,7 @@ def squash_backward(grad: Tensor, s: Tensor, dim: int) -> Tensor:
 
 
 def predictions(u: Tensor, weight: Tensor) -> Tensor:
-    u_hat = _empty((u.shape[0], *weight.shape[:3]), u.dtype, u.device)
+    u_hat = _empty(u, u.shape[0], *weight.shape[:3])
     _cuda.predictions(
         memory(u),
         memory(weight),
@@ -82,8 +83,8 @@ def predictions(u: Tensor, weight: Tensor) -> Tensor:
         u.shape[0],
         *weight.shape,
         _DTYPES[u.dtype],
-        u.get_device(),
-        _stream(u.device),
+        device := u.get_device(),
+        _stream(device),
     )
     return u_hat
 
@@ -101,67 +102,120 @@ def predictions_backward(
         u.shape[0],
         *weight.shape,
         _DTYPES[u.dtype],
-        u.get_device(),
-        _stream(u.device),
+        device := u.get_device(),
+        _stream(device),
     )
     return _or_empty(grad_u, u), _or_empty(grad_weight, u)
 
 
-def _call(u: Tensor, weight: Tensor | None, iterations: int, leaky: bool, detach: bool = False) -> Any:
-    shape = (*u.shape, 1) if weight is None else (u.shape[0], *weight.shape)
-    tf32 = u.dtype != torch.float32 or _allows_tf32()  # 16-bit numbers are exact in TF32
-    return _cuda.RoutingCall(*shape, iterations, leaky, detach, _DTYPES[u.dtype], tf32)
+def _run(kernel: Callable[..., int], u: Tensor, tensors: tuple, settings: tuple, *missing: bool) -> None:
+    """Queues the kernels of a call of routing, in one call into the extension.
 
-
-def _run(op: Any, call: Any, u: Tensor) -> None:
-    device = u.get_device()
-    workspace = _empty((call.workspace(op, device),), torch.uint8, u.device)
-    call.run(op, memory(workspace), device, _stream(u.device))
+    How much workspace a call takes is known from the one before with the same settings, and with the same
+    tensors missing. A call that gets too little only returns how much it takes.
+    """
+    dtype, device = u.dtype, u.get_device()
+    tf32 = dtype is not torch.float32 or _allows_tf32()  # 16-bit numbers are exact in TF32
+    key = kernel, dtype, device, tf32, settings, missing
+    takes = _workspaces.get(key, 0)
+    while True:
+        workspace = _empty(u, -(-takes // u.itemsize))
+        space = workspace.data_ptr(), workspace.nbytes
+        takes = kernel(*tensors, *settings, _DTYPES[dtype], tf32, space, device, _stream(device))
+        if takes <= space[1]:
+            return
+        if len(_workspaces) >= _MOST_WORKSPACES:
+            _workspaces.clear()
+        _workspaces[key] = takes
 
 
 def _route(
-    u: Tensor, weight: Tensor | None, bias: Tensor | None, iterations: int, leaky: bool
+    u: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: tuple | None,
+    shape: tuple[int, ...],
+    iterations: int,
+    leaky: bool,
+    squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
-    """v and s of all passes."""
-    call = _call(u, weight, iterations, leaky)
-    shape = (u.shape[0], *(u.shape[2:] if weight is None else weight.shape[1:3]))
-    v = _empty(shape, u.dtype, u.device)
-    s = _empty((max(iterations, 1), *shape), torch.float32, u.device)
-    call.point(u=memory(u), weight=memory(weight), bias=memory(bias), v=memory(v), s=memory(s))
-    _run(_cuda.RoutingOp.forward, call, u)
+    """v and s of all passes; `shape` is (B, I, J, D, K)."""
+    batch, _, capsules, dim, _ = shape
+    v = _empty(u, batch, capsules, dim)
+    passes = max(iterations, 1)
+    if u.dtype is torch.float32:  # with a dtype, new_empty() takes twice as long
+        s = _empty(u, passes, batch, capsules, dim)
+    else:
+        s = _empty(u, passes, batch, capsules, dim, dtype=torch.float32)
+    _run(
+        _cuda.routing,
+        u,
+        (memory(u), memory(weight), memory(bias), memory(v), memory(s), options),
+        (*shape, iterations, leaky, squash_output),
+        weight is None,
+        options is None,
+    )
     return v, s
+
+
+def _route_backward(
+    grad: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    s: Tensor,
+    shape: tuple[int, ...],
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    squash_output: bool,
+    needs_u: bool,
+    needs_weight: bool,
+    needs_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """∂u (or ∂û), ∂W, ∂β and ∂logits; `shape` is (B, I, J, D, K)."""
+    shared = u.dim() == 3 if weight is None else weight.dim() == 3
+    grad_u = _empty(u, u.shape) if needs_u else None
+    grad_weight = None if weight is None or not needs_weight else _empty(u, weight.shape)
+    grad_logits = None if logits is None or not needs_logits else _empty(u, logits.shape)
+    grad_bias = _empty(u, shape[2:4])
+    options = routing_options(logits, mask, shared, grad_logits)
+    gradients = memory(grad_u), memory(grad_weight), memory(grad_bias)
+    _run(
+        _cuda.routing_backward,
+        u,
+        (memory(grad), memory(u), memory(weight), memory(s), *gradients, options),
+        (*shape, iterations, leaky, detach, squash_output),
+        weight is None,
+        grad_u is None,
+        grad_weight is None,
+        grad_logits is None,
+        options is None,
+    )
+    return _or_empty(grad_u, u), _or_empty(grad_weight, u), grad_bias, _or_empty(grad_logits, u)
 
 
 def dynamic_routing(
     u_hat: Tensor,
     bias: Tensor | None,
-    logits: None,
-    mask: None,
+    logits: Tensor | None,
+    mask: Tensor | None,
     iterations: int,
     leaky: bool,
     squash_output: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _route(u_hat, None, bias, iterations, leaky)
-
-
-def capsule_routing(
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    logits: None,
-    mask: None,
-    iterations: int,
-    leaky: bool,
-    squash_output: bool,
-) -> tuple[Tensor, Tensor]:
-    return _route(u, weight, bias, iterations, leaky)
+    batch, in_capsules, *_, dim = u_hat.shape
+    shape = batch, in_capsules, reference.out_capsules(u_hat, bias, logits), dim, 1
+    options = routing_options(logits, mask, u_hat.dim() == 3)
+    return _route(u_hat, None, bias, options, shape, iterations, leaky, squash_output)
 
 
 def dynamic_routing_backward(
     grad: Tensor,
     u_hat: Tensor,
-    logits: None,
-    mask: None,
+    logits: Tensor | None,
+    mask: Tensor | None,
     s: Tensor,
     iterations: int,
     leaky: bool,
@@ -169,27 +223,38 @@ def dynamic_routing_backward(
     squash_output: bool,
     needs_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _call(u_hat, None, iterations, leaky, detach)
-    grad_u_hat, grad_bias = (
-        _empty(shape, u_hat.dtype, u_hat.device) for shape in (u_hat.shape, u_hat.shape[2:])
+    shape = *u_hat.shape[:2], *grad.shape[1:], 1
+    settings = iterations, leaky, detach, squash_output
+    grad_u_hat, _, grad_bias, grad_logits = _route_backward(
+        grad, u_hat, None, logits, mask, s, shape, *settings, True, False, needs_logits
     )
-    call.point(
-        u=memory(u_hat),
-        s=memory(s),
-        grad=memory(grad),
-        grad_u=memory(grad_u_hat),
-        grad_bias=memory(grad_bias),
-    )
-    _run(_cuda.RoutingOp.backward, call, u_hat)
-    return grad_u_hat, grad_bias, u_hat.new_empty(0)
+    return grad_u_hat, grad_bias, grad_logits
+
+
+def _shape(u: Tensor, weight: Tensor) -> tuple[int, ...]:
+    return *u.shape[:2], *weight.shape[-3:]
+
+
+def capsule_routing(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    squash_output: bool,
+) -> tuple[Tensor, Tensor]:
+    options = routing_options(logits, mask, weight.dim() == 3)
+    return _route(u, weight, bias, options, _shape(u, weight), iterations, leaky, squash_output)
 
 
 def capsule_routing_backward(
     grad: Tensor,
     u: Tensor,
     weight: Tensor,
-    logits: None,
-    mask: None,
+    logits: Tensor | None,
+    mask: Tensor | None,
     s: Tensor,
     iterations: int,
     leaky: bool,
@@ -199,31 +264,34 @@ def capsule_routing_backward(
     needs_weight: bool,
     needs_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = _call(u, weight, iterations, leaky, detach)
-    grad_u, grad_weight = _like(u, needs_u), _like(weight, needs_weight)
-    grad_bias = _empty(weight.shape[1:3], u.dtype, u.device)
-    call.point(
-        u=memory(u),
-        weight=memory(weight),
-        s=memory(s),
-        grad=memory(grad),
-        grad_u=memory(grad_u),
-        grad_weight=memory(grad_weight),
-        grad_bias=memory(grad_bias),
+    settings = iterations, leaky, detach, squash_output
+    return _route_backward(
+        grad, u, weight, logits, mask, s, _shape(u, weight), *settings, needs_u, needs_weight, needs_logits
     )
-    _run(_cuda.RoutingOp.backward, call, u)
-    return _or_empty(grad_u, u), _or_empty(grad_weight, u), grad_bias, u.new_empty(0)
 
 
 def couplings(
-    u: Tensor, weight: Tensor, bias: Tensor | None, logits: None, mask: None, iterations: int, leaky: bool
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
 ) -> Tensor:
-    c = _empty((u.shape[0], *weight.shape[:2]), u.dtype, u.device)
-    if iterations <= 1:
-        return c.fill_(1 if iterations == 0 else 1 / (weight.shape[1] + leaky))
-    call = _call(u, weight, iterations, leaky)
-    call.point(u=memory(u), weight=memory(weight), bias=memory(bias), couplings=memory(c))
-    _run(_cuda.RoutingOp.couplings, call, u)
+    batch, in_capsules, capsules, _, _ = shape = _shape(u, weight)
+    c = _empty(u, batch, in_capsules, capsules)
+    if iterations <= 1 and logits is None:
+        c = c.fill_(1 if iterations == 0 else 1 / (capsules + leaky))
+        return c if mask is None else c.masked_fill_(~mask.unsqueeze(2), 0)
+    options = routing_options(logits, mask, weight.dim() == 3)
+    _run(
+        _cuda.couplings,
+        u,
+        (memory(u), memory(weight), memory(bias), memory(c), options),
+        (*shape, iterations, leaky),
+        options is None,
+    )
     return c
 
 

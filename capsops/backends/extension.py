@@ -73,3 +73,17 @@ def vectors(s: Tensor, dim: int) -> tuple[int, int, int]:
     for size in s.shape[dim + 1 :]:
         inner *= size
     return outer, s.shape[dim], inner
+
+
+def routing_options(
+    logits: Tensor | None, mask: Tensor | None, shared: bool, grad_logits: Tensor | None = None
+) -> tuple | None:
+    """The options that most calls of routing do without, as the extensions take them; None for none."""
+    if logits is None:
+        if mask is None and not shared:
+            return None
+        return shared, memory(mask), (0, 0), (1, 1, 1), (0, 0, 0), (0, 0)
+    # From the first number to the end of the storage: the extension checks that the strides stay within it.
+    end = logits.untyped_storage().nbytes() - logits.storage_offset() * logits.element_size()
+    begin = logits.data_ptr(), end
+    return shared, memory(mask), begin, tuple(logits.shape), logits.stride(), memory(grad_logits)

@@ -1,7 +1,13 @@
 // The module capsops._cuda: passes raw pointers and the raw stream to the kernels.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
 
 #include "common/checked_calls.h"
 #include "kernels.h"
@@ -17,18 +23,54 @@ Stream stream_of(uintptr_t stream) { return reinterpret_cast<Stream>(stream); }
 
 Dtype dtype_of(int dtype) { return checked_dtype(dtype, Dtype::float16); }
 
-// What Python calls a RoutingCall: the call, and how a device may compute it.
-struct DeviceRoutingCall {
-    RoutingCall call;
-    RoutingMode mode;
+// What most calls of routing do without: whether the weight is shared; the mask; the starting logits, their
+// sizes and strides, and their gradient.
+typedef std::tuple<bool, Memory, Memory, std::array<int64_t, 3>, std::array<int64_t, 3>, Memory> Options;
+
+// Where a call of routing runs, and the memory that its kernels may use.
+struct Place {
+    Memory workspace;
+    int device;
+    uintptr_t stream;
 };
 
-DeviceRoutingCall device_routing_call(int64_t B, int64_t I, int64_t J, int64_t D, int64_t K,
-                                      int64_t iterations, bool leaky, bool detach, int dtype, bool tf32,
-                                      bool cooperative) {
-    bytes_of("shape", {B, I, J, D, K}, 1);
-    return {routing_call(B, I, J, D, K, iterations, leaky, detach, true, dtype_of(dtype)),
-            {tf32, cooperative}};
+// The kernels would take such a call for one without these options, and read beyond its tensors.
+void decline_options(const RoutingCall& call) {
+    const char* option = call.shared           ? "shared weights or predictions"
+                         : call.mask           ? "mask"
+                         : call.logits.data    ? "logits"
+                         : !call.squash_output ? "squash_output=False"
+                                               : nullptr;
+    if (option)
+        throw std::invalid_argument(std::string("options: got ") + option + ", takes none on a CUDA device");
+}
+
+// Queues the kernels of a call and returns the bytes of workspace that they take. Where the workspace is
+// shorter it only returns them.
+int64_t run_routing(RoutingOp op, RoutingCall call, const RoutingTensors& tensors,
+                    const std::optional<Options>& options, bool tf32, const Place& place) {
+    if (options) {
+        const auto& [shared, mask, logits, sizes, strides, grad_logits] = *options;
+        call.shared = shared;
+        set_mask(call, mask);
+        set_logits(call, logits, sizes, strides, grad_logits);
+    }
+    bytes_of("shape", {call.B, call.I, call.J, call.D, call.K}, 1);
+    set_tensors(call, tensors);
+    require_tensors(op, call);
+    require(op != RoutingOp::couplings || call.iterations > 1 || call.logits.data, "iterations",
+            call.iterations, "2 or more without starting logits: the couplings of one pass are uniform");
+    decline_options(call);
+    const CurrentDevice current(place.device);
+    const Device limits = current.limits();
+    const RoutingMode mode{tf32, true};
+    const int64_t bytes = routing_workspace(op, call, mode, limits);
+    const Memory& workspace = place.workspace;
+    require((workspace.first != 0) == (workspace.second > 0), "workspace", workspace.second,
+            "the bytes at its address, or 0 bytes at address 0");
+    if (workspace.second >= bytes)
+        routing(op, call, mode, reinterpret_cast<void*>(workspace.first), limits, stream_of(place.stream));
+    return bytes;
 }
 
 py::dict as_dict(const Tiling& t) {
@@ -116,43 +158,46 @@ PYBIND11_MODULE(_cuda, m) {
         },
         without_gil);
 
-    py::enum_<RoutingOp>(m, "RoutingOp", py::module_local())
-        .value("forward", RoutingOp::forward)
-        .value("backward", RoutingOp::backward)
-        .value("couplings", RoutingOp::couplings);
-    py::class_<DeviceRoutingCall>(
-        m, "RoutingCall", py::module_local(),
-        "One call of routing. Without `weight`, `u` is the precomputed predictions [B, I, J, D].")
-        .def(py::init(&device_routing_call), py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"),
-             py::arg("K"), py::arg("iterations"), py::arg("leaky"), py::arg("detach"), py::arg("dtype"),
-             py::arg("tf32"), py::arg("cooperative") = true)
-        .def(
-            "point",
-            [](DeviceRoutingCall& self, Memory u, Memory weight, Memory bias, Memory s, Memory v,
-               Memory couplings, Memory grad, Memory grad_u, Memory grad_weight, Memory grad_bias) {
-                set_tensors(self.call,
-                            {u, weight, bias, s, v, couplings, grad, grad_u, grad_weight, grad_bias});
-            },
-            py::kw_only(), py::arg("u"), py::arg("weight") = Memory(), py::arg("bias") = Memory(),
-            py::arg("s") = Memory(), py::arg("v") = Memory(), py::arg("couplings") = Memory(),
-            py::arg("grad") = Memory(), py::arg("grad_u") = Memory(), py::arg("grad_weight") = Memory(),
-            py::arg("grad_bias") = Memory(), "Sets the tensors.")
-        .def(
-            "workspace",
-            [](const DeviceRoutingCall& self, RoutingOp op, int device) {
-                return routing_workspace(op, self.call, self.mode, CurrentDevice(device).limits());
-            },
-            "Bytes of workspace that the call takes on this device.")
-        .def(
-            "run",
-            [](const DeviceRoutingCall& self, RoutingOp op, Memory workspace, int device, uintptr_t stream) {
-                require_tensors(op, self.call);
-                const CurrentDevice current(device);
-                const int64_t bytes = routing_workspace(op, self.call, self.mode, current.limits());
-                require(workspace.second >= bytes && (workspace.first || bytes == 0), "workspace",
-                        workspace.second, "at least the bytes that workspace() returns");
-                routing(op, self.call, self.mode, reinterpret_cast<void*>(workspace.first), current.limits(),
-                        stream_of(stream));
-            },
-            without_gil, "Queues the kernels on the stream.");
+    m.def(
+        "routing",
+        [](Memory u, Memory weight, Memory bias, Memory v, Memory s, std::optional<Options> options,
+           int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations, bool leaky,
+           bool squash_output, int dtype, bool tf32, Memory workspace, int device, uintptr_t stream) {
+            RoutingTensors tensors;
+            tensors.u = u, tensors.weight = weight, tensors.bias = bias, tensors.v = v, tensors.s = s;
+            const RoutingCall call =
+                routing_call(B, I, J, D, K, iterations, leaky, false, squash_output, dtype_of(dtype));
+            return run_routing(RoutingOp::forward, call, tensors, options, tf32, {workspace, device, stream});
+        },
+        without_gil,
+        "Without `weight`, `u` is the precomputed predictions [B, I, J, D]. Returns the bytes of workspace\n"
+        "that the call takes; where `workspace` is shorter, nothing else is done.");
+    m.def(
+        "routing_backward",
+        [](Memory grad, Memory u, Memory weight, Memory s, Memory grad_u, Memory grad_weight,
+           Memory grad_bias, std::optional<Options> options, int64_t B, int64_t I, int64_t J, int64_t D,
+           int64_t K, int64_t iterations, bool leaky, bool detach, bool squash_output, int dtype, bool tf32,
+           Memory workspace, int device, uintptr_t stream) {
+            RoutingTensors tensors;
+            tensors.u = u, tensors.weight = weight, tensors.s = s, tensors.grad = grad;
+            tensors.grad_u = grad_u, tensors.grad_weight = grad_weight, tensors.grad_bias = grad_bias;
+            const RoutingCall call =
+                routing_call(B, I, J, D, K, iterations, leaky, detach, squash_output, dtype_of(dtype));
+            return run_routing(RoutingOp::backward, call, tensors, options, tf32,
+                               {workspace, device, stream});
+        },
+        without_gil, "Returns what routing() returns.");
+    m.def(
+        "couplings",
+        [](Memory u, Memory weight, Memory bias, Memory couplings, std::optional<Options> options, int64_t B,
+           int64_t I, int64_t J, int64_t D, int64_t K, int64_t iterations, bool leaky, int dtype, bool tf32,
+           Memory workspace, int device, uintptr_t stream) {
+            RoutingTensors tensors;
+            tensors.u = u, tensors.weight = weight, tensors.bias = bias, tensors.couplings = couplings;
+            const RoutingCall call =
+                routing_call(B, I, J, D, K, iterations, leaky, false, true, dtype_of(dtype));
+            return run_routing(RoutingOp::couplings, call, tensors, options, tf32,
+                               {workspace, device, stream});
+        },
+        without_gil, "Returns what routing() returns.");
 }

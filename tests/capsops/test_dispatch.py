@@ -17,6 +17,7 @@ from capsops import dispatch
 from capsops.backends import cuda, extension, reference, triton
 from capsops.backends.backend import ALL_OPTIONS, LOGITS, MASK, NO_OPTIONS, SHARED, UNSQUASHED, Backend
 from capsops.backends.device import Device
+from capsops.measuring.precisions import matrix_precision
 from capsops.proofs import order, records, shipped, standing
 from capsops.proofs.scope import Scope, every_op
 from capsops.proofs.shipped import Proof
@@ -669,17 +670,22 @@ def test_environment_variable_with_an_unavailable_backend() -> None:
     assert "impl='cuda'" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("setting", "allowed"),
-    [
-        ({"fp32_precision": "tf32"}, True),
-        ({"fp32_precision": "ieee"}, False),
-        ({"allow_tf32": True}, True),
-        ({"allow_tf32": False}, False),
-    ],
-)
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize("older_torch", [True, False])
 def test_cuda_kernels_round_to_tf32_only_where_torch_allows_it(
-    setting: dict[str, str | bool], allowed: bool, monkeypatch: pytest.MonkeyPatch
+    allowed: bool, older_torch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(**setting))
-    assert cuda._allows_tf32() == allowed
+    if older_torch:
+        monkeypatch.setattr(cuda, "_precision", None)
+    with matrix_precision(allowed):
+        assert cuda._allows_tf32() == allowed
+
+
+def test_the_setting_for_all_operations_counts_where_that_of_matrix_products_is_not_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {("cuda", "matmul"): "none", ("generic", "all"): "tf32"}
+    monkeypatch.setattr(cuda, "_precision", lambda *name: settings[name])
+    assert cuda._allows_tf32()
+    settings["cuda", "matmul"] = "ieee"
+    assert not cuda._allows_tf32()

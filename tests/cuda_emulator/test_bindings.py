@@ -16,68 +16,116 @@ BYTES = {
     "grad_weight": 4 * I * J * D * K, "grad_bias": 4 * J * D,
 }  # fmt: skip
 MEMORY = {name: (ADDRESS, size) for name, size in BYTES.items()}
+SIZES = {"B": B, "I": I, "J": J, "D": D, "K": K}
+MISSING = (0, 0)
+TENSORS = {
+    "routing": ("u", "weight", "bias", "v", "s"),
+    "routing_backward": ("grad", "u", "weight", "s", "grad_u", "grad_weight", "grad_bias"),
+    "couplings": ("u", "weight", "bias", "couplings"),
+}
+SETTINGS = {
+    "routing": {"leaky": False, "squash_output": True},
+    "routing_backward": {"leaky": False, "detach": False, "squash_output": True},
+    "couplings": {"leaky": False},
+}
 
 
-def routing_call(emulated: Emulated, **changes: Any) -> Any:
+def call(emulated: Emulated, kernel: str, **changes: Any) -> int:
+    """Calls a kernel of routing without workspace, so that it only says how much it takes."""
     arguments = {
-        "B": B, "I": I, "J": J, "D": D, "K": K, "iterations": T, "leaky": False, "detach": False,
-        "dtype": 0, "tf32": False,
+        **{name: MEMORY[name] for name in TENSORS[kernel]}, "options": None, **SIZES, "iterations": T,
+        **SETTINGS[kernel], "dtype": 0, "tf32": False, "workspace": MISSING, "device": 0, "stream": 0,
     }  # fmt: skip
-    return emulated.extension.RoutingCall(**{**arguments, **changes})
+    assert changes.keys() <= arguments.keys()
+    emulated.device.set()
+    return getattr(emulated.extension, kernel)(*{**arguments, **changes}.values())
 
 
-def test_tensors_of_routing(emulated: Emulated) -> None:
-    call = routing_call(emulated)
-    call.point(**MEMORY)
-    for name, size in BYTES.items():
-        for wrong in ((ADDRESS, size - 4), (ADDRESS, size + 4), (ADDRESS, -size), (0, size), (ADDRESS, 0)):
-            with pytest.raises(ValueError, match=rf"^{name if name != 'weight' else '(weight|u)'}: got "):
-                call.point(**{**MEMORY, name: wrong})
+@pytest.mark.parametrize(("kernel", "name"), [(x, name) for x in TENSORS for name in TENSORS[x]])
+def test_tensors_of_routing(emulated: Emulated, kernel: str, name: str) -> None:
+    assert call(emulated, kernel) > 0
+    size = BYTES[name]
+    for wrong in ((ADDRESS, size - 4), (ADDRESS, size + 4), (ADDRESS, -size), (0, size), (ADDRESS, 0)):
+        with pytest.raises(ValueError, match=rf"^{name if name != 'weight' else '(weight|u)'}: got "):
+            call(emulated, kernel, **{name: wrong})
+
+
+@pytest.mark.parametrize("kernel", TENSORS)
+def test_tensors_that_may_be_missing(emulated: Emulated, kernel: str) -> None:
+    for name in set(TENSORS[kernel]) - {"bias", "grad_u", "grad_weight", "weight"}:
+        with pytest.raises(ValueError, match=rf"^{name}: got (none, takes one|0 bytes)"):
+            call(emulated, kernel, **{name: MISSING})
+    for name in set(TENSORS[kernel]) & {"bias", "grad_u", "grad_weight"}:
+        assert call(emulated, kernel, **{name: MISSING}) > 0
     with pytest.raises(ValueError, match="^u: got"):  # without weight, u is the predictions
-        call.point(**{**MEMORY, "weight": (0, 0)})
+        call(emulated, kernel, weight=MISSING)
 
 
-def test_half_as_many_bytes_in_16_bit(emulated: Emulated) -> None:
+@pytest.mark.parametrize("kernel", TENSORS)
+def test_half_as_many_bytes_in_16_bit(emulated: Emulated, kernel: str) -> None:
     with pytest.raises(ValueError, match=r"^\w+: got \d+ bytes at address 4096, takes \d+ bytes$"):
-        routing_call(emulated, dtype=1).point(**MEMORY)
+        call(emulated, kernel, dtype=1)
 
 
-@pytest.mark.parametrize("name", ["B", "I", "J", "D", "K"])
-def test_sizes_of_routing(emulated: Emulated, name: str) -> None:
+@pytest.mark.parametrize("kernel", TENSORS)
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_of_routing(emulated: Emulated, kernel: str, name: str) -> None:
     for size in (0, -1, 2**62):
-        sizes = {"B": B, "I": I, "J": J, "D": D, "K": K} | {name: size}
-        got = re.escape(str(list(sizes.values())))
+        got = re.escape(str(list({**SIZES, name: size}.values())))
         with pytest.raises(ValueError, match=f"^shape: got sizes {got}, takes positive ones"):
-            routing_call(emulated, **{name: size})
+            call(emulated, kernel, **{name: size})
 
 
-def test_values_of_routing(emulated: Emulated) -> None:
+@pytest.mark.parametrize("kernel", TENSORS)
+def test_values_of_routing(emulated: Emulated, kernel: str) -> None:
     for iterations in (-1, 1001, 2**62):
         with pytest.raises(ValueError, match=rf"^iterations: got {iterations}, takes 0 to 1000$"):
-            routing_call(emulated, iterations=iterations)
+            call(emulated, kernel, iterations=iterations)
     for dtype in (-1, 3):
         with pytest.raises(ValueError, match=rf"^dtype: got {dtype}, takes 0 to 2$"):
-            routing_call(emulated, dtype=dtype)
+            call(emulated, kernel, dtype=dtype)
 
 
-def test_a_run_without_its_tensors_or_workspace(emulated: Emulated) -> None:
-    op = emulated.extension.RoutingOp
-    emulated.device.set()
-    for kind, needed in ((op.forward, "v"), (op.backward, "grad"), (op.couplings, "couplings")):
-        call = routing_call(emulated)
-        call.point(**{**MEMORY, needed: (0, 0)})
-        with pytest.raises(ValueError, match=f"^{needed}: got none, takes one$"):
-            call.run(kind, (ADDRESS, 1 << 40), 0, 0)
-        call.point(**MEMORY)
-        size = call.workspace(kind, 0)
-        assert size > 0
-        for wrong in ((ADDRESS, size - 1), (0, size), (0, 0)):
-            with pytest.raises(ValueError, match="^workspace: got"):
-                call.run(kind, wrong, 0, 0)
+def test_couplings_of_one_pass(emulated: Emulated) -> None:
+    for iterations in (0, 1):
+        with pytest.raises(ValueError, match=rf"^iterations: got {iterations}, takes 2 or more without"):
+            call(emulated, "couplings", iterations=iterations)
+
+
+@pytest.mark.parametrize("kernel", TENSORS)
+def test_workspace(emulated: Emulated, kernel: str) -> None:
+    """Nothing is run where it is too short: the tensors here must not be read."""
+    size = call(emulated, kernel)
+    assert call(emulated, kernel, workspace=(ADDRESS, size - 1)) == size
+    for wrong in ((0, size), (ADDRESS, 0), (ADDRESS, -1)):
+        with pytest.raises(ValueError, match="^workspace: got"):
+            call(emulated, kernel, workspace=wrong)
+
+
+@pytest.mark.parametrize("kernel", TENSORS)
+def test_options_that_the_kernels_do_not_compute(emulated: Emulated, kernel: str) -> None:
+    mask, logits, none = (ADDRESS, B * I), (ADDRESS, 4 * I * J), ((1, 1, 1), (0, 0, 0), MISSING)
+    sizes = (1, I, J), (0, J, 1), MISSING
+    shared = {"weight": (ADDRESS, BYTES["weight"] // I)} | (
+        {"grad_weight": (ADDRESS, BYTES["weight"] // I)} if kernel == "routing_backward" else {}
+    )
+    for name, options, changes in (
+        ("shared", (True, MISSING, MISSING, *none), shared),
+        ("mask", (False, mask, MISSING, *none), {}),
+        ("logits", (False, MISSING, logits, *sizes), {}),
+    ):
+        with pytest.raises(ValueError, match=rf"^options: got {name}.*, takes none on a CUDA device$"):
+            call(emulated, kernel, options=options, **changes)
+    if kernel != "couplings":
+        with pytest.raises(ValueError, match="^options: got squash_output=False, takes none"):
+            call(emulated, kernel, squash_output=False)
+    for wrong in ((False, (ADDRESS, 5), MISSING, *none), (False, MISSING, (ADDRESS, 4 * I * J - 4), *sizes)):
+        with pytest.raises(ValueError, match=r"^(mask|logits): got"):
+            call(emulated, kernel, options=wrong)
 
 
 def test_tensors_of_the_other_ops(emulated: Emulated) -> None:
-    extension, missing = emulated.extension, (0, 0)
+    extension = emulated.extension
     s = (ADDRESS, 4 * 3 * 5 * 7)
     for n in range(3):
         arguments = [s, s, s]
@@ -85,7 +133,7 @@ def test_tensors_of_the_other_ops(emulated: Emulated) -> None:
         with pytest.raises(ValueError, match=r"^(s|grad|out): got 416 bytes"):
             extension.squash(*arguments, 3, 5, 7, 0, 0, 0)
     with pytest.raises(ValueError, match="^out: got 0 bytes"):
-        extension.squash(s, missing, missing, 3, 5, 7, 0, 0, 0)
+        extension.squash(s, MISSING, MISSING, 3, 5, 7, 0, 0, 0)
     u, weight, u_hat = MEMORY["u"], MEMORY["weight"], (ADDRESS, 4 * B * I * J * D)
     sizes = (B, I, J, D, K, 0, 0, 0)
     for name, arguments in (
