@@ -25,7 +25,9 @@ _cuda, _unavailable = extension.load("cuda")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _torch: Any = torch._C
-_stream = getattr(_torch, "_cuda_getCurrentRawStream", None)  # of a device's index; only in builds for GPUs
+_stream: Any = getattr(
+    _torch, "_cuda_getCurrentRawStream", None
+)  # of a device's index; only in builds for GPUs
 _precision = getattr(_torch, "_get_fp32_precision_getter", None)  # since torch 2.9
 _empty = Tensor.new_empty
 

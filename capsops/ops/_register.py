@@ -7,9 +7,8 @@ at any order.
 
 import sys
 import types
-from collections.abc import Callable, Sequence
-from itertools import product
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,36 +32,62 @@ OPTIONS = ("iterations", "leaky", "detach", "squash_output")
 
 _CPU = torch.device("cpu")
 
-# Every set of options, by whether each is used: kernels of tiny layers have no time to make one.
-_OPTION_SETS = {
-    used: frozenset(
-        option for option, is_used in zip((UNSQUASHED, LOGITS, MASK, SHARED), used, strict=True) if is_used
-    )
-    for used in product((False, True), repeat=4)
-}
+_MOST_KINDS = 4096  # of calls that are remembered
 
 
-def backend_function(
-    op: str,
-    impl: str,
-    first: Tensor,
-    *others: Tensor | None,
-    shapes: Shapes = (),
-    options: frozenset[str] = NO_OPTIONS,
-) -> Callable:
-    """The function of the backend that computes a call, which is the reference for empty tensors."""
-    backend = dispatch.chosen(op, impl, _CPU if first.is_cpu else first.device, first.dtype, shapes, options)
-    for x in (first, *others):
-        if x is not None and x.numel() == 0:
-            backend = reference.BACKEND
-    return backend.functions[op]
+class Prepared(NamedTuple):
+    """What the arguments of a call tell without the numbers in them, once they have been checked."""
+
+    shapes: Shapes = ()  # of u and W, or of û; empty for squash
+    options: frozenset[str] = NO_OPTIONS  # those that a backend may lack
+    empty: bool = False  # whether a tensor has no numbers
+    iterations: int = 0  # 0 also where there is nothing to route
 
 
 def routing_options(
     squash_output: bool, logits: Tensor | None, mask: Tensor | None, shared: bool
 ) -> frozenset[str]:
     """The options of a routing call that a backend may lack."""
-    return _OPTION_SETS[not squash_output, logits is not None, mask is not None, shared]
+    used = {UNSQUASHED: not squash_output, LOGITS: logits is not None, MASK: mask is not None, SHARED: shared}
+    return frozenset(option for option, is_used in used.items() if is_used)
+
+
+def _kind(x: Tensor | None) -> Hashable:
+    """All of a tensor that checks look at."""
+    if x is None or x.is_nested:  # which has no shape
+        return x
+    return x.shape, x.dtype, x.device, x.layout
+
+
+def once_for_each_kind(prepare: Callable[..., Prepared], tensors: int) -> Callable[..., Prepared]:
+    """`prepare`, called once for all calls that differ in nothing but the numbers in their tensors.
+
+    So the arguments of every call are checked, and most calls pay for a look-up in a table. The first
+    `tensors` arguments are tensors or None.
+    """
+    table: dict[Hashable, Prepared] = {}
+
+    def prepared(*args: Any) -> Prepared:
+        try:
+            kind = (*map(_kind, args[:tensors]), *args[tensors:])
+            call = table.get(kind)
+        except TypeError:  # sizes that are symbols
+            return prepare(*args)
+        if call is None:
+            call = prepare(*args)
+            if len(table) >= _MOST_KINDS:
+                table.clear()
+            table[kind] = call
+        return call
+
+    return prepared
+
+
+def backend_function(op: str, impl: str, first: Tensor, call: Prepared) -> Callable:
+    """The function of the backend that computes a call, which is the reference for empty tensors."""
+    device = _CPU if first.is_cpu else first.device
+    backend = dispatch.chosen(op, impl, device, first.dtype, call.shapes, call.options)
+    return (reference.BACKEND if call.empty else backend).functions[op]
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -8,16 +8,19 @@ from typing import Any
 from torch import Tensor
 
 from capsops import reference
+from capsops.backends.backend import SHARED
 from capsops.ops import _shared_flops, predictions
 from capsops.ops._eager import is_plain_backward
 from capsops.ops._register import (
     OPTIONS,
     ROUTING,
+    Prepared,
     backend_function,
     contiguous,
     fake_like,
     fake_like_logits,
     like_logits,
+    once_for_each_kind,
     register,
     routing_fakes,
     routing_options,
@@ -52,9 +55,9 @@ def is_shared(u: Shape, weight: Shape) -> bool:
     return len(weight) == 3 or (weight[0] == 1 and u[1] != 1)
 
 
-def backend_weight(u: Tensor, weight: Tensor) -> Tensor:
+def backend_weight(weight: Tensor, call: Prepared) -> Tensor:
     """W as backends take it: [I, J, D, K], or [J, D, K] where it is shared."""
-    if weight.dim() == 4 and is_shared(u.shape, weight.shape):
+    if SHARED in call.options and weight.dim() == 4:
         weight = weight[0]
     return weight.contiguous()
 
@@ -100,6 +103,47 @@ def check_backward(
     check_saved("u", u, (u.shape[0], out_capsules, out_dim), grad, s, passes)
 
 
+def prepare(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    squash_output: bool,
+) -> Prepared:
+    """Checks the arguments of a call."""
+    check(u, weight, bias, logits, mask, iterations)
+    shapes = u.shape, weight.shape
+    return Prepared(
+        shapes,
+        routing_options(squash_output, logits, mask, is_shared(*shapes)),
+        u.numel() == 0 or weight.numel() == 0,
+        effective_iterations(iterations, weight.shape[-3], leaky, logits),
+    )
+
+
+def prepare_backward(
+    grad: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    s: Tensor,
+    iterations: int,
+    leaky: bool,
+    squash_output: bool,
+) -> Prepared:
+    check_backward(grad, u, weight, bias, logits, mask, s, iterations, leaky)
+    return prepare(u, weight, bias, logits, mask, iterations, leaky, squash_output)
+
+
+prepared = once_for_each_kind(prepare, tensors=5)
+_prepared_backward = once_for_each_kind(prepare_backward, tensors=7)
+
+
 def kernel(
     u: Tensor,
     weight: Tensor,
@@ -112,19 +156,14 @@ def kernel(
     squash_output: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    check(u, weight, bias, logits, mask, iterations)
-    iterations = effective_iterations(iterations, weight.shape[-3], leaky, logits)
-    options = routing_options(squash_output, logits, mask, is_shared(u.shape, weight.shape))
-    compute = backend_function(
-        "capsule_routing", impl, u, weight, shapes=(u.shape, weight.shape), options=options
-    )
-    return compute(
+    call = prepared(u, weight, bias, logits, mask, iterations, leaky, squash_output)
+    return backend_function("capsule_routing", impl, u, call)(
         u.contiguous(),
-        backend_weight(u, weight),
+        backend_weight(weight, call),
         contiguous(bias),
         with_three_axes(logits),
         contiguous(mask),
-        iterations,
+        call.iterations,
         leaky,
         squash_output,
     )
@@ -147,22 +186,18 @@ def kernel_backward(
     needs_logits: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_backward(grad, u, weight, bias, logits, mask, s, iterations, leaky)
-    iterations = effective_iterations(iterations, weight.shape[-3], leaky, logits)
-    options = routing_options(squash_output, logits, mask, is_shared(u.shape, weight.shape))
-    compute = backend_function(
-        "capsule_routing_backward", impl, u, weight, shapes=(u.shape, weight.shape), options=options
-    )
+    call = _prepared_backward(grad, u, weight, bias, logits, mask, s, iterations, leaky, squash_output)
     if s.dim() == 3:
         s = s.unflatten(2, weight.shape[-3:-1])
+    compute = backend_function("capsule_routing_backward", impl, u, call)
     grad_u, grad_weight, grad_bias, grad_logits = compute(
         grad.contiguous(),
         u.contiguous(),
-        backend_weight(u, weight),
+        backend_weight(weight, call),
         with_three_axes(logits),
         contiguous(mask),
         s.contiguous(),
-        iterations,
+        call.iterations,
         leaky,
         detach,
         squash_output,

@@ -11,13 +11,11 @@ from capsops.ops._register import (
     backend_function,
     contiguous,
     register,
-    routing_options,
     with_three_axes,
 )
 from capsops.ops._sharding import Shards, logits_axis
-from capsops.ops._shared_checks import effective_iterations
 from capsops.ops._shared_flops import Shape
-from capsops.ops.capsule_routing import backend_weight, check, is_shared
+from capsops.ops.capsule_routing import backend_weight, check, is_shared, prepared
 
 SCHEMA = f"(Tensor u, Tensor weight, {ROUTING}, str impl) -> Tensor"
 
@@ -32,17 +30,14 @@ def kernel(
     leaky: bool,
     impl: str,
 ) -> Tensor:
-    check(u, weight, bias, logits, mask, iterations)
-    iterations = effective_iterations(iterations, weight.shape[-3], leaky, logits)
-    options = routing_options(True, logits, mask, is_shared(u.shape, weight.shape))
-    compute = backend_function("couplings", impl, u, weight, shapes=(u.shape, weight.shape), options=options)
-    return compute(
+    call = prepared(u, weight, bias, logits, mask, iterations, leaky, True)
+    return backend_function("couplings", impl, u, call)(
         u.contiguous(),
-        backend_weight(u, weight),
+        backend_weight(weight, call),
         contiguous(bias),
         with_three_axes(logits),
         contiguous(mask),
-        iterations,
+        call.iterations,
         leaky,
     )
 

@@ -10,11 +10,13 @@ from capsops.ops._eager import is_plain_backward
 from capsops.ops._register import (
     OPTIONS,
     ROUTING,
+    Prepared,
     backend_function,
     contiguous,
     fake_like,
     fake_like_logits,
     like_logits,
+    once_for_each_kind,
     register,
     routing_fakes,
     routing_options,
@@ -88,6 +90,44 @@ def check_backward(
     check_saved("u_hat", u_hat, (batch, out_capsules, out_dim), grad, s, passes)
 
 
+def prepare(
+    u_hat: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    squash_output: bool,
+) -> Prepared:
+    check(u_hat, bias, logits, mask, iterations)
+    out_capsules = reference.out_capsules(u_hat, bias, logits)
+    return Prepared(
+        (u_hat.shape,),
+        routing_options(squash_output, logits, mask, u_hat.dim() == 3),
+        any(x is not None and x.numel() == 0 for x in (u_hat, bias, logits)),
+        effective_iterations(iterations, out_capsules, leaky, logits),
+    )
+
+
+def prepare_backward(
+    grad: Tensor,
+    u_hat: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    s: Tensor,
+    iterations: int,
+    leaky: bool,
+    squash_output: bool,
+) -> Prepared:
+    check_backward(grad, u_hat, bias, logits, mask, s, iterations, leaky)
+    return prepare(u_hat, bias, logits, mask, iterations, leaky, squash_output)
+
+
+_prepared = once_for_each_kind(prepare, tensors=4)
+_prepared_backward = once_for_each_kind(prepare_backward, tensors=6)
+
+
 def kernel(
     u_hat: Tensor,
     bias: Tensor | None,
@@ -99,15 +139,16 @@ def kernel(
     squash_output: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    check(u_hat, bias, logits, mask, iterations)
-    out_capsules = reference.out_capsules(u_hat, bias, logits)
-    iterations = effective_iterations(iterations, out_capsules, leaky, logits)
-    options = routing_options(squash_output, logits, mask, u_hat.dim() == 3)
-    compute = backend_function(
-        "dynamic_routing", impl, u_hat, bias, logits, shapes=(u_hat.shape,), options=options
+    call = _prepared(u_hat, bias, logits, mask, iterations, leaky, squash_output)
+    return backend_function("dynamic_routing", impl, u_hat, call)(
+        u_hat.contiguous(),
+        contiguous(bias),
+        with_three_axes(logits),
+        contiguous(mask),
+        call.iterations,
+        leaky,
+        squash_output,
     )
-    logits, mask = with_three_axes(logits), contiguous(mask)
-    return compute(u_hat.contiguous(), contiguous(bias), logits, mask, iterations, leaky, squash_output)
 
 
 def kernel_backward(
@@ -124,22 +165,17 @@ def kernel_backward(
     needs_logits: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_backward(grad, u_hat, bias, logits, mask, s, iterations, leaky)
-    out_capsules, out_dim = grad.shape[1:]
-    iterations = effective_iterations(iterations, out_capsules, leaky, logits)
-    options = routing_options(squash_output, logits, mask, u_hat.dim() == 3)
-    compute = backend_function(
-        "dynamic_routing_backward", impl, u_hat, grad, shapes=(u_hat.shape,), options=options
-    )
+    call = _prepared_backward(grad, u_hat, bias, logits, mask, s, iterations, leaky, squash_output)
     if s.dim() == 3:
-        s = s.unflatten(2, (out_capsules, out_dim))
+        s = s.unflatten(2, grad.shape[1:])
+    compute = backend_function("dynamic_routing_backward", impl, u_hat, call)
     grad_u_hat, grad_bias, grad_logits = compute(
         grad.contiguous(),
         u_hat.contiguous(),
         with_three_axes(logits),
         contiguous(mask),
         s.contiguous(),
-        iterations,
+        call.iterations,
         leaky,
         detach,
         squash_output,

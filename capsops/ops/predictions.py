@@ -7,7 +7,14 @@ from torch import Tensor
 from capsops import reference
 from capsops.ops import _shared_flops
 from capsops.ops._eager import is_plain_backward
-from capsops.ops._register import backend_function, fake_like, register, second_order
+from capsops.ops._register import (
+    Prepared,
+    backend_function,
+    fake_like,
+    once_for_each_kind,
+    register,
+    second_order,
+)
 from capsops.ops._sharding import SUM, Shards
 from capsops.ops._shared_checks import check_dense, check_like, refuse_shape
 from capsops.ops._shared_flops import Shape
@@ -37,17 +44,29 @@ def check_backward(grad: Tensor, u: Tensor, weight: Tensor) -> None:
         refuse_shape("grad", grad, "BIJD", *sizes)
 
 
-def kernel(u: Tensor, weight: Tensor, impl: str) -> Tensor:
+def prepare(u: Tensor, weight: Tensor) -> Prepared:
     check(u, weight)
-    compute = backend_function("predictions", impl, u, weight, shapes=(u.shape, weight.shape))
+    return Prepared((u.shape, weight.shape), empty=u.numel() == 0 or weight.numel() == 0)
+
+
+def prepare_backward(grad: Tensor, u: Tensor, weight: Tensor) -> Prepared:
+    check_backward(grad, u, weight)
+    return prepare(u, weight)
+
+
+_prepared = once_for_each_kind(prepare, tensors=2)
+_prepared_backward = once_for_each_kind(prepare_backward, tensors=3)
+
+
+def kernel(u: Tensor, weight: Tensor, impl: str) -> Tensor:
+    compute = backend_function("predictions", impl, u, _prepared(u, weight))
     return compute(u.contiguous(), weight.contiguous())
 
 
 def kernel_backward(
     grad: Tensor, u: Tensor, weight: Tensor, needs_u: bool, needs_weight: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
-    check_backward(grad, u, weight)
-    compute = backend_function("predictions_backward", impl, u, weight, shapes=(u.shape, weight.shape))
+    compute = backend_function("predictions_backward", impl, u, _prepared_backward(grad, u, weight))
     return compute(grad.contiguous(), u.contiguous(), weight.contiguous(), needs_u, needs_weight)
 
 

@@ -6,7 +6,14 @@ from torch import Tensor
 
 from capsops import reference
 from capsops.ops._eager import is_plain_backward
-from capsops.ops._register import backend_function, fake_like, register, second_order
+from capsops.ops._register import (
+    Prepared,
+    backend_function,
+    fake_like,
+    once_for_each_kind,
+    register,
+    second_order,
+)
 from capsops.ops._sharding import Shards
 from capsops.ops._shared_checks import check_dense, check_like
 
@@ -30,14 +37,27 @@ def check_backward(grad: Tensor, s: Tensor, dim: int) -> None:
         raise ValueError(f"grad: got shape {list(grad.shape)}, takes that of s, which is {list(s.shape)}")
 
 
-def kernel(s: Tensor, dim: int, impl: str) -> Tensor:
+def prepare(s: Tensor, dim: int) -> Prepared:
     check(s, dim)
-    return backend_function("squash", impl, s)(s.contiguous(), dim)
+    return Prepared(empty=s.numel() == 0)
+
+
+def prepare_backward(grad: Tensor, s: Tensor, dim: int) -> Prepared:
+    check_backward(grad, s, dim)
+    return prepare(s, dim)
+
+
+_prepared = once_for_each_kind(prepare, tensors=1)
+_prepared_backward = once_for_each_kind(prepare_backward, tensors=2)
+
+
+def kernel(s: Tensor, dim: int, impl: str) -> Tensor:
+    return backend_function("squash", impl, s, _prepared(s, dim))(s.contiguous(), dim)
 
 
 def kernel_backward(grad: Tensor, s: Tensor, dim: int, impl: str) -> Tensor:
-    check_backward(grad, s, dim)
-    return backend_function("squash_backward", impl, s)(grad.contiguous(), s.contiguous(), dim)
+    compute = backend_function("squash_backward", impl, s, _prepared_backward(grad, s, dim))
+    return compute(grad.contiguous(), s.contiguous(), dim)
 
 
 def fake(s: Tensor, dim: int, impl: str) -> Tensor:
