@@ -255,7 +255,7 @@ def dynamic_routing(
         )
     return ops.dynamic_routing.call(
         plain, u_hat, bias, logits, mask, iterations, leaky, detach, squash_output, impl
-    )[0]
+    )
 
 
 def capsule_routing(
@@ -357,7 +357,7 @@ def capsule_routing(
         )
     return ops.capsule_routing.call(
         plain, u, weight, bias, logits, mask, iterations, leaky, detach, squash_output, impl
-    )[0]
+    )
 
 
 def couplings(

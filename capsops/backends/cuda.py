@@ -110,20 +110,28 @@ def predictions_backward(
     return _or_empty(grad_u, u), _or_empty(grad_weight, u)
 
 
-def _run(kernel: Callable[..., int], u: Tensor, tensors: tuple, settings: tuple, *missing: bool) -> None:
+def _run(
+    kernel: Callable[..., int],
+    u: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    options: tuple | None,
+    settings: tuple,
+    *missing: bool,
+) -> None:
     """Queues the kernels of a call of routing, in one call into the extension.
 
     How much workspace a call takes is known from the one before with the same settings, and with the same
     tensors missing. A call that gets too little only returns how much it takes.
     """
+    memories = [(0, 0) if x is None else (x.data_ptr(), x.nbytes) for x in tensors]
     dtype, device = u.dtype, u.get_device()
     tf32 = dtype is not torch.float32 or _allows_tf32()  # 16-bit numbers are exact in TF32
-    key = kernel, dtype, device, tf32, settings, missing
+    key = kernel, dtype, device, tf32, options is None, settings, missing
     takes = _workspaces.get(key, 0)
     while True:
         workspace = _empty(u, -(-takes // u.itemsize))
         space = workspace.data_ptr(), workspace.nbytes
-        takes = kernel(*tensors, *settings, _DTYPES[dtype], tf32, space, device, _stream(device))
+        takes = kernel(*memories, options, *settings, _DTYPES[dtype], tf32, space, device, _stream(device))
         if takes <= space[1]:
             return
         if len(_workspaces) >= _MOST_WORKSPACES:
@@ -152,10 +160,10 @@ def _route(
     _run(
         _cuda.routing,
         u,
-        (memory(u), memory(weight), memory(bias), memory(v), memory(s), options),
+        (u, weight, bias, v, s),
+        options,
         (*shape, iterations, leaky, squash_output),
         weight is None,
-        options is None,
     )
     return v, s
 
@@ -183,17 +191,16 @@ def _route_backward(
     grad_logits = None if logits is None or not needs_logits else _empty(u, logits.shape)
     grad_bias = _empty(u, shape[2:4])
     options = routing_options(logits, mask, shared, grad_logits)
-    gradients = memory(grad_u), memory(grad_weight), memory(grad_bias)
     _run(
         _cuda.routing_backward,
         u,
-        (memory(grad), memory(u), memory(weight), memory(s), *gradients, options),
+        (grad, u, weight, s, grad_u, grad_weight, grad_bias),
+        options,
         (*shape, iterations, leaky, detach, squash_output),
         weight is None,
         grad_u is None,
         grad_weight is None,
         grad_logits is None,
-        options is None,
     )
     return _or_empty(grad_u, u), _or_empty(grad_weight, u), grad_bias, _or_empty(grad_logits, u)
 
@@ -234,7 +241,8 @@ def dynamic_routing_backward(
 
 
 def _shape(u: Tensor, weight: Tensor) -> tuple[int, ...]:
-    return *u.shape[:2], *weight.shape[-3:]
+    sizes = *u.shape, *weight.shape
+    return sizes[:2] + sizes[-3:]
 
 
 def capsule_routing(
@@ -290,9 +298,9 @@ def couplings(
     _run(
         _cuda.couplings,
         u,
-        (memory(u), memory(weight), memory(bias), memory(c), options),
+        (u, weight, bias, c),
+        options,
         (*shape, iterations, leaky),
-        options is None,
     )
     return c
 

@@ -60,11 +60,12 @@ def is_plain(*tensors: object) -> bool:
     if _included().raw_repr() != _INCLUDED or _excluded().raw_repr() != _EXCLUDED:
         return False
     for x in tensors:
-        if isinstance(x, Tensor):
-            keys = _keys(x).raw_repr()
-            if keys not in _plain_keys and not _has_plain_keys(x, keys):
-                return False
-        elif x is not None:
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            return False
+        keys = _keys(x).raw_repr()
+        if keys not in _plain_keys and not _has_plain_keys(x, keys):
             return False
     return tensors[0] is not None
 

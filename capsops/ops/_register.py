@@ -269,7 +269,10 @@ def _autograd_kernel(name: str, vjp: Callable[..., tuple], setup: Callable[..., 
 
 
 def _eager_call(
-    name: str, kernel: Callable, gradient: tuple[Callable[..., tuple], Callable[..., None]] | None
+    name: str,
+    kernel: Callable,
+    gradient: tuple[Callable[..., tuple], Callable[..., None]] | None,
+    value_only: bool,
 ) -> Callable:
     """The op for callers in Python: through torch's dispatcher only where it has something to do."""
     op, tensors = getattr(torch.ops.capsops, name).default, _tensors(name)
@@ -280,18 +283,17 @@ def _eager_call(
         def forward(ctx: Any, *args: Any) -> Any:
             results = kernel(*args)
             setup(ctx, args, results)
-            return results
+            return results[0] if value_only else results
 
         function = _function(name, forward, vjp)
         # Function's own apply() looks for torch.func's transforms, of which none is active in a plain call.
         apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def call(plain: bool, *args: Any) -> Any:
-        if not plain:
-            return op(*args)
-        if apply is not None and _records(args[tensors]):
+        if plain and apply is not None and _records(args[tensors]):
             return apply(*args)
-        return kernel(*args)
+        results = kernel(*args) if plain else op(*args)
+        return results[0] if value_only else results
 
     return call
 
@@ -321,6 +323,7 @@ def register(
     shards: Callable[..., list[Shards]] | None = None,
     *,
     autocast: bool = False,
+    value_only: bool = False,
 ) -> Callable:
     """Defines torch.ops.capsops.<name>.
 
@@ -336,6 +339,7 @@ def register(
         flops: operations of a call, from the shapes of its tensors and its other arguments.
         shards: how the work may be divided, from the op's arguments; see capsops/ops/_sharding.py.
         autocast: whether the op takes part in autocast.
+        value_only: whether the package gets the first result only, and the others are for the gradient.
     """
     _kernels[name] = kernel
     if shards is not None:
@@ -352,7 +356,7 @@ def register(
     if autocast:
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _library.impl(name, under_autocast(getattr(torch.ops.capsops, name), device), key)
-    return _eager_call(name, kernel, gradient)
+    return _eager_call(name, kernel, gradient, value_only)
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:

@@ -261,7 +261,7 @@ def save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(u, weight, bias, logits, mask, saved(output[1]))
 
 
-def gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple:
+def gradient(ctx: Any, grad: Tensor | None, _: None = None) -> tuple:
     if grad is None:
         return (None,) * 10
     u, weight, bias, logits, mask, s = ctx.saved_tensors
@@ -364,7 +364,9 @@ def shards_backward(grad: Any, u: Any, weight: Any, bias: Any, logits: Any, *_: 
     return [((0, SUM, SUM, axes.get("logits", SUM)), {"grad": 0, "u": 0, "mask": 0, "s": 1, **axes})]
 
 
-call = register("capsule_routing", SCHEMA, kernel, fake, (gradient, save), flops, shards, autocast=True)
+call = register(
+    "capsule_routing", SCHEMA, kernel, fake, (gradient, save), flops, shards, autocast=True, value_only=True
+)
 call_backward = register(
     "capsule_routing_backward",
     BACKWARD_SCHEMA,

@@ -226,7 +226,7 @@ def save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(u_hat, bias, logits, mask, saved(output[1]))
 
 
-def gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple:
+def gradient(ctx: Any, grad: Tensor | None, _: None = None) -> tuple:
     if grad is None:
         return (None,) * 9
     u_hat, bias, logits, mask, s = ctx.saved_tensors
@@ -311,7 +311,9 @@ def shards_backward(grad: Any, u_hat: Any, bias: Any, logits: Any, *_: Any) -> l
     return [((0, SUM, axes.get("logits", SUM)), {"grad": 0, "u_hat": 0, "mask": 0, "s": 1, **axes})]
 
 
-call = register("dynamic_routing", SCHEMA, kernel, fake, (gradient, save), flops, shards, autocast=True)
+call = register(
+    "dynamic_routing", SCHEMA, kernel, fake, (gradient, save), flops, shards, autocast=True, value_only=True
+)
 call_backward = register(
     "dynamic_routing_backward",
     BACKWARD_SCHEMA,
