@@ -18,6 +18,8 @@ def _target(target: Target) -> str:
     def number(value: float) -> str:
         if target.what == "share":
             return f"{value:.0%}"
+        if target.what == "seconds":
+            return duration(value)
         return f"{value / MIB:.0f} MiB" if target.what == "memory" else times(value)
 
     verdict = "met" if target.met else f"MISSED, {number(target.got)}"

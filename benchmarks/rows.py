@@ -15,7 +15,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 class Target:
     """A number to be reached: at least `wanted`, or at most where `most`."""
 
-    what: str  # "ratio", "share", "memory ratio", "memory", "overhead"
+    what: str  # "ratio", "share", "memory ratio", "memory", "overhead", "seconds"
     wanted: float
     got: float
     most: bool = False
