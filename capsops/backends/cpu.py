@@ -136,7 +136,7 @@ def _route_backward(
     grad_u = _like(u, needs_u)
     grad_weight = None if weight is None else _like(weight, needs_weight)
     grad_logits = None if logits is None or not needs_logits else u.new_empty(logits.shape)
-    grad_bias = u.new_empty(shape[2:4])
+    grad_bias = u.new_empty(*shape[2:4])  # with a tuple it takes longer
     _cpu.routing_backward(
         memory(grad),
         memory(u),

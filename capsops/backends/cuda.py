@@ -29,7 +29,7 @@ _stream: Any = getattr(
     _torch, "_cuda_getCurrentRawStream", None
 )  # of a device's index; only in builds for GPUs
 _precision = getattr(_torch, "_get_fp32_precision_getter", None)  # since torch 2.9
-_empty = Tensor.new_empty
+_empty = Tensor.new_empty  # with a torch.Size in place of numbers it takes twice as long
 
 # Bytes of workspace that calls have taken, by what they depend on.
 _workspaces: dict[tuple, int] = {}
@@ -47,7 +47,7 @@ def _allows_tf32() -> bool:
 
 
 def _like(x: Tensor, needed: bool = True) -> Tensor | None:
-    return _empty(x, x.shape) if needed else None
+    return _empty(x, *x.shape) if needed else None
 
 
 def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _squash(s: Tensor, grad: Tensor | None, dim: int) -> Tensor:
-    out = _empty(s, s.shape)
+    out = _empty(s, *s.shape)
     _cuda.squash(
         memory(s),
         memory(grad),
@@ -186,10 +186,10 @@ def _route_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """∂u (or ∂û), ∂W, ∂β and ∂logits; `shape` is (B, I, J, D, K)."""
     shared = u.dim() == 3 if weight is None else weight.dim() == 3
-    grad_u = _empty(u, u.shape) if needs_u else None
-    grad_weight = None if weight is None or not needs_weight else _empty(u, weight.shape)
-    grad_logits = None if logits is None or not needs_logits else _empty(u, logits.shape)
-    grad_bias = _empty(u, shape[2:4])
+    grad_u = _like(u, needs_u)
+    grad_weight = None if weight is None else _like(weight, needs_weight)
+    grad_logits = None if logits is None else _like(logits, needs_logits)
+    grad_bias = _empty(u, *shape[2:4])
     options = routing_options(logits, mask, shared, grad_logits)
     _run(
         _cuda.routing_backward,

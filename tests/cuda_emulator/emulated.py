@@ -83,9 +83,7 @@ class Emulated:
         self.extension = load("_cuda", library)
         self.implementation = load_implementation(self.extension)
         self.implementation._stream = lambda device: 0
-        self.implementation._empty = lambda like, *shape, dtype=None: self._empty(
-            shape[0] if isinstance(shape[0], torch.Size | tuple) else shape, dtype or like.dtype
-        )
+        self.implementation._empty = lambda like, *shape, dtype=None: self._empty(shape, dtype or like.dtype)
         self.at_end = True
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
