@@ -430,3 +430,26 @@ def test_one_output_capsule_saves_the_sums_of_one_pass(impl: str) -> None:
     torch.testing.assert_close(v, reference.capsule_routing(u, weight))
     _, s = OPS.capsule_routing(u, weight, None, None, None, 3, True, False, True, impl)
     assert s.shape == (3, 2, 1, 5)
+
+
+def test_arguments_are_checked_after_a_call_that_was_right() -> None:
+    """The checks of a call are remembered, by all that they look at."""
+    u, weight, bias = torch.randn(2, 3, 6), torch.randn(3, 4, 5, 6), torch.zeros(4, 5)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    capsops.capsule_routing(u, weight, bias, mask=mask)
+    wrong = [
+        (u, weight.double(), bias, mask),
+        (u, weight[..., 1:], bias, mask),
+        (u, weight.to_sparse(), bias, mask),
+        (u, weight.to("meta"), bias, mask),
+        (u, weight, bias[:, 1:], mask),
+        (u, weight, bias, mask.float()),
+        (u, weight, bias, mask[:1]),
+        (u.half(), weight, bias, mask),
+    ]
+    for *tensors, mask in wrong:
+        for _ in range(2):
+            with pytest.raises((TypeError, ValueError), match=r"^(u|weight|bias|mask): got "):
+                capsops.capsule_routing(*tensors, mask=mask)
+    with pytest.raises(ValueError, match="^iterations: got 1001"):
+        capsops.capsule_routing(u, weight, bias, iterations=1001)
