@@ -25,9 +25,8 @@ _cuda, _unavailable = extension.load("cuda")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _torch: Any = torch._C
-_stream: Any = getattr(
-    _torch, "_cuda_getCurrentRawStream", None
-)  # of a device's index; only in builds for GPUs
+# The raw stream that is current on the device with this index; only torch's builds for GPUs have it.
+_stream: Any = getattr(_torch, "_cuda_getCurrentRawStream", None)
 _precision = getattr(_torch, "_get_fp32_precision_getter", None)  # since torch 2.9
 _empty = Tensor.new_empty  # with a torch.Size in place of numbers it takes twice as long
 
