@@ -12,9 +12,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from benchmarks.gpu.sass import NO_BARRIER, Instruction
+
+Lanes = npt.NDArray[Any]  # a number for each lane of a warp
 
 SCHEDULERS = 4
 WARP = 32
@@ -63,11 +68,9 @@ _COSTS = {
     **dict.fromkeys(("LDG", "LD"), Cost(MEMORY, 2, L2_LATENCY)),
     **dict.fromkeys(("STG", "ST", "RED", "ATOMS"), Cost(MEMORY, 2, 20)),
     "LDGSTS": Cost(MEMORY, 4, L2_LATENCY),
-    **dict.fromkeys(
-        ("BRA", "BSSY", "BSYNC", "NOP", "WARPSYNC", "YIELD", "BREAK", "EXIT", "CALL", "RET", "BAR")
-        + ("DEPBAR", "LDGDEPBAR", "ENDCOLLECTIVE", "BRX", "UCGABAR_ARV", "UCGABAR_WAIT"),
-        Cost(BRANCH, 1),
-    ),
+    **dict.fromkeys(("BRA", "BSSY", "BSYNC", "BREAK", "EXIT", "CALL", "RET", "BRX"), Cost(BRANCH, 1)),
+    **dict.fromkeys(("NOP", "WARPSYNC", "YIELD", "BAR", "DEPBAR", "LDGDEPBAR"), Cost(BRANCH, 1)),
+    **dict.fromkeys(("UCGABAR_ARV", "UCGABAR_WAIT"), Cost(BRANCH, 1)),
 }
 
 
@@ -75,9 +78,9 @@ def bytes_of_lane(instruction: Instruction) -> int:
     """How many bytes each lane loads or stores."""
     if instruction.name == "LDSM":
         return 4 * int(instruction.modifiers[-1]) if instruction.modifiers[-1].isdigit() else 4
-    for bits in (128, 64):
-        if str(bits) in instruction.modifiers:
-            return bits // 8
+    for modifier, size in (("128", 16), ("64", 8), ("U8", 1), ("S8", 1), ("U16", 2), ("S16", 2)):
+        if modifier in instruction.modifiers:
+            return size
     return 4
 
 
@@ -95,10 +98,9 @@ def cost(instruction: Instruction) -> Cost:
     if name == "HMMA":
         return Cost(TENSOR, _tensor_cycles(instruction.opcode))
     if name in ("LDS", "LDSM"):
-        wavefronts = bytes_of_lane(instruction) // 4
-        return Cost(MEMORY, wavefronts, SHARED_LATENCY)
+        return Cost(MEMORY, max(bytes_of_lane(instruction) // 4, 1), SHARED_LATENCY)
     if name == "STS":
-        return Cost(MEMORY, bytes_of_lane(instruction) // 4, 20)
+        return Cost(MEMORY, max(bytes_of_lane(instruction) // 4, 1), 20)
     return _COSTS.get(name, _ALU)
 
 
@@ -110,6 +112,7 @@ class Step(NamedTuple):
     cycles: int
     latency: int
     l2_bytes: int  # that it moves between the second-level cache and the multiprocessor
+    stored: int = 0  # bytes that its lanes write to global memory
 
 
 _FROM_L2 = ("LDG", "LD", "LDGSTS", "STG", "ST")
@@ -122,6 +125,53 @@ def step(instruction: Instruction, cycles: int | None = None, lanes: int = WARP)
     base = cost(instruction)
     moved = bytes_of_lane(instruction) * lanes if instruction.name in _FROM_L2 else 0
     return Step(instruction, base.pipe, cycles or base.cycles, base.latency, moved)
+
+
+_SECTOR = 32  # bytes of global memory that are moved together
+_BANKS = 32  # of shared memory, of 4 bytes
+
+
+def _wavefronts(addresses: Lanes, size: int) -> int:
+    """How many cycles shared memory takes for accesses of `size` bytes a lane.
+
+    It serves 128 bytes at a time: 32, 16 or 8 lanes; words of one bank in different rows take turns.
+    """
+    total, lanes = 0, 128 // size
+    words = addresses[:, None] // np.uint64(4) + np.arange(size // 4, dtype=np.uint64)
+    for first in range(0, len(addresses), lanes):
+        distinct = np.unique(words[first : first + lanes])
+        total += int(np.bincount((distinct % np.uint64(_BANKS)).astype(np.int64)).max())
+    return total
+
+
+@cache
+def _access(instruction: Instruction, pattern: bytes, active: bytes, moved: bytes) -> Step:
+    addresses, base = np.frombuffer(pattern, np.uint64), cost(instruction)
+    lanes, from_l2 = np.frombuffer(active, bool), np.frombuffer(moved, bool)
+    count = 0
+    if instruction.name in _FROM_L2:
+        size = 16 if instruction.name == "LDGSTS" else bytes_of_lane(instruction)
+        sectors = addresses[from_l2] // np.uint64(_SECTOR)
+        count = len(np.unique(sectors)) * _SECTOR if size <= _SECTOR else size * int(from_l2.sum())
+    if not lanes.any():
+        return Step(instruction, base.pipe, 1, base.latency, 0)
+    taken = base.cycles
+    if instruction.name in ("LDS", "STS"):
+        taken = _wavefronts(addresses[lanes], max(bytes_of_lane(instruction), 4))
+    elif instruction.name in ("LDSM", "STSM"):  # lanes 8 m ... 8 m + 7 have the rows of matrix m, of 16 bytes
+        matrices = bytes_of_lane(instruction) // 4
+        taken = sum(_wavefronts(addresses[8 * m : 8 * m + 8], 16) for m in range(matrices))
+    stored = bytes_of_lane(instruction) * int(lanes.sum()) if instruction.name in ("STG", "ST") else 0
+    return Step(instruction, base.pipe, taken, base.latency, count, stored)
+
+
+def access(instruction: Instruction, addresses: Lanes, active: Lanes, moved: Lanes) -> Step:
+    """The step of an instruction for memory whose active lanes have these addresses; those in `moved` read
+    or write global memory."""
+    if active.any():
+        first = addresses[active].min()
+        addresses = addresses - (first // np.uint64(128)) * np.uint64(128)
+    return _access(instruction, addresses.tobytes(), active.tobytes(), moved.tobytes())
 
 
 @dataclass(frozen=True)
@@ -211,7 +261,7 @@ def simulate(warps: Iterable[Iterable[Step]], blocks: Sequence[int] | None = Non
             begin = max(pipes.get(key, 0), now)
             pipes[key] = begin + item.cycles
             busy[item.pipe] += item.cycles
-            end = begin + item.cycles + item.latency
+            end: float = begin + item.cycles + item.latency
             if item.l2_bytes:
                 l2_free = max(l2_free, begin) + item.l2_bytes / L2_BYTES
                 busy["l2"] += item.l2_bytes / L2_BYTES

@@ -192,7 +192,8 @@ class Flow:
         last = max(
             (self.blocks[n].last for n in loop.body if loop.head in self.blocks[n].successors), default=0
         )
-        path, n = [], loop.head
+        path: list[Instruction] = []
+        n = loop.head
         seen: set[int] = set()
         while n not in seen:
             seen.add(n)
