@@ -10,6 +10,9 @@ from benchmarks.gpu.sass import Function, Instruction
 _ENDS = ("BRA", "EXIT", "RET", "BRX", "JMP", "JMX", "CALL", "BREAK", "BPT")
 
 
+_ENTRY = -1  # an empty block before the kernel and its subroutines
+
+
 @dataclass(frozen=True)
 class Block:
     """Instructions first ... last of the function, which run one after the other."""
@@ -40,7 +43,7 @@ def _always(instruction: Instruction) -> bool:
 def successors(function: Function, n: int) -> tuple[int, ...]:
     """Indices of the instructions that may follow instruction n.
 
-    A call returns to the next instruction, and what it calls counts as part of it: the subroutines are cold.
+    A call is followed by what comes after it; the subroutine has a flow of its own.
     BRA.DIV is for warps whose lanes have diverged, which the compiler could not exclude; it isn't taken.
     """
     instruction = function.instructions[n]
@@ -75,12 +78,14 @@ class Flow:
             first: Block(first, last, successors(function, last))
             for first, last in zip(starts, ends, strict=True)
         }
+        calls = {function.index[x.target] for x in code if x.name == "CALL"}
+        self.blocks[_ENTRY] = Block(_ENTRY, _ENTRY - 1, (0, *sorted(calls)))
 
     @cached_property
     def order(self) -> list[int]:
         """The blocks that can be reached from the entry, each before those that follow it (but for loops)."""
         done: list[int] = []
-        seen, stack = {0}, [(0, iter(self.blocks[0].successors))]
+        seen, stack = {_ENTRY}, [(_ENTRY, iter(self.blocks[_ENTRY].successors))]
         while stack:
             block, rest = stack[-1]
             following = next((n for n in rest if n not in seen), None)
@@ -104,7 +109,7 @@ class Flow:
     def dominators(self) -> dict[int, int]:
         """The immediate dominator of each block (Cooper, Harvey, Kennedy: a simple, fast algorithm)."""
         rank = {n: k for k, n in enumerate(self.order)}
-        above = {0: 0}
+        above = {_ENTRY: _ENTRY}
 
         def common(a: int, b: int) -> int:
             while a != b:
@@ -127,7 +132,7 @@ class Flow:
         return above
 
     def dominates(self, a: int, b: int) -> bool:
-        while b != a and b != 0:
+        while b not in (a, _ENTRY):
             b = self.dominators[b]
         return a == b
 
