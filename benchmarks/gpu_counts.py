@@ -1,6 +1,6 @@
-"""`python -m benchmarks.gpu_counts`: what each CUDA kernel takes of a multiprocessor, read without a GPU.
+"""`python -m benchmarks.gpu_counts`: what each kernel takes of a multiprocessor, read without a GPU.
 
-python -m benchmarks.gpu_counts [--json FILE] [--precision tf32 ...] [--kernel later ...] [--check]
+python -m benchmarks.gpu_counts [--json FILE] [--backend cuda triton] [--precision tf32] [--kernel later]
 
     counts the launches of routing on the paper's layer at B = 128: registers, spills, blocks resident, the
     instructions of the inner loops, and cycles of a multiprocessor for 32 samples and one input capsule, in
@@ -17,10 +17,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import counts, cycles, flow, launches, objects, predictions, sass
+from benchmarks.gpu import counts, cycles, flow, launches, objects, predictions, sass, triton_launches
 from benchmarks.gpu.count_limits import broken
 from benchmarks.gpu.counts import Count
 from benchmarks.gpu.launches import BACKWARD, FORWARD
@@ -28,6 +29,7 @@ from benchmarks.machine import provenance
 from capsops.measuring.cases import Case
 
 CASE = Case(128)  # I = 1152, J = 10, D = 16, K = 8, T = 3
+CUDA, TRITON = "cuda", "triton"
 TURNS = 12  # of a loop, of which the first ones fill the pipes
 
 
@@ -35,6 +37,7 @@ TURNS = 12  # of a loop, of which the first ones fill the pipes
 class Row:
     """A step of a call, and how often it runs."""
 
+    backend: str
     op: str
     precision: str
     times: int
@@ -42,7 +45,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        return f"{self.op}, {self.count.role}"
+        return f"{self.op}, {self.count.role}" + (f" ({self.count.kernel})" if self.backend == TRITON else "")
 
 
 def units(case: Case) -> float:
@@ -50,32 +53,35 @@ def units(case: Case) -> float:
     return case.batch / counts.SAMPLES * case.in_capsules
 
 
-def count_call(op: str, precision: str, wanted: Sequence[str] = ()) -> list[Row]:
+def count_call(op: str, precision: str, wanted: Sequence[str] = (), backend: str = CUDA) -> list[Row]:
     """The steps of a call in their order. Steps of one kernel in the same role are taken to be alike."""
-    kernels, prepared = launches.kernels(precision), {}
+    module = launches if backend == CUDA else triton_launches
+    prepared: dict[str, counts.Kernel] = {}
     rows: dict[tuple[str, str], Row] = {}
-    for launch in launches.recorded(op, precision, CASE):
-        if launch.name not in prepared:
-            prepared[launch.name] = counts.Kernel(*kernels[launch.name])
-        kernel = prepared[launch.name]
+    for launch, function, usage in module.with_kernels(op, precision, CASE):
+        kernel = prepared.setdefault(launch.name, counts.Kernel(function, usage))
         key = launch.name, kernel.role_of(launch)
         if wanted and not any(part in f"{op}, {key[1]}" for part in wanted):
             continue
         row = rows.get(key)
         count = row.count if row else kernel.count(launch)
-        rows[key] = Row(op, precision, row.times + 1 if row else 1, count)
+        rows[key] = Row(backend, op, precision, row.times + 1 if row else 1, count)
     return list(rows.values())
 
 
-def _count(arguments: tuple[str, str, Sequence[str]]) -> list[Row]:
+def _count(arguments: tuple[str, str, Sequence[str], str]) -> list[Row]:
     return count_call(*arguments)
 
 
-def microseconds(rows: Sequence[Row], op: str, precision: str) -> float:
+def microseconds(rows: Sequence[Row], backend: str, op: str, precision: str) -> float:
+    wanted = backend, op, precision
     steps = [
-        row.count for row in rows if (row.op, row.precision) == (op, precision) for _ in range(row.times)
+        row.count for row in rows if (row.backend, row.op, row.precision) == wanted for _ in range(row.times)
     ]
-    return predictions.microseconds(steps, len(launches.recorded(op, precision, CASE, cooperative=True)))
+    launched = len(steps)
+    if backend == CUDA:  # of which several steps share a launch
+        launched = len(launches.recorded(op, precision, CASE, cooperative=True))
+    return predictions.microseconds(steps, launched)
 
 
 def per_unit(row: Row) -> dict[str, float]:
@@ -89,13 +95,13 @@ def per_unit(row: Row) -> dict[str, float]:
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    heads = ("precision", "step", "times", "registers", "spills", "warps", "resident", "blocks")
+    heads = ("backend", "precision", "step", "times", "registers", "spills", "warps", "resident", "blocks")
     heads += ("instructions", "inner cycles", "cycles", "µs", "stored KB")
     yield "\t".join(heads)
     for row in rows:
         count, numbers = row.count, per_unit(row)
-        cells: list[object] = [row.precision, row.title, row.times, count.registers, count.spills]
-        cells += [count.warps, count.resident, count.blocks]
+        cells: list[object] = [row.backend, row.precision, row.title, row.times]
+        cells += [count.registers, count.spills, count.warps, count.resident, count.blocks]
         cells += [f"{number:.0f}" for number in numbers.values()]
         cells += [f"{count.cycles / predictions.GIGAHERTZ / 1e3:.1f}", count.stored_bytes >> 10]
         yield "\t".join(map(str, cells))
@@ -110,7 +116,7 @@ def kinds(rows: Sequence[Row]) -> Iterator[str]:
             f"{row.count.per_unit(n, units(CASE)):.0f} {kind}"
             for kind, n in list(row.count.inner_instructions.items())[:12]
         ]
-        yield f"{row.precision}, {row.title}: {', '.join(listed)}"
+        yield f"{row.backend}, {row.precision}, {row.title}: {', '.join(listed)}"
         if row.count.role == counts.LATER and row.count.straight_line_cycles:
             yield f"  {row.count.straight_line_cycles:.0f} cycles straight through the code of these loops"
 
@@ -129,6 +135,7 @@ def record(rows: Sequence[Row], times: dict[str, float]) -> dict[str, Any]:
         "microseconds": {name: round(value, 1) for name, value in times.items()},
         "steps": [
             {
+                "backend": row.backend,
                 "op": row.op,
                 "precision": row.precision,
                 "times": row.times,
@@ -140,10 +147,16 @@ def record(rows: Sequence[Row], times: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def count_all(precisions: Sequence[str], wanted: Sequence[str]) -> list[Row]:
-    for precision in precisions:
-        objects.recorder(precision)  # compiles on all cores
-    jobs = [(op, precision, wanted) for precision in precisions for op in (FORWARD, BACKWARD)]
+def count_all(backends: Sequence[str], precisions: Sequence[str], wanted: Sequence[str]) -> list[Row]:
+    if CUDA in backends:
+        for precision in precisions:
+            objects.recorder(precision)  # compiles on all cores
+    jobs = [
+        (op, precision, wanted, backend)
+        for backend in backends
+        for precision in precisions
+        for op in (FORWARD, BACKWARD)
+    ]
     with ProcessPoolExecutor() as pool:
         return [row for rows in pool.map(_count, jobs) for row in rows]
 
@@ -188,6 +201,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file for all numbers")
     choices = objects.PRECISIONS
     parser.add_argument("--precision", nargs="+", choices=choices, default=list(choices))
+    parser.add_argument("--backend", nargs="+", choices=(CUDA, TRITON), default=[CUDA])
     parser.add_argument("--kernel", nargs="+", default=[], help="parts of the steps' names, such as later")
     parser.add_argument("--check", action="store_true", help="fail if a limit of count_limits.py is broken")
     parser.add_argument("--cubin", type=Path)
@@ -197,22 +211,27 @@ def main() -> None:
     if args.cubin:
         print_loops(args.cubin, args.function, args.warps)
         return
-    if objects.nvcc() is None:
+    if CUDA in args.backend and objects.nvcc() is None:
         raise SystemExit("gpu_counts needs nvcc: there is none on the path or in CUDA_HOME")
-    rows = count_all(args.precision, args.kernel)
+    rows = count_all(args.backend, args.precision, args.kernel)
     print(*table(rows), *kinds(rows), sep="\n")
     times: dict[str, float] = {}
-    for precision in args.precision if not args.kernel else ():
-        forward, backward = (microseconds(rows, op, precision) for op in (FORWARD, BACKWARD))
-        times |= {f"{precision}, forward": forward, f"{precision}, forward + backward": forward + backward}
-        print(
-            f"{precision}: forward {forward:.0f} µs, forward + backward {forward + backward:.0f} µs", end=""
-        )
-        print(f" at {predictions.GIGAHERTZ} GHz")
+    for backend, precision in product(args.backend, args.precision if not args.kernel else ()):
+        forward, backward = (microseconds(rows, backend, op, precision) for op in (FORWARD, BACKWARD))
+        name = f"{backend}, {precision}, forward"
+        times |= {name: forward, f"{name} + backward": forward + backward}
+    for name, value in times.items():
+        print(f"{name}: {value:.0f} µs at {predictions.GIGAHERTZ} GHz")
     if args.json:
         args.json.write_text(json.dumps(record(rows, times), indent=1) + "\n")
-    wrong = [line for row in rows for line in broken(row.precision, row.count, per_unit(row))]
-    print(*wrong, sep="\n")
+    wrong = [
+        line
+        for row in rows
+        if row.backend == CUDA
+        for line in broken(row.precision, row.count, per_unit(row))
+    ]
+    for line in wrong:
+        print(line)
     if args.check and wrong:
         sys.exit(1)
 

@@ -42,6 +42,7 @@ class Compiled:
     programs: int
     options: dict[str, Any]
     artifact: Any
+    arguments: tuple[Any, ...] = ()  # by position
 
     @property
     def title(self) -> str:
@@ -93,7 +94,7 @@ def compiling(target: str, tf32: bool = False) -> Iterator[list[Compiled]]:
         self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any
     ) -> None:
         artifact = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.append(Compiled(self.fn.__name__, grid[0], options, artifact))
+        compiled.append(Compiled(self.fn.__name__, grid[0], options, artifact, args))
 
     driver = SimpleNamespace(  # what Triton asks of a driver before it launches
         get_current_target=lambda: TARGETS[target],

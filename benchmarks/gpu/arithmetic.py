@@ -398,8 +398,6 @@ def _move(state: State, x: Instruction, active: Lanes) -> None:
 
 def _float_constant(state: State, x: Instruction, active: Lanes) -> None:
     """HFMA2.MMA R0, -RZ, RZ, high, low: two halves put together."""
-    if x.operands[1:3] != ("-RZ", "RZ"):
-        raise UnknownInstructionError(str(x))
     high, low = (int(np.float16(float(n)).view(np.uint16)) for n in x.operands[3:5])
     state.set(x.operands[0], np.full(LANES, high << 16 | low, np.uint64), active)
 
@@ -503,6 +501,16 @@ def _absolute(state: State, x: Instruction, active: Lanes) -> None:
     state.set(x.operands[0], bits(abs(signed(state.word(x.operands[1])))), active)
 
 
+def _extend(state: State, x: Instruction, active: Lanes) -> None:
+    """SGXT R0, a, n: the lower n bits, with their sign unless U32."""
+    a, n = state.word(x.operands[1]), state.word(x.operands[2])
+    low = a & ((_1 << n) - _1)
+    negative = low >> (n - _1) & _1 != 0
+    state.set(
+        x.operands[0], low if "U32" in x.modifiers else np.where(negative, low - (_1 << n), low), active
+    )
+
+
 def _no_special_case(state: State, x: Instruction, active: Lanes) -> None:
     """FCHK: whether a division needs the slow way."""
     state.set_predicate(x.operands[0], np.zeros(LANES, bool), active)
@@ -535,6 +543,8 @@ _MEANINGS: dict[str, Callable[[State, Instruction, Lanes], None]] = {
     "P2R": _from_predicates,
     "IABS": _absolute,
     "FCHK": _no_special_case,
+    "SGXT": _extend,
+    "USGXT": _extend,
 }
 
 

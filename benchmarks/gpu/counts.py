@@ -42,14 +42,15 @@ class Count:
 
 def title(name: str) -> str:
     """passes_kernel<Tf32> for what the compiler made of it."""
+    if name.startswith("triton "):
+        return name
     parts = re.findall(r"\d+([a-z_]+_kernel)", name)
     kinds = ("Tf32", "MultiplyAdds", "bfloat16", "half")
     kind = next((kind for kind in kinds if kind in name), "")
     return (parts[-1] if parts else name) + (f"<{kind}>" if kind else "")
 
 
-def _copies(instructions: Sequence[sass.Instruction]) -> bool:
-    return any(x.name in ("LDGSTS", "UBLKCP", "UTMALDG") for x in instructions)
+_COPIES = ("LDGSTS", "UBLKCP", "UTMALDG")
 
 
 def _has_products(instructions: Sequence[sass.Instruction]) -> bool:
@@ -64,6 +65,11 @@ class Kernel:
     def __init__(self, function: sass.Function, usage: sass.Usage) -> None:
         self.function, self.usage = function, usage
         self.walk, self.flow = Walk(function), flow.Flow(function)
+        asynchronous = any(x.name in _COPIES for x in function.instructions)
+        self.copying = _COPIES if asynchronous else ("LDG",)  # what brings the next stage
+
+    def _copies(self, instructions: Sequence[sass.Instruction]) -> bool:
+        return any(x.name in self.copying for x in instructions)
 
     def role(self, trace: Sequence[cycles.Step]) -> str:
         if self._stages(trace) is None:
@@ -85,7 +91,7 @@ class Kernel:
             for loop in self.flow.loops
             if _has_products(code := ran(loop)) and any(x.name == "BAR" for x in code)
         ]
-        return max(candidates, key=lambda loop: (_copies(ran(loop)), loop.depth), default=None)
+        return max(candidates, key=lambda loop: (self._copies(ran(loop)), loop.depth), default=None)
 
     def inner(self, trace: Sequence[cycles.Step]) -> list[cycles.Step]:
         """The part of a warp's steps that is in the inner loops, with the barriers between them.
@@ -100,7 +106,7 @@ class Kernel:
         inside = [
             loop
             for loop in self.flow.loops
-            if loop.parent is stages and (code := ran(loop)) and not _copies(code)
+            if loop.parent is stages and (code := ran(loop)) and not self._copies(code)
         ]
         everything = {x.address for x in self.flow.all(stages)}
         own = {x.address for loop in inside for x in self.flow.all(loop)} or everything
@@ -126,7 +132,8 @@ class Kernel:
         stages, ran = self._stages(block[0]), self._ran(block[0])
         if stages is None:
             return None
-        inside = [x for x in self.flow.nested() if x.parent is stages and (y := ran(x)) and not _copies(y)]
+        loops = [x for x in self.flow.nested() if x.parent is stages]
+        inside = [x for x in loops if (code := ran(x)) and not self._copies(code)]
         barrier = next(x for x in self.flow.all(stages) if x.name == "BAR")
         most, warps = 0, []
         for trace in block:
@@ -138,12 +145,12 @@ class Kernel:
             parts = []
             for loop in inside:
                 begin = self.function.instructions[loop.head].address
-                code = [
+                straight = [
                     cycles.step(x)
                     for x in self.function.instructions
                     if begin <= x.address <= self._end(loop)
                 ]
-                parts.append(code * stage[begin])
+                parts.append(straight * stage[begin])
                 most = max(most, stage[begin])
             between = [cycles.step(barrier)]
             warps.append([step for n, part in enumerate(parts) for step in (between if n else []) + part])

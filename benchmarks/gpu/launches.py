@@ -33,6 +33,12 @@ def _parsed(printed: str) -> Iterator[Launch]:
         yield Launch(name, int(blocks), int(threads), int(shared), bytes.fromhex(parameters), int(cluster))
 
 
+def with_kernels(op: str, precision: str, case: Case) -> list[tuple[Launch, sass.Function, sass.Usage]]:
+    """The launch of each step, with the machine code of its kernel."""
+    known = kernels(precision)
+    return [(launch, *known[launch.name]) for launch in recorded(op, precision, case)]
+
+
 def recorded(op: str, precision: str, case: Case, cooperative: bool = False) -> list[Launch]:
     """`precision` is one of objects.PRECISIONS. Unless `cooperative`, each step is a launch of its own."""
     B, I, J, D, K = case.sizes  # noqa: E741

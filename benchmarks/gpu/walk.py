@@ -19,8 +19,11 @@ from benchmarks.gpu.sass import Function, Instruction
 _FIRST_PARAMETER = 0x210  # in constant bank 0
 _PARAMETERS = 1 << 39  # a made-up address of the parameters in memory
 _LIMIT = 3_000_000  # instructions of a warp: it does not end
-# Their results are not computed: loads, products of matrices, conversions to 16 bit.
-_OPAQUE = (*LOADS, "HMMA", "F2FP", "MOVM", "ATOM", "ATOMG", "ATOMS", "F2F", "LDTM")
+# Their results are not computed but taken as 1.0: loads, products of matrices, numbers of 16 bit.
+_OPAQUE = (
+    *("HMMA", "HGMMA", "HADD2", "HMUL2", "HFMA2", "HMNMX2", "F2FP", "F2F", "MOVM"),
+    *(*LOADS, "ATOM", "ATOMG", "ATOMS"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Launch:
     shared: int  # dynamic shared memory of a block, in bytes
     parameters: bytes
     cluster: int = 1  # blocks
+    rows: int = 1  # of the grid, each with blocks / rows of them
 
     @property
     def warps(self) -> int:
@@ -40,7 +44,7 @@ class Launch:
 
     def constants(self) -> bytes:
         """Bank 0: the sizes of block and grid, the stack, and the parameters."""
-        words = {0x0: self.threads, 0x4: 1, 0x8: 1, 0xC: self.blocks, 0x10: 1, 0x14: 1}
+        words = {0x0: self.threads, 0x4: 1, 0x8: 1, 0xC: self.blocks // self.rows, 0x10: self.rows, 0x14: 1}
         head = bytearray(_FIRST_PARAMETER)
         for at, value in words.items():
             head[at : at + 4] = value.to_bytes(4, "little")
@@ -58,7 +62,8 @@ class Launch:
         return {
             "SR_TID.X": lane + np.uint64(warp * LANES),
             "SR_LANEID": lane,
-            "SR_CTAID.X": same(block),
+            "SR_CTAID.X": same(block % (self.blocks // self.rows)),
+            "SR_CTAID.Y": same(block // (self.blocks // self.rows)),
             "SR_CgaCtaId": same(rank),
             "SR_CTA_RANK_IN_CLUSTER": same(rank),
         }
@@ -107,7 +112,8 @@ class Walk:
             return _Run.access
         if not steers:
             return None
-        return _Run.opaque if name in _OPAQUE else _Run.compute
+        constant = x.opcode == "HFMA2.MMA" and x.operands[1:3] == ("-RZ", "RZ")
+        return _Run.opaque if name in _OPAQUE and not constant else _Run.compute
 
 
 class _Run:

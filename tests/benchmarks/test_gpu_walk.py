@@ -120,6 +120,8 @@ def computed(text: str, **registers: int) -> int:
         ("ISETP.GE.AND.EX P0, PT, R1, R2, PT, P1", {"R1": 3, "R2": 3, "P1": 1}, 1),
         ("ISETP.NE.OR P0, PT, R1, RZ, P1", {"R1": 0, "P1": 1}, 1),
         ("PLOP3.LUT P0, PT, P1, P2, PT, 0xa8, 0x0", {"P1": 1, "P2": 0}, 1),
+        ("SGXT R0, R1, 0x1", {"R1": 3}, -1),
+        ("SGXT.U32 R0, R1, 0x4", {"R1": 0x1F}, 15),
         ("IABS R0, R1", {"R1": -9}, 9),
         ("POPC R0, R1", {"R1": 0xFF}, 8),
         ("F2I.FTZ.U32.TRUNC.NTZ R0, R1", {"R1": 0x40F00000}, 7),
