@@ -19,7 +19,7 @@ FORWARD, BACKWARD = "forward", "backward"
 @cache
 def kernels(precision: str) -> dict[str, tuple[sass.Function, sass.Usage]]:
     """The kernels of routing in this precision, with their machine code."""
-    result = {}
+    result: dict[str, tuple[sass.Function, sass.Usage]] = {}
     for path in objects.objects(precision):
         if path.name.endswith(".cu.o"):
             usages = sass.usages(path)
@@ -47,7 +47,7 @@ def recorded(op: str, precision: str, case: Case, cooperative: bool = False) -> 
         for name, (_, usage) in kernels(precision).items():
             print(name, usage.registers, usage.shared, usage.parameters, file=file)
         file.flush()
-        command = [objects.recorder(precision), file.name, op, precision, *sizes, str(int(cooperative))]
+        command = [str(objects.recorder(precision)), file.name, op, precision, *sizes, str(int(cooperative))]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"recorded_launches: {done.returncode} {done.stderr}")

@@ -66,7 +66,7 @@ def with_kernels(op: str, precision: str, case: Case) -> list[tuple[Launch, sass
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(launched.artifact.asm["cubin"])
             file.flush()
-            functions, usages = (read(Path(file.name)) for read in (sass.functions, sass.usages))
+            functions, usages = sass.functions(Path(file.name)), sass.usages(Path(file.name))
         ((name, function),) = functions.items()
         threads = launched.artifact.metadata.num_warps * 32
         launch = Launch(
