@@ -5,7 +5,7 @@ waits for the pause that the compiler wrote behind the one before it, for the sc
 for its pipe. The pauses and scoreboards are read from the machine code, the rest is assumed: see the tables
 below. Not in the model: bank conflicts of registers, misses of the instruction cache, clocks that sink under
 load, and what other multiprocessors do, but for their equal shares of the second-level cache. None of it was
-fitted to a card. Beside an H200 it was within 10 % for long kernels and up to half too low for short ones
+fitted to a card. Beside an H200 it was within 10 % for long kernels and up to 57 % too low for short ones
 (benchmarks/results/NOTES.md). It is good for comparing two versions of a kernel.
 """
 
