@@ -28,6 +28,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from itertools import takewhile
 from pathlib import Path
 
@@ -51,6 +52,8 @@ X86_ISAS = {
     ),
 }
 CUDA_FLAGS = ("-O3", "-std=c++17", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
+# Of single sources. With less optimisation ptxas moves fewer products ahead, so that their registers suffice.
+CUDA_FLAGS_OF = {"passes_float32": ("-Xptxas=-O1",), "passes_backward_*": ("-Xptxas=-O1",)}
 # With tensor cores for bfloat16 and TF32, and asynchronous copies: what the kernels are written with.
 OLDEST_CUDA_ARCH = 80
 DEFAULT_CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
@@ -208,10 +211,12 @@ def cuda_objects(archs: str) -> Objects:
     """Those of capsops._cuda, all compiled by nvcc, which passes C++ on to the host compiler."""
     flags = (*CUDA_FLAGS, *cuda_arch_flags(archs), f"-I{ROOT / 'csrc'}")
     sources = sorted(path for path in (ROOT / "csrc/cuda").glob("*") if path.suffix in (".cu", ".cpp"))
-    return {
-        f"{source.name}.o": (source, (*flags, *includes()) if source.stem == "bindings" else flags)
-        for source in sources
-    }
+    objects: Objects = {}
+    for source in sources:
+        own = [flag for stem, own in CUDA_FLAGS_OF.items() if fnmatch(source.stem, stem) for flag in own]
+        headers = includes() if source.stem == "bindings" else ()
+        objects[f"{source.name}.o"] = source, (*flags, *own, *headers)
+    return objects
 
 
 def first_error(ninja_output: str, lines: int = 12) -> str:

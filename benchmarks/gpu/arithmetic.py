@@ -477,8 +477,8 @@ def _from_predicates(state: State, x: Instruction, active: Lanes) -> None:
 
 
 def _vote(state: State, x: Instruction, active: Lanes) -> None:
-    """VOTEU.ANY UR0, UPT, PT: a bit for each lane in which it is true."""
-    true = state.predicate(x.operands[2]) & active
+    """VOTEU.ANY UR0, UPT, PT: a bit for each lane where it is true. VOTE.ANY P0, P1: whether one is."""
+    true = state.predicate(x.operands[-1]) & active
     every = np.ones(LANES, bool)
     to = [operand for operand in x.operands[: destinations(x)] if not is_predicate(operand)]
     for operand in to:

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # As setup.py compiles them, for one architecture.
 FLAGS = ("-O3", "-std=c++17", "-DNDEBUG", "-arch=sm_90", f"-I{ROOT / 'csrc'}")
+_FLAGS_OF = {"passes_float32": ("-Xptxas=-O1",), "passes_backward_*": ("-Xptxas=-O1",)}
 PRECISIONS = ("tf32", "bfloat16", "float32")  # as the sources are named: fused_tf32.cu
 # Of other ops, and what the calls that are recorded don't reach.
 _OTHERS = ("bindings", "squash", "predictions", "smem_cached", "routing_general")
@@ -38,7 +40,7 @@ def nvcc_version() -> str:
 
 def _fingerprint() -> str:
     """Of all that the objects are made from."""
-    digest = hashlib.sha256(" ".join((nvcc_version(), *FLAGS[:-1])).encode())
+    digest = hashlib.sha256(f"{nvcc_version()} {FLAGS[:-1]} {_FLAGS_OF}".encode())
     for path in sorted((ROOT / "csrc").rglob("*")):
         if path.suffix in (".h", ".cu", ".cpp", ".cuh"):
             digest.update(path.read_bytes())
@@ -51,7 +53,10 @@ def compile_to(source: Path, to: Path, flags: Sequence[str] = FLAGS) -> Path:
     if not to.exists():
         to.parent.mkdir(parents=True, exist_ok=True)
         temporary = to.with_name(f"{os.getpid()}-{to.name}")
-        _run([nvcc() or "nvcc", *flags, "-c" if to.suffix == ".o" else "-cubin", source, "-o", temporary])
+        own = [flag for stem, flags in _FLAGS_OF.items() if fnmatch(source.stem, stem) for flag in flags]
+        _run(
+            [nvcc() or "nvcc", *flags, *own, "-c" if to.suffix == ".o" else "-cubin", source, "-o", temporary]
+        )
         temporary.replace(to)
     return to
 

@@ -72,6 +72,8 @@ def _source_width(instruction: Instruction, operand: int) -> int:
     name, modifiers = instruction.name, instruction.modifiers
     if name in ("IMAD", "UIMAD") and ("WIDE" in modifiers or "HI" in modifiers):
         return 2 if operand == destinations(instruction) + 2 else 1
+    if name == "STS" and operand == len(instruction.operands) - 1:
+        return 4 if "128" in modifiers else 2 if "64" in modifiers else 1
     wide = name == "RET" or (name in ("I2F", "F2F", "F2I") and ("U64" in modifiers or "S64" in modifiers))
     return 2 if wide else 1
 
@@ -164,7 +166,8 @@ def steering(function: Function) -> list[bool]:
             after |= wanted[m]
         result = after
         if x.name in MEMORY:
-            result |= address_reads(x)
+            # A word in shared memory may come back and steer.
+            result |= reads(x) if x.name == "STS" else address_reads(x)
         elif x.name in BRANCHES or x.name == "BAR":
             result |= reads(x)
         if writes(x) & after:

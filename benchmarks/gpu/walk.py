@@ -2,8 +2,9 @@
 
 The way is computed as the hardware would, lane by lane, from the launch's parameters: trip counts, branches
 and addresses are those of the real call. Only what numbers in memory are is not known: every load gives 1.0,
-in float32. So a warp does not depend on others, and barriers need no attention here. Instructions on which
-neither a branch nor an address depends are not computed.
+in float32, but for words that the warp itself wrote to shared memory. So a warp does not depend on others,
+and barriers need no attention here. Instructions on which neither a branch nor an address depends are not
+computed.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,8 +44,10 @@ class Launch:
         return -(-self.threads // LANES)
 
     def constants(self) -> bytes:
-        """Bank 0: the sizes of block and grid, the stack, and the parameters."""
+        """Bank 0: the sizes of block, grid and cluster, the stack, and the parameters."""
         words = {0x0: self.threads, 0x4: 1, 0x8: 1, 0xC: self.blocks // self.rows, 0x10: self.rows, 0x14: 1}
+        words[0x150] = int(np.float32(1 / self.cluster).view(np.uint32))
+        words[0x15C] = self.blocks // self.cluster
         head = bytearray(_FIRST_PARAMETER)
         for at, value in words.items():
             head[at : at + 4] = value.to_bytes(4, "little")
@@ -67,6 +70,11 @@ class Launch:
             "SR_CgaCtaId": same(rank),
             "SR_CTA_RANK_IN_CLUSTER": same(rank),
         }
+
+
+def _registers(first: str, count: int) -> list[str]:
+    """A register and those after it; the zero register is all of them."""
+    return [first if first == "RZ" else f"R{int(first[1:]) + n}" for n in range(count)]
 
 
 class _Region:
@@ -122,6 +130,7 @@ class _Run:
     def __init__(self, walk: Walk, state: State, active: Lanes) -> None:
         self.walk, self.state = walk, state
         self.code, self.index = walk.function.instructions, walk.function.index
+        self.words: dict[int, int] = {}  # of shared memory, which this warp wrote
         self.groups = [_Group(0, active)]
         self.group = self.groups[0]
 
@@ -179,6 +188,10 @@ class _Run:
         lanes = self._guarded(x)
         *_, place = (o for o in x.operands if "[" in o)
         loads = x.name in LOADS and self.walk.steers[self.index[x.address]]
+        if x.name == "STS":
+            self._store_words(x, self.state.address(place), lanes)
+        if loads and x.name == "LDS" and self._load_words(x, self.state.address(place), lanes):
+            loads = False
         if loads and not (x.name == "LD" and self._load_parameter(x, self.state.address(place), lanes)):
             self.opaque(x, plain)
         if x.name in COPIES:  # a false predicate writes zeros instead of copying
@@ -186,6 +199,24 @@ class _Run:
             copied = lanes & ~self.state.predicate(flag) if flag else lanes
             return cycles.access(x, self.state.address(place), lanes, copied)
         return cycles.access(x, self.state.address(place), lanes, lanes)
+
+    def _store_words(self, x: Instruction, addresses: Lanes, lanes: Lanes) -> None:
+        for n, register in enumerate(_registers(x.operands[-1], cycles.bytes_of_lane(x) // 4)):
+            values = self.state.word(register)
+            for lane in np.flatnonzero(lanes):
+                self.words[int(addresses[lane]) + 4 * n] = int(values[lane])
+
+    def _load_words(self, x: Instruction, addresses: Lanes, lanes: Lanes) -> bool:
+        """Whether all lanes read words that this warp wrote."""
+        own = np.flatnonzero(lanes)
+        for n, register in enumerate(_registers(x.operands[0], cycles.bytes_of_lane(x) // 4)):
+            words = [self.words.get(int(addresses[lane]) + 4 * n) for lane in own]
+            if not words or None in words:
+                return False
+            values = np.zeros(LANES, np.uint64)
+            values[own] = words
+            self.state.set(register, values, lanes)
+        return True
 
     def _load_parameter(self, x: Instruction, addresses: Lanes, lanes: Lanes) -> bool:
         """Whether it was a load of one of the launch's parameters by its address."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 CUDA_SOURCES = ("csrc/cuda/*", "csrc/common/*")
-CUDA_FLAGS = re.compile(r"^CUDA_FLAGS = .*$", re.MULTILINE)  # of nvcc, in setup.py
+CUDA_FLAGS = re.compile(r"^CUDA_FLAGS\w* = .*$", re.MULTILINE)  # of nvcc, in setup.py
 TRITON_SOURCES = "[!_]*.py"  # __init__.py has no kernel
 
 

@@ -91,8 +91,26 @@ py::object fused_plan(bool gradients, int64_t B, int64_t I, int64_t J, int64_t D
     const FusedLimits limits{multiprocessors, shared_per_block};
     Tiling tiling{};
     const bool supported = gradients ? plan_gradients(shape, limits, tiling)
-                                     : plan_passes(shape, limits, resident_blocks, tiling);
+                                     : plan_precomputed_passes(shape, limits, resident_blocks, tiling);
     return supported ? py::object(as_dict(tiling)) : py::none();
+}
+
+// The plan of the passes over u and W; None if they do not support the shape.
+py::object pass_plan(int64_t B, int64_t I, int64_t J, int64_t D, int64_t K, int depth, int w_quads,
+                     int u_words, bool backward, int multiprocessors, int64_t shared_per_block,
+                     const std::array<int, 4>& clusters) {
+    const PassShape shape{B, I, J, D, K, depth, w_quads, u_words, backward};
+    PassTiling t{};
+    if (!plan_pass_tiles(shape, {multiprocessors, shared_per_block}, t)) return py::none();
+    divide_input_capsules(shape, {clusters[0], clusters[1], clusters[2], clusters[3]}, t);
+    py::dict plan;
+    plan["n"] = t.n, plan["few"] = t.few, plan["tile_j"] = t.tile_j, plan["m_tiles"] = t.m_tiles;
+    plan["groups"] = t.groups, plan["cluster"] = t.cluster, plan["steps"] = t.steps;
+    plan["slot_words"] = t.slot_words, plan["tiles_b"] = t.tiles_b, plan["tiles_j"] = t.tiles_j;
+    plan["splits"] = t.splits, plan["length"] = t.length, plan["items"] = t.items;
+    plan["capsules_offset"] = t.capsules_offset, plan["progress_offset"] = t.progress_offset,
+    plan["shared"] = t.shared;
+    return plan;
 }
 
 py::object smem_cached_plan(int64_t B, int64_t I, int64_t J, int64_t D, int element, int passes,
@@ -120,8 +138,16 @@ PYBIND11_MODULE(_cuda, m) {
           py::arg("D"), py::arg("K"), py::arg("element") = 4, py::arg("tensor_cores") = true,
           py::arg("precomputed") = false, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
           py::arg("shared_per_block") = 232448, py::arg("resident_blocks") = 1,
-          "How the fused passes or the fused gradients of routing divide the work on a device (by default\n"
+          "How the passes over precomputed predictions, or the gradients, divide the work on a device (by "
+          "default\n"
           "an H200): a dict, or None if the general kernels are used for the shape. Needs no device.");
+    m.def("pass_plan", &pass_plan, py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"), py::arg("K"),
+          py::arg("depth") = 8, py::arg("w_quads") = 2, py::arg("u_words") = 4, py::arg("backward") = false,
+          py::arg("multiprocessors") = 132, py::arg("shared_per_block") = 232448,
+          py::arg("clusters") = std::array<int, 4>{132, 66, 33, 16},
+          "How the passes over u and W divide the work on a device (by default an H200, in TF32), where\n"
+          "clusters[n] clusters of 2^n blocks run at a time: a dict, or None if they do not support the\n"
+          "shape. Needs no device.");
     m.def("smem_cached_plan", &smem_cached_plan, py::arg("B"), py::arg("I"), py::arg("J"), py::arg("D"),
           py::arg("element") = 4, py::arg("passes") = 2, py::arg("multiprocessors") = 132,
           py::arg("shared_per_block") = 232448,

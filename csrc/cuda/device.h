@@ -45,6 +45,11 @@ CAPSOPS_DEVICE int opaque(int x) {
     return x;
 }
 
+CAPSOPS_DEVICE float opaque(float x) {
+    asm volatile("" : "+f"(x));
+    return x;
+}
+
 // The dynamic shared memory of the block.
 CAPSOPS_DEVICE char* shared_memory() {
     extern __shared__ __align__(16) char memory[];
@@ -54,6 +59,57 @@ CAPSOPS_DEVICE char* shared_memory() {
 CAPSOPS_DEVICE void block_barrier() { __syncthreads(); }
 CAPSOPS_DEVICE void warp_barrier() { __syncwarp(); }
 CAPSOPS_DEVICE void grid_barrier() { cooperative_groups::this_grid().sync(); }
+
+// For the threads of a group of warps; different groups meet at different barriers, 0 to 7.
+CAPSOPS_DEVICE void group_barrier(int group, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(threads) : "memory");
+}
+
+// The blocks of a cluster run at the same time and read each other's shared memory. Without clusters every
+// block is one.
+#if __CUDA_ARCH__ >= 900
+CAPSOPS_DEVICE int cluster_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+CAPSOPS_DEVICE int cluster_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+    return index;
+}
+CAPSOPS_DEVICE int cluster_count() {
+    int count;
+    asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+    return count;
+}
+CAPSOPS_DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// The same address of shared memory in another block of the cluster.
+CAPSOPS_DEVICE float4 load_of_cluster(const float4* shared, int rank) {
+    uint32_t address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(address)
+                 : "r"(uint32_t(__cvta_generic_to_shared(shared))), "r"(rank));
+    float4 x;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+#else
+CAPSOPS_DEVICE int cluster_rank() { return 0; }
+CAPSOPS_DEVICE int cluster_index() { return int(blockIdx.x); }
+CAPSOPS_DEVICE int cluster_count() { return int(gridDim.x); }
+CAPSOPS_DEVICE void cluster_barrier() { __syncthreads(); }
+CAPSOPS_DEVICE float4 load_of_cluster(const float4* shared, int) { return *shared; }
+#endif
+
+CAPSOPS_DEVICE bool any_lane(bool x) { return __any_sync(0xffffffff, x); }
+CAPSOPS_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+CAPSOPS_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
 CAPSOPS_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 CAPSOPS_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
@@ -68,6 +124,13 @@ CAPSOPS_DEVICE void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b
           "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 
+CAPSOPS_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b, uint32_t next_b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(next_b));
+}
+
 // Nearest, ties away from zero. The tensor core itself ignores the last 13 bits.
 CAPSOPS_DEVICE float round_tf32(float x) {
     uint32_t bits;
@@ -80,6 +143,13 @@ CAPSOPS_DEVICE float power_of_2(float x) {
     float power;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
     return power;
+}
+
+// 1 / x to one unit in the last place, for x whose reciprocal is neither below 2^-126 nor above 2^126.
+CAPSOPS_DEVICE float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 // Begins to copy 16 bytes to shared memory, or to write 16 zero bytes if not valid. Both addresses are
@@ -130,6 +200,7 @@ CAPSOPS_DEVICE void wait_for_older_copies(int newest) {
 // cache.
 CAPSOPS_DEVICE float load_bypassing_l1(const float* x) { return __ldcg(x); }
 CAPSOPS_DEVICE float2 load_bypassing_l1(const float2* x) { return __ldcg(x); }
+CAPSOPS_DEVICE float4 load_bypassing_l1(const float4* x) { return __ldcg(x); }
 
 // Storage types, and their conversion to and from the float32 that kernels compute in.
 typedef __nv_bfloat16 Bfloat16;
@@ -278,7 +349,7 @@ struct Device {
     int index;
     int multiprocessors;
     int64_t shared_per_block;
-    bool cooperative;
+    bool cooperative, clusters;
 };
 
 inline int device_count() {
@@ -307,7 +378,7 @@ class CurrentDevice {
         };
         return {index_, attribute(cudaDevAttrMultiProcessorCount),
                 attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                attribute(cudaDevAttrCooperativeLaunch) != 0};
+                attribute(cudaDevAttrCooperativeLaunch) != 0, attribute(cudaDevAttrClusterLaunch) != 0};
     }
 
   private:
@@ -354,18 +425,59 @@ struct Launch {
     int64_t shared;
     Stream stream;
     bool cooperative = false;  // all blocks run at the same time and can use grid_barrier()
+    int cluster = 1;           // blocks of a cluster
 };
+
+// The configuration of a launch, with the attributes that it points to.
+class LaunchConfig {
+  public:
+    explicit LaunchConfig(const Launch& from) {
+        config_.gridDim = dim3(unsigned(from.blocks));
+        config_.blockDim = dim3(unsigned(from.threads));
+        config_.dynamicSmemBytes = size_t(from.shared);
+        config_.stream = from.stream;
+        config_.attrs = attributes_;
+        if (from.cooperative) {
+            attributes_[config_.numAttrs].id = cudaLaunchAttributeCooperative;
+            attributes_[config_.numAttrs++].val.cooperative = 1;
+        }
+        if (from.cluster > 1) {
+            attributes_[config_.numAttrs].id = cudaLaunchAttributeClusterDimension;
+            attributes_[config_.numAttrs++].val.clusterDim = {unsigned(from.cluster), 1, 1};
+        }
+    }
+    LaunchConfig(const LaunchConfig&) = delete;
+    LaunchConfig& operator=(const LaunchConfig&) = delete;
+    const cudaLaunchConfig_t* get() const { return &config_; }
+
+  private:
+    cudaLaunchConfig_t config_{};
+    cudaLaunchAttribute attributes_[2]{};
+};
+
+// How many clusters of blocks can be resident on the device at a time; 0 if not even one fits.
+template <typename Parameters>
+int resident_clusters(void (*kernel)(Parameters), const Launch& config) {
+    static std::mutex mutex;
+    static std::map<std::tuple<int, const void*, int, int64_t, int>, int> cache;
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    const std::lock_guard<std::mutex> lock(mutex);
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    const auto key = std::make_tuple(device, function, config.threads, config.shared, config.cluster);
+    const auto entry = cache.find(key);
+    if (entry != cache.end()) return entry->second;
+    allow_shared(kernel, config.name, config.shared);
+    int clusters = 0;
+    check(cudaOccupancyMaxActiveClusters(&clusters, function, LaunchConfig(config).get()), config.name);
+    return cache[key] = clusters;
+}
 
 template <typename Parameters>
 void launch(void (*kernel)(Parameters), const Launch& config, Parameters parameters) {
     allow_shared(kernel, config.name, config.shared);
     void* arguments[] = {&parameters};
-    const void* function = reinterpret_cast<const void*>(kernel);
-    const dim3 grid{unsigned(config.blocks)}, block{unsigned(config.threads)};
-    const size_t shared = size_t(config.shared);
-    check(config.cooperative
-              ? cudaLaunchCooperativeKernel(function, grid, block, arguments, shared, config.stream)
-              : cudaLaunchKernel(function, grid, block, arguments, shared, config.stream),
+    check(cudaLaunchKernelExC(LaunchConfig(config).get(), reinterpret_cast<const void*>(kernel), arguments),
           config.name);
 }
 

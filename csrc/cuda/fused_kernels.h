@@ -3,14 +3,17 @@
 #pragma once
 
 #include "fused_gradients.h"
-#include "fused_passes.h"
+#include "precomputed_passes.h"
 
 namespace capsops {
 
 template <typename Math, int M, int N>
 FusedKernels fused_kernels_of(bool backward, int logits) {
     FusedKernels kernels{};
-    kernels.passes = backward ? passes_kernel<Math, M, N, true> : passes_kernel<Math, M, N, false>;
+    if constexpr (Math::precomputed) {
+        kernels.passes = backward ? precomputed_passes_kernel<typename Math::S, M, N, true>
+                                  : precomputed_passes_kernel<typename Math::S, M, N, false>;
+    }
     if constexpr (N < 4) {
         constexpr int gradient_m = N == 2 ? 1 : 2;
         kernels.gradients =

@@ -28,7 +28,8 @@ bool plan_common(const FusedShape& shape, Tiling& to) {
 
 }  // namespace
 
-bool plan_passes(const FusedShape& shape, const FusedLimits& limits, int resident_blocks, Tiling& to) {
+bool plan_precomputed_passes(const FusedShape& shape, const FusedLimits& limits, int resident_blocks,
+                             Tiling& to) {
     if (!plan_common(shape, to)) return false;
     to.m = to.n == 4 ? 1 : 2;
     to.tiles_j = divide_up(shape.J, max_warps);
@@ -58,15 +59,73 @@ bool plan_passes(const FusedShape& shape, const FusedLimits& limits, int residen
     for (const int64_t bytes : {limits.shared_per_block / 2 - 1024, limits.shared_per_block}) {
         for (int chunk = 8; chunk > 0; chunk /= 2) {
             to.chunk = int(divide_up(to.length, divide_up(to.length, chunk)));
-            const int64_t rows_of_i =
-                shape.precomputed ? to.tile_j * rows : rows + int64_t(to.tile_j) * to.n * 8;
-            to.stage = aligned(to.chunk * rows_of_i * to.stride * shape.element);
+            to.stage = aligned(to.chunk * to.tile_j * rows * to.stride * shape.element);
             const int64_t logits = to.chunk * to.tile_j * rows * 4, softmax = to.chunk * rows * 12;
             to.shared = 2 * to.stage + 2 * logits + softmax;
             if (to.shared <= bytes) return true;
         }
     }
     return false;
+}
+
+bool plan_pass_tiles(const PassShape& shape, const FusedLimits& limits, PassTiling& to) {
+    to.n = tiles_of_d(shape.D);
+    // The kernels count samples, capsules and items of work in 32 bits.
+    if (to.n == 0 || shape.K > 1024 || shape.B >= 1 << 24 || shape.J >= 1 << 16 || shape.I >= 1 << 30)
+        return false;
+    to.steps = int(divide_up(shape.K, shape.depth));
+    constexpr int64_t progress = max_pass_warps * progress_bytes;
+    const int64_t most = divide_up(shape.J, capsules_of_warp(to.n, false));
+    const int64_t most_m_tiles = smaller(divide_up(shape.B, 16), max_pass_warps);
+    // Few output capsules if that takes no more tiles, or if W of more does not fit in shared memory.
+    for (const bool few : {to.n == 2 && divide_up(shape.J, capsules_of_warp(2, true)) == most, to.n == 2}) {
+        to.few = few;
+        to.tiles_j = divide_up(shape.J, capsules_of_warp(to.n, few));
+        to.tile_j = int(divide_up(shape.J, to.tiles_j));
+        const int64_t tiles = int64_t(to.n) * capsules_of_warp(to.n, few);
+        const int64_t w_words = to.steps * tiles / 4 * shape.w_quads * 128,
+                      u_words = to.steps * shape.u_words * 32;
+        int warps = 0;
+        // Two tiles of samples share W; more only if so many slots of W do not fit.
+        for (int m_bits = most_m_tiles > 1; 1 << m_bits < 2 * most_m_tiles; ++m_bits) {
+            const int m_tiles = 1 << m_bits;
+            const int64_t slot = round_up(w_words + m_tiles * u_words, 4), sums = tiles * 512;
+            const int64_t capsules = (shape.backward ? 2 : 1) * m_tiles * sums;
+            const int64_t of_group = larger(ring_slots * slot * 4, m_tiles * sums);
+            const int64_t groups =
+                smaller((limits.shared_per_block - capsules - progress) / of_group, max_pass_warps / m_tiles);
+            if (groups < 1 || groups * m_tiles <= warps) continue;
+            warps = int(groups) * m_tiles;
+            to.m_tiles = m_tiles, to.m_bits = m_bits, to.groups = int(groups), to.slot_words = int(slot);
+            to.tiles_b = divide_up(shape.B, 16 * m_tiles);
+            to.capsules_offset = larger(groups * ring_slots * slot * 4, groups * m_tiles * sums);
+            to.progress_offset = to.capsules_offset + capsules;
+            to.shared = to.progress_offset + progress;
+        }
+        if (warps > 0) return true;
+    }
+    return false;
+}
+
+void divide_input_capsules(const PassShape& shape, const int (&resident_clusters)[4], PassTiling& to) {
+    const int64_t tiles = to.tiles_b * to.tiles_j;
+    double best = 0;
+    for (int n = 3; n >= 0; --n) {
+        const int64_t cluster = 1 << n, clusters = resident_clusters[n], at_once = cluster * to.groups;
+        if (clusters < 1 || (n > 0 && at_once / 2 >= shape.I)) continue;
+        const int64_t most_splits = smaller(larger(clusters / tiles, 8), divide_up(shape.I, at_once));
+        for (int64_t wanted = 1; wanted <= most_splits; ++wanted) {
+            const int64_t length = divide_up(shape.I, at_once * wanted);
+            const int64_t splits = divide_up(shape.I, at_once * length);
+            // The time in input capsules of a group: rounds of items, each with a fixed cost, and the partial
+            // sums, which are read afterwards.
+            const double cost =
+                double(divide_up(tiles * splits, clusters)) * double(length + 4) + 0.1 * double(splits);
+            if (best != 0 && cost >= best) continue;
+            best = cost;
+            to.cluster = int(cluster), to.length = length, to.splits = splits, to.items = tiles * splits;
+        }
+    }
 }
 
 bool plan_gradients(const FusedShape& shape, const FusedLimits& limits, Tiling& to) {

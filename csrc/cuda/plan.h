@@ -46,6 +46,38 @@ constexpr int max_warps = 12;  // per block of the passes: up to 168 registers p
 // Per block of the gradients: up to 168 registers per thread, or 255 for products by multiply-adds.
 constexpr int max_gradient_warps(bool few_registers) { return few_registers ? 12 : 8; }
 
+// How the passes (passes.h) divide the work. A warp has 16 samples and a tile of output capsules; the warps
+// of a block are `groups` groups of `m_tiles` warps; a group goes through `length` input capsules.
+struct PassShape {
+    int64_t B, I, J, D, K;
+    int depth, w_quads, u_words;  // of the way to multiply (operands.h)
+    bool backward;
+};
+
+struct PassTiling {
+    int n;                        // tiles of 8 components of an output capsule: 1, 2 or 4
+    bool few;                     // whether a warp has fewer output capsules than its registers allow
+    int tile_j;                   // output capsules of a warp
+    int m_tiles, m_bits, groups;  // m_tiles is 2^m_bits
+    int cluster;                  // blocks
+    int steps;                    // of `depth` components of an input capsule
+    int slot_words;               // of the ring: 32-bit words for W and u of one input capsule
+    int64_t tiles_b, tiles_j;
+    int64_t splits;  // of the input capsules, each for a cluster: partial sums in memory
+    int64_t length;  // input capsules of a group
+    int64_t items;   // items of work; a cluster processes one at a time
+    int64_t capsules_offset, progress_offset;  // bytes
+    int64_t shared;                            // bytes of shared memory per block
+};
+
+constexpr int max_pass_warps = 8;  // per block: up to 255 registers per thread
+constexpr int ring_slots = 3;      // two of which are copied while the third is used
+constexpr int max_cluster = 8;
+constexpr int progress_bytes = 48;  // of shared memory for each warp: where it is
+
+// The most output capsules of a warp: as many of 8 n components as fit its registers; `few` leaves some.
+constexpr int capsules_of_warp(int n, bool few) { return n == 1 ? 16 : n == 2 ? (few ? 8 : 10) : 5; }
+
 // The plan of dynamic_routing with a block for each sample (smem_cached.cu).
 struct SmemCachedTiling {
     int parts;       // lanes that share a vector
@@ -66,9 +98,18 @@ constexpr int max_slots = 8;
 
 inline int tiles_of_d(int64_t D) { return D <= 8 ? 1 : D <= 16 ? 2 : D <= 32 ? 4 : 0; }
 
-// Plan the passes or the gradients. Return false if the fused kernels do not support the shape on such a
-// device.
-bool plan_passes(const FusedShape& shape, const FusedLimits& limits, int resident_blocks, Tiling& to);
+// Plans the passes but for the division of the input capsules. Returns false if they do not support the shape
+// on such a device.
+bool plan_pass_tiles(const PassShape& shape, const FusedLimits& limits, PassTiling& to);
+
+// Divides the input capsules. resident_clusters[n]: how many clusters of 2^n blocks the device runs at a
+// time, 0 if none.
+void divide_input_capsules(const PassShape& shape, const int (&resident_clusters)[4], PassTiling& to);
+
+// Plan the passes over precomputed predictions, or the gradients. Return false if the fused kernels do not
+// support the shape on such a device.
+bool plan_precomputed_passes(const FusedShape& shape, const FusedLimits& limits, int resident_blocks,
+                             Tiling& to);
 bool plan_gradients(const FusedShape& shape, const FusedLimits& limits, Tiling& to);
 
 // Also returns false if there are too few samples to keep the device busy.

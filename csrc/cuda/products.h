@@ -6,7 +6,7 @@
 // (g + 8, 2q + 1). u [samples, stride] and W_ij [D, stride] are in shared memory, with k along the rows,
 // padded with 0 to a multiple of 8. The stride is an odd multiple of 8, which avoids bank conflicts.
 //
-//   predict:  u_hat[b, d] += sum_k u[b, k] W[d, k]; predict_scaled multiplies u by scale[b]
+//   predict:  u_hat[b, d] += sum_k u[b, k] W[d, k]
 //   grad_u:   du[b, k] += sum_d grad[b, d] W[d, k], for 8 components k, in the layout of a tile
 //   grad_w:   dW[d, k] += sum_b grad[b, d] u[b, k], for 16 components d and 8 components k, 4 numbers in each
 //   lane
@@ -125,12 +125,12 @@ struct Tf32Gradients {
 // On tensor cores, float32 rounded to TF32.
 struct Tf32 : Tf32Gradients<float> {
     typedef float S;
-    static constexpr bool tensor_cores = true, scales_u = true, pairs = false, precomputed = false;
+    static constexpr bool tensor_cores = true, precomputed = false;
 
     // k is in the order 0 2 4 6 1 3 5 7, so that a lane's two numbers are neighbours in memory.
-    template <int M, int N, bool scaled>
-    static CAPSOPS_DEVICE void multiply(Tile (&out)[M][N], const float* u, const float* w, int stride,
-                                        int steps, const float (&scale)[2 * M]) {
+    template <int M, int N>
+    static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const float* u, const float* w, int stride,
+                                       int steps) {
         const int g = lane_index() / 4, q = lane_index() % 4;
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {
@@ -148,32 +148,19 @@ struct Tf32 : Tf32Gradients<float> {
                 float a[4] = {low.x, high.x, low.y, high.y};
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    a[e] = round_tf32(scaled ? a[e] * scale[2 * m + e % 2] : a[e]);
+                    a[e] = round_tf32(a[e]);
                 }
 #pragma unroll
                 for (int n = 0; n < N; ++n) mma_tf32(out[m][n], a, b[n]);
             }
         }
     }
-
-    template <int M, int N>
-    static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const float* u, const float* w, int stride,
-                                       int steps) {
-        const float none[2 * M] = {};
-        multiply<M, N, false>(out, u, w, stride, steps, none);
-    }
-
-    template <int M, int N>
-    static CAPSOPS_DEVICE void predict_scaled(Tile (&out)[M][N], const float* u, const float* w, int stride,
-                                              int steps, const float (&scale)[2 * M]) {
-        multiply<M, N, true>(out, u, w, stride, steps, scale);
-    }
 };
 
 // In float32, with the same layouts, so that the kernels are the same.
 struct MultiplyAdds {
     typedef float S;
-    static constexpr bool tensor_cores = false, scales_u = false, pairs = false, precomputed = false;
+    static constexpr bool tensor_cores = false, precomputed = false;
 
     static CAPSOPS_DEVICE void quarter(float* to, const float* from) {
         const float4 x = *reinterpret_cast<const float4*>(from);
@@ -310,24 +297,25 @@ struct MultiplyAdds {
     static CAPSOPS_DEVICE int weight_k(int) { return lane_index() / 4; }
 };
 
-// No product: the predictions are precomputed, [samples, stride] in shared memory.
+// Precomputed predictions [samples, stride] in shared memory.
+template <int M, int N, typename S>
+CAPSOPS_DEVICE void load_predictions(Tile (&out)[M][N], const S* u_hat, int stride) {
+    const int g = lane_index() / 4, q = lane_index() % 4;
+#pragma unroll
+    for (int r = 0; r < 2 * M; ++r) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            const float2 x = load_pair(u_hat + (8 * r + g) * stride + 8 * n + 2 * q);
+            out[r / 2][n][r % 2 * 2] = x.x, out[r / 2][n][r % 2 * 2 + 1] = x.y;
+        }
+    }
+}
+
+// The gradients of precomputed predictions have no products.
 template <typename Number>
 struct PrecomputedPredictions {
     typedef Number S;
-    static constexpr bool tensor_cores = false, scales_u = false, pairs = false, precomputed = true;
-
-    template <int M, int N>
-    static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const S*, const S* u_hat, int stride, int) {
-        const int g = lane_index() / 4, q = lane_index() % 4;
-#pragma unroll
-        for (int r = 0; r < 2 * M; ++r) {
-#pragma unroll
-            for (int n = 0; n < N; ++n) {
-                const float2 x = load_pair(u_hat + (8 * r + g) * stride + 8 * n + 2 * q);
-                out[r / 2][n][r % 2 * 2] += x.x, out[r / 2][n][r % 2 * 2 + 1] += x.y;
-            }
-        }
-    }
+    static constexpr bool tensor_cores = false, precomputed = true;
 };
 
 }  // namespace capsops

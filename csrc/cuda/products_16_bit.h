@@ -91,25 +91,24 @@ template <typename Number>
 struct SixteenBit : std::conditional<std::is_same<Number, Bfloat16>::value, Bfloat16Gradients,
                                      Tf32Gradients<Number>>::type {
     typedef Number S;
-    static constexpr bool tensor_cores = true, scales_u = false, pairs = true, precomputed = false;
+    static constexpr bool tensor_cores = true, precomputed = false;
 
-    // Depth 16. The second 8 components are `u_offset` and `w_offset` numbers after the first 8.
+    // Depth 16.
     template <int M, int N>
-    static CAPSOPS_DEVICE void multiply(Tile (&out)[M][N], const S* u, const S* w, int stride, int u_offset,
-                                        int w_offset) {
+    static CAPSOPS_DEVICE void multiply_16(Tile (&out)[M][N], const S* u, const S* w, int stride) {
         const int lane = lane_index();
         uint32_t a[M][4], b[N][2];
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-            load_matrices(a[m], u + (16 * m + lane % 16) * stride + lane / 16 * u_offset);
+            load_matrices(a[m], u + (16 * m + lane % 16) * stride + lane / 16 * 8);
         }
         if constexpr (N == 1) {
-            load_matrices(b[0], w + lane % 8 * stride + lane / 8 % 2 * w_offset);
+            load_matrices(b[0], w + lane % 8 * stride + lane / 8 % 2 * 8);
         } else {
 #pragma unroll
             for (int n = 0; n < N; n += 2) {
                 uint32_t x[4];
-                load_matrices(x, w + (8 * n + lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * w_offset);
+                load_matrices(x, w + (8 * n + lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8);
                 b[n][0] = x[0], b[n][1] = x[1], b[n + 1][0] = x[2], b[n + 1][1] = x[3];
             }
         }
@@ -122,7 +121,7 @@ struct SixteenBit : std::conditional<std::is_same<Number, Bfloat16>::value, Bflo
 
     // Depth 8.
     template <int M, int N>
-    static CAPSOPS_DEVICE void multiply(Tile (&out)[M][N], const S* u, const S* w, int stride) {
+    static CAPSOPS_DEVICE void multiply_8(Tile (&out)[M][N], const S* u, const S* w, int stride) {
         const int lane = lane_index();
         uint32_t a[2 * M], b[N];
         load_matrices(a, u + lane % (16 * M) * stride);
@@ -140,8 +139,8 @@ struct SixteenBit : std::conditional<std::is_same<Number, Bfloat16>::value, Bflo
     template <int M, int N>
     static CAPSOPS_DEVICE void predict(Tile (&out)[M][N], const S* u, const S* w, int stride, int steps) {
 #pragma unroll 1
-        for (; steps > 1; steps -= 2, u += 16, w += 16) multiply<M, N>(out, u, w, stride, 8, 8);
-        if (steps > 0) multiply<M, N>(out, u, w, stride);
+        for (; steps > 1; steps -= 2, u += 16, w += 16) multiply_16<M, N>(out, u, w, stride);
+        if (steps > 0) multiply_8<M, N>(out, u, w, stride);
     }
 };
 

@@ -1,6 +1,8 @@
 // Launches routing: plan, workspace, the passes in their order, the gradients.
 #include "common/arena.h"
 #include "fused.h"
+#include "operands.h"
+#include "passes_host.h"
 #include "routing.h"
 #include "routing_general.h"
 #include "smem_cached.h"
@@ -101,11 +103,63 @@ void add_parts(const float* from, void* to, int64_t count, int64_t parts, Dtype 
 struct Plan {
     Fused passes, gradients;
     FusedKernels kernels;
+    Passes tensor_passes;
+    PassKernel pass_kernel;    // null if the passes are others
+    int64_t u_words, w_words;  // of the arranged operands
     SmemCachedTiling smem_cached_tiling;
     bool fused_passes, fused_gradients, smem_cached;
     bool statistics;  // backward: the sums of the softmax of all passes go through memory
     int64_t blocks;   // of the passes: at most as many as can be resident on the device
 };
+
+template <typename Math>
+PassShape pass_shape(const RoutingCall& call, bool backward) {
+    return {call.B, call.I, call.J, call.D, call.K, Math::depth, Math::w_quads, Math::u_words, backward};
+}
+
+// Plans the passes over u and W. Returns false if they do not support the shape.
+bool plan_tensor_passes(const RoutingCall& call, const RoutingMode& mode, const Device& device,
+                        const FusedLimits& limits, Plan& plan) {
+    Passes& passes = plan.tensor_passes;
+    PassTiling& tiling = passes.tiling;
+    const bool backward = plan.passes.p.backward,
+               shallow = call.K <= ShallowSixteenBitProducts<Float16>::depth;
+    const PassShape shape = call.dtype == Dtype::float32
+                                ? (mode.tf32 ? pass_shape<Tf32Products>(call, backward)
+                                             : pass_shape<Float32Products>(call, backward))
+                            : shallow ? pass_shape<ShallowSixteenBitProducts<Float16>>(call, backward)
+                                      : pass_shape<SixteenBitProducts<Float16>>(call, backward);
+    if (!plan_pass_tiles(shape, limits, tiling)) return false;
+    if (call.dtype == Dtype::float32) {
+        const auto choose = backward ? (mode.tf32 ? pass_kernel_backward_tf32 : pass_kernel_backward_float32)
+                                     : (mode.tf32 ? pass_kernel_tf32 : pass_kernel_float32);
+        plan.pass_kernel = choose(tiling);
+    } else {
+        const bool bfloat16 = call.dtype == Dtype::bfloat16;
+        const auto choose = backward
+                                ? (bfloat16 ? pass_kernel_backward_bfloat16 : pass_kernel_backward_float16)
+                                : (bfloat16 ? pass_kernel_bfloat16 : pass_kernel_float16);
+        plan.pass_kernel = choose(tiling, shallow);
+    }
+    const char* const name = backward ? "routing_backward_passes" : "routing_passes";
+    Launch config{name, 0, tiling.groups * tiling.m_tiles * warp_size, tiling.shared, Stream()};
+    int clusters[4] = {};
+    clusters[0] =
+        device.multiprocessors * resident_blocks(plan.pass_kernel, name, config.threads, config.shared);
+    for (int n = 1; n < 4 && device.clusters; ++n) {
+        config.cluster = 1 << n, config.blocks = config.cluster;
+        clusters[n] = resident_clusters(plan.pass_kernel, config);
+    }
+    divide_input_capsules(shape, clusters, tiling);
+    int largest = 0;
+    while (1 << largest < tiling.cluster) ++largest;
+    plan.blocks = tiling.cluster * smaller(tiling.items, clusters[largest]);
+    plan.u_words = call.I * tiling.tiles_b * tiling.m_tiles * tiling.steps * shape.u_words * warp_size;
+    plan.w_words = call.I * tiling.tiles_j * tiling.steps *
+                   (tiling.n * capsules_of_warp(tiling.n, tiling.few) / 4) * shape.w_quads * 4 * warp_size;
+    passes.couplings = plan.passes.couplings;
+    return true;
+}
 
 Plan make_plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, const Device& device) {
     Plan plan{};
@@ -124,31 +178,42 @@ Plan make_plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, c
     const FusedLimits limits{device.multiprocessors, device.shared_per_block};
     plan.smem_cached = op == RoutingOp::forward && plan_smem_cached(shape, limits, plan.smem_cached_tiling);
     if (plan.smem_cached) return plan;
-    plan.fused_passes = plan_passes(shape, limits, 1, passes.tiling);
+    const auto choose_gradients = [&] {
+        plan.gradients = passes;
+        plan.fused_gradients = passes.p.backward && plan_gradients(shape, limits, plan.gradients.tiling);
+        const int64_t tiles_j = plan.pass_kernel ? plan.tensor_passes.tiling.tiles_j : passes.tiling.tiles_j;
+        plan.statistics = tiles_j > 1 || !plan.fused_gradients || plan.gradients.tiling.tiles_j > 1;
+    };
+    if (!precomputed && plan_tensor_passes(call, mode, device, limits, plan)) {
+        passes.p.splits = plan.tensor_passes.tiling.splits;
+        choose_gradients();
+        if (plan.fused_gradients) {
+            const auto choose = call.dtype == Dtype::bfloat16  ? fused_bfloat16
+                                : call.dtype == Dtype::float16 ? fused_float16
+                                : mode.tf32                    ? fused_tf32
+                                                               : fused_float32;
+            plan.kernels = choose(plan.gradients.tiling, true, logits);
+        }
+        return plan;
+    }
+    plan.fused_passes = precomputed && plan_precomputed_passes(shape, limits, 1, passes.tiling);
     if (!plan.fused_passes) {
         passes.p.splits = general_splits(passes.p, device);
         plan.gradients = passes;
         plan.statistics = true;
         return plan;
     }
-    const auto choose = call.dtype == Dtype::bfloat16  ? fused_bfloat16
-                        : call.dtype == Dtype::float16 ? fused_float16
-                        : mode.tf32                    ? fused_tf32
-                                                       : fused_float32;
-    plan.kernels = precomputed ? fused_precomputed(call.dtype, passes.tiling, passes.p.backward, logits)
-                               : choose(passes.tiling, passes.p.backward, logits);
+    plan.kernels = fused_precomputed(call.dtype, passes.tiling, passes.p.backward, logits);
     const auto blocks_per_multiprocessor = [&] {
         const Tiling& tiling = passes.tiling;
         return resident_blocks(plan.kernels.passes, "routing passes", tiling.warps * warp_size,
                                tiling.shared);
     };
-    plan_passes(shape, limits, blocks_per_multiprocessor(), passes.tiling);
+    plan_precomputed_passes(shape, limits, blocks_per_multiprocessor(), passes.tiling);
     const int64_t resident = int64_t(device.multiprocessors) * blocks_per_multiprocessor();
     plan.blocks = passes.tiling.items < resident ? passes.tiling.items : resident;
     passes.p.splits = passes.tiling.splits;
-    plan.gradients = passes;
-    plan.fused_gradients = passes.p.backward && plan_gradients(shape, limits, plan.gradients.tiling);
-    plan.statistics = passes.tiling.tiles_j > 1 || !plan.fused_gradients || plan.gradients.tiling.tiles_j > 1;
+    choose_gradients();
     return plan;
 }
 
@@ -164,8 +229,25 @@ int64_t place(Plan& plan, RoutingOp op, void* workspace) {
         p.grad_total_v = arena.take<float>(p.capsules());
     }
     if (op == RoutingOp::couplings) p.s = arena.take<float>(p.iterations * p.capsules());
-    if (p.backward ? plan.statistics : !plan.fused_passes || plan.passes.tiling.tiles_j > 1) {
+    const bool general = !plan.fused_passes && !plan.pass_kernel;
+    if (p.backward ? plan.statistics : general || plan.passes.tiling.tiles_j > 1) {
         p.softmax = arena.take<Softmax>((p.backward ? p.iterations - 1 : 1) * p.B * p.I);
+    }
+    if (plan.pass_kernel) {
+        Passes& passes = plan.tensor_passes;
+        const PassTiling& tiling = passes.tiling;
+        Arranged& arranged = p.arranged;
+        arranged.n = tiling.n, arranged.tile_j = tiling.tile_j, arranged.tiles_j = int(tiling.tiles_j);
+        arranged.tiles = tiling.n * capsules_of_warp(tiling.n, tiling.few);
+        arranged.tiles_b = int(tiling.tiles_b) * tiling.m_tiles;
+        arranged.numbers = int64_t(p.iterations) * arranged.tiles_b * arranged.tiles_j * arranged.tiles * 128;
+        arranged.v = arena.take<float>(arranged.numbers);
+        if (p.backward) arranged.grad_s = arena.take<float>(arranged.numbers);
+        passes.p = p;
+        passes.u = arena.take<uint32_t>(plan.u_words);
+        passes.weight = arena.take<uint32_t>(plan.w_words);
+        if (passes.tiling.tiles_j > 1)
+            passes.tile_softmax = arena.take<Softmax>(passes.tiling.tiles_j * p.I * p.B);
     }
     Fused& gradients = plan.gradients;
     gradients.p = p;
@@ -195,11 +277,33 @@ void launch_passes(const Plan& plan, int first, int last, bool cooperative, Stre
     }
 }
 
+void launch_tensor_passes(const Plan& plan, int steps, bool cooperative, Stream stream) {
+    Passes f = plan.tensor_passes;
+    Launch config{f.p.backward ? "routing_backward_passes" : "routing_passes",
+                  plan.blocks,
+                  f.tiling.groups * f.tiling.m_tiles * warp_size,
+                  f.tiling.shared,
+                  stream,
+                  cooperative && steps > 1,
+                  f.tiling.cluster};
+    f.prepares = steps > 1;
+    const int stride = config.cooperative ? steps : 1;
+    for (int step = 0; step < steps; step += stride) {
+        f.first_step = step, f.last_step = step + stride;
+        launch(plan.pass_kernel, config, f);
+    }
+}
+
 void forward(const Plan& plan, RoutingOp op, const RoutingCall& call, bool cooperative, Stream stream) {
     Routing p = plan.passes.p;
     const bool couplings = op == RoutingOp::couplings;
     if (plan.smem_cached) {
         smem_cached_passes(SmemCached{p, plan.smem_cached_tiling, plan.passes.vectors}, call.dtype, stream);
+        return;
+    }
+    if (plan.pass_kernel) {
+        const int steps_per_pass = plan.tensor_passes.tiling.tiles_j > 1 ? 3 : 2;
+        launch_tensor_passes(plan, 1 + steps_per_pass * p.iterations - couplings, cooperative, stream);
         return;
     }
     if (plan.fused_passes) {
@@ -218,6 +322,12 @@ void forward(const Plan& plan, RoutingOp op, const RoutingCall& call, bool coope
 
 void backward_passes(const Plan& plan, const RoutingCall& call, bool cooperative, Stream stream) {
     Routing p = plan.passes.p;
+    if (plan.pass_kernel) {
+        const int tiled = plan.tensor_passes.tiling.tiles_j > 1, logits = p.iterations - 1;
+        const int steps = p.detach ? (plan.statistics && logits > 0 ? 1 + tiled : 0) : logits * (tiled + 2);
+        launch_tensor_passes(plan, 1 + steps, cooperative, stream);
+        return;
+    }
     if (plan.fused_passes) {
         const int steps_per_pass = plan.passes.tiling.tiles_j > 1 ? 3 : 2, logits = p.iterations - 1;
         launch_passes(plan, 0, 1 + (p.detach ? plan.statistics && logits > 0 : logits * steps_per_pass),

@@ -12,6 +12,28 @@
 
 namespace capsops {
 
+constexpr float log2_e = 1.44269504f;
+
+// V and ds of each pass in the layout of the passes' registers (operands.h): [T, tiles of 16 samples,
+// tiles_j, tiles, 32, 4], with 0 where there is nothing.
+struct Arranged {
+    float* v;
+    float* grad_s;    // backward only
+    int64_t numbers;  // of each
+    int n, tile_j, tiles, tiles_j, tiles_b;
+
+    // Where a number of [B, J, D] is.
+    CAPSOPS_HOST_DEVICE int64_t at(int t, int64_t b, int64_t j, int64_t d) const {
+        const int own_j = int(j % tile_j), group = own_j / 4, left = tiles - 4 * n * group;
+        const int size = left < 4 * n ? left / n : 4;  // of the group
+        const int width = 8 / size, part = int(d % width);
+        const int lane = int(b % 8) * 4 + own_j % 4 * (4 / size) + part / 2;
+        const int tile = 4 * n * group + int(d) / width;
+        const int64_t item = (int64_t(t) * tiles_b + b / 16) * tiles_j + j / tile_j;
+        return ((item * tiles + tile) * 32 + lane) * 4 + b % 16 / 8 * 2 + part % 2;
+    }
+};
+
 struct Routing {
     const void* u;  // [B, I, K], or u_hat [B, I, J, D] where weight is null
     const void* weight;
@@ -36,6 +58,7 @@ struct Routing {
     Softmax* softmax;     // [T - 1, I, B]: all passes but the first backward, else that of the current pass;
                           // null if the kernels only need it within a block
     int64_t splits;
+    Arranged arranged;  // null pointers if the passes do not take them
 
     // The current pass.
     int t;
@@ -97,7 +120,11 @@ CAPSOPS_DEVICE void backward_through_squash(const Routing& p, const CapsuleLanes
     for (int64_t d = lanes.d; d < p.D; d += lanes.dims) along += f.direction(s[d]) * grad_v(d);
     along = lane_sum(along, lanes.dims);
     if (lanes.split > 0) return;
-    for (int64_t d = lanes.d; d < p.D; d += lanes.dims) grad_s[d] = f.vjp(s[d], grad_v(d), along);
+    for (int64_t d = lanes.d; d < p.D; d += lanes.dims) {
+        const float grad = f.vjp(s[d], grad_v(d), along);
+        grad_s[d] = grad;
+        if (p.arranged.grad_s) p.arranged.grad_s[p.arranged.at(t, capsule / p.J, capsule % p.J, d)] = grad;
+    }
 }
 
 // Forward, after the sums of pass t: s, then V of the next pass or, after the last, v.
@@ -124,7 +151,9 @@ CAPSOPS_CALLED void finish_forward(const Routing& p, int t) {
             } else {
                 const float* const before = p.total_v + t * p.capsules() + at + d;
                 float* const after = p.total_v + (t + 1) * p.capsules() + at + d;
-                *after = (t == 0 ? 0.0f : load_bypassing_l1(before)) + v;
+                const float total = (t == 0 ? 0.0f : load_bypassing_l1(before)) + v;
+                *after = total;
+                if (p.arranged.v) p.arranged.v[p.arranged.at(t + 1, capsule / p.J, j, d)] = total;
             }
         }
     });
@@ -141,7 +170,9 @@ CAPSOPS_CALLED void begin_backward(const Routing& p) {
             const Squash f = squash_of(p.D, lanes, [s](int64_t d) { return s[d]; });
             for (int64_t d = lanes.d; d < p.D && lanes.split == 0; d += lanes.dims) {
                 const float before = t == 0 ? 0.0f : p.total_v[t * p.capsules() + at + d];
-                p.total_v[(t + 1) * p.capsules() + at + d] = before + f.value(s[d]);
+                const float total = before + f.value(s[d]);
+                p.total_v[(t + 1) * p.capsules() + at + d] = total;
+                if (p.arranged.v) p.arranged.v[p.arranged.at(t + 1, capsule / p.J, capsule % p.J, d)] = total;
             }
         }
         backward_through_squash(p, lanes, p.iterations - 1, capsule,

@@ -12,8 +12,6 @@
 namespace capsops {
 namespace {
 
-constexpr float log2_e = 1.44269504f;
-
 // `exact`: J is max_j, else it may be less.
 template <typename S, int parts, int max_j, bool exact>
 struct Sample {

@@ -31,7 +31,14 @@ int64_t block_index();
 int64_t block_count();
 char* shared_memory();
 void block_barrier();
+void group_barrier(int group, int threads);
 void grid_barrier();
+int cluster_rank();
+int cluster_index();
+int cluster_count();
+void cluster_barrier();
+// The same address of shared memory in another block of the cluster.
+const void* of_cluster(const void* shared, int rank);
 
 // Every lane of the warp passes `size` bytes and receives those of all lanes, `slot_size` bytes apart.
 const char* exchange(const char* instruction, const void* mine, int size);
@@ -44,13 +51,14 @@ void begin_copy(void* shared, const void* global, bool valid);
 void end_group();
 void wait_for_groups(int64_t newest);
 
-void run(const char* name, int64_t blocks, int threads, int64_t shared, bool cooperative,
+void run(const char* name, int64_t blocks, int threads, int64_t shared, bool cooperative, int cluster,
          const std::function<void()>& kernel);
 
 struct Settings {
     int multiprocessors = 3;
     int64_t shared_per_block = 227 * 1024;
     bool cooperative = true;
+    bool clusters = true;
     bool backwards = false;  // the order of the fibers, and of the blocks of a launch that is not cooperative
     bool late_copies = false;  // copies are executed when they are waited for, else when they begin
 };
@@ -74,11 +82,17 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 inline int opaque(int x) { return x; }
+inline float opaque(float x) { return x; }
 
 using emulator::block_barrier;
 using emulator::block_count;
 using emulator::block_index;
+using emulator::cluster_barrier;
+using emulator::cluster_count;
+using emulator::cluster_index;
+using emulator::cluster_rank;
 using emulator::grid_barrier;
+using emulator::group_barrier;
 using emulator::shared_memory;
 using emulator::thread_count;
 using emulator::thread_index;
@@ -98,6 +112,18 @@ inline float shuffle(float x, int lane) {
 inline float shuffle_xor(float x, int mask) {
     return lane_value(emulator::exchange("shuffle_xor", &x, sizeof x),
                       (emulator::thread_index() ^ mask) & 31);
+}
+
+inline float4 load_of_cluster(const float4* shared, int rank) {
+    emulator::check_alignment(shared, 16);
+    return *static_cast<const float4*>(emulator::of_cluster(shared, rank));
+}
+
+inline bool any_lane(bool x) {
+    const char* slots = emulator::exchange("any_lane", &x, sizeof x);
+    bool any = false;
+    for (int lane = 0; lane < 32; ++lane) any |= slots[lane * emulator::slot_size] != 0;
+    return any;
 }
 
 inline uint32_t bits_of(float x) {
@@ -133,6 +159,11 @@ inline void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
         }
         c[e] = float(sum);
     }
+}
+
+inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b, uint32_t next_b) {
+    mma_tf32(c, {float_of(a[0]), float_of(a[1]), float_of(a[2]), float_of(a[3])},
+             {float_of(b), float_of(next_b)});
 }
 
 // ---- 16 bits: pairs of numbers in one register, the first in its lower half
@@ -250,6 +281,8 @@ inline float power_of_2(float x) {
     return power < 1.17549435e-38f ? 0.0f : power;
 }
 
+inline float reciprocal(float x) { return 1.0f / x; }
+
 inline void copy_async(void* shared, const void* global, bool valid) {
     emulator::check_alignment(shared, 16);
     emulator::check_alignment(global, 16);
@@ -271,6 +304,7 @@ inline void wait_for_older_copies(int newest) {
 
 inline float load_bypassing_l1(const float* x) { return *x; }
 inline float2 load_bypassing_l1(const float2* x) { return *x; }
+inline float4 load_bypassing_l1(const float4* x) { return *x; }
 
 template <typename S>
 inline float2 load_pair(const S* x) {
@@ -291,7 +325,7 @@ struct Device {
     int index;
     int multiprocessors;
     int64_t shared_per_block;
-    bool cooperative;
+    bool cooperative, clusters;
 };
 
 inline int device_count() { return 1; }
@@ -300,7 +334,7 @@ class CurrentDevice {
     explicit CurrentDevice(int index) : index_(index) {}
     Device limits() const {
         return {index_, emulator::settings.multiprocessors, emulator::settings.shared_per_block,
-                emulator::settings.cooperative};
+                emulator::settings.cooperative, emulator::settings.clusters};
     }
 
   private:
@@ -319,12 +353,20 @@ struct Launch {
     int64_t shared;
     Stream stream;
     bool cooperative = false;
+    int cluster = 1;
 };
+
+template <typename Parameters>
+int resident_clusters(void (*)(Parameters), const Launch& config) {
+    const emulator::Settings& settings = emulator::settings;
+    if (config.shared > settings.shared_per_block || (config.cluster > 1 && !settings.clusters)) return 0;
+    return settings.multiprocessors / config.cluster;
+}
 
 template <typename Parameters>
 void launch(void (*kernel)(Parameters), const Launch& config, Parameters parameters) {
     emulator::run(config.name, config.blocks, config.threads, config.shared, config.cooperative,
-                  [kernel, parameters] { kernel(parameters); });
+                  config.cluster, [kernel, parameters] { kernel(parameters); });
 }
 
 }  // namespace capsops

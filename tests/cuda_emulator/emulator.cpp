@@ -74,11 +74,20 @@ struct Barrier {
     int64_t arrived = 0;
 };
 
+struct Block;
+
+struct Cluster {
+    Barrier barrier;
+    std::vector<Block*> blocks;
+};
+
 struct Block {
     int64_t index;
     Allocation shared;
     std::vector<Warp> warps;
     Barrier barrier;
+    Barrier group_barriers[8];
+    Cluster* cluster;
 };
 
 // A copy that a thread has begun and, with late_copies, not yet executed.
@@ -266,6 +275,25 @@ static void meet(Barrier& barrier, int64_t threads) {
 }
 
 void block_barrier() { meet(current->block->barrier, threads_now); }
+void group_barrier(int group, int threads) {
+    if (group < 0 || group > 7 || threads % 32 != 0) fail("a barrier of a group that does not exist");
+    meet(current->block->group_barriers[group], threads);
+}
+int cluster_rank() { return int(current->block->index % int64_t(current->block->cluster->blocks.size())); }
+int cluster_index() { return int(current->block->index / int64_t(current->block->cluster->blocks.size())); }
+int cluster_count() { return int(blocks_now / int64_t(current->block->cluster->blocks.size())); }
+void cluster_barrier() {
+    Cluster& cluster = *current->block->cluster;
+    meet(cluster.barrier, threads_now * int64_t(cluster.blocks.size()));
+}
+const void* of_cluster(const void* shared, int rank) {
+    const Block& own = *current->block;
+    const auto offset = static_cast<const char*>(shared) - own.shared.begin;
+    if (offset < 0 || size_t(offset) >= own.shared.size || rank < 0 ||
+        size_t(rank) >= own.cluster->blocks.size())
+        fail("an address that is not in the shared memory of a cluster");
+    return own.cluster->blocks[size_t(rank)]->shared.begin + offset;
+}
 void grid_barrier() { meet(grid, threads_now * blocks_now); }
 
 const char* exchange(const char* instruction, const void* mine, int size) {
@@ -307,7 +335,7 @@ void wait_for_groups(int64_t newest) {
     copies.erase(copies.begin(), next);
 }
 
-void run(const char* name, int64_t blocks, int threads, int64_t shared, bool cooperative,
+void run(const char* name, int64_t blocks, int threads, int64_t shared, bool cooperative, int cluster,
          const std::function<void()>& kernel) {
     if (blocks < 1 || blocks > 0x7fffffff || threads < 1 || threads > 1024 || threads % 32 != 0 ||
         shared > settings.shared_per_block) {
@@ -318,6 +346,8 @@ void run(const char* name, int64_t blocks, int threads, int64_t shared, bool coo
     if (cooperative && (!settings.cooperative || blocks > settings.multiprocessors)) {
         throw std::runtime_error(std::string(name) + ": too many blocks for a cooperative launch");
     }
+    if (blocks % cluster != 0 || (cluster > 1 && (!settings.clusters || cluster > settings.multiprocessors)))
+        throw std::runtime_error(std::string(name) + ": no clusters of " + std::to_string(cluster));
     const FaultHandler handler;
     kernel_now = &kernel, threads_now = threads, blocks_now = blocks;
     const auto make_block = [&](int64_t index) {
@@ -328,15 +358,24 @@ void run(const char* name, int64_t blocks, int threads, int64_t shared, bool coo
         return block;
     };
     std::vector<std::unique_ptr<Block>> running;
+    std::vector<std::unique_ptr<Cluster>> clusters;
     const auto finish = [&] {
         bool over = false;
         for (auto& block : running) over |= overrun(block->shared), release(block->shared);
         running.clear();
+        clusters.clear();
         if (over) throw std::runtime_error(std::string(name) + ": wrote outside its shared memory");
     };
-    for (int64_t n = 0; n < blocks; ++n) {
-        running.push_back(make_block(settings.backwards && !cooperative ? blocks - 1 - n : n));
-        if (cooperative && n + 1 < blocks) continue;
+    const int64_t count = blocks / cluster;
+    for (int64_t n = 0; n < count; ++n) {
+        const int64_t at = settings.backwards && !cooperative ? count - 1 - n : n;
+        clusters.push_back(std::make_unique<Cluster>());
+        for (int64_t rank = 0; rank < cluster; ++rank) {
+            running.push_back(make_block(at * cluster + rank));
+            running.back()->cluster = clusters.back().get();
+            clusters.back()->blocks.push_back(running.back().get());
+        }
+        if (cooperative && n + 1 < count) continue;
         run_blocks(running, name);
         finish();
     }

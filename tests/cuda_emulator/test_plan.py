@@ -38,8 +38,11 @@ def covers(parts: int, length: int, whole: int) -> bool:
 
 
 @given(shape=shapes, device=st.sampled_from(sorted(DEVICES)), resident_blocks=st.integers(1, 4))
-def test_passes(cuda: ModuleType, shape: dict[str, int], device: str, resident_blocks: int) -> None:
+def test_precomputed_passes(
+    cuda: ModuleType, shape: dict[str, int], device: str, resident_blocks: int
+) -> None:
     shared, multiprocessors = DEVICES[device]
+    shape = {**shape, "precomputed": True}
     plan = cuda.fused_plan(
         False,
         **shape,
@@ -47,11 +50,6 @@ def test_passes(cuda: ModuleType, shape: dict[str, int], device: str, resident_b
         shared_per_block=shared,
         resident_blocks=resident_blocks,
     )
-    if plan is None:  # W of one input capsule is too large for this device, so the general kernels are used
-        assert device in ("sm_86", "sm_89")
-        assert min(shape["D"], shape["J"]) > 8
-        assert shape["K"] > 24
-        return
     assert covers(plan["tiles_b"], 16 * plan["m"] * plan["groups"], shape["B"])
     assert covers(plan["tiles_j"], plan["tile_j"], shape["J"])
     assert covers(plan["splits"], plan["length"], shape["I"])
@@ -61,6 +59,65 @@ def test_passes(cuda: ModuleType, shape: dict[str, int], device: str, resident_b
     assert plan["warps"] == plan["tile_j"] * plan["groups"]
     # No more partial sums than blocks that are resident at a time: the workspace does not grow with I.
     assert plan["splits"] <= 8 or plan["items"] <= multiprocessors * resident_blocks
+
+
+# How the passes multiply: components in a step, quads of W and words of u (csrc/cuda/operands.h).
+PRODUCTS = {
+    "tf32": {"depth": 8, "w_quads": 2, "u_words": 4},
+    "float32": {"depth": 8, "w_quads": 4, "u_words": 4},
+    "16 bit": {"depth": 16, "w_quads": 2, "u_words": 4},
+    "16 bit, K at most 8": {"depth": 8, "w_quads": 1, "u_words": 2},
+}
+
+
+@given(
+    shape=shapes,
+    device=st.sampled_from(sorted(DEVICES)),
+    products=st.sampled_from(sorted(PRODUCTS)),
+    clusters=st.lists(st.integers(0, 132), min_size=3, max_size=3),
+)
+def test_passes(
+    cuda: ModuleType, shape: dict[str, int], device: str, products: str, clusters: list[int]
+) -> None:
+    shared, multiprocessors = DEVICES[device]
+    sizes = {axis: shape[axis] for axis in "BIJDK"}
+    if products == "16 bit, K at most 8":
+        sizes["K"] = min(sizes["K"], 8)
+    how = PRODUCTS[products]
+    plan = cuda.pass_plan(
+        **sizes,
+        **how,
+        multiprocessors=multiprocessors,
+        shared_per_block=shared,
+        clusters=[multiprocessors, *clusters],
+    )
+    if plan is None:  # W of one input capsule is too large for this device, so the general kernels are used
+        assert device in ("sm_86", "sm_89")
+        assert min(sizes["D"], sizes["J"]) > 3
+        assert sizes["K"] > 16
+        return
+    warps = plan["groups"] * plan["m_tiles"]
+    streams = plan["cluster"] * plan["groups"]  # of input capsules in an item
+    resident = [multiprocessors, *clusters][(1, 2, 4, 8).index(plan["cluster"])]
+    assert 1 <= warps <= 8
+    assert covers(plan["tiles_b"], 16 * plan["m_tiles"], sizes["B"])
+    assert covers(plan["tiles_j"], plan["tile_j"], sizes["J"])
+    assert covers(plan["splits"], streams * plan["length"], sizes["I"])
+    assert plan["items"] == plan["tiles_b"] * plan["tiles_j"] * plan["splits"]
+    assert plan["steps"] * how["depth"] >= sizes["K"] > (plan["steps"] - 1) * how["depth"]
+    assert resident > 0
+    # The workspace does not grow with I.
+    assert plan["splits"] <= 8 or plan["items"] <= resident
+    tiles = plan["n"] * (16 if plan["n"] == 1 else 5 if plan["n"] == 4 else 8 if plan["few"] else 10)
+    assert 8 * plan["n"] >= sizes["D"]
+    assert plan["tile_j"] * plan["n"] <= tiles
+    words = plan["steps"] * (tiles // 4 * how["w_quads"] * 128 + plan["m_tiles"] * how["u_words"] * 32)
+    assert plan["slot_words"] >= words
+    assert plan["slot_words"] % 4 == 0
+    ring, sums = plan["groups"] * 3 * plan["slot_words"] * 4, warps * tiles * 512
+    assert plan["capsules_offset"] >= max(ring, sums)
+    assert plan["progress_offset"] >= plan["capsules_offset"] + plan["m_tiles"] * tiles * 512
+    assert plan["progress_offset"] + 8 * 36 <= plan["shared"] <= shared
 
 
 @given(shape=shapes, device=st.sampled_from(sorted(DEVICES)))
@@ -100,7 +157,7 @@ def check_block(plan: dict[str, int], shape: dict[str, int], shared: int) -> Non
     ],
 )
 def test_shapes_for_the_general_kernels(cuda: ModuleType, shape: dict[str, int], gradients: bool) -> None:
-    assert cuda.fused_plan(gradients, **shape) is None
+    assert (cuda.fused_plan(True, **shape) if gradients else cuda.pass_plan(**shape)) is None
 
 
 @given(shape=shapes, device=st.sampled_from(sorted(DEVICES)))
@@ -136,8 +193,9 @@ def test_half_of_the_predictions_of_a_capsule_network_stay_on_an_h200(cuda: Modu
 
 def test_a_capsule_network_fills_an_h200(cuda: ModuleType) -> None:
     """MNIST's capsule layer: B = 128, I = 1152, J = 10, D = 16, K = 8."""
-    passes = cuda.fused_plan(False, 128, 1152, 10, 16, 8)
-    assert passes["items"] >= 0.95 * 132
+    passes = cuda.pass_plan(128, 1152, 10, 16, 8)
+    assert passes["items"] * passes["cluster"] >= 0.95 * 132
+    assert passes["splits"] <= 4  # the partial sums are 4 times the size of the output capsules
     gradients = cuda.fused_plan(True, 128, 1152, 10, 16, 8)
     assert gradients["items"] >= 0.95 * 132
     assert gradients["splits"] == gradients["tiles_j"] == 1  # no parts to sum afterwards
@@ -145,6 +203,6 @@ def test_a_capsule_network_fills_an_h200(cuda: ModuleType) -> None:
 
 def test_many_output_capsules_fill_an_h200(cuda: ModuleType) -> None:
     """I = 3872, J = 196: with tiles of j and splits of i, the last round of blocks is not half empty."""
-    plan = cuda.fused_plan(False, 128, 3872, 196, 16, 8)
-    rounds = -(-plan["items"] // 132)
-    assert plan["items"] >= 0.75 * 132 * rounds
+    plan = cuda.pass_plan(128, 3872, 196, 16, 8)
+    blocks = plan["items"] * plan["cluster"]
+    assert blocks >= 0.75 * 132 * -(-blocks // 132)

@@ -56,11 +56,15 @@ def instructions(arch: str) -> dict[str, list[str]]:
 def test_every_kernel_is_compiled(resources: dict[str, dict[str, int]]) -> None:
     """Each kernel once for every template argument that it is compiled with.
 
-    Passes: 3 sizes of D, forward and backward, 4 ways to multiply and 3 dtypes of precomputed predictions.
+    Passes, forward and backward: in float32 and in TF32 3 sizes of D for any K, one of them also for few
+    output capsules, and both for K of at most 8; in 16 bit these 4 for any K and for at most 8. Over
+    precomputed predictions: 3 sizes of D, 3 dtypes.
     Gradients: 5 for each way to multiply and each dtype. smem_cached: 3 sizes of D, J 10 or less, 3 dtypes.
     """
     names = " ".join(resources)
-    assert names.count("passes_kernel") == 42
+    passes = 2 * (2 * 6 + 2 * 8)
+    assert names.count("passes_kernel") == passes + 18
+    assert names.count("precomputed_passes_kernel") == 18
     assert names.count("gradients_kernel") == 35
     assert names.count("smem_cached_kernel") == 18
     for kernel in ("squash_kernel", "predictions_kernel", "sums_kernel", "grad_bias_kernel"):
@@ -76,7 +80,7 @@ def test_no_spills_and_no_stack(resources: dict[str, dict[str, int]]) -> None:
 def test_registers_let_the_planned_blocks_run(resources: dict[str, dict[str, int]]) -> None:
     """A multiprocessor has 65536 registers, which warps are allocated in units of 256."""
     for name, numbers in resources.items():
-        warps = 12 if re.search("passes_|gradients_|smem_cached_", name) else 8
+        warps = 12 if re.search("precomputed_passes_|gradients_|smem_cached_", name) else 8
         if "gradients_kernel" in name and "MultiplyAdds" in name:
             warps = 8
         registers = -(-numbers["REG"] // 8) * 8
@@ -96,14 +100,17 @@ def test_tensor_cores(instructions: dict[str, list[str]]) -> None:
         for name, code in instructions.items()
         if re.search("passes_|gradients_|smem_cached_", name)
     }
-    assert len(fused) == 95
+    assert len(fused) == 2 * (2 * 6 + 2 * 8) + 18 + 35 + 18
     for name, code in fused.items():
         copies = any(op.startswith("LDGSTS") for op in code)
         assert copies != ("gradients_" in name and "Precomputed" in name), f"{name}: asynchronous copies?"
         matrix = {op for op in code if op.startswith("HMMA")}
         expected = set()
-        if "Tf32" in name:
+        if "Tf32" in name or "Float32Products" in name:
             expected = {"HMMA.1688.F32.TF32"}
+        elif "Products" in name:
+            depth = "1688" if "Shallow" in name else "16816"
+            expected = {f"HMMA.{depth}.F32{'.BF16' if 'bfloat16' in name else ''}"}
         elif "SixteenBit" in name:
             kind = ".BF16" if "bfloat16" in name else ""
             expected = {f"HMMA.16816.F32{kind}", f"HMMA.1688.F32{kind}"}

@@ -1,27 +1,25 @@
-// The passes of routing, forward and backward: sums over i of c u_hat, or of db u_hat.
+// The passes of routing over precomputed predictions, forward and backward: sums over i of c u_hat, or of
+// db u_hat.
 //
-// A block processes one chunk of input capsules at a time. Every warp computes the logits of its output
-// capsule from tiles of u_hat (and backward a = u_hat . ds); all threads together compute the softmax over j;
-// every warp computes its tiles of u_hat again, with u scaled by the coefficients, and sums them. Tensor
-// cores compute u_hat faster than it could be kept in registers.
+// A block processes one chunk of input capsules at a time, which it copies to shared memory. Every warp
+// computes the logits of its output capsule (and backward a = u_hat . ds); all threads together compute the
+// softmax over j; every warp adds up its output capsule's predictions with their coefficients.
 #pragma once
 
 #include "fused.h"
 #include "products.h"
-#include "products_16_bit.h"
 
 namespace capsops {
 
 // What a step does about the softmax over j.
-enum class Step {
+enum class PrecomputedStep {
     whole,            // the block has all j: computes it
     statistics,       // j is in tiles: computes only its maximum and sums
     from_statistics,  // j is in tiles: computes it from those
 };
 
-template <typename Math, int M, int N, bool backward>
-struct Passes {
-    typedef typename Math::S S;
+template <typename S, int M, int N, bool backward>
+struct PrecomputedPasses {
     static constexpr int samples = 16 * M;  // per warp
 
     const Fused& f;
@@ -34,7 +32,7 @@ struct Passes {
     float* const a;          // the same shape, backward only
     Softmax* const softmax;  // [chunk, rows], carried from one tile of j to the next
 
-    CAPSOPS_DEVICE Passes(const Fused& f, int t)
+    CAPSOPS_DEVICE PrecomputedPasses(const Fused& f, int t)
         : f(f),
           p(f.p),
           tiling(f.tiling),
@@ -47,46 +45,21 @@ struct Passes {
 
     CAPSOPS_DEVICE int own_j() const { return warp_index() % tiling.tile_j; }
     CAPSOPS_DEVICE int own_group() const { return warp_index() / tiling.tile_j; }
-    CAPSOPS_DEVICE S* u_tile(int stage) const { return stages + stage * int(tiling.stage / int(sizeof(S))); }
-    CAPSOPS_DEVICE S* w_tile(int stage) const {
-        return u_tile(stage) + (Math::precomputed ? 0 : tiling.chunk * rows * tiling.stride);
-    }
-    CAPSOPS_DEVICE int u_at(int i) const { return (i * rows + own_group() * samples) * tiling.stride; }
-    // Where W_ij, or the precomputed predictions of this warp's samples, begin in w_tile.
-    CAPSOPS_DEVICE int w_at(int i) const {
-        const int ij = i * tiling.tile_j + own_j();
-        return (Math::precomputed ? ij * rows + own_group() * samples : ij * N * 8) * tiling.stride;
+    // Where the predictions of this warp's output capsule and samples begin.
+    CAPSOPS_DEVICE S* own_tile(int stage, int i) const {
+        const int row = (i * tiling.tile_j + own_j()) * rows + own_group() * samples;
+        return stages + stage * int(tiling.stage / int(sizeof(S))) + row * tiling.stride;
     }
 
-    // The padding of K and D, which no copy writes, must be 0.
+    // The padding of D, which no copy writes, must be 0.
     CAPSOPS_DEVICE void clear_stages() const {
         float* const words = reinterpret_cast<float*>(stages);
         for (int n = thread_index(); n < int(2 * tiling.stage / 4); n += thread_count()) words[n] = 0.0f;
         block_barrier();
     }
 
-    // Begins to copy `count` contiguous rows of K numbers, all lanes of the warp together.
-    CAPSOPS_DEVICE void copy_rows(S* to, const S* from, int count, bool valid) const {
-        const int K = opaque(int(p.K));
-        if (f.vectors) {
-            constexpr int copy_width = 16 / int(sizeof(S));
-            const int copies_per_row = K / copy_width;
-#pragma unroll 1
-            for (int n = lane_index(); n < count * copies_per_row; n += warp_size) {
-                copy_async(to + n / copies_per_row * tiling.stride + n % copies_per_row * copy_width,
-                           from + n * copy_width, valid);
-            }
-        } else {
-#pragma unroll 1
-            for (int n = lane_index(); n < count * K; n += warp_size) {
-                S zero{};
-                to[n / K * tiling.stride + n % K] = valid ? from[n] : zero;
-            }
-        }
-    }
-
-    // Begins to copy the precomputed predictions of this warp's output capsule and samples.
-    CAPSOPS_DEVICE void copy_precomputed(int stage, int i, int count, int first_b, int tile_j) const {
+    // Begins to copy the predictions of this warp's output capsule and samples.
+    CAPSOPS_DEVICE void copy(int stage, int i, int count, int first_b, int tile_j) const {
         const int b = opaque(first_b) + own_group() * samples, j = tile_j * tiling.tile_j + own_j(),
                   D = int(p.D);
         if (j >= int(p.J)) return;
@@ -101,7 +74,7 @@ struct Passes {
             const int row_size = int(p.J) * D;
             const S* const from =
                 static_cast<const S*>(p.u) + (int64_t(b) * p.I + i + chunk_i) * row_size + (j * D + d);
-            S* const to = w_tile(stage) + w_at(chunk_i) + d;
+            S* const to = own_tile(stage, chunk_i) + d;
 #pragma unroll 1
             for (int sample = first; sample < samples; sample += samples_at_once) {
                 const bool valid = b + sample < int(p.B);
@@ -113,51 +86,6 @@ struct Passes {
                     to[sample * tiling.stride] = valid ? *source : zero;
                 }
             }
-        }
-    }
-
-    // Begins to copy u and W of input capsules i ... i + count - 1 for a tile of samples and one of j.
-    CAPSOPS_DEVICE void copy(int stage, int i, int count, int first_b, int tile_j) const {
-        if constexpr (Math::precomputed) return copy_precomputed(stage, i, count, first_b, tile_j);
-        const int b = opaque(first_b);
-        const S* const u = static_cast<const S*>(p.u);
-        const S* const w = static_cast<const S*>(p.weight);
-        const int K = opaque(int(p.K));
-        constexpr int copy_width = 16 / int(sizeof(S));
-        const int copies_per_row = f.vectors ? K / copy_width : K, per_sample = count * copies_per_row;
-#pragma unroll 1
-        for (int n = thread_index(); n < rows * per_sample; n += thread_count()) {
-            const int sample = n / per_sample, rest = n % per_sample, chunk_i = rest / copies_per_row,
-                      k = rest % copies_per_row;
-            const bool valid = b + sample < int(p.B);
-            S* const to = u_tile(stage) + (chunk_i * rows + sample) * tiling.stride;
-            const S* const from = u + (valid ? (int64_t(b + sample) * int(p.I) + i + chunk_i) * K : 0);
-            if (f.vectors) {
-                copy_async(to + k * copy_width, from + k * copy_width, valid);
-            } else {
-                S zero{};
-                to[k] = valid ? from[k] : zero;
-            }
-        }
-        const int j = tile_j * tiling.tile_j + own_j();
-        if (j >= int(p.J)) return;
-        if (f.vectors && K == tiling.stride) {  // W_ij is contiguous in both memories
-            const int numbers = int(p.D) * K, first = lane_index() * copy_width;
-            const S* from = w + (int64_t(i + own_group()) * int(p.J) + j) * numbers;
-            const int64_t step = int64_t(tiling.groups) * int(p.J) * numbers;
-#pragma unroll 1
-            for (int n = own_group(); n < count; n += tiling.groups, from += step) {
-                S* const to = w_tile(stage) + w_at(n);
-#pragma unroll 1
-                for (int m = first; m < numbers; m += warp_size * copy_width)
-                    copy_async(to + m, from + m, true);
-            }
-            return;
-        }
-#pragma unroll 1
-        for (int n = own_group(); n < count; n += tiling.groups) {
-            copy_rows(w_tile(stage) + w_at(n), w + (int64_t(i + n) * int(p.J) + j) * (int(p.D) * K), int(p.D),
-                      true);
         }
     }
 
@@ -214,9 +142,8 @@ struct Passes {
         const int row = own_group() * samples + lane_index() / 4 + 8 * (lane_index() % 4);
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
-            Tile u_hat[M][N] = {};
-            Math::template predict<M, N>(u_hat, u_tile(stage) + u_at(i), w_tile(stage) + w_at(i),
-                                         tiling.stride, tiling.steps);
+            Tile u_hat[M][N];
+            load_predictions<M, N>(u_hat, own_tile(stage, i), tiling.stride);
             const int at = (i * tiling.tile_j + own_j()) * rows + row;
             const float logit = quad_dot(u_hat, v);
             const bool stores = lane_index() % 4 < 2 * M;
@@ -230,7 +157,8 @@ struct Passes {
 
     // Softmax over j: replaces the logits by the coefficients, or computes its statistics only. A warp has
     // one input capsule of the chunk and 32 of the block's samples (or 16, in half of its lanes).
-    CAPSOPS_DEVICE void softmax_over_j(Step step, int i, int count, int first_b, int tile_j) const {
+    CAPSOPS_DEVICE void softmax_over_j(PrecomputedStep step, int i, int count, int first_b,
+                                       int tile_j) const {
         const int b = opaque(first_b);
         const int sets = (rows + warp_size - 1) / warp_size;
         const int left = int(p.J) - tile_j * tiling.tile_j, js = left < tiling.tile_j ? left : tiling.tile_j;
@@ -242,8 +170,8 @@ struct Passes {
             float* const y = a + chunk_i * tiling.tile_j * rows + row;
             const int64_t softmax_index = p.softmax_at(t, b + row, i + chunk_i);
             Softmax s{p.leaky ? 0.0f : -INFINITY, p.leaky ? 1.0f : 0.0f, 0.0f};
-            if (step == Step::statistics && tile_j > 0) s = softmax[chunk_i * rows + row];
-            if (step == Step::from_statistics) {
+            if (step == PrecomputedStep::statistics && tile_j > 0) s = softmax[chunk_i * rows + row];
+            if (step == PrecomputedStep::from_statistics) {
                 s.largest = load_bypassing_l1(&p.softmax[softmax_index].largest);
                 s.sum = load_bypassing_l1(&p.softmax[softmax_index].sum);
                 s.mean = load_bypassing_l1(&p.softmax[softmax_index].mean);
@@ -259,7 +187,7 @@ struct Passes {
                     if (backward) s.mean += e * y[j * rows];
                 }
             }
-            if (step == Step::statistics) {
+            if (step == PrecomputedStep::statistics) {
                 if (tile_j + 1 < int(tiling.tiles_j)) {
                     softmax[chunk_i * rows + row] = s;
                 } else {
@@ -267,11 +195,13 @@ struct Passes {
                 }
                 continue;
             }
-            if (step == Step::whole) s.mean /= s.sum;
-            if (backward && step == Step::whole && p.softmax != nullptr) p.softmax[softmax_index] = s;
+            if (step == PrecomputedStep::whole) s.mean /= s.sum;
+            if (backward && step == PrecomputedStep::whole && p.softmax != nullptr)
+                p.softmax[softmax_index] = s;
             const float inverse = 1.0f / s.sum;
             for (int j = 0; j < js; ++j) {
-                const float c = (step == Step::whole ? x[j * rows] : expf(x[j * rows] - s.largest)) * inverse;
+                const float c =
+                    (step == PrecomputedStep::whole ? x[j * rows] : expf(x[j * rows] - s.largest)) * inverse;
                 x[j * rows] = backward ? c * (y[j * rows] - s.mean) : c;
                 if (!backward && f.couplings && t + 1 == p.iterations) {
                     const int64_t at =
@@ -282,52 +212,32 @@ struct Passes {
         }
     }
 
-    // Adds coefficient times u_hat of this warp's output capsule to `sum`. In TF32 u is scaled and the
-    // product accumulates. Otherwise u_hat is computed first and multiplied in float32: c u would have to be
-    // rounded to 16 bits, and with multiply-adds fewer roundings happen at the magnitude of the sum. The
-    // first pass has no coefficients.
+    // Adds coefficient times u_hat of this warp's output capsule to `sum`; the first pass has no
+    // coefficients.
     CAPSOPS_DEVICE void accumulate(int stage, int count, Tile (&sum)[M][N]) const {
-        int i = 0;
-        if constexpr (Math::pairs) {  // two input capsules of 8 components count as one of 16
 #pragma unroll 1
-            for (; t == 0 && tiling.steps == 1 && i + 1 < count; i += 2) {
-                Math::template multiply<M, N>(sum, u_tile(stage) + u_at(i), w_tile(stage) + w_at(i),
-                                              tiling.stride, u_at(i + 1) - u_at(i), w_at(i + 1) - w_at(i));
-            }
-        }
-#pragma unroll 1
-        for (; i < count; ++i) {
-            const S* const u = u_tile(stage) + u_at(i);
-            const S* const w = w_tile(stage) + w_at(i);
-            if (Math::tensor_cores && t == 0) {
-                Math::template predict<M, N>(sum, u, w, tiling.stride, tiling.steps);
-                continue;
-            }
+        for (int i = 0; i < count; ++i) {
             float c[2 * M];
             const float* const x =
                 logits + (i * tiling.tile_j + own_j()) * rows + own_group() * samples + lane_index() / 4;
 #pragma unroll
             for (int r = 0; r < 2 * M; ++r) c[r] = t > 0 ? x[8 * r] : 1.0f;
-            if constexpr (Math::scales_u) {
-                Math::template predict_scaled<M, N>(sum, u, w, tiling.stride, tiling.steps, c);
-            } else {
-                Tile u_hat[M][N] = {};
-                Math::template predict<M, N>(u_hat, u, w, tiling.stride, tiling.steps);
+            Tile u_hat[M][N];
+            load_predictions<M, N>(u_hat, own_tile(stage, i), tiling.stride);
 #pragma unroll
-                for (int m = 0; m < M; ++m) {
+            for (int m = 0; m < M; ++m) {
 #pragma unroll
-                    for (int n = 0; n < N; ++n) {
+                for (int n = 0; n < N; ++n) {
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) sum[m][n][e] += c[2 * m + e / 2] * u_hat[m][n][e];
-                    }
+                    for (int e = 0; e < 4; ++e) sum[m][n][e] += c[2 * m + e / 2] * u_hat[m][n][e];
                 }
             }
         }
     }
 
     // One step of pass t over all of the block's items.
-    CAPSOPS_DEVICE void run(Step step) const {
-        const bool statistics = step == Step::statistics;
+    CAPSOPS_DEVICE void run(PrecomputedStep step) const {
+        const bool statistics = step == PrecomputedStep::statistics;
         // The statistics need no partial sums, so i can be split into as many parts as there are chunks.
         const int all_tiles = int(tiling.tiles_j), length = statistics ? tiling.chunk : int(tiling.length);
         const int splits = (int(p.I) + length - 1) / length;
@@ -377,25 +287,26 @@ struct Passes {
 struct Sequence {
     int t;
     bool begins, finishes;
-    Step step;
+    PrecomputedStep step;
 
     CAPSOPS_DEVICE Sequence(const Fused& f, bool backward, int n) : begins(backward && n == 0) {
         const int tiled = f.tiling.tiles_j > 1, steps_per_pass = tiled + 2;
         const int m = backward ? n - 1 : n, rest = m % steps_per_pass;
         t = backward ? f.p.iterations - 1 - m / steps_per_pass : m / steps_per_pass;
         finishes = rest + 1 == steps_per_pass;
-        step = tiled == 0 ? Step::whole : rest == 0 ? Step::statistics : Step::from_statistics;
+        step = tiled == 0  ? PrecomputedStep::whole
+               : rest == 0 ? PrecomputedStep::statistics
+                           : PrecomputedStep::from_statistics;
         // With detach the gradient needs the softmax of the last pass but no sums.
-        if (backward && f.p.detach) step = Step::statistics, finishes = false;
+        if (backward && f.p.detach) step = PrecomputedStep::statistics, finishes = false;
     }
 };
 
 // All steps in one launch if its blocks run at the same time; the grid waits at a barrier between steps.
-template <typename Math, int M, int N, bool backward>
+template <typename S, int M, int N, bool backward>
 CAPSOPS_KERNEL(max_warps* warp_size, 1)
-passes_kernel(CAPSOPS_PARAMETER Fused f) {
-    typedef typename Math::S S;
-    Passes<Math, M, N, backward>(f, 0).clear_stages();
+precomputed_passes_kernel(CAPSOPS_PARAMETER Fused f) {
+    PrecomputedPasses<S, M, N, backward>(f, 0).clear_stages();
     for (int n = f.first_step; n < f.last_step; ++n) {
         if (n > f.first_step) grid_barrier();
         const Sequence now(f, backward, opaque(n));
@@ -407,8 +318,8 @@ passes_kernel(CAPSOPS_PARAMETER Fused f) {
             } else {
                 finish_forward<S>(f.p, now.t);
             }
-        } else if (now.t > 0 || now.step != Step::statistics) {
-            Passes<Math, M, N, backward>(f, now.t).run(now.step);
+        } else if (now.t > 0 || now.step != PrecomputedStep::statistics) {
+            PrecomputedPasses<S, M, N, backward>(f, now.t).run(now.step);
         }
     }
 }

@@ -1,0 +1,9 @@
+#include "pass_kernels.h"
+
+namespace capsops {
+
+PassKernel pass_kernel_float16(const PassTiling& tiling, bool shallow) {
+    return pass_kernel_of_16_bit<Float16, false>(tiling, shallow);
+}
+
+}  // namespace capsops
