@@ -1,5 +1,5 @@
-// Host side of the fused kernels, which are in fused_passes.h and fused_gradients.h. They compute u_hat in
-// every pass, tile by tile, unless the predictions are precomputed.
+// Host side of the passes over precomputed predictions (precomputed_passes.h) and of the gradients
+// (fused_gradients.h), which compute u_hat again unless it is precomputed.
 #pragma once
 
 #include "plan.h"
@@ -19,7 +19,7 @@ struct Fused {
 
 // The kernels for one kind of multiplication or for precomputed predictions.
 struct FusedKernels {
-    void (*passes)(Fused);
+    void (*passes)(Fused);  // null unless the predictions are precomputed
     void (*gradients)(Fused);
 };
 

@@ -1,9 +1,9 @@
-// How the fused kernels divide the work: plain host code.
+// How the kernels of routing divide the work: plain host code.
 //
-// A warp has one output capsule j and 16 * m samples of the batch. The warps of a block have `tile_j` output
-// capsules and `groups` times as many samples; they loop over `length` input capsules i, `chunk` at a time.
-// Shared memory contains two stages of u and W, one of which is copied while the other is used, and the
-// logits of a chunk.
+// In the passes over precomputed predictions a warp has one output capsule j and 16 * m samples of the batch.
+// The warps of a block have `tile_j` output capsules and `groups` times as many samples; they loop over
+// `length` input capsules i, `chunk` at a time. Shared memory contains two stages of predictions, one of
+// which is copied while the other is used, and the logits of a chunk.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct FusedLimits {
     int64_t shared_per_block;
 };
 
-// The plan of the passes or of the gradients.
+// The plan of the passes over precomputed predictions or of the gradients.
 struct Tiling {
     int n;       // tiles of 8 components of an output capsule: 1, 2 or 4
     int m;       // tiles of 16 samples in a warp

@@ -103,11 +103,11 @@ void add_parts(const float* from, void* to, int64_t count, int64_t parts, Dtype 
 struct Plan {
     Fused passes, gradients;
     FusedKernels kernels;
-    Passes tensor_passes;
+    Passes product_passes;
     PassKernel pass_kernel;    // null if the passes are others
     int64_t u_words, w_words;  // of the arranged operands
     SmemCachedTiling smem_cached_tiling;
-    bool fused_passes, fused_gradients, smem_cached;
+    bool precomputed_passes, fused_gradients, smem_cached;
     bool statistics;  // backward: the sums of the softmax of all passes go through memory
     int64_t blocks;   // of the passes: at most as many as can be resident on the device
 };
@@ -118,9 +118,9 @@ PassShape pass_shape(const RoutingCall& call, bool backward) {
 }
 
 // Plans the passes over u and W. Returns false if they do not support the shape.
-bool plan_tensor_passes(const RoutingCall& call, const RoutingMode& mode, const Device& device,
-                        const FusedLimits& limits, Plan& plan) {
-    Passes& passes = plan.tensor_passes;
+bool plan_product_passes(const RoutingCall& call, const RoutingMode& mode, const Device& device,
+                         const FusedLimits& limits, Plan& plan) {
+    Passes& passes = plan.product_passes;
     PassTiling& tiling = passes.tiling;
     const bool backward = plan.passes.p.backward,
                shallow = call.K <= ShallowSixteenBitProducts<Float16>::depth;
@@ -181,11 +181,11 @@ Plan make_plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, c
     const auto choose_gradients = [&] {
         plan.gradients = passes;
         plan.fused_gradients = passes.p.backward && plan_gradients(shape, limits, plan.gradients.tiling);
-        const int64_t tiles_j = plan.pass_kernel ? plan.tensor_passes.tiling.tiles_j : passes.tiling.tiles_j;
+        const int64_t tiles_j = plan.pass_kernel ? plan.product_passes.tiling.tiles_j : passes.tiling.tiles_j;
         plan.statistics = tiles_j > 1 || !plan.fused_gradients || plan.gradients.tiling.tiles_j > 1;
     };
-    if (!precomputed && plan_tensor_passes(call, mode, device, limits, plan)) {
-        passes.p.splits = plan.tensor_passes.tiling.splits;
+    if (!precomputed && plan_product_passes(call, mode, device, limits, plan)) {
+        passes.p.splits = plan.product_passes.tiling.splits;
         choose_gradients();
         if (plan.fused_gradients) {
             const auto choose = call.dtype == Dtype::bfloat16  ? fused_bfloat16
@@ -196,8 +196,8 @@ Plan make_plan(RoutingOp op, const RoutingCall& call, const RoutingMode& mode, c
         }
         return plan;
     }
-    plan.fused_passes = precomputed && plan_precomputed_passes(shape, limits, 1, passes.tiling);
-    if (!plan.fused_passes) {
+    plan.precomputed_passes = precomputed && plan_precomputed_passes(shape, limits, 1, passes.tiling);
+    if (!plan.precomputed_passes) {
         passes.p.splits = general_splits(passes.p, device);
         plan.gradients = passes;
         plan.statistics = true;
@@ -229,12 +229,12 @@ int64_t place(Plan& plan, RoutingOp op, void* workspace) {
         p.grad_total_v = arena.take<float>(p.capsules());
     }
     if (op == RoutingOp::couplings) p.s = arena.take<float>(p.iterations * p.capsules());
-    const bool general = !plan.fused_passes && !plan.pass_kernel;
+    const bool general = !plan.precomputed_passes && !plan.pass_kernel;
     if (p.backward ? plan.statistics : general || plan.passes.tiling.tiles_j > 1) {
         p.softmax = arena.take<Softmax>((p.backward ? p.iterations - 1 : 1) * p.B * p.I);
     }
     if (plan.pass_kernel) {
-        Passes& passes = plan.tensor_passes;
+        Passes& passes = plan.product_passes;
         const PassTiling& tiling = passes.tiling;
         Arranged& arranged = p.arranged;
         arranged.n = tiling.n, arranged.tile_j = tiling.tile_j, arranged.tiles_j = int(tiling.tiles_j);
@@ -277,8 +277,8 @@ void launch_passes(const Plan& plan, int first, int last, bool cooperative, Stre
     }
 }
 
-void launch_tensor_passes(const Plan& plan, int steps, bool cooperative, Stream stream) {
-    Passes f = plan.tensor_passes;
+void launch_product_passes(const Plan& plan, int steps, bool cooperative, Stream stream) {
+    Passes f = plan.product_passes;
     Launch config{f.p.backward ? "routing_backward_passes" : "routing_passes",
                   plan.blocks,
                   f.tiling.groups * f.tiling.m_tiles * warp_size,
@@ -302,11 +302,11 @@ void forward(const Plan& plan, RoutingOp op, const RoutingCall& call, bool coope
         return;
     }
     if (plan.pass_kernel) {
-        const int steps_per_pass = plan.tensor_passes.tiling.tiles_j > 1 ? 3 : 2;
-        launch_tensor_passes(plan, 1 + steps_per_pass * p.iterations - couplings, cooperative, stream);
+        const int steps_per_pass = plan.product_passes.tiling.tiles_j > 1 ? 3 : 2;
+        launch_product_passes(plan, 1 + steps_per_pass * p.iterations - couplings, cooperative, stream);
         return;
     }
-    if (plan.fused_passes) {
+    if (plan.precomputed_passes) {
         const int steps_per_pass = plan.passes.tiling.tiles_j > 1 ? 3 : 2;
         launch_passes(plan, 0, steps_per_pass * p.iterations - couplings, cooperative, stream);
         return;
@@ -323,12 +323,12 @@ void forward(const Plan& plan, RoutingOp op, const RoutingCall& call, bool coope
 void backward_passes(const Plan& plan, const RoutingCall& call, bool cooperative, Stream stream) {
     Routing p = plan.passes.p;
     if (plan.pass_kernel) {
-        const int tiled = plan.tensor_passes.tiling.tiles_j > 1, logits = p.iterations - 1;
+        const int tiled = plan.product_passes.tiling.tiles_j > 1, logits = p.iterations - 1;
         const int steps = p.detach ? (plan.statistics && logits > 0 ? 1 + tiled : 0) : logits * (tiled + 2);
-        launch_tensor_passes(plan, 1 + steps, cooperative, stream);
+        launch_product_passes(plan, 1 + steps, cooperative, stream);
         return;
     }
-    if (plan.fused_passes) {
+    if (plan.precomputed_passes) {
         const int steps_per_pass = plan.passes.tiling.tiles_j > 1 ? 3 : 2, logits = p.iterations - 1;
         launch_passes(plan, 0, 1 + (p.detach ? plan.statistics && logits > 0 : logits * steps_per_pass),
                       cooperative, stream);

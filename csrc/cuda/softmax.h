@@ -1,7 +1,8 @@
 // The softmax over the output capsules j of one (b, i), which makes couplings of logits.
 //
-// Each kernel computes it where it has the logits: fused_passes.h and fused_gradients.h in shared memory
-// (softmax_over_j), smem_cached.cu in registers, routing_general.cu from u_hat in memory (softmax_kernel).
+// Each kernel computes it where it has the logits: passes.h and smem_cached.cu in registers,
+// precomputed_passes.h and fused_gradients.h in shared memory (softmax_over_j), routing_general.cu from u_hat
+// in memory (softmax_kernel).
 #pragma once
 
 #include "device.h"
