@@ -1,5 +1,6 @@
 """Compiles for sm_90 what routing needs of csrc/cuda, and the program that records its launches."""
 
+import ast
 import hashlib
 import os
 import shutil
@@ -13,7 +14,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # As setup.py compiles them, for one architecture.
 FLAGS = ("-O3", "-std=c++17", "-DNDEBUG", "-arch=sm_90", f"-I{ROOT / 'csrc'}")
-_FLAGS_OF = {"passes_float32": ("-Xptxas=-O1",), "passes_backward_*": ("-Xptxas=-O1",)}
 PRECISIONS = ("tf32", "bfloat16", "float32")  # as the sources are named: fused_tf32.cu
 # Of other ops, and what the calls that are recorded don't reach.
 _OTHERS = ("bindings", "squash", "predictions", "smem_cached", "routing_general")
@@ -34,13 +34,21 @@ def _run(command: Sequence[str | Path]) -> str:
 
 
 @cache
+def _flags_of() -> dict[str, tuple[str, ...]]:
+    """CUDA_FLAGS_OF of setup.py, which cannot be imported: the flags of single sources, by pattern."""
+    assigned = [x for x in ast.parse((ROOT / "setup.py").read_text()).body if isinstance(x, ast.Assign)]
+    value = next(x.value for x in assigned if ast.unparse(x.targets[0]) == "CUDA_FLAGS_OF")
+    return ast.literal_eval(value)
+
+
+@cache
 def nvcc_version() -> str:
     return _run([nvcc() or "nvcc", "--version"]).splitlines()[-2].removeprefix("Cuda compilation tools, ")
 
 
 def _fingerprint() -> str:
     """Of all that the objects are made from."""
-    digest = hashlib.sha256(f"{nvcc_version()} {FLAGS[:-1]} {_FLAGS_OF}".encode())
+    digest = hashlib.sha256(f"{nvcc_version()} {FLAGS[:-1]} {_flags_of()}".encode())
     for path in sorted((ROOT / "csrc").rglob("*")):
         if path.suffix in (".h", ".cu", ".cpp", ".cuh"):
             digest.update(path.read_bytes())
@@ -53,7 +61,7 @@ def compile_to(source: Path, to: Path, flags: Sequence[str] = FLAGS) -> Path:
     if not to.exists():
         to.parent.mkdir(parents=True, exist_ok=True)
         temporary = to.with_name(f"{os.getpid()}-{to.name}")
-        own = [flag for stem, flags in _FLAGS_OF.items() if fnmatch(source.stem, stem) for flag in flags]
+        own = [flag for stem, flags in _flags_of().items() if fnmatch(source.stem, stem) for flag in flags]
         _run(
             [nvcc() or "nvcc", *flags, *own, "-c" if to.suffix == ".o" else "-cubin", source, "-o", temporary]
         )
