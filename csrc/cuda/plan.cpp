@@ -102,7 +102,11 @@ bool plan_pass_tiles(const PassShape& shape, const FusedLimits& limits, PassTili
             to.progress_offset = to.capsules_offset + capsules;
             to.shared = to.progress_offset + progress;
         }
-        if (warps > 0) return true;
+        // The kernels count items of work in 32 bits, and words from one input capsule to the next.
+        constexpr int64_t most_items = int64_t(1) << 30, most_words = int64_t(1) << 31;
+        if (warps > 0 && 8 * to.tiles_b * to.tiles_j < most_items &&
+            to.tiles_b * to.m_tiles * u_words < most_words && to.tiles_j * w_words < most_words)
+            return true;
     }
     return false;
 }

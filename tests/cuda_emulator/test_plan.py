@@ -153,6 +153,7 @@ def check_block(plan: dict[str, int], shape: dict[str, int], shared: int) -> Non
         ({"B": 1, "I": 1, "J": 1, "D": 16, "K": 1025}, False),
         ({"B": 1, "I": 1, "J": 1 << 16, "D": 16, "K": 8}, False),
         ({"B": 1 << 24, "I": 1, "J": 1, "D": 16, "K": 8}, False),
+        ({"B": (1 << 24) - 1, "I": 1, "J": (1 << 16) - 1, "D": 16, "K": 8}, False),  # too many items
         ({"B": 1, "I": 1, "J": 1, "D": 16, "K": 8, "passes": 2000}, True),
     ],
 )
