@@ -84,6 +84,7 @@ CAPSOPS_DEVICE int cluster_count() {
     return count;
 }
 CAPSOPS_DEVICE void cluster_barrier() {
+    __syncwarp();  // the lanes of a warp have to arrive together
     asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
 // The same address of shared memory in another block of the cluster.

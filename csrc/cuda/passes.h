@@ -462,15 +462,15 @@ struct Pass {
     }
 
     CAPSOPS_DEVICE void run_item() const {
-        int left = item().end_i - item().first_i;
+        int remaining = item().end_i - item().first_i;
         // All groups of the block have the same samples.
         if constexpr (step != Step::uniform) copy_capsules(p.arranged.v, capsules());
         if constexpr (backward) copy_capsules(p.arranged.grad_s, grad_s());
         commit_copies();
-        Source next = source(left);
+        Source next = source(remaining);
 #pragma unroll
         for (int n = 0; n + 1 < ring_slots; ++n) {
-            if (n < left) copy(next, ring() + n * tiling.slot_words);
+            if (n < remaining) copy(next, ring() + n * tiling.slot_words);
             commit_copies();
         }
         wait_for_older_copies(ring_slots - 1);
@@ -479,16 +479,17 @@ struct Pass {
         load_capsules(own);
         int slot = ring();
 #pragma unroll 1
-        for (; left > 0; --left) {
+        for (; remaining > 0; --remaining) {
             const int all = ring_slots * tiling.slot_words, after = slot + tiling.slot_words;
             wait_for_older_copies(ring_slots - 2);
             group_barrier(group, tiling.m_tiles * warp_size);
-            if (left >= ring_slots) {
-                if constexpr (!one_step) next = source(left - (ring_slots - 1));  // not kept in registers
+            if (remaining >= ring_slots) {
+                if constexpr (!one_step)
+                    next = source(remaining - (ring_slots - 1));  // not kept in registers
                 copy(next, slot == ring() ? slot + all - tiling.slot_words : slot - tiling.slot_words);
             }
             commit_copies();
-            add<false>(own, slot, left);
+            add<false>(own, slot, remaining);
             slot = after == ring() + all ? ring() : after;
         }
         wait_for_copies();
@@ -505,9 +506,9 @@ struct Pass {
     CAPSOPS_DEVICE void add_plainly(Registers& own) const {
         clear(own);
 #pragma unroll 1
-        for (int left = item().end_i - item().first_i; left > 0; --left) {
-            predict_plainly(item().end_i - left);
-            add<true>(own, 0, left);
+        for (int remaining = item().end_i - item().first_i; remaining > 0; --remaining) {
+            predict_plainly(item().end_i - remaining);
+            add<true>(own, 0, remaining);
         }
     }
 

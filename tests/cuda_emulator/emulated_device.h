@@ -1,12 +1,12 @@
 // The version of csrc/cuda/device.h that runs the kernels on a CPU, with a fiber for each thread.
 //
 // Emulated: the threads of a block, or in a cooperative launch of all blocks, in a forward or a backward
-// order, one warp at a time as far as it can run; barriers of warp, block and grid; exchange within a warp;
-// the tensor core with its fragment layout and rounding; dynamic shared memory, poisoned with NaN;
-// asynchronous copies, executed either when they begin or when they are waited for, which are the earliest
-// and the latest moment at which hardware may execute them. Errors: a barrier that some threads never reach,
-// lanes of a warp that meet in different instructions, a thread that ends before it has waited for its
-// copies, and an access outside an allocation.
+// order, one warp at a time as far as it can run; barriers of warp, group, block, cluster and grid; exchange
+// within a warp; shared memory of the blocks of a cluster; the tensor core with its fragment layout and
+// rounding; dynamic shared memory, poisoned with NaN; asynchronous copies, executed either when they begin or
+// when they are waited for, which are the earliest and the latest moment at which hardware may execute them.
+// Errors: a barrier that some threads never reach, lanes of a warp that meet in different instructions, a
+// thread that ends before it has waited for its copies, and an access outside an allocation.
 //
 // Not emulated: the PTX itself, memory fences and caches, warps that run truly in parallel, the tensor core's
 // order of summation, limits on registers.
