@@ -198,6 +198,30 @@ def test_more_passes_than_shared_memory_holds(emulated: Emulated) -> None:
     check(got, lambda *x: reference.capsule_routing(*x, iterations=40), inputs, [1, 0, None])
 
 
+@pytest.mark.parametrize("where", ["u", "weight"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38, 1e30, 1e-30])
+def test_float32_of_any_size(emulated: Emulated, value: float, where: str) -> None:
+    """float32 is made of products in TF32, but infinities, NaN and numbers of any size give what they give in
+    float32: s of the first pass, and all of the other samples or output capsules.
+    """
+    u, weight, _ = layer_inputs(Shape(20, 9, 10, 16, 8), False, torch.float32)
+    u[5] *= 1e-30
+    changed = {"u": u[3, 2], "weight": weight[2, 1, 3]}[where]
+    changed[4] = value
+    for iterations in (0, 1, 3):
+        v, s = emulated.call("capsule_routing", u, weight, None, None, None, iterations, False, True)
+        plain = torch.einsum("bik,ijdk->bjd", u, weight) / (10 if iterations else 1)
+        size = torch.einsum("bik,ijdk->bjd", u.double().abs(), weight.double().abs())
+        assert torch.equal(s[0].isnan(), plain.isnan())
+        assert torch.equal(s[0].isposinf(), plain.isposinf())
+        assert torch.equal(s[0].isneginf(), plain.isneginf())
+        finite = plain.isfinite()
+        assert ((s[0] - plain).abs() <= 1e-6 * size)[finite].all()
+        others = [b for b in range(20) if where == "u" and b != 3]
+        exact = reference.capsule_routing(u.double(), weight.double(), iterations=iterations)
+        torch.testing.assert_close(v[others].double(), exact[others], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("precomputed", [False, True])
 def test_no_sums_of_the_softmax_in_memory(emulated: Emulated, precomputed: bool) -> None:
     """With few output capsules nothing in the workspace of backward grows with I but the arranged operands:
